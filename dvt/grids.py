@@ -1,0 +1,150 @@
+"""All coordinate arithmetic: patch centres, crops, flips, strides, resizing and bilinear grids.
+
+Sizes are (height, width). Coordinates are (x, y) in [0, 1]^2, where (0, 0) is the top left corner of the
+top left pixel and (1, 1) the bottom right corner of the bottom right one. The centre of patch k of n is
+(k + 0.5) / n. Boxes are (x0, y0, x1, y1).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dvt.errors import ConfigError, ShapeError
+
+Size = tuple[int, int]
+
+
+def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
+    """The model input size that keeps an image's aspect ratio.
+
+    Args:
+        image_size: (H, W) of the image in pixels.
+        shorter_side: the size asked for; the shorter side meets it, up to the patch.
+        patch: (height, width) of a patch in pixels; both sides are rounded to multiples of it.
+
+    >>> fit_size((320, 480), 224, (16, 16))
+    (224, 336)
+    """
+    if min(image_size) < 1 or shorter_side < 1 or min(patch) < 1:
+        raise ConfigError(f"sizes must be positive, got image {image_size}, size {shorter_side}, patch {patch}")
+    scale = shorter_side / min(image_size)
+    height, width = (max(1, round(side * scale / step)) * step for side, step in zip(image_size, patch, strict=True))
+    return height, width
+
+
+def grid_shape(size: Size, patch: Size, stride: Size | None = None) -> Size:
+    """(h, w): how many patches of a size, taken every stride pixels, fit into an input of a size.
+
+    >>> grid_shape((224, 336), (16, 16)), grid_shape((224, 336), (16, 16), (8, 8))
+    ((14, 21), (27, 41))
+    """
+    height, width = ((s - p) // d + 1 for s, p, d in zip(size, patch, stride or patch, strict=True))
+    return height, width
+
+
+def patch_centres(size: Size, patch: Size, stride: Size | None = None, device=None) -> Tensor:
+    """(h, w, 2) coordinates of the patch centres of an input.
+
+    Args:
+        size: (H, W) of the input in pixels.
+        patch: patch size in pixels.
+        stride: pixels between neighbouring patches; None means the patch size.
+
+    >>> patch_centres((32, 64), (16, 16))[0, :, 0].tolist()
+    [0.125, 0.375, 0.625, 0.875]
+    """
+    stride = stride or patch
+    rows, columns = (
+        (torch.arange(n, dtype=torch.float64, device=device) * d + p / 2) / s
+        for n, d, p, s in zip(grid_shape(size, patch, stride), stride, patch, size, strict=True)
+    )
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).float()
+
+
+def grid_centres(grid: Size, device=None) -> Tensor:
+    """(h, w, 2) coordinates of the cell centres of an h x w grid that tiles the image."""
+    return patch_centres(grid, (1, 1), device=device)
+
+
+def view_to_image(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """Image coordinates of points given in a view's own coordinates.
+
+    Args:
+        coords: (..., 2) coordinates in the view, the same for all views.
+        boxes: (V, 4) the views' boxes in image coordinates.
+        flips: (V,) bool, whether the view was mirrored left to right after the crop.
+
+    Returns:
+        (V, ..., 2) coordinates in the image.
+    """
+    extra = (1,) * (coords.ndim - 1)
+    boxes = boxes.to(coords).view(-1, *extra, 4)
+    flips = flips.to(coords.device).view(-1, *extra)
+    x = torch.where(flips, 1 - coords[..., 0], coords[..., 0])
+    y = coords[..., 1].expand_as(x)
+    return torch.stack(
+        (boxes[..., 0] + x * (boxes[..., 2] - boxes[..., 0]), boxes[..., 1] + y * (boxes[..., 3] - boxes[..., 1])), -1
+    )
+
+
+def image_to_view(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+    """The inverse of :func:`view_to_image`: (V, ..., 2) image coordinates to the view's own."""
+    extra = (1,) * (coords.ndim - 2)
+    boxes = boxes.to(coords).view(-1, *extra, 4)
+    flips = flips.to(coords.device).view(-1, *extra)
+    x = (coords[..., 0] - boxes[..., 0]) / (boxes[..., 2] - boxes[..., 0])
+    y = (coords[..., 1] - boxes[..., 1]) / (boxes[..., 3] - boxes[..., 1])
+    return torch.stack((torch.where(flips, 1 - x, x), y), dim=-1)
+
+
+def boxes_from_pixels(pixels: Tensor, image_size: Size) -> Tensor:
+    """(..., 4) boxes in [0, 1] from boxes in whole pixels (x0, y0, x1, y1), the end exclusive."""
+    height, width = image_size
+    return pixels.double() / pixels.new_tensor([width, height, width, height]).double()
+
+
+def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:
+    """The four neighbours of points on a bilinear grid whose corner nodes lie on the image's corners.
+
+    Args:
+        coords: (..., 2) in [0, 1]; points outside are clamped to the border.
+        resolution: (rows, columns) of nodes; node (i, j) lies at (j / (columns - 1), i / (rows - 1)).
+
+    Returns:
+        index (..., 4) of the flattened nodes, in the order (top left, top right, bottom left, bottom right), and
+        their weights (..., 4), which add up to 1.
+    """
+    rows, columns = resolution
+    if rows < 2 or columns < 2:
+        raise ConfigError(f"a bilinear grid needs at least 2 x 2 nodes, got {resolution}")
+    x = coords[..., 0].clamp(0, 1) * (columns - 1)
+    y = coords[..., 1].clamp(0, 1) * (rows - 1)
+    j = x.floor().clamp(max=columns - 2)
+    i = y.floor().clamp(max=rows - 2)
+    fx, fy = x - j, y - i
+    weight = torch.stack(((1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy), dim=-1)
+    first = (i * columns + j).long()
+    return torch.stack((first, first + 1, first + columns, first + columns + 1), dim=-1), weight
+
+
+def sample(grid: Tensor, coords: Tensor) -> Tensor:
+    """Bilinear values (..., C) at coordinates (..., 2) of a node grid (rows, columns, C), as :func:`interpolation`."""
+    index, weight = interpolation(coords.to(grid), (grid.shape[0], grid.shape[1]))
+    return (grid.flatten(0, 1)[index] * weight[..., None]).sum(-2)
+
+
+def resample(maps: Tensor, grid: Size) -> Tensor:
+    """A (..., h, w, C) map of cells resampled to another grid of cells, centres aligned, bilinear.
+
+    Reducing a grid is antialiased. Use it for artifacts, position embeddings and token maps.
+    """
+    if maps.ndim < 3:
+        raise ShapeError(f"a map has shape (..., h, w, C), got {tuple(maps.shape)}")
+    if tuple(maps.shape[-3:-1]) == tuple(grid):
+        return maps
+    lead = maps.shape[:-3]
+    flat = maps.reshape(-1, *maps.shape[-3:]).movedim(-1, 1)
+    out = nnf.interpolate(flat.float(), size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
+    return out.movedim(1, -1).reshape(*lead, *grid, maps.shape[-1]).to(maps.dtype)

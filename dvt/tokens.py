@@ -1,0 +1,70 @@
+"""Tokens: what a backbone returns and everything else takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dvt.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Patch and prefix tokens of a batch of equally large images.
+
+    Args:
+        patches: (B, h, w, C) patch tokens, channels last.
+        prefix: (B, P, C) class token and registers, in the model's order; P may be 0.
+
+    Raises:
+        ShapeError: the two disagree in batch or feature size, or have other ranks.
+
+    >>> tokens = Tokens(torch.zeros(2, 14, 21, 192), torch.zeros(2, 1, 192))
+    >>> tokens.grid, tokens.feature_dim, len(tokens)
+    ((14, 21), 192, 2)
+    """
+
+    patches: Tensor
+    prefix: Tensor
+
+    def __post_init__(self) -> None:
+        if self.patches.ndim != 4:
+            raise ShapeError(f"patches has shape {tuple(self.patches.shape)}; it must be (B, h, w, C)")
+        batch, _, _, channels = self.patches.shape
+        if self.prefix.ndim != 3 or self.prefix.shape[0] != batch or self.prefix.shape[2] != channels:
+            raise ShapeError(
+                f"prefix has shape {tuple(self.prefix.shape)}; beside patches {tuple(self.patches.shape)} "
+                f"it must be ({batch}, P, {channels})"
+            )
+
+    @classmethod
+    def of(cls, patches: Tensor) -> Tokens:
+        """Tokens without a prefix from (B, h, w, C) or a single (h, w, C) map."""
+        patches = patches if patches.ndim == 4 else patches[None]
+        return cls(patches, patches.new_zeros(patches.shape[0], 0, patches.shape[-1]))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w), the number of patches in each direction."""
+        return self.patches.shape[1], self.patches.shape[2]
+
+    @property
+    def feature_dim(self) -> int:
+        """C, the number of channels."""
+        return self.patches.shape[3]
+
+    def __len__(self) -> int:
+        return self.patches.shape[0]
+
+    def __getitem__(self, index: slice) -> Tokens:
+        return Tokens(self.patches[index], self.prefix[index])
+
+    def with_patches(self, patches: Tensor) -> Tokens:
+        """The same prefix beside other patch tokens."""
+        return Tokens(patches, self.prefix)
+
+    def to(self, *args, **kwargs) -> Tokens:
+        """Both tensors through :meth:`torch.Tensor.to`."""
+        return Tokens(self.patches.to(*args, **kwargs), self.prefix.to(*args, **kwargs))
