@@ -68,6 +68,12 @@ def grid_centres(grid: Size, device=None) -> Tensor:
     return patch_centres(grid, (1, 1), device=device)
 
 
+def node_coords(resolution: Size, device=None) -> Tensor:
+    """(rows, columns, 2) coordinates of the nodes of a bilinear grid whose corner nodes lie on the image's corners."""
+    rows, columns = (torch.linspace(0, 1, n, dtype=torch.float64, device=device) for n in resolution)
+    return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).float()
+
+
 def view_to_image(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     """Image coordinates of points given in a view's own coordinates.
 
@@ -103,6 +109,14 @@ def boxes_from_pixels(pixels: Tensor, image_size: Size) -> Tensor:
     """(..., 4) boxes in [0, 1] from boxes in whole pixels (x0, y0, x1, y1), the end exclusive."""
     height, width = image_size
     return pixels.double() / pixels.new_tensor([width, height, width, height]).double()
+
+
+def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
+    """(..., 4) boxes in [0, 1] rounded to whole pixels, each at least one pixel wide and high and inside the image."""
+    height, width = image_size
+    x0, y0, x1, y1 = (boxes * boxes.new_tensor([width, height, width, height])).round().long().unbind(-1)
+    x0, y0 = x0.clamp(0, width - 1), y0.clamp(0, height - 1)
+    return torch.stack((x0, y0, x1.clamp(max=width).maximum(x0 + 1), y1.clamp(max=height).maximum(y0 + 1)), dim=-1)
 
 
 def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:

@@ -1,1 +1,16 @@
 """One image: its features as a semantic field, an artifact and a residual."""
+
+from dvt.fields.decomposition import Decomposition, Fit
+from dvt.fields.linear import LinearConfig, LinearFit, LinearSolver
+from dvt.fields.neural import NeuralConfig, NeuralFit, NeuralSolver
+
+__all__ = [
+    "Decomposition",
+    "Fit",
+    "LinearConfig",
+    "LinearFit",
+    "LinearSolver",
+    "NeuralConfig",
+    "NeuralFit",
+    "NeuralSolver",
+]

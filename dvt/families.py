@@ -1,0 +1,135 @@
+"""What differs between timm's families of single-scale models, found out from the models themselves.
+
+Which module cuts the patches, which sizes and strides a model takes, where its prefix tokens are and in which layout
+its features come out. Families go by timm's class names, so that a timm without one of them works too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from dvt import grids
+from dvt.errors import ShapeError
+from dvt.grids import Size
+from dvt.tokens import Tokens
+
+Model = Any  # a timm module: its attributes differ by family, and that is what this file is about
+
+#: Families whose position embeddings timm resamples in each forward pass when told so at construction.
+DYNAMIC = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
+#: Families whose input size is chosen when the model is loaded. All others take any size at any time.
+SIZED = {
+    "Beit": "loaded",
+    "Cait": "loaded",
+    "TNT": "loaded",
+    "VisionTransformerRelPos": "loaded",
+    "ConVit": "square",
+    "MlpMixer": "own",
+}
+#: Families that give intermediate features as NCHW only.
+CHANNELS_FIRST = ("VisionTransformerSAM", "ConvMixer")
+
+
+def pair(value: int | Size) -> Size:
+    """(height, width) from one number or two."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def scales(model: Model) -> int:
+    """The number of resolutions among a model's blocks; 0 when it gives no intermediate features."""
+    if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
+        return 0
+    return len({str(info["reduction"]) for info in model.feature_info})
+
+
+def core(model: Model) -> Model:
+    """The encoder inside timm's classifier wrappers (DeepSeek, Gemma, Qwen), otherwise the model itself."""
+    return getattr(model, "encoder", model)
+
+
+def embedding(model: Model) -> Model:
+    """The module that cuts the image into patches, under whatever name the family gives it."""
+    inner = core(model)
+    return next(getattr(inner, n) for n in ("patch_embed", "pixel_embed", "embeds", "stem") if hasattr(inner, n))
+
+
+def patch_size(model: Model) -> Size:
+    """(height, width) in pixels of a patch."""
+    embed = embedding(model)
+    if hasattr(embed, "feat_ratio"):
+        return pair(tuple(embed.feat_ratio(as_scalar=False)))
+    return pair(core(model).feature_info[0]["reduction"])
+
+
+def own_size(model: Model) -> Size:
+    """(H, W) that the model is built for, or that its weights were trained at where it takes any."""
+    height, width = getattr(embedding(model), "img_size", None) or model.pretrained_cfg["input_size"][1:]
+    return int(height), int(width)
+
+
+def sizing(model: Model) -> str:
+    """When the input size is chosen: "any" time, when "loaded", the same but "square", or "own" (no choice)."""
+    return SIZED.get(type(model).__name__, "any")
+
+
+def prefix_tokens(model: Model) -> int:
+    """Number of class, distillation and register tokens of the final features."""
+    return getattr(core(model), "num_prefix_tokens", 0) or 0
+
+
+def block_prefix_tokens(model: Model) -> int:
+    """The same for intermediate features; 0 where the class token joins only after the blocks (CaiT, XCiT)."""
+    parameters = inspect.signature(core(model).forward_intermediates).parameters
+    return prefix_tokens(model) if "return_prefix_tokens" in parameters else 0
+
+
+def patch_convolution(model: Model) -> nn.Conv2d | None:
+    """The convolution that cuts the patches, where a smaller stride of it just makes the patches overlap."""
+    if sizing(model) == "own":
+        return None  # the number of tokens is part of a mixer's weights
+    embed = embedding(model)
+    layer = embed[0] if isinstance(embed, nn.Sequential) else getattr(embed, "proj", None)
+    patch = patch_size(model)
+    if not isinstance(layer, nn.Conv2d) or layer.padding != (0, 0):
+        return None
+    return layer if layer.kernel_size == layer.stride == patch else None
+
+
+def last_tokens(model: Model, images: Tensor, patch: Size, stride: Size) -> Tokens:
+    """What timm calls the final features, before any pooling."""
+    inner = core(model)
+    features = inner.forward_features(images)
+    if features.ndim == 4:
+        return _from_map(inner, features)
+    count = prefix_tokens(model)
+    return _from_sequence(features[:, count:], features[:, :count], images, patch, stride)
+
+
+def block_tokens(model: Model, images: Tensor, layer: int, patch: Size, stride: Size) -> Tokens:
+    """The output of one block, without the final norm."""
+    inner = core(model)
+    options: dict[str, Any] = {}
+    if type(inner).__name__ not in CHANNELS_FIRST:
+        options["output_fmt"] = "NLC"  # timm's reshape to NCHW ignores a changed stride
+    if block_prefix_tokens(model):
+        options["return_prefix_tokens"] = True
+    (out,) = inner.forward_intermediates(images, indices=[layer], stop_early=True, intermediates_only=True, **options)
+    features, prefix = out if isinstance(out, tuple) else (out, out[:, :0])
+    return _from_map(inner, features) if features.ndim == 4 else _from_sequence(features, prefix, images, patch, stride)
+
+
+def _from_map(inner: Model, features: Tensor) -> Tokens:
+    last = getattr(inner, "output_fmt", "NCHW") == "NHWC"
+    return Tokens.of(features if last else features.permute(0, 2, 3, 1))
+
+
+def _from_sequence(patches: Tensor, prefix: Tensor, images: Tensor, patch: Size, stride: Size) -> Tokens:
+    grid = grids.grid_shape((images.shape[2], images.shape[3]), patch, stride)
+    if patches.shape[1] != math.prod(grid):
+        raise ShapeError(f"the model gave {patches.shape[1]} patch tokens where a grid of {grid} was expected")
+    return Tokens(patches.unflatten(1, grid), prefix)

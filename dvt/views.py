@@ -1,0 +1,118 @@
+"""Views of one image: random crops and flips, with the coordinates of every patch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError, ShapeError
+from dvt.grids import Size
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """How the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
+
+    Args:
+        count: random views an image; the whole image always comes first, in addition.
+        scale: smallest and largest share of the image's area that a view shows.
+        ratio: smallest and largest aspect ratio of a view, relative to the whole image's.
+        flip: probability that a view is mirrored left to right.
+        seed: seed of the generator; the same seed draws the same boxes.
+        batch: views per forward pass of the backbone.
+    """
+
+    count: int = 48
+    scale: tuple[float, float] = (0.1, 0.5)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    seed: int = 0
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        if self.count < 0 or self.batch < 1:
+            raise ConfigError(f"views must be 0 or more and the batch 1 or more, got {self.count} and {self.batch}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"scale must satisfy 0 < smallest <= largest <= 1, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ConfigError(f"ratio must satisfy 0 < smallest <= largest, got {self.ratio}")
+        if not 0 <= self.flip <= 1:
+            raise ConfigError(f"flip is a probability between 0 and 1, got {self.flip}")
+
+
+def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random boxes in [0, 1]^2 and flips.
+
+    Area is uniform in config.scale and log(aspect) uniform in config.ratio, both relative to the image. Draws are
+    made on the CPU, so that every device sees the same views.
+
+    Returns:
+        boxes (1 + count, 4) as (x0, y0, x1, y1) and flips (1 + count,) bool; the first is the whole image, unflipped.
+    """
+    area, aspect, x, y, flip = torch.rand(5, config.count, generator=generator, dtype=torch.float64)
+    area = config.scale[0] + area * (config.scale[1] - config.scale[0])
+    low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
+    aspect = (low + aspect * (high - low)).exp()
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+    x, y = x * (1 - width), y * (1 - height)
+    boxes = torch.stack((x, y, x + width, y + height), dim=-1)
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]], dtype=torch.float64)
+    return torch.cat((whole, boxes)), torch.cat((torch.tensor([False]), flip < config.flip))
+
+
+def resize(image: Tensor, size: Size) -> Tensor:
+    """An image (..., 3, H, W) resized to (H', W'), bicubic, antialiased, clamped to [0, 1]."""
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    batched = image if image.ndim == 4 else image[None]
+    out = nnf.interpolate(batched, size=tuple(size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    return out if image.ndim == 4 else out[0]
+
+
+def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
+    """Views (V, 3, H', W') of an image (3, H, W): whole-pixel boxes (V, 4) cut out, resized, then mirrored."""
+    if image.ndim != 3:
+        raise ShapeError(f"an image has shape (3, H, W), got {tuple(image.shape)}")
+    views = torch.stack([resize(image[:, y0:y1, x0:x1], size) for x0, y0, x1, y1 in pixels.tolist()])
+    return torch.where(flips.to(views.device)[:, None, None, None], views.flip(-1), views)
+
+
+class Views:
+    """The views of one image, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
+
+    Iterating again yields the same views, so nothing needs to be kept. Boxes are rounded to whole pixels of the
+    source, and the coordinates are those of the rounded boxes: they are exact.
+
+    Args:
+        image: (3, H, W) in [0, 1], on the device where views are to be cut.
+        size: (H', W') of each view: the model input.
+        centres: (h, w, 2) patch centres in a view, from :meth:`dvt.backbones.Backbone.centres`.
+        config: how views are drawn.
+    """
+
+    def __init__(self, image: Tensor, size: Size, centres: Tensor, config: ViewConfig | None = None):
+        self.config = config or ViewConfig()
+        self.size = size
+        self.centres = centres
+        # A source finer than what the smallest view can show only costs time; views of it are never enlarged by this.
+        useful = [math.ceil(side / math.sqrt(self.config.scale[0] / self.config.ratio[1])) for side in size]
+        shape = (min(image.shape[1], useful[0]), min(image.shape[2], useful[1]))
+        self.image = resize(image, shape)
+        boxes, self.flips = draw_boxes(self.config, torch.Generator().manual_seed(self.config.seed))
+        self.pixels = grids.boxes_to_pixels(boxes, shape)
+        self.boxes = grids.boxes_from_pixels(self.pixels, shape)
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(self), self.config.batch):
+            part = slice(start, start + self.config.batch)
+            images = cut(self.image, self.pixels[part], self.flips[part], self.size)
+            yield images, grids.view_to_image(self.centres, self.boxes[part], self.flips[part]).to(images.device)

@@ -1,0 +1,133 @@
+"""What both solvers return: a fit of one image's views, and the terms that it splits a token map into."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from dvt.errors import ConfigError, ShapeError
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """One token map and its terms: raw = semantic + artifact + residual + error.
+
+    Args:
+        raw: (h, w, C) what the backbone returned.
+        semantic: (h, w, C) the chosen estimate of the clean features.
+        artifact: (h, w, C) what depends on the patch position alone, mean zero over positions.
+        residual: (h, w, C) what depends on the token itself; zero where that term is off.
+        field: (h, w, C) the semantic field (F) at the patch centres; `semantic` may blend it with `raw`.
+
+    Raises:
+        ShapeError: the five tensors are not (h, w, C) or do not share one shape.
+
+    Source: the noise model raw = F(x) + G(p) + h(raw) of Denoising Vision Transformers (arXiv 2401.02957).
+
+    >>> ones = torch.ones(2, 3, 4)
+    >>> parts = Decomposition(raw=3 * ones, semantic=ones, artifact=ones, residual=0 * ones, field=ones)
+    >>> parts.error.mean().item(), parts.at_strength(0.5).mean().item()
+    (1.0, 2.0)
+    """
+
+    raw: Tensor
+    semantic: Tensor
+    artifact: Tensor
+    residual: Tensor
+    field: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {item.name: tuple(getattr(self, item.name).shape) for item in fields(self)}
+        if self.raw.ndim != 3 or len(set(shapes.values())) != 1:
+            raise ShapeError(f"all terms of a decomposition must have one shape (h, w, C), got {shapes}")
+
+    @property
+    def error(self) -> Tensor:
+        """(h, w, C) what no term explains: raw - semantic - artifact - residual."""
+        return self.raw - self.semantic - self.artifact - self.residual
+
+    def at_strength(self, strength: float) -> Tensor:
+        """(h, w, C) the features with a share of what was found removed: raw + strength (semantic - raw).
+
+        Args:
+            strength: in [0, 1]; 0 returns the values of `raw` and 1 those of `semantic`, exactly.
+
+        Raises:
+            ConfigError: strength lies outside [0, 1].
+        """
+        if not 0 <= strength <= 1:
+            raise ConfigError(
+                f"strength is {strength}; it must lie in [0, 1]: 0 keeps raw, 1 removes all that was found"
+            )
+        # lerp is exact at both ends, which the plain formula is not.
+        return torch.lerp(self.raw, self.semantic, float(strength))
+
+    def terms(self) -> dict[str, Tensor]:
+        """The four stored terms by name: raw, semantic, artifact, residual, in this order."""
+        return {name: getattr(self, name) for name in ("raw", "semantic", "artifact", "residual")}
+
+    def to(self, *args, **kwargs) -> Decomposition:
+        """All tensors through :meth:`torch.Tensor.to`."""
+        return Decomposition(**{item.name: getattr(self, item.name).to(*args, **kwargs) for item in fields(self)})
+
+
+class Fit(ABC):
+    """A solved image: the semantic field F, the artifact G and the residual predictor h.
+
+    Laws that every solver's fit keeps (and tests check):
+        - `artifact` has mean zero over positions: F and G are known only up to one constant vector, which is F's.
+        - `semantic` is a pure function of the coordinates, defined on all of [0, 1]^2.
+        - `residual` is a pure function of the token, zero where that term was not fitted.
+        - `decompose(raw, coords)` gives a Decomposition with these three, in the dtype and on the device of `artifact`;
+          its estimate lies between `field` and raw - artifact - residual.
+
+    Attributes:
+        artifact: (h, w, C), by patch position in a view's grid.
+    """
+
+    artifact: Tensor
+
+    @abstractmethod
+    def semantic(self, coords: Tensor) -> Tensor:
+        """F (..., C) at image coordinates (..., 2), (x, y) in [0, 1]^2; points outside take the border's value."""
+
+    @abstractmethod
+    def residual(self, raw: Tensor) -> Tensor:
+        """h (..., C) of raw tokens (..., C)."""
+
+    def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
+        """The weight of F in the semantic estimate, against raw - artifact - residual.
+
+        Args:
+            raw: (h, w, C) tokens.
+            coords: (h, w, 2) their image coordinates.
+
+        Returns:
+            A number in [0, 1] or a tensor of such that broadcasts to (h, w, C). Here 1: F alone, as in the paper.
+        """
+        return 1.0
+
+    def decompose(self, raw: Tensor, coords: Tensor) -> Decomposition:
+        """Split a token map of the fit's own grid shape into its terms.
+
+        Args:
+            raw: (h, w, C) tokens of any floating dtype.
+            coords: (h, w, 2) their image coordinates, (x, y) in [0, 1]^2.
+
+        Raises:
+            ShapeError: raw does not have the artifact's shape, or coords do not belong to it.
+        """
+        grid = tuple(self.artifact.shape)
+        if tuple(raw.shape) != grid or tuple(coords.shape) != (*grid[:2], 2):
+            raise ShapeError(
+                f"raw has shape {tuple(raw.shape)} and coords {tuple(coords.shape)}; this fit decomposes maps of its "
+                f"own grid: raw {grid} and coords {(*grid[:2], 2)}"
+            )
+        raw, coords = raw.to(self.artifact), coords.to(self.artifact.device)
+        field, residual = self.semantic(coords), self.residual(raw)
+        remaining = raw - self.artifact - residual
+        semantic = torch.lerp(remaining, field, self.field_weight(raw, coords))
+        return Decomposition(raw, semantic, self.artifact, residual, field)

@@ -1,0 +1,262 @@
+"""The closed-form solver: F on a bilinear grid and G free per position, by streaming normal equations (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.decomposition import Fit
+from dvt.fields.equations import NormalEquations, solve_artifact
+from dvt.fields.pilot import Pilot, geman_mcclure
+from dvt.grids import Size
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Settings of the linear solver.
+
+    Args:
+        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
+        smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
+        ridge: gamma on the artifact, relative to the number of tokens a position.
+        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
+        cutoff: residual norm at which a token's weight is a quarter, in medians.
+        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
+        residual_ridge: its ridge, relative to the mean variance of a channel.
+        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
+        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
+        seed: of the pilot's random projection.
+    """
+
+    resolution: int | None = None
+    smoothness: float | None = None
+    ridge: float = 1e-4
+    robust: bool = True
+    cutoff: float = 2.0
+    residual: bool = True
+    residual_ridge: float = 1e-2
+    blend: bool = True
+    pilot_views: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and not 2 <= self.resolution <= 1024:
+            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
+        if self.smoothness is not None and not self.smoothness > 0:
+            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
+        if self.ridge < 0 or self.residual_ridge < 0:
+            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
+        if not self.cutoff > 0 or self.pilot_views < 1:
+            raise ConfigError(f"cutoff ({self.cutoff}) and pilot_views ({self.pilot_views}) must be positive")
+
+
+@dataclass(frozen=True)
+class LinearFit(Fit):
+    """What :class:`LinearSolver` returns; see :class:`~dvt.fields.decomposition.Fit` for the laws.
+
+    Args:
+        nodes: (rows, columns, C) the field's values.
+        artifact: (h, w, C).
+        residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map.
+        noise: mean squared norm of the part of a token that other views of the same point do not share.
+        error: mean squared norm of what F and G leave of a token of a view that was not fitted: noise and F's error.
+        config: the settings, with resolution and smoothness as chosen.
+    """
+
+    nodes: Tensor
+    artifact: Tensor
+    residual_map: Tensor | None
+    residual_mean: Tensor
+    noise: float
+    error: float
+    config: LinearConfig
+
+    def semantic(self, coords: Tensor) -> Tensor:
+        """F (..., C) at image coordinates (..., 2)."""
+        return grids.sample(self.nodes, coords)
+
+    def residual(self, raw: Tensor) -> Tensor:
+        """h (..., C) of raw tokens (..., C)."""
+        if self.residual_map is None:
+            return torch.zeros_like(raw)
+        return (raw - self.residual_mean) @ self.residual_map
+
+    def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
+        """The variance-weighted share of F, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
+
+        The sum of both is what is left of held-out tokens or of this map's, whichever is more: this map may be seen at
+        another scale than the views.
+        """
+        if not self.config.blend:
+            return 1.0
+        left = (raw - self.artifact - self.residual(raw) - self.semantic(coords)).square().sum(-1, keepdim=True)
+        typical = left.median().clamp_min(torch.finfo(left.dtype).tiny)
+        inlier = geman_mcclure(left.sqrt(), typical.sqrt(), self.config.cutoff)
+        both = ((inlier * left).sum() / inlier.sum()).clamp_min(self.error)
+        return 1 - inlier * (1 - (self.noise / both).clamp(0, 1))
+
+
+class LinearSolver:
+    """Splits the features of one image's views into F, G and h by least squares.
+
+    Memory does not depend on the number of views: they are read once and only sums are kept.
+
+    Args:
+        config: settings; the defaults choose resolution and smoothness from the data.
+    """
+
+    def __init__(self, config: LinearConfig | None = None):
+        self.config = config or LinearConfig()
+
+    def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> LinearFit:
+        """Fit one image.
+
+        Args:
+            views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)); read once.
+            artifact: (h, w, C) a known G, for example one that many images share; only F and h are fitted then.
+                With a single view nothing tells F from G, and G is zero.
+
+        Raises:
+            ShapeError: batches disagree in grid or channels, or with the artifact.
+            NonFiniteError: a token is NaN or infinite.
+            ConfigError: there is no view.
+        """
+        run = _Run(self.config, views, artifact)
+        field, estimate = run.equations.solve(run.pilot.smoothness, run.known, self.config.ridge)
+        residual_map, mean = run.outliers.residual_map(field, estimate, run.pilot.resolution, self.config)
+        like = {"dtype": torch.promote_types(run.dtype, torch.float32)}
+        return LinearFit(
+            nodes=field.view(*run.pilot.resolution, -1).to(**like),
+            artifact=estimate.view(*run.grid, -1).to(**like),
+            residual_map=None if residual_map is None else residual_map.to(**like),
+            residual_mean=mean.to(**like),
+            noise=run.pilot.noise(field, estimate),
+            error=run.pilot.error,
+            config=replace(self.config, resolution=min(run.pilot.resolution), smoothness=run.pilot.smoothness),
+        )
+
+    def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
+
+        :meth:`solve_shared` solves the sums.
+        """
+        run = _Run(self.config, views, None)
+        return run.equations.artifact_equations(run.pilot.smoothness)
+
+    def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
+        """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
+        return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
+
+
+class _Run:
+    """One pass over the views: the pilot's choices and the sums."""
+
+    def __init__(self, config: LinearConfig, views: Iterable[Batch], artifact: Tensor | None):
+        self.config = config
+        self.shape: tuple[int, ...] | None = None if artifact is None else tuple(artifact.shape)
+        self.known = None if artifact is None else artifact.flatten(0, 1)
+        stream = self._read(views)
+        head = _take(stream, config.pilot_views)
+        if not head:
+            raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
+        self.dtype = head[0][0].dtype
+        self.pilot = Pilot(head, self.grid, config, self.known)
+        self.known = torch.zeros_like(head[0][0][0]) if self.known is None and self.seen == 1 else self.known
+        channels = head[0][0].shape[-1]
+        self.equations = NormalEquations(self.pilot.resolution, self.grid[0] * self.grid[1], channels, head[0][0])
+        self.outliers = _Outliers(head[0][0])
+        self._accumulate(head, stream)
+
+    @property
+    def grid(self) -> Size:
+        return self.shape[:2]
+
+    def _accumulate(self, head: list[Batch], stream: Iterator[Batch]) -> None:
+        while head or (batch := next(stream, None)) is not None:
+            tokens, coords = head.pop(0) if head else batch
+            second = self.config.robust or self.config.residual
+            weights = self.pilot.weights(tokens, coords) if second else None
+            self.equations.add(tokens, coords, weights if self.config.robust else None)
+            if self.config.residual:
+                self.outliers.add(tokens, coords, weights)
+
+    def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:
+        """Checked batches, flattened to (V, n, C) and (V, n, 2)."""
+        self.seen = 0
+        for tokens, coords in views:
+            if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
+                raise ShapeError(
+                    f"a batch of views has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; "
+                    "they must be (V, h, w, C) and (V, h, w, 2)"
+                )
+            self.shape = self.shape or tuple(tokens.shape[1:])
+            if tuple(tokens.shape[1:]) != self.shape:
+                raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
+            if not torch.isfinite(tokens.sum()):
+                raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
+            self.seen += len(tokens)
+            yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
+
+
+def _take(stream: Iterator[Batch], views: int) -> list[Batch]:
+    """The first batches, until they hold that many views."""
+    head: list[Batch] = []
+    while sum(len(tokens) for tokens, _ in head) < views and (batch := next(stream, None)) is not None:
+        head.append(batch)
+    return head
+
+
+class _Outliers:
+    """The outlier tokens and the moments of all tokens, from which h follows.
+
+    h is asked for what F and G leave of an outlier token and for nothing on every other token, so it cannot take away
+    detail that the field is merely too coarse to hold.
+    """
+
+    LIMIT = 20_000
+
+    def __init__(self, tokens: Tensor):
+        channels = tokens.shape[-1]
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        self.square = torch.zeros(channels, channels, device=tokens.device, dtype=dtype)
+        self.total = torch.zeros(channels, device=tokens.device, dtype=torch.float64)
+        self.count = 0
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.outliers = 0
+
+    def add(self, tokens: Tensor, coords: Tensor, weights: Tensor) -> None:
+        """Views with their robust weights: tokens (V, n, C), coords (V, n, 2), weights (V, n)."""
+        flat = tokens.flatten(0, 1).to(self.square.dtype)
+        self.square += flat.T @ flat
+        self.total += flat.sum(0, dtype=torch.float64)
+        self.count += len(flat)
+        if self.outliers < self.LIMIT:
+            chosen = weights < 0.25
+            self.outliers += int(chosen.sum())
+            self.kept.append((tokens[chosen], coords[chosen], chosen.nonzero()[:, 1]))
+
+    def residual_map(
+        self, field: Tensor, artifact: Tensor, resolution: Size, config: LinearConfig
+    ) -> tuple[Tensor | None, Tensor]:
+        """(C, C) B that minimises the squared error of (y - mean) B over all tokens plus a ridge, and the mean (C,).
+
+        None without outliers.
+        """
+        if not self.outliers:
+            return None, self.total
+        tokens, coords, position = (torch.cat(part) for part in zip(*self.kept, strict=True))
+        tokens = tokens.double()
+        target = tokens - artifact[position] - grids.sample(field.view(*resolution, -1), coords)
+        mean = self.total / self.count
+        covariance = self.square.double() - self.count * torch.outer(mean, mean)
+        # Where only the first outliers were kept, they stand for all of them.
+        ridge = config.residual_ridge * covariance.diagonal().mean() + torch.finfo(torch.float64).tiny
+        system = covariance + ridge * torch.eye(len(covariance)).to(covariance)
+        return torch.linalg.solve(system, (tokens - mean).T @ target), mean

@@ -1,0 +1,337 @@
+"""The paper's solver: fields fitted to one image's views by gradient descent (DVT, arXiv 2401.02957)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.decomposition import Fit
+from dvt.fields.encodings import EncodingKind, GridLayout, make_encoding
+
+Views = Iterable[tuple[Tensor, Tensor]]
+Progress = Callable[[int, int], None]
+
+_HALF_SAFE = 6e4
+_CUDA_RESERVE = 2**31
+_CHUNK = 2**14
+
+
+@dataclass(frozen=True)
+class NeuralConfig:
+    """Settings of the neural solver; the defaults are the paper's.
+
+    Args:
+        levels: grids of the field's encoding.
+        base: nodes along a side of the coarsest grid.
+        finest: nodes along a side of the finest grid.
+        channels: values a node and level; 1, 2, 4 or 8.
+        hash_entries: most nodes that a level stores, a power of two.
+        steps: gradient steps; the artifact is frozen and the residual starts after half of them.
+        tokens_per_step: tokens drawn for each step, with replacement.
+        lr: Adam's learning rate after the warm-up, per standard deviation of the tokens.
+        final_lr: learning rate of the last step; a cosine leads to it.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        residual_weight: weight of the residual predictor's squared error.
+        sparsity: weight of the residual's mean absolute value.
+        residual: whether there is a residual term.
+        seed: of the initial values and of the drawn tokens.
+        encoding: "auto", "torch" or "tinycudann", see :func:`dvt.fields.encodings.make_encoding`.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    levels: int = 16
+    base: int = 16
+    finest: int = 1024
+    channels: int = 8
+    hash_entries: int = 2**20
+    steps: int = 20_000
+    tokens_per_step: int = 2048
+    lr: float = 0.01
+    final_lr: float = 0.001
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+    warmup: float = 0.1
+    residual_weight: float = 0.1
+    sparsity: float = 0.02
+    residual: bool = True
+    seed: int = 0
+    encoding: EncodingKind = "auto"
+
+    def __post_init__(self) -> None:
+        self.layout  # noqa: B018  its own checks
+        checks = {
+            "steps": self.steps >= 2,
+            "tokens_per_step": self.tokens_per_step >= 1,
+            "lr": 0 < self.lr < math.inf,
+            "final_lr": 0 <= self.final_lr <= self.lr,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": 0 < self.eps < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "residual_weight": 0 <= self.residual_weight < math.inf,
+            "sparsity": 0 <= self.sparsity < math.inf,
+            "encoding": self.encoding in ("auto", "torch", "tinycudann"),
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
+
+    @property
+    def layout(self) -> GridLayout:
+        """The sizes of the field's encoding."""
+        return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
+
+        >>> config = NeuralConfig(steps=101, warmup=0.0)
+        >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)
+        (0.01, 0.0055, 0.001)
+        """
+        warm = int(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        share = (step - warm) / max(self.steps - 1 - warm, 1)
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class NeuralFit(Fit):
+    """One image's fields, as fitted by :class:`NeuralSolver`; the interface and its laws are those of `Fit`.
+
+    Args:
+        artifact: (h, w, C) mean zero over positions.
+        field: network of (N, 2) coordinates, in standardised units.
+        predictor: network of standardised tokens, or None.
+        centre: (C,) what standardisation subtracted.
+        scale: what it divided by.
+        gauge: (C,) the constant that centring took out of the artifact.
+    """
+
+    artifact: Tensor
+    field: nn.Module
+    predictor: nn.Module | None
+    centre: Tensor
+    scale: float
+    gauge: Tensor
+
+    @torch.no_grad()
+    def semantic(self, coords: Tensor) -> Tensor:
+        """F (..., C) at image coordinates (..., 2), (x, y) in [0, 1]^2; points outside take the border's value."""
+        flat = coords.reshape(-1, 2).to(self.artifact)
+        values = torch.cat([self.field(chunk) for chunk in flat.split(_CHUNK)]) * self.scale
+        return (values + self.centre + self.gauge).view(*coords.shape[:-1], -1)
+
+    @torch.no_grad()
+    def residual(self, raw: Tensor) -> Tensor:
+        """h (..., C) of raw tokens (..., C); zero where the residual term was off."""
+        raw = raw.to(self.artifact)
+        if self.predictor is None:
+            return torch.zeros_like(raw)
+        return self.predictor((raw - self.centre) / self.scale) * self.scale
+
+
+class NeuralSolver:
+    """Fits F (grid encoding and MLP), G (a vector for each position) and h (MLP on the token) by Adam.
+
+    Tokens are standardised by one mean vector and one standard deviation for all channels, which the paper does not
+    do: the learning rate then has no unit, and the fields need not learn the mean. The cosine in the loss is that of
+    the tokens themselves, mean included. Views are kept in half precision, on the GPU as long as they fit.
+
+    >>> from dvt.grids import grid_centres
+    >>> coords = grid_centres((4, 4))
+    >>> views = [(torch.randn(1, 4, 4, 8), coords[None])]
+    >>> config = NeuralConfig(levels=2, finest=32, steps=4, tokens_per_step=16)
+    >>> fit = NeuralSolver(config).fit(views)
+    >>> fit.semantic(coords).shape
+    torch.Size([4, 4, 8])
+    """
+
+    def __init__(self, config: NeuralConfig | None = None) -> None:
+        self.config = config or NeuralConfig()
+
+    def fit(self, views: Views, artifact: Tensor | None = None, progress: Progress | None = None) -> NeuralFit:
+        """Fit one image.
+
+        Args:
+            views: batches of tokens (V, h, w, C) and the image coordinates (V, h, w, 2) of their patch centres,
+                consumed once; V may differ from batch to batch. The tokens' device is where the fit runs.
+            artifact: (h, w, C) a known artifact, which is then not fitted but only centred.
+            progress: called with (steps done, steps) after each step.
+
+        Raises:
+            ConfigError: there is no view.
+            ShapeError: batches disagree in shape, or the artifact does not fit them.
+            NonFiniteError: tokens, coordinates or the loss are not finite.
+
+        Source: "Per-image denoising with neural fields" in Denoising Vision Transformers (arXiv 2401.02957), whose
+        raw = F(x) + G(p) + h(raw) is fitted with MSE + (1 - cosine), and 0.1 MSE(h, sg(raw - F - G)) + 0.02 |h|_1.
+        """
+        tokens, coords, device = _cache(views)
+        grid = (tokens.shape[1], tokens.shape[2], tokens.shape[3])
+        if artifact is not None and tuple(artifact.shape) != grid:
+            raise ShapeError(f"artifact has shape {tuple(artifact.shape)}; these views need {grid}")
+        centre, scale = _moments(tokens.flatten(0, 2))
+        # Callers often extract features under inference mode or no_grad; the fit itself needs gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            job = _Job(self.config, grid, centre.to(device), scale, artifact, device)
+            job.train(tokens.flatten(0, 2), coords.flatten(0, 2), progress)
+        return job.result()
+
+
+class _Job:
+    """The networks of one fit and their training, in standardised units."""
+
+    def __init__(
+        self,
+        config: NeuralConfig,
+        grid: tuple[int, int, int],
+        centre: Tensor,
+        scale: float,
+        artifact: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self.config, self.grid, self.centre, self.scale = config, grid, centre, scale
+        generator = torch.Generator(device).manual_seed(config.seed)
+        layout, channels = config.layout, grid[2]
+        encoding = make_encoding(config.encoding, layout, layout.initial_table(generator))
+        self.field = nn.Sequential(encoding, *_mlp((layout.features, max(channels // 2, 1), channels), generator))
+        hidden = max(channels // 4, 1)
+        widths = (channels, hidden, hidden, channels)
+        self.predictor = nn.Sequential(*_mlp(widths, generator)) if config.residual else None
+        known = torch.zeros(grid) if artifact is None else artifact.detach().float() / scale
+        known = (known - known.mean((0, 1))).flatten(0, 1).to(device)
+        self.artifact = nn.Parameter(known, requires_grad=artifact is None)
+
+    def train(self, tokens: Tensor, coords: Tensor, progress: Progress | None) -> None:
+        """Run all steps on tokens (N, C) and coordinates (N, 2), position after position of view after view."""
+        config = self.config
+        modules = [self.field] + ([self.predictor] if self.predictor is not None else [])
+        parameters = [p for module in modules for p in module.parameters()] + [self.artifact]
+        # Fused Adam is many times faster than the default on the large tables, on the CPU too.
+        optimizer = torch.optim.Adam(parameters, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+        generator = torch.Generator(tokens.device).manual_seed(config.seed)
+        for step in range(config.steps):
+            second_half = step >= config.steps // 2
+            if step == config.steps // 2:
+                self.artifact.requires_grad_(False)
+                self.artifact.grad = None
+            optimizer.param_groups[0]["lr"] = config.learning_rate(step)
+            chosen = torch.randint(len(tokens), (config.tokens_per_step,), generator=generator, device=tokens.device)
+            loss = self.loss(tokens[chosen], coords[chosen], chosen, second_half)
+            # Reading the loss waits for the GPU, so it is not read at every step; NaN never heals.
+            if (step % 50 == 0 or step == config.steps - 1) and not math.isfinite(loss.item()):
+                raise NonFiniteError(
+                    f"the loss is {loss.item()} at step {step + 1} of {config.steps}; use a smaller lr"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            if progress is not None:
+                progress(step + 1, config.steps)
+
+    def loss(self, tokens: Tensor, coords: Tensor, chosen: Tensor, second_half: bool) -> Tensor:
+        """The loss of drawn tokens (n, C): squared error and cosine, with the residual's terms in the second half."""
+        device, config = self.centre.device, self.config
+        raw = (tokens.to(device).float() - self.centre) / self.scale
+        position = (chosen % len(self.artifact)).to(device)
+        explained = self.field(coords.to(device)) + nnf.embedding(position, self.artifact)
+        if self.predictor is None or not second_half:
+            return self.reconstruction(explained, raw)
+        residual = self.predictor(raw)
+        target = (raw - explained).detach()
+        return (
+            self.reconstruction(explained + residual.detach(), raw)
+            + config.residual_weight * nnf.mse_loss(residual, target)
+            + config.sparsity * residual.abs().mean()
+        )
+
+    def reconstruction(self, estimate: Tensor, raw: Tensor) -> Tensor:
+        """MSE + (1 - cosine), the cosine with the mean put back."""
+        offset = self.centre / self.scale
+        cosine = nnf.cosine_similarity(estimate + offset, raw + offset, dim=-1)
+        return nnf.mse_loss(estimate, raw) + 1 - cosine.mean()
+
+    def result(self) -> NeuralFit:
+        """The fit in the tokens' units, its artifact centred."""
+        artifact = self.artifact.detach() * self.scale
+        gauge = artifact.mean(0)
+        for module in (self.field, self.predictor):
+            if module is not None:
+                module.requires_grad_(False)
+        centred = (artifact - gauge).view(self.grid)
+        return NeuralFit(centred, self.field, self.predictor, self.centre, self.scale, gauge)
+
+
+def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Module]:
+    """Linear layers with ReLU between, with torch's own initial distribution, an explicit generator and a zero output.
+
+    All terms so begin at zero, and tokens that do not vary leave them there.
+    """
+    for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
+        if k:
+            yield nn.ReLU()
+        layer = nn.utils.skip_init(nn.Linear, fan_in, fan_out, device=generator.device)
+        bound = fan_in**-0.5 if k < len(widths) - 2 else 0.0
+        for parameter in layer.parameters():
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
+        yield layer
+
+
+def _cache(views: Views) -> tuple[Tensor, Tensor, torch.device]:
+    """All tokens (V, h, w, C) in half precision, their coordinates (V, h, w, 2), and the device that they came on."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    device = None
+    for tokens, coords in views:
+        _check_batch(tokens, coords, kept[0][0] if kept else None)
+        device = device or tokens.device
+        # Half precision ends at 65504; a batch beyond it stays in single precision.
+        half = tokens.detach().half() if tokens.abs().max() < _HALF_SAFE else tokens.detach().float()
+        stays = _has_room(half, sum(batch.nbytes for batch, _ in kept)) and (not kept or kept[-1][0].device == device)
+        place = device if stays else torch.device("cpu")
+        kept.append((half.to(place), coords.detach().to(place, torch.float32)))
+    if not kept or device is None:
+        raise ConfigError("there are no views to fit; give at least one")
+    home = kept[-1][0].device
+    tokens, coords = (torch.cat([batch[k].to(home) for batch in kept]) for k in (0, 1))
+    return tokens, coords, device
+
+
+def _has_room(batch: Tensor, kept: int) -> bool:
+    """Whether a GPU holds its views still: joining the kept bytes takes as many again, training the reserve."""
+    return not batch.is_cuda or torch.cuda.mem_get_info(batch.device)[0] > kept + batch.nbytes + _CUDA_RESERVE
+
+
+def _check_batch(tokens: Tensor, coords: Tensor, first: Tensor | None) -> None:
+    if tokens.ndim != 4 or tokens.numel() == 0 or tuple(coords.shape) != (*tokens.shape[:3], 2):
+        raise ShapeError(
+            f"a batch has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; it needs (V, h, w, C) and "
+            f"(V, h, w, 2), none of them empty"
+        )
+    if first is not None and tokens.shape[1:] != first.shape[1:]:
+        raise ShapeError(
+            f"a batch has token maps of shape {tuple(tokens.shape[1:])} after others of {tuple(first.shape[1:])}; all "
+            f"views of an image need one grid and feature size"
+        )
+    if not (torch.isfinite(tokens).all() and torch.isfinite(coords).all()):
+        raise NonFiniteError("the views hold NaN or infinity; check the backbone's weights and the image")
+
+
+def _moments(tokens: Tensor) -> tuple[Tensor, float]:
+    """The mean (C,) of tokens (N, C), and one standard deviation around it over all channels."""
+    chunks = tokens.split(_CHUNK)
+    centre = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(tokens)
+    variance = sum(((chunk - centre) ** 2).sum().item() for chunk in chunks) / tokens.numel()
+    # Tokens that do not vary have only rounding left, which must not be blown up to unit variance.
+    floor = 1e-3 * math.sqrt((centre**2).mean().item())
+    return centre.float(), max(math.sqrt(variance), floor) or 1.0
