@@ -76,7 +76,6 @@ class TokenViews:
     """The views of one image after the backbone: batches of (tokens (V, h, w, C), coords (V, h, w, 2)), float32.
 
     Attributes:
-        whole: the tokens of the whole image (batch of 1), once the first batch has been read.
         coords: (h, w, 2) of the whole image's patches.
         seconds: spent in cutting views and in the backbone.
     """
@@ -88,14 +87,21 @@ class TokenViews:
         self.coords = backbone.centres(size)
         self.views = Views(image.to(self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
-        self.whole: Tokens | None = None
         self.seconds = 0.0
+        self._whole: Tokens | None = None
+
+    @property
+    def whole(self) -> Tokens:
+        """The tokens of the whole image (batch of 1), once the first batch has been read."""
+        if self._whole is None:
+            raise RuntimeError("the whole image's tokens are not known yet; read the first batch of views before")
+        return self._whole
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         start = time.perf_counter()
         for images, coords in self.views:
             tokens = self._forward(images)
-            self.whole = self.whole or tokens[:1]
+            self._whole = self._whole or tokens[:1]
             self._settle()
             self.seconds += time.perf_counter() - start
             yield tokens.patches, coords
@@ -183,7 +189,7 @@ def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], c
 
     Each image keeps a field of its own; their reduced equations for the artifact add up.
     """
-    solver, total, grid = LinearSolver(config.linear), None, None
+    solver, total, grid = LinearSolver(config.linear), None, (0, 0)
     for image in images:
         pixels = image if isinstance(image, Tensor) else load_image(image)
         views = TokenViews(backbone, pixels, config.views, config.dtype)
@@ -260,8 +266,8 @@ def denoise_images(
         ImageError: with strict, an image cannot be read.
     """
     summary, progress = Summary(), progress or (lambda what, done, total: None)
-    terms = ALL_TERMS if keep_terms else ALL_TERMS[:2]
-    with StoreWriter(out, job_of(backbone, config, terms), wait=wait) as writer:
+    terms = _terms(keep_terms)
+    with StoreWriter(out, job_of(backbone, config, keep_terms), wait=wait) as writer:
         listed = list(_look(backbone, paths, summary, strict, progress))
         todo = [item for item in listed if item.sha256 not in writer.done]
         summary.skipped = len(listed) - len(todo)
@@ -281,8 +287,9 @@ def denoise_images(
     return summary
 
 
-def job_of(backbone: Backbone, config: DenoiseConfig, terms: Sequence[str]) -> Job:
+def job_of(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
     """The store's job: everything that the tokens depend on."""
+    terms = _terms(keep_terms)
     return Job(
         backbone=backbone.name,
         weights_sha256=backbone.weights_sha256,
@@ -291,6 +298,10 @@ def job_of(backbone: Backbone, config: DenoiseConfig, terms: Sequence[str]) -> J
         size=backbone.image_size,
         config={"verb": "denoise", "terms": list(terms), **config.numbers()},
     )
+
+
+def _terms(keep_terms: bool) -> tuple[str, ...]:
+    return ALL_TERMS if keep_terms else ALL_TERMS[:2]
 
 
 def _look(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dvt.errors import ShapeError
@@ -21,6 +20,7 @@ class Tokens:
     Raises:
         ShapeError: the two disagree in batch or feature size, or have other ranks.
 
+    >>> import torch
     >>> tokens = Tokens(torch.zeros(2, 14, 21, 192), torch.zeros(2, 1, 192))
     >>> tokens.grid, tokens.feature_dim, len(tokens)
     ((14, 21), 192, 2)

@@ -28,12 +28,12 @@ class NormalEquations:
     def __init__(self, resolution: Size, positions: int, channels: int, like: Tensor):
         self.resolution = resolution
         nodes = resolution[0] * resolution[1]
-        make = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         self.stencil = torch.zeros(5, nodes, device=like.device, dtype=torch.float64)
-        self.cross = torch.zeros(nodes, positions, **make)
-        self.field_rhs = torch.zeros(nodes, channels, **make)
+        self.cross = like.new_zeros(nodes, positions)
+        self.field_rhs = like.new_zeros(nodes, channels)
         self.count = torch.zeros(positions, device=like.device, dtype=torch.float64)
-        self.artifact_rhs = torch.zeros(positions, channels, **make)
+        self.artifact_rhs = like.new_zeros(positions, channels)
 
     def add(self, tokens: Tensor, coords: Tensor, weights: Tensor | None = None) -> None:
         """Add views: tokens (V, n, C), coords (V, n, 2), weights (V, n) or None for 1."""

@@ -39,7 +39,7 @@ class LinearConfig:
     smoothness: float | None = None
     ridge: float = 1e-4
     robust: bool = True
-    cutoff: float = 2.0
+    cutoff: float = 5.0
     residual: bool = True
     residual_ridge: float = 1e-2
     blend: bool = True
@@ -131,12 +131,12 @@ class LinearSolver:
         run = _Run(self.config, views, artifact)
         field, estimate = run.equations.solve(run.pilot.smoothness, run.known, self.config.ridge)
         residual_map, mean = run.outliers.residual_map(field, estimate, run.pilot.resolution, self.config)
-        like = {"dtype": torch.promote_types(run.dtype, torch.float32)}
+        dtype = torch.promote_types(run.dtype, torch.float32)
         return LinearFit(
-            nodes=field.view(*run.pilot.resolution, -1).to(**like),
-            artifact=estimate.view(*run.grid, -1).to(**like),
-            residual_map=None if residual_map is None else residual_map.to(**like),
-            residual_mean=mean.to(**like),
+            nodes=field.view(*run.pilot.resolution, -1).to(dtype),
+            artifact=estimate.view(*run.grid, -1).to(dtype),
+            residual_map=None if residual_map is None else residual_map.to(dtype),
+            residual_mean=mean.to(dtype),
             noise=run.pilot.noise(field, estimate),
             error=run.pilot.error,
             config=replace(self.config, resolution=min(run.pilot.resolution), smoothness=run.pilot.smoothness),
@@ -160,7 +160,7 @@ class _Run:
 
     def __init__(self, config: LinearConfig, views: Iterable[Batch], artifact: Tensor | None):
         self.config = config
-        self.shape: tuple[int, ...] | None = None if artifact is None else tuple(artifact.shape)
+        self.shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)  # () until it is known
         self.known = None if artifact is None else artifact.flatten(0, 1)
         stream = self._read(views)
         head = _take(stream, config.pilot_views)
@@ -176,15 +176,15 @@ class _Run:
 
     @property
     def grid(self) -> Size:
-        return self.shape[:2]
+        return self.shape[0], self.shape[1]
 
     def _accumulate(self, head: list[Batch], stream: Iterator[Batch]) -> None:
-        while head or (batch := next(stream, None)) is not None:
-            tokens, coords = head.pop(0) if head else batch
-            second = self.config.robust or self.config.residual
-            weights = self.pilot.weights(tokens, coords) if second else None
+        while (batch := head.pop(0) if head else next(stream, None)) is not None:
+            tokens, coords = batch
+            needed = self.config.robust or self.config.residual
+            weights = self.pilot.weights(tokens, coords) if needed else None
             self.equations.add(tokens, coords, weights if self.config.robust else None)
-            if self.config.residual:
+            if self.config.residual and weights is not None:
                 self.outliers.add(tokens, coords, weights)
 
     def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:

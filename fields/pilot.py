@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from dvt.fields.linear import LinearConfig
 
 SKETCH = 32
-MULTIPLES = (2, 4, 6, 8)
+# Nodes a patch that are tried; the first is where smoothness is chosen.
+MULTIPLES = (4, 2, 6)
 FINEST = 150
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 5
 NEIGHBOURS = 9
-ROUNDS = 2
+ROUNDS = 1
 MIDDLE = 0.1
 
 
@@ -56,11 +57,11 @@ class Pilot:
         artifact = None if known is None else self.sketch(known)
         if artifact is None and len(self.tokens) == 1:
             artifact = torch.zeros_like(self.tokens[0])
+        self._token_weights = self.tokens.new_ones(self.tokens.shape[:2])
         held = torch.arange(len(self.tokens), device=self.tokens.device) % HELD_OUT == HELD_OUT // 2
         self.resolution, self.smoothness, self.error = self._choose(grid, artifact, held)
         everything = torch.ones_like(held)
-        weights = self._weights(everything, artifact, self.resolution, self.smoothness)
-        equations = self._equations(everything, self.resolution, weights)
+        equations = self._equations(everything, self.resolution)
         self.field, self.artifact = equations.solve(self.smoothness, artifact, config.ridge)
         self.usual = self._usual(grid)
 
@@ -104,36 +105,42 @@ class Pilot:
         return float((left - left[near]).square().sum(-1).median() / 2)
 
     def _choose(self, grid: Size, artifact: Tensor | None, held: Tensor) -> tuple[Size, float, float]:
-        """The artifact and the weights hardly depend on the choice: they are found once, at a middle resolution."""
+        """Resolution, smoothness and held-out error.
+
+        The artifact and the weights hardly depend on the first two: they are found once, at a middle resolution. The
+        sum of squared differences of neighbouring nodes is the integral of |grad F|^2 at every resolution (in two
+        dimensions), so the best smoothness at one is the best at all.
+        """
         config = self.config
-        sizes = _candidates(grid) if config.resolution is None else [config.resolution]
+        sizes = _candidates(grid, self.coords[..., 0].numel()) if config.resolution is None else [config.resolution]
         choices = SMOOTHNESS if config.smoothness is None else (config.smoothness,)
-        middle = node_resolution(grid, sizes[len(sizes) // 2])
+        middle, *others = (node_resolution(grid, size) for size in sizes)
         if not held.any():
             return middle, choices[len(choices) // 2], 0.0
-        weights = self._weights(~held, artifact, middle, MIDDLE)
-        _, artifact = self._equations(~held, middle, weights).solve(MIDDLE, artifact, config.ridge)
-        best: tuple[float, Size, float] = (float("inf"), middle, choices[0])
-        for resolution in (node_resolution(grid, size) for size in sizes):
-            equations = self._equations(~held, resolution, weights)
-            for smoothness in choices:
-                field, _ = equations.solve(smoothness, artifact)
-                left = _left(self.tokens[held], self.coords[held], field, artifact, resolution).square().sum(-1)
-                best = min(best, (float((left * weights[held]).sum() / weights[held].sum()), resolution, smoothness))
-        return best[1], best[2], best[0]
+        self._reweigh(~held, artifact, middle, MIDDLE, ROUNDS)
+        _, artifact = self._equations(~held, middle).solve(MIDDLE, artifact, config.ridge)
 
-    def _weights(self, views: Tensor, artifact: Tensor | None, resolution: Size, smoothness: float) -> Tensor:
+        def error(resolution: Size, smoothness: float) -> float:
+            field, _ = self._equations(~held, resolution).solve(smoothness, artifact)
+            left = _left(self.tokens[held], self.coords[held], field, artifact, resolution).square().sum(-1)
+            return float((left * self._token_weights[held]).sum() / self._token_weights[held].sum())
+
+        best, smoothness = min((error(middle, value), value) for value in choices)
+        best, resolution = min([(best, middle), *((error(other, smoothness), other) for other in others)])
+        return resolution, smoothness, best
+
+    def _reweigh(
+        self, views: Tensor, artifact: Tensor | None, resolution: Size, smoothness: float, rounds: int
+    ) -> None:
         """Robust weights (V, n) of all tokens, from fits of some views."""
-        weights = self.tokens.new_ones(self.tokens.shape[:2])
-        for _ in range(ROUNDS if self.config.robust else 0):
-            fit = self._equations(views, resolution, weights).solve(smoothness, artifact, self.config.ridge)
+        for _ in range(rounds if self.config.robust else 0):
+            fit = self._equations(views, resolution).solve(smoothness, artifact, self.config.ridge)
             odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
             if odd.median() == 0:
-                break
+                return
             # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
             usual = self._local(odd, self._neighbours, 2).view_as(odd).clamp_min(odd.median())
-            weights = geman_mcclure(odd, usual, self.config.cutoff)
-        return weights
+            self._token_weights = geman_mcclure(odd, usual, self.config.cutoff)
 
     def _oddity(self, left: Tensor) -> Tensor:
         """(V, n) distance of what is left of a token from the median of its neighbours in the image.
@@ -148,10 +155,10 @@ class Pilot:
         near_values = values.flatten(0, 1)[torch.as_tensor(near, device=values.device)]
         return near_values.kthvalue(min(rank, near.shape[1]), dim=1).values
 
-    def _equations(self, views: Tensor, resolution: Size, weights: Tensor | None) -> NormalEquations:
+    def _equations(self, views: Tensor, resolution: Size) -> NormalEquations:
         tokens = self.tokens[views]
         equations = NormalEquations(resolution, tokens.shape[1], tokens.shape[2], tokens)
-        equations.add(tokens, self.coords[views], None if weights is None else weights[views])
+        equations.add(tokens, self.coords[views], self._token_weights[views])
         return equations
 
 
@@ -166,10 +173,16 @@ def node_resolution(grid: Size, shorter: int) -> Size:
     return rows, columns
 
 
-def _candidates(grid: Size) -> list[int]:
-    """Numbers of nodes along the shorter side that are tried: a few a patch, up to a fixed cost."""
-    finest = max(FINEST, 2 * min(grid) + 1)
-    return [count for multiple in MULTIPLES if (count := multiple * min(grid) + 1) <= finest]
+def _candidates(grid: Size, tokens: int) -> list[int]:
+    """Numbers of nodes along the shorter side that are tried: up to a fixed cost and one node for two tokens."""
+    counts = [multiple * min(grid) + 1 for multiple in MULTIPLES]
+    resolutions = [node_resolution(grid, count) for count in counts]
+    affordable = [
+        count
+        for count, (rows, columns) in zip(counts, resolutions, strict=True)
+        if count <= FINEST and 2 * rows * columns <= tokens
+    ]
+    return affordable or [min(counts)]
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:

@@ -1,0 +1,60 @@
+# On a bare machine with python3 and make: `make demo`, `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Arguments for pytest, for example `make test ARGS="tests/fields -k linear"`.
+ARGS ?=
+# One thread a process: pytest runs two of them.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
+
+.PHONY: demo test test-all lint format types bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/dvt demo
+
+test: $(VENV)/.installed-test
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+format: $(VENV)/.installed-dev
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+# Type checkers cannot follow the mapping of folders to packages in an editable install, so a wheel is built, unpacked
+# by pip and checked there, away from the sources.
+types: $(VENV)/.installed-dev
+	rm -rf build $(VENV)/wheel $(VENV)/unpacked
+	$(PY) -m build --quiet --wheel --outdir $(VENV)/wheel
+	$(PY) -m pip install --quiet --no-deps --target $(VENV)/unpacked $(VENV)/wheel/*.whl
+	rm -rf build
+	cd $(VENV)/unpacked && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p dvt
+
+# Each benchmark prints one JSON line last; --small keeps it to minutes on two cores.
+bench: $(VENV)/.installed-test
+	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(PY) $$file --small; done
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps: packages are installed again only when pyproject.toml changes. A larger set stamps the smaller ones too.
+$(VENV)/.installed: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet -e ".[test]"
+	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet -e ".[dev]"
+	touch $(VENV)/.installed $(VENV)/.installed-test $@

@@ -1,0 +1,379 @@
+"""The command line: `dvt denoise`, `dvt inspect`, `dvt demo`. tyro over the jobs' dataclasses; rich for progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import dvt
+from dvt.errors import ConfigError, DvtError
+from dvt.fields import LinearConfig, NeuralConfig
+from dvt.images import find_images
+from dvt.pipeline import DenoiseConfig, Denoised, Summary, denoise_images, job_of
+from dvt.store import FeatureStore, damaged_shards
+from dvt.views import ViewConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from dvt.backbones import Backbone
+
+log = logging.getLogger("dvt")
+
+DEMO_MODEL = "vit_tiny_patch16_224"
+# Enough images for a stable probe; more would only take memory.
+SCORED_IMAGES = 100
+
+
+@dataclass(frozen=True)
+class Denoise:
+    """Split each image's features into a semantic field, an artifact and a residual; write a store and pictures.
+
+    The same command again computes what is missing and nothing else.
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths."""
+    out: Path
+    """Folder of the feature store; pictures go to its folder pictures."""
+    backbone: str = "vit_small_patch14_dinov2.lvd142m"
+    """Name of a single-scale timm model."""
+    weights: str | None = None
+    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt."""
+    layer: int = -1
+    """Block whose tokens are read; -1 is the last, after the final norm."""
+    stride: int | None = None
+    """Pixels between patches; smaller than the patch they overlap."""
+    size: int | None = None
+    """Shorter side of the model's input in pixels; the model's own if not given."""
+    views: int = 48
+    """Random views an image, beside the whole image; the paper takes 768."""
+    seed: int = 0
+    """Seed of the views and the solver."""
+    batch: int = 16
+    """Views a forward pass."""
+    solver: Literal["linear", "neural"] = "linear"
+    """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """Settings of the linear solver."""
+    neural: NeuralConfig = field(default_factory=NeuralConfig)
+    """Settings of the neural solver."""
+    shared_artifact: bool = False
+    """Fit one artifact for all images of a grid shape, instead of one each."""
+    shared_images: int = 32
+    """Images that the shared artifact is fitted on."""
+    upsample: int = 1
+    """Also write the semantic features this many times finer, to OUT/upsampled."""
+    keep_terms: bool = False
+    """Also store the artifact and the residual."""
+    pictures: bool = True
+    """Draw a picture for each image."""
+    shard_images: int = 16
+    """Images a shard; a killed run loses at most the shard in hand."""
+    strict: bool = False
+    """Stop at the first image that cannot be read."""
+    wait: bool = True
+    """Wait for another writer of the same store, instead of refusing."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the backbone's forward pass."""
+    json: bool = False
+    """Print one JSON object on standard output, everything else on standard error."""
+    dry_run: bool = False
+    """Print the resolved settings and the images found, and stop."""
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Show what a feature store holds."""
+
+    store: tyro.conf.Positional[Path]
+    """A folder of shards, or one shard."""
+    verify: bool = False
+    """Read everything through its checksums and name damaged shards."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Denoise one bundled photograph with the small bundled ViT; needs no network."""
+
+    out: Path = Path("dvt-demo")
+    """Folder for the store and the picture."""
+    views: int = 48
+    """Random views."""
+    device: str = "auto"
+    """"cpu", "cuda" or "auto"."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+Command = (
+    Annotated[Denoise, tyro.conf.subcommand("denoise")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Demo, tyro.conf.subcommand("demo")]
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
+    command = tyro.cli(Command, prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
+    console = Console(stderr=command.json, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    run: dict[type, Callable[[Any, Console], tuple[int, dict[str, Any]]]] = {
+        Denoise: denoise,
+        Inspect: inspect,
+        Demo: demo,
+    }
+    try:
+        code, result = run[type(command)](command, console)
+    except DvtError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on where it was")
+        return 1
+    if command.json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+    return code
+
+
+def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
+    """`dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
+    if command.upsample < 1:
+        raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
+    config = _config(command)
+    paths = find_images(command.images)
+    settings = {"command": "denoise", **_plain(command), "images": [str(path) for path in paths]}
+    if command.dry_run:
+        console.print_json(data=settings)
+        return 0, settings
+    backbone = _backbone(command)
+    job = job_of(backbone, config, command.keep_terms)
+    console.print(f"{escape(backbone.name)}: {len(paths)} images, {command.views} views, {command.solver} solver")
+    start = time.perf_counter()
+    with _progress(console) as progress:
+        summary = denoise_images(
+            backbone,
+            paths,
+            command.out,
+            config,
+            keep_terms=command.keep_terms,
+            shard_images=command.shard_images,
+            strict=command.strict,
+            wait=command.wait,
+            progress=progress,
+            each=_Writer(command, paths),
+        )
+    _save_json(command.out / "config.json", {"job": job.attributes(), **settings})
+    result = _result(summary, command.out, time.perf_counter() - start)
+    _print_summary(console, result)
+    for path, reason in summary.failed:
+        console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
+    return (2 if summary.failed else 0), result
+
+
+def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
+    """`dvt inspect`: 0 when the store is fine, 2 when it is not one or is damaged."""
+    damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
+    summary = {} if damaged else FeatureStore(command.store).summary()
+    table = Table("", "value", title=escape(str(command.store)), show_header=False)
+    for name, value in summary.items():
+        shown = json.dumps(value, indent=1) if isinstance(value, dict) else value
+        table.add_row(name.replace("_", " "), escape(str(shown)))
+    if summary:
+        console.print(table)
+    for path, reason in damaged.items():
+        console.print(f"[bold red]damaged[/] {escape(path)}: {escape(reason)}")
+    if command.verify and not damaged:
+        console.print("every checksum is right")
+    return (2 if damaged else 0), {**summary, "damaged": damaged}
+
+
+def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
+    """`dvt demo`: the whole of stage one on a bundled photograph."""
+    photo = Path(dvt.__file__).parent / "data" / "cat.jpg"
+    job = Denoise(
+        images=(str(photo),),
+        out=command.out,
+        backbone=DEMO_MODEL,
+        weights="demo",
+        views=command.views,
+        device=command.device,
+        json=command.json,
+        keep_terms=True,
+    )
+    code, result = denoise(job, console)
+    console.print(f"picture: {escape(str(command.out / 'pictures' / 'cat.png'))}")
+    console.print(f"store:   {escape(str(command.out))}  (look at it with `dvt inspect {escape(str(command.out))}`)")
+    return code, result
+
+
+def _config(command: Denoise) -> DenoiseConfig:
+    return DenoiseConfig(
+        views=ViewConfig(count=command.views, seed=command.seed, batch=command.batch),
+        solver=command.solver,
+        linear=dataclasses.replace(command.linear, seed=command.seed),
+        neural=dataclasses.replace(command.neural, seed=command.seed),
+        shared_artifact=command.shared_artifact,
+        shared_images=command.shared_images,
+        dtype=command.dtype,
+    )
+
+
+def _backbone(command: Denoise) -> Backbone:
+    from dvt.backbones import load_backbone
+
+    weights = dvt.demo_weights() if command.weights == "demo" else command.weights
+    backbone = load_backbone(
+        command.backbone, weights=weights, layer=command.layer, stride=command.stride, size=command.size
+    )
+    return backbone.to(_device(command.device))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
+        ) from error
+    return device
+
+
+class _Writer:
+    """Writes an image's picture and finer features next to the store."""
+
+    def __init__(self, command: Denoise, paths: list[Path]):
+        self.command = command
+        stems = [path.stem for path in paths]
+        self.names = {
+            path: stem if stems.count(stem) == 1 else f"{stem}-{number}"
+            for number, (path, stem) in enumerate(zip(paths, stems, strict=True))
+        }
+
+    def __call__(self, path: Path, pixels: torch.Tensor, result: Denoised) -> None:
+        name = self.names[path]
+        if self.command.pictures:
+            self._picture(self.command.out / "pictures" / f"{name}.png", pixels, result)
+        if self.command.upsample > 1:
+            self._upsampled(self.command.out / "upsampled" / f"{name}.npy", result)
+
+    def _picture(self, target: Path, pixels: torch.Tensor, result: Denoised) -> None:
+        from dvt.analysis.pictures import decomposition_figure, save
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parts = result.decomposition.to("cpu")
+        residual = parts.residual if parts.residual.any() else None
+        save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
+
+    def _upsampled(self, target: Path, result: Denoised) -> None:
+        import numpy as np
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        values = result.upsampled(self.command.upsample).cpu().numpy()
+        part = target.with_name(f"{target.name}.part")
+        with open(part, "wb") as file:
+            np.save(file, values.astype(np.float16) if abs(values).max() < 65504 else values)
+        part.replace(target)
+
+
+def _result(summary: Summary, out: Path, seconds: float) -> dict[str, Any]:
+    result = {**dataclasses.asdict(summary), "seconds": seconds, "store": str(out)}
+    if summary.done + summary.skipped:
+        result["position"] = _position(FeatureStore(out))
+    return result
+
+
+def _position(store: FeatureStore) -> dict[str, dict[str, float]]:
+    """How well a linear probe reads the patch position from raw and semantic tokens, beside the null."""
+    import torch
+
+    from dvt.analysis import position_decodability, with_null
+
+    scores = {}
+    for term in ("raw", "semantic"):
+        maps = FeatureStore(store.path, term)
+        tokens = [maps[index] for index in range(min(len(maps), SCORED_IMAGES))]
+        if min(min(each.grid) for each in tokens) >= 2:
+            generator = torch.Generator().manual_seed(0)
+            scores[term] = dataclasses.asdict(with_null(position_decodability, tokens, generator))
+    return scores
+
+
+def _print_summary(console: Console, result: dict[str, Any]) -> None:
+    table = Table("", "", show_header=False)
+    table.add_row("images done", str(result["done"]))
+    table.add_row("skipped, already in the store", str(result["skipped"]))
+    table.add_row("failed", str(len(result["failed"])))
+    table.add_row("seconds in extraction", f"{result['extraction_seconds']:.1f}")
+    table.add_row("seconds in fitting", f"{result['fitting_seconds']:.1f}")
+    table.add_row("seconds in all", f"{result['seconds']:.1f}")
+    for term, score in result.get("position", {}).items():
+        text = f"{score['value']:.3f}   (shuffled positions {score['low']:.3f} to {score['high']:.3f})"
+        table.add_row(f"position decodability R², {term}", text)
+    console.print(table)
+    if result.get("position") and result["done"] + result["skipped"] == 1:
+        console.print(
+            "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
+        )
+
+
+@contextmanager
+def _progress(console: Console):
+    """A progress bar as a callback (what, done, total)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, rate="")
+            elapsed = bar.tasks[tasks[what]].elapsed or 0
+            bar.update(tasks[what], completed=done, total=total, rate=f"{done / elapsed:.2f}/s" if elapsed > 0 else "")
+
+        yield update
+
+
+def _plain(command: Denoise) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(command), default=str))
+
+
+def _save_json(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
