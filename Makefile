@@ -6,7 +6,6 @@ PY := $(VENV)/bin/python
 ARGS ?=
 # One thread a process: pytest runs two of them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
-BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .PHONY: demo test test-all lint format types bench clean
 
@@ -36,9 +35,9 @@ types: $(VENV)/.installed-dev
 	rm -rf build
 	cd $(VENV)/unpacked && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p dvt
 
-# Each benchmark prints one JSON line last; --small keeps it to minutes on two cores.
+# The sections that need no data and take minutes; `make bench ARGS="all --camvid DIR --natural DIR"` runs everything.
 bench: $(VENV)/.installed-test
-	set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(PY) $$file --small; done
+	$(PY) benchmarks/stage_one.py $(or $(ARGS),planted views)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

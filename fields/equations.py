@@ -8,11 +8,17 @@ code on the CPU and on a GPU. (Ours; science: the closed-form decomposition in d
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from dvt import grids
 from dvt.grids import Size
+
+# Numbers in a block from which several threads pay.
+SMALL_BLOCK = 65_536
 
 
 class NormalEquations:
@@ -137,6 +143,10 @@ class BlockTridiagonal:
 
     def __init__(self, stencil: Tensor):
         self.rows, self.columns = stencil.shape[1:]
+        with _threads_for(self.columns**2):
+            self._factorise(stencil)
+
+    def _factorise(self, stencil: Tensor) -> None:
         own = torch.diag_embed(stencil[0])
         right = torch.diag_embed(stencil[1, :, :-1], offset=1)
         diagonal = own + right + right.mT
@@ -151,7 +161,11 @@ class BlockTridiagonal:
 
     def solve(self, rhs: Tensor) -> Tensor:
         """x (rows * columns, M) of K x = rhs; rhs is overwritten."""
-        blocks = rhs.view(self.rows, self.columns, -1)
+        with _threads_for(self.columns * rhs.shape[1]):
+            self._substitute(rhs.view(self.rows, self.columns, -1))
+        return rhs
+
+    def _substitute(self, blocks: Tensor) -> None:
         for row in range(self.rows):
             if row:
                 blocks[row] -= self.links[row - 1] @ blocks[row - 1]
@@ -160,4 +174,14 @@ class BlockTridiagonal:
             if row + 1 < self.rows:
                 blocks[row] -= self.links[row].mT @ blocks[row + 1]
             blocks[row] = torch.linalg.solve_triangular(self.factors[row].mT, blocks[row], upper=True)
-        return rhs
+
+
+@contextmanager
+def _threads_for(block: int) -> Iterator[None]:
+    """One CPU thread for small blocks: handing them to several costs more than it saves, and far more on a busy one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads if block > SMALL_BLOCK else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -174,15 +174,11 @@ def node_resolution(grid: Size, shorter: int) -> Size:
 
 
 def _candidates(grid: Size, tokens: int) -> list[int]:
-    """Numbers of nodes along the shorter side that are tried: up to a fixed cost and one node for two tokens."""
-    counts = [multiple * min(grid) + 1 for multiple in MULTIPLES]
-    resolutions = [node_resolution(grid, count) for count in counts]
-    affordable = [
-        count
-        for count, (rows, columns) in zip(counts, resolutions, strict=True)
-        if count <= FINEST and 2 * rows * columns <= tokens
-    ]
-    return affordable or [min(counts)]
+    """Numbers of nodes along the shorter side that are tried, up to a fixed cost."""
+    first, coarse, fine = (multiple * min(grid) + 1 for multiple in MULTIPLES)
+    rows, columns = node_resolution(grid, fine)
+    enough = fine <= FINEST and 2 * rows * columns <= tokens
+    return ([first] if first <= FINEST else []) + [coarse] + ([fine] if enough else [])
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
