@@ -1,0 +1,160 @@
+"""The command line as a new user meets it: real subprocesses, real images, exit codes and what is left on disk."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvt.store import FeatureStore
+
+WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64", "--views", "7")
+
+
+def dvt(*arguments, cwd, expect=0, **environment):
+    process = subprocess.run(
+        [sys.executable, "-m", "dvt.cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == expect, process.stderr + process.stdout
+    assert "Traceback" not in process.stderr
+    return process
+
+
+def photograph(path: Path, seed: int, size=(90, 120)) -> Path:
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        photograph(folder / f"{number}.png", number)
+    return folder
+
+
+def test_demo_makes_a_picture_a_store_and_a_table(tmp_path):
+    out = json.loads(dvt("demo", "--views", 8, "--json", cwd=tmp_path).stdout)
+    assert out["done"] == 1 and not out["failed"]
+    assert out["position"]["raw"]["value"] > out["position"]["raw"]["high"]
+    with Image.open(tmp_path / "dvt-demo" / "pictures" / "cat.png") as picture:
+        assert picture.size[0] > 1000 and np.asarray(picture.convert("L")).std() > 20
+    store = FeatureStore(tmp_path / "dvt-demo")
+    assert len(store) == 1 and store.terms == ("raw", "semantic", "artifact", "residual")
+    assert "cat.jpg" in store.images[0]
+
+
+def test_denoise_twice_computes_once(photos, tmp_path):
+    first = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--json", cwd=tmp_path).stdout)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    second = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--json", cwd=tmp_path).stdout)
+    assert (first["done"], first["skipped"], second["done"], second["skipped"]) == (3, 0, 0, 3)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    assert sorted(p.name for p in (tmp_path / "out" / "pictures").iterdir()) == ["0.png", "1.png", "2.png"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["views"] == 7 and config["job"]["backbone"] == "vit_tiny_patch16_224"
+
+
+def test_one_bad_image_among_good_ones_is_reported_and_the_rest_is_done(photos, tmp_path):
+    (photos / "broken.png").write_bytes((photos / "0.png").read_bytes()[:200])
+    (photos / "empty.jpg").touch()
+    done = dvt("denoise", photos, *WITH, "--out", "out", "--json", "--no-pictures", cwd=tmp_path, expect=2)
+    result = json.loads(done.stdout)
+    assert result["done"] == 3
+    assert sorted(Path(path).name for path, _ in result["failed"]) == ["broken.png", "empty.jpg"]
+    assert len(FeatureStore(tmp_path / "out")) == 3
+
+
+def test_strict_stops_at_the_bad_image(photos, tmp_path):
+    (photos / "0.png").write_bytes(b"not an image")
+    stopped = dvt("denoise", photos, *WITH, "--out", "out", "--strict", cwd=tmp_path, expect=2)
+    assert "0.png" in stopped.stderr
+    assert not list((tmp_path / "out").glob("*.h5*"))
+
+
+def test_other_options_reach_the_numbers(photos, tmp_path):
+    arguments = ("denoise", photos / "0.png", *WITH, "--no-pictures")
+    dvt(*arguments, "--out", "plain", "--upsample", 3, cwd=tmp_path)
+    dvt(*arguments, "--out", "seed", "--seed", 1, cwd=tmp_path)
+    dvt(*arguments, "--out", "neural", "--solver", "neural", "--neural.steps", 20, cwd=tmp_path)
+    dvt(*arguments, "--out", "shared", "--shared-artifact", "--keep-terms", cwd=tmp_path)
+    stores = {name: FeatureStore(tmp_path / name) for name in ("plain", "seed", "neural", "shared")}
+    raw = {name: store.read(0, "raw") for name, store in stores.items()}
+    assert all(np.array_equal(raw["plain"], other) for other in raw.values())
+    semantic = [store.read(0, "semantic") for store in stores.values()]
+    assert all(not np.array_equal(semantic[0], other) for other in semantic[1:3])
+    assert stores["shared"].artifact(0) is not None and stores["plain"].artifact(0) is None
+    height, width, channels = semantic[0].shape
+    assert np.load(tmp_path / "plain" / "upsampled" / "0.npy").shape == (3 * height, 3 * width, channels)
+
+
+def test_dry_run_prints_the_settings_and_writes_nothing(photos, tmp_path):
+    settings = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--dry-run", "--json", cwd=tmp_path).stdout)
+    assert settings["views"] == 7 and len(settings["images"]) == 3
+    assert not (tmp_path / "out").exists()
+
+
+def test_inspect_shows_and_verifies(photos, tmp_path):
+    dvt("denoise", photos, *WITH, "--out", "out", "--no-pictures", cwd=tmp_path)
+    summary = json.loads(dvt("inspect", "out", "--verify", "--json", cwd=tmp_path).stdout)
+    assert summary["images"] == 3 and summary["damaged"] == {}
+    shard = next((tmp_path / "out").glob("*.h5"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+    damaged = json.loads(dvt("inspect", "out", "--verify", "--json", cwd=tmp_path, expect=2).stdout)
+    assert [Path(path).name for path in damaged["damaged"]] == [shard.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("denoise", "nothing-here", *WITH, "--out", "o"), "nothing-here"),
+        (("denoise", ".", *WITH, "--out", "o"), "no images"),
+        (("denoise", "a.png", "--backbone", "vit_tny", "--out", "o"), "vit_tny"),
+        (("denoise", "a.png", "--backbone", "resnet18", "--out", "o"), "hierarchical"),
+        (("denoise", "a.png", "--backbone", "vit_tiny_patch16_224", "--weights", "no.pth", "--out", "o"), "no.pth"),
+        (("denoise", "a.png", "--backbone", "vit_small_patch16_224", "--weights", "demo", "--out", "o"), "shape"),
+        (("denoise", "a.png", *WITH, "--views", "-1", "--out", "o"), "-1"),
+        (("denoise", "a.png", *WITH, "--upsample", "0", "--out", "o"), "upsample"),
+        (("denoise", "a.png", *WITH, "--layer", "99", "--out", "o"), "99"),
+        (("denoise", "a.png", *WITH, "--device", "abacus", "--out", "o"), "abacus"),
+        (("denoise", "a.png", *WITH, "--shared-artifact", "--solver", "neural", "--out", "o"), "linear"),
+        (("denoise", "a.png", *WITH, "--linear.resolution", "1", "--out", "o"), "resolution"),
+        (("inspect", "nothing-here"), "nothing-here"),
+        (("denoise", "a.png"), "--out"),
+    ],
+)
+def test_bad_input_is_said_clearly(arguments, says, tmp_path):
+    if "a.png" in arguments:
+        photograph(tmp_path / "a.png", 0)
+    refused = dvt(*arguments, cwd=tmp_path, expect=2)
+    assert says in refused.stderr
+    assert not list(tmp_path.glob("o/*.h5*"))
+
+
+def test_without_a_network_the_error_names_the_ways_out(tmp_path):
+    photograph(tmp_path / "a.png", 0)
+    refused = dvt("denoise", "a.png", "--backbone", "vit_small_patch14_dinov2.lvd142m", "--out", "o", cwd=tmp_path, expect=2)
+    for word in ("vit_small_patch14_dinov2.lvd142m", "--weights", "dvt demo"):
+        assert word in refused.stderr
+
+
+def test_another_jobs_folder_is_refused_and_kept(photos, tmp_path):
+    dvt("denoise", photos, *WITH, "--out", "out", "--no-pictures", cwd=tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    refused = dvt("denoise", photos, *WITH, "--out", "out", "--seed", 1, cwd=tmp_path, expect=2)
+    assert "seed" in refused.stderr
+    assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
