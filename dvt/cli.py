@@ -210,7 +210,7 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
 
 def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt demo`: the whole of stage one on a bundled photograph."""
-    photo = Path(dvt.__file__).parent / "data" / "cat.jpg"
+    photo = Path(dvt.__file__).parent / "data" / "rocket.jpg"
     job = Denoise(
         images=(str(photo),),
         out=command.out,
@@ -222,7 +222,7 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
         keep_terms=True,
     )
     code, result = denoise(job, console)
-    console.print(f"picture: {escape(str(command.out / 'pictures' / 'cat.png'))}")
+    console.print(f"picture: {escape(str(command.out / 'pictures' / 'rocket.png'))}")
     console.print(f"store:   {escape(str(command.out))}  (look at it with `dvt inspect {escape(str(command.out))}`)")
     return code, result
 

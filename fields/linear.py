@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -53,8 +54,8 @@ class LinearConfig:
             raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
         if self.ridge < 0 or self.residual_ridge < 0:
             raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
-        if not self.cutoff > 0 or self.pilot_views < 1:
-            raise ConfigError(f"cutoff ({self.cutoff}) and pilot_views ({self.pilot_views}) must be positive")
+        if not self.cutoff > 0 or self.pilot_views < 2:
+            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class LinearFit(Fit):
         left = (raw - self.artifact - self.residual(raw) - self.semantic(coords)).square().sum(-1, keepdim=True)
         typical = left.median().clamp_min(torch.finfo(left.dtype).tiny)
         inlier = geman_mcclure(left.sqrt(), typical.sqrt(), self.config.cutoff)
-        both = ((inlier * left).sum() / inlier.sum()).clamp_min(self.error)
+        floor = max(self.error, torch.finfo(left.dtype).tiny)
+        both = ((inlier * left).sum() / inlier.sum()).clamp_min(floor)
         return 1 - inlier * (1 - (self.noise / both).clamp(0, 1))
 
 
@@ -163,8 +165,8 @@ class _Run:
         self.shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)  # () until it is known
         self.known = None if artifact is None else artifact.flatten(0, 1)
         stream = self._read(views)
-        head = _take(stream, config.pilot_views)
-        if not head:
+        head, stream = _take(stream, config.pilot_views)
+        if not self.seen:
             raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
         self.dtype = head[0][0].dtype
         self.pilot = Pilot(head, self.grid, config, self.known)
@@ -205,12 +207,17 @@ class _Run:
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
 
 
-def _take(stream: Iterator[Batch], views: int) -> list[Batch]:
-    """The first batches, until they hold that many views."""
+def _take(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:
+    """That many views and the stream of the others; batches are split, so that their size changes no choice."""
     head: list[Batch] = []
-    while sum(len(tokens) for tokens, _ in head) < views and (batch := next(stream, None)) is not None:
-        head.append(batch)
-    return head
+    missing = views
+    while missing > 0 and (batch := next(stream, None)) is not None:
+        tokens, coords = batch
+        head.append((tokens[:missing], coords[:missing]))
+        if len(tokens) > missing:
+            stream = chain([(tokens[missing:], coords[missing:])], stream)
+        missing -= len(tokens)
+    return head, stream
 
 
 class _Outliers:

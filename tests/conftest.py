@@ -23,8 +23,8 @@ def make_tiny_backbone():
         generator = torch.Generator().manual_seed(0)
         for name, parameter in sorted(backbone.model.named_parameters()):
             if parameter.ndim > 1:
-                fan_in = parameter[0].numel() if "embed" not in name or "proj" in name else 4
-                parameter.data = torch.randn(parameter.shape, generator=generator) / fan_in**0.5
+                spread = 0.5 if name == "pos_embed" else parameter[0].numel() ** -0.5
+                parameter.data = spread * torch.randn(parameter.shape, generator=generator)
         return backbone
 
     return make

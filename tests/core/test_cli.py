@@ -49,11 +49,11 @@ def test_demo_makes_a_picture_a_store_and_a_table(tmp_path):
     out = json.loads(dvt("demo", "--views", 8, "--json", cwd=tmp_path).stdout)
     assert out["done"] == 1 and not out["failed"]
     assert out["position"]["raw"]["value"] > out["position"]["raw"]["high"]
-    with Image.open(tmp_path / "dvt-demo" / "pictures" / "cat.png") as picture:
+    with Image.open(tmp_path / "dvt-demo" / "pictures" / "rocket.png") as picture:
         assert picture.size[0] > 1000 and np.asarray(picture.convert("L")).std() > 20
     store = FeatureStore(tmp_path / "dvt-demo")
     assert len(store) == 1 and store.terms == ("raw", "semantic", "artifact", "residual")
-    assert "cat.jpg" in store.images[0]
+    assert "rocket.jpg" in store.images[0]
 
 
 def test_denoise_twice_computes_once(photos, tmp_path):

@@ -199,7 +199,7 @@ def test_a_linear_ramp_stays_one_inside(old, new):
 
 @pytest.mark.parametrize(("old", "new"), [((20, 20), (7, 7)), ((37, 37), (16, 24)), ((14, 21), (10, 10))])
 def test_reduction_by_a_broken_factor_moves_a_ramp_by_little_of_a_cell(old, new):
-    assert ramp_error(old, new) < 0.03
+    assert ramp_error(old, new) < 0.05
 
 
 def test_resample_keeps_leading_dimensions_dtype_and_means():

@@ -293,7 +293,7 @@ def test_one_view_has_no_artifact(config):
 
 @pytest.mark.parametrize("config", [LinearConfig(), FIXED, LinearConfig(pilot_views=7)])
 def test_streaming_equals_batch(config):
-    """The views one by one, in odd batches, or at once: the pilot looks at the same number of them."""
+    """The views one by one, in odd batches, or at once: the pilot looks at the same ones."""
     coords = view_coords((4, 5), 29)
     tokens = grids.sample(randn(0, 9, 9, 6), coords) + randn(1, 4, 5, 6) + 0.1 * randn(2, *coords.shape[:3], 6)
     tokens[3, 1, 1] += 20
@@ -307,19 +307,17 @@ def test_streaming_equals_batch(config):
 
 
 def test_views_are_read_once_and_only_the_pilots_are_held():
-    coords, alive, most = view_coords((4, 4), 59), weakref.WeakSet(), 0
-
-    class Owned(np.ndarray):
-        """Memory that can be watched: a tensor made of it keeps it alive as long as any view of the tensor."""
+    coords = view_coords((4, 4), 59)
+    alive, most = set(), 0
 
     def views():
         nonlocal most
         for number, view in enumerate(coords):
-            array = np.random.default_rng(number).standard_normal((1, 4, 4, 3)).view(Owned)
-            owner = np.array(array).view(Owned)
-            alive.add(owner)
-            tokens = torch.from_numpy(owner.view(np.ndarray))
-            del array, owner
+            memory = np.random.default_rng(number).standard_normal((1, 4, 4, 3))
+            alive.add(number)
+            weakref.finalize(memory, alive.discard, number)  # a tensor made of it keeps it, as does any view of that
+            tokens = torch.from_numpy(memory)
+            del memory
             yield tokens, view[None]
             del tokens
             most = max(most, len(alive))
@@ -327,7 +325,7 @@ def test_views_are_read_once_and_only_the_pilots_are_held():
     stream = views()
     LinearSolver(LinearConfig(pilot_views=5)).fit(stream)
     assert next(stream, None) is None
-    assert 5 <= most <= 8
+    assert 4 <= most <= 6  # while the pilot gathers its five, the fifth is in its hands already
 
 
 # -- laws -------------------------------------------------------------------------------------------------------------
@@ -373,7 +371,7 @@ def test_the_field_is_continuous_defined_everywhere_and_clamped():
     line = torch.linspace(0, 1, 2001, dtype=torch.float64)
     path = torch.stack((line, 1 - line**2), -1)
     values = fit.semantic(path)
-    steepest = max((fit.nodes.diff(dim=k).abs().max() for k in (0, 1))) * (5 + 7) * 2
+    steepest = max(fit.nodes.diff(dim=k).abs().max() for k in (0, 1)) * (5 + 7)
     assert (values.diff(dim=0).abs().amax() <= steepest * (path.diff(dim=0).abs().amax())).item()
     assert fit.semantic(torch.rand(2, 3, 5, 2)).shape == (2, 3, 5, 5)
     corner = fit.semantic(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
@@ -490,8 +488,10 @@ def test_batches_that_do_not_fit_together_are_refused():
 
 
 def test_no_views_are_refused():
-    with pytest.raises(ConfigError, match="no views"):
-        LinearSolver().fit([])
+    tokens, coords = problem()
+    for views in ([], [(tokens[:0], coords[:0])]):
+        with pytest.raises(ConfigError, match="no views"):
+            LinearSolver().fit(views)
 
 
 @pytest.mark.parametrize(
@@ -504,7 +504,7 @@ def test_no_views_are_refused():
         {"ridge": -1e-9},
         {"residual_ridge": -1.0},
         {"cutoff": 0.0},
-        {"pilot_views": 0},
+        {"pilot_views": 1},
     ],
 )
 def test_settings_out_of_range_are_refused(bad):
