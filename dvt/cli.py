@@ -113,10 +113,8 @@ class Inspect:
 
 @dataclass(frozen=True)
 class Demo:
-    """Denoise one bundled photograph with the small bundled ViT; needs no network."""
-
     out: Path = Path("dvt-demo")
-    """Folder for the store and the picture."""
+    """Folder for the store and the pictures."""
     views: int = 48
     """Random views."""
     device: str = "auto"
@@ -209,10 +207,10 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt demo`: the whole of stage one on a bundled photograph."""
-    photo = Path(dvt.__file__).parent / "data" / "rocket.jpg"
+    """`dvt demo`: the whole of stage one on bundled photographs."""
+    photos = Path(dvt.__file__).parent / "data" / "photos"
     job = Denoise(
-        images=(str(photo),),
+        images=(str(photos),),
         out=command.out,
         backbone=DEMO_MODEL,
         weights="demo",
@@ -222,8 +220,8 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
         keep_terms=True,
     )
     code, result = denoise(job, console)
-    console.print(f"picture: {escape(str(command.out / 'pictures' / 'rocket.png'))}")
-    console.print(f"store:   {escape(str(command.out))}  (look at it with `dvt inspect {escape(str(command.out))}`)")
+    console.print(f"pictures: {escape(str(command.out / 'pictures' / '*.png'))}")
+    console.print(f"store:    {escape(str(command.out))}  (look at it with `dvt inspect {escape(str(command.out))}`)")
     return code, result
 
 

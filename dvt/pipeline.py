@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -273,7 +274,8 @@ def denoise_images(
         summary.skipped = len(listed) - len(todo)
         by_key = {(str(item.path), item.sha256): item for item in todo}
         images = [(str(item.path), item.sha256, item.grid) for item in todo]
-        shared = _stored_artifacts(out, backbone.mean.device) if config.shared_artifact and writer.done else {}
+        resumed = config.shared_artifact and writer.done
+        shared: dict[Size, Tensor | None] = dict(_stored_artifacts(out, backbone.mean.device)) if resumed else {}
         run = _Run(backbone, config, terms, summary, strict, each, lambda: progress("denoise", summary.done, len(todo)))
         for shard in plan(images, shard_images, writer.job, by_grid=config.shared_artifact):
             grid = shard.images[0][2]
@@ -332,7 +334,7 @@ class _Run:
         last, result = "", None
         for path, sha256, _ in shard.images:
             item = listed[path, sha256]
-            if sha256 != last:
+            if sha256 != last or result is None:  # a copy that cannot be read is reported under its own path
                 last, result = sha256, self._denoise(item.path, artifact)
             if result is None:
                 continue
@@ -362,10 +364,13 @@ def _stored_artifacts(out: str | Path, device: torch.device) -> dict[Size, Tenso
     return found
 
 
-def _fit_shared(backbone: Backbone, listed: Sequence[_Listed], grid: Size, config: DenoiseConfig) -> Tensor:
-    """The artifact (h, w, C) of a grid shape, from its first images in order of their paths."""
+def _fit_shared(backbone: Backbone, listed: Sequence[_Listed], grid: Size, config: DenoiseConfig) -> Tensor | None:
+    """The artifact (h, w, C) of a grid shape, from its first images in order of their paths; None without any."""
     paths = sorted({item.sha256: item.path for item in reversed(listed) if item.grid == grid}.values())
-    artifact = shared_artifact(backbone, _readable(paths[: config.shared_images]), config)
+    images = _readable(paths[: config.shared_images])
+    if (first := next(images, None)) is None:
+        return None
+    artifact = shared_artifact(backbone, chain([first], images), config)
     # As the store keeps it, so that a run that is resumed from the store subtracts the same numbers.
     half = artifact.half().float()
     return half if half.isfinite().all() else artifact
