@@ -392,5 +392,5 @@ def _reported(path: Path, summary: Summary, strict: bool) -> Iterator[None]:
     except (ImageError, NonFiniteError) as error:
         if strict:
             raise
-        log.warning("skipped: %s", error)
+        log.warning("skipped %s: %s", path, error)
         summary.failed.append((str(path), str(error)))
