@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -324,7 +324,7 @@ class StoredViews:
         self.truth = torch.load(folder / "truth.pt", weights_only=True)
         self.seconds = 0.0
 
-    def __iter__(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with open(self.file, "rb") as file:
             for coords in self.truth["view_coords"].split(self.batch):
                 start = time.perf_counter()
@@ -440,7 +440,8 @@ class ForwardClock:
 def natural(options: argparse.Namespace) -> dict[str, Any]:
     """Position in the terms of real features, and where the time goes."""
     backbone = load_backbone(MODEL, weights=WEIGHTS)
-    clock, maps = ForwardClock(backbone), {}
+    clock = ForwardClock(backbone)
+    maps: dict[str, list[Tokens]] = {}
     paths = pick(sorted(options.natural.glob("*.jpg")), options.limit)
     load_image(paths[0])
     denoise_image(backbone, paths[0], DenoiseConfig())

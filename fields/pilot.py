@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from dvt.fields.linear import LinearConfig
 
 SKETCH = 32
-# Nodes a patch that are tried; the first is where smoothness is chosen.
-MULTIPLES = (4, 2, 6)
-FINEST = 150
+# Nodes along the shorter side up to which a resolution is affordable: the cost grows with the fourth power.
+FINEST = 112
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 5
 NEIGHBOURS = 9
@@ -174,11 +173,14 @@ def node_resolution(grid: Size, shorter: int) -> Size:
 
 
 def _candidates(grid: Size, tokens: int) -> list[int]:
-    """Numbers of nodes along the shorter side that are tried, up to a fixed cost."""
-    first, coarse, fine = (multiple * min(grid) + 1 for multiple in MULTIPLES)
-    rows, columns = node_resolution(grid, fine)
-    enough = fine <= FINEST and 2 * rows * columns <= tokens
-    return ([first] if first <= FINEST else []) + [coarse] + ([fine] if enough else [])
+    """Numbers of nodes along the shorter side that are tried; smoothness is chosen at the first.
+
+    Four a patch, or as many as are affordable; then two, and six if there are two tokens for every node.
+    """
+    first = next((multiple for multiple in (4, 3) if multiple * min(grid) + 1 <= FINEST), 2)
+    rows, columns = node_resolution(grid, 6 * min(grid) + 1)
+    fine = [6] if min(rows, columns) <= FINEST and 2 * rows * columns <= tokens else []
+    return [multiple * min(grid) + 1 for multiple in dict.fromkeys((first, 2, *fine))]
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
