@@ -175,12 +175,13 @@ def node_resolution(grid: Size, shorter: int) -> Size:
 def _candidates(grid: Size, tokens: int) -> list[int]:
     """Numbers of nodes along the shorter side that are tried; smoothness is chosen at the first.
 
-    Four a patch, or as many as are affordable; then two, and six if there are two tokens for every node.
+    Four a patch, or as many as are affordable; then two, and six if there are two tokens for every node. Spread from
+    border to border, that many do not fall on the whole image's patch centres, where a bilinear fit is worst.
     """
-    first = next((multiple for multiple in (4, 3) if multiple * min(grid) + 1 <= FINEST), 2)
-    rows, columns = node_resolution(grid, 6 * min(grid) + 1)
+    first = next((multiple for multiple in (4, 3) if multiple * min(grid) <= FINEST), 2)
+    rows, columns = node_resolution(grid, 6 * min(grid))
     fine = [6] if min(rows, columns) <= FINEST and 2 * rows * columns <= tokens else []
-    return [multiple * min(grid) + 1 for multiple in dict.fromkeys((first, 2, *fine))]
+    return [multiple * min(grid) for multiple in dict.fromkeys((first, 2, *fine))]
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
