@@ -20,13 +20,17 @@ from dvt.grids import Size
 if TYPE_CHECKING:
     from dvt.fields.linear import LinearConfig
 
+# Random projections that stand for all channels.
 SKETCH = 32
 # Nodes along the shorter side up to which a resolution is affordable: the cost grows with the fourth power.
 FINEST = 112
+# Values of lambda that are tried.
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+# One view in so many is held out.
 HELD_OUT = 5
+# Tokens at nearby image points, the token itself among them.
 NEIGHBOURS = 9
-ROUNDS = 1
+# The smoothness at which weights and the artifact are found, before one is chosen.
 MIDDLE = 0.1
 
 
@@ -66,9 +70,8 @@ class Pilot:
 
     def sketch(self, tokens: Tensor) -> Tensor:
         """(..., C) tokens or nodes mixed into (..., S)."""
-        return tokens.to(torch.promote_types(tokens.dtype, torch.float32)) @ self.mix.to(
-            torch.promote_types(tokens.dtype, torch.float32)
-        )
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return tokens.to(dtype) @ self.mix.to(dtype)
 
     def left(self, sketched: Tensor, coords: Tensor) -> Tensor:
         """What F and G leave of sketched tokens (V, n, S)."""
@@ -116,7 +119,8 @@ class Pilot:
         middle, *others = (node_resolution(grid, size) for size in sizes)
         if not held.any():
             return middle, choices[len(choices) // 2], 0.0
-        self._reweigh(~held, artifact, middle, MIDDLE, ROUNDS)
+        if config.robust:
+            self._reweigh(~held, artifact, middle)
         _, artifact = self._equations(~held, middle).solve(MIDDLE, artifact, config.ridge)
 
         def error(resolution: Size, smoothness: float) -> float:
@@ -128,15 +132,11 @@ class Pilot:
         best, resolution = min([(best, middle), *((error(other, smoothness), other) for other in others)])
         return resolution, smoothness, best
 
-    def _reweigh(
-        self, views: Tensor, artifact: Tensor | None, resolution: Size, smoothness: float, rounds: int
-    ) -> None:
-        """Robust weights (V, n) of all tokens, from fits of some views."""
-        for _ in range(rounds if self.config.robust else 0):
-            fit = self._equations(views, resolution).solve(smoothness, artifact, self.config.ridge)
-            odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
-            if odd.median() == 0:
-                return
+    def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
+        """Robust weights (V, n) of all tokens, from a plain fit of some views."""
+        fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
+        odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
+        if odd.median() > 0:
             # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
             usual = self._local(odd, self._neighbours, 2).view_as(odd).clamp_min(odd.median())
             self._token_weights = geman_mcclure(odd, usual, self.config.cutoff)
