@@ -158,6 +158,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
     if command.upsample < 1:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
+    if command.views < 1:
+        raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     paths = find_images(command.images)
     settings = {"command": "denoise", **_plain(command), "images": [str(path) for path in paths]}
@@ -184,6 +186,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     _save_json(command.out / "config.json", {"job": job.attributes(), **settings})
     result = _result(summary, command.out, time.perf_counter() - start)
     _print_summary(console, result)
+    console.print(f"store: {escape(str(command.out))}")
     for path, reason in summary.failed:
         console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
     return (2 if summary.failed else 0), result
@@ -221,7 +224,7 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
     )
     code, result = denoise(job, console)
     console.print(f"pictures: {escape(str(command.out / 'pictures' / '*.png'))}")
-    console.print(f"store:    {escape(str(command.out))}  (look at it with `dvt inspect {escape(str(command.out))}`)")
+    console.print(f"look at the store with `dvt inspect {escape(str(command.out))}`")
     return code, result
 
 

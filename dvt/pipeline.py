@@ -27,6 +27,8 @@ from dvt.views import ViewConfig, Views
 log = logging.getLogger(__name__)
 
 ALL_TERMS = ("raw", "semantic", "artifact", "residual")
+# More patches than this take gigabytes of attention; only a very long or thin image has them.
+MAX_PATCHES = 16_384
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class TokenViews:
     def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
         self.backbone = backbone
         self.device = backbone.mean.device
-        size = backbone.input_size((image.shape[1], image.shape[2]))
+        size = _input_size(backbone, (image.shape[1], image.shape[2]))
         self.coords = backbone.centres(size)
         self.views = Views(image.to(self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
@@ -302,6 +304,17 @@ def job_of(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
     )
 
 
+def _input_size(backbone: Backbone, image_size: Size) -> Size:
+    size = backbone.input_size(image_size)
+    height, width = backbone.grid(size)
+    if height * width > MAX_PATCHES:
+        raise ImageError(
+            f"an image of {image_size[0]} x {image_size[1]} pixels would take {height} x {width} patches, more than "
+            f"{MAX_PATCHES}; crop it to a less extreme aspect ratio, or choose a smaller size"
+        )
+    return size
+
+
 def _terms(keep_terms: bool) -> tuple[str, ...]:
     return ALL_TERMS if keep_terms else ALL_TERMS[:2]
 
@@ -313,7 +326,7 @@ def _look(
     for number, path in enumerate(paths):
         with _reported(path, summary, strict):
             size = image_size(path)
-            yield _Listed(path, file_sha256(path), size, backbone.grid(backbone.input_size(size)))
+            yield _Listed(path, file_sha256(path), size, backbone.grid(_input_size(backbone, size)))
         progress("look", number + 1, len(paths))
 
 

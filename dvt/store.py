@@ -654,8 +654,9 @@ class _OpenFiles(threading.local):
 
 
 def _shard_files(path: Path) -> list[Path]:
+    """A store's shards; nothing for any other file, which must not be called a damaged shard."""
     try:
-        return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() else []
+        return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() and path.suffix == ".h5" else []
     except OSError as error:
         raise StoreError(f"cannot read the store {str(path)!r}: {error.strerror or error}") from error
 

@@ -78,6 +78,13 @@ def test_one_bad_image_among_good_ones_is_reported_and_the_rest_is_done(photos, 
     assert len(FeatureStore(tmp_path / "out")) == 3
 
 
+def test_an_image_too_thin_for_memory_is_refused_by_its_size(photos, tmp_path):
+    Image.new("RGB", (2, 20000)).save(photos / "thin.png")
+    done = dvt("denoise", photos, *WITH, "--out", "out", "--json", "--no-pictures", cwd=tmp_path, expect=2)
+    result = json.loads(done.stdout)
+    assert result["done"] == 3 and "patches" in result["failed"][0][1]
+
+
 def test_strict_stops_at_the_bad_image(photos, tmp_path):
     (photos / "0.png").write_bytes(b"not an image")
     stopped = dvt("denoise", photos, *WITH, "--out", "out", "--strict", cwd=tmp_path, expect=2)
@@ -134,7 +141,9 @@ def test_inspect_shows_and_verifies(photos, tmp_path):
         (("denoise", "a.png", *WITH, "--device", "abacus", "--out", "o"), "abacus"),
         (("denoise", "a.png", *WITH, "--shared-artifact", "--solver", "neural", "--out", "o"), "linear"),
         (("denoise", "a.png", *WITH, "--linear.resolution", "1", "--out", "o"), "resolution"),
+        (("denoise", "a.png", *WITH, "--views", "0", "--out", "o"), "1 or more"),
         (("inspect", "nothing-here"), "nothing-here"),
+        (("inspect", "a.png"), "not a feature store"),
         (("denoise", "a.png"), "--out"),
     ],
 )
