@@ -305,11 +305,11 @@ class _Writer:
 def _result(summary: Summary, out: Path, seconds: float) -> dict[str, Any]:
     result = {**dataclasses.asdict(summary), "seconds": seconds, "store": str(out)}
     if summary.done + summary.skipped:
-        result["position"] = _position(FeatureStore(out))
+        result["position"] = _position(out)
     return result
 
 
-def _position(store: FeatureStore) -> dict[str, dict[str, float]]:
+def _position(store: Path) -> dict[str, dict[str, float]]:
     """How well a linear probe reads the patch position from raw and semantic tokens, beside the null."""
     import torch
 
@@ -317,7 +317,7 @@ def _position(store: FeatureStore) -> dict[str, dict[str, float]]:
 
     scores = {}
     for term in ("raw", "semantic"):
-        maps = FeatureStore(store.path, term)
+        maps = FeatureStore(store, term)
         tokens = [maps[index] for index in range(min(len(maps), SCORED_IMAGES))]
         if min(min(each.grid) for each in tokens) >= 2:
             generator = torch.Generator().manual_seed(0)

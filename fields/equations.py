@@ -94,13 +94,10 @@ class NormalEquations:
         Returns:
             f (rows * columns, C) and g (n, C), float64.
         """
-        system = self.system(smoothness)
-        field_rhs, cross = self.field_rhs.double(), self.cross.double()
         if artifact is not None:
-            return system.solve(field_rhs - cross @ artifact.double()), artifact.double()
-        solved = system.solve(torch.cat((field_rhs, cross), dim=1))
-        field, coupling = solved.split((field_rhs.shape[1], cross.shape[1]), dim=1)
-        schur, rhs = self.reduced(cross, coupling, field)
+            rhs = self.field_rhs.double() - self.cross.double() @ artifact.double()
+            return self.system(smoothness).solve(rhs), artifact.double()
+        field, coupling, schur, rhs = self._eliminate(smoothness)
         artifact = solve_artifact(schur, rhs, ridge)
         return field - coupling @ artifact, artifact
 
@@ -108,17 +105,18 @@ class NormalEquations:
         """(nodes,) A'W1: how many tokens each node takes part in."""
         return self.cross.sum(1, dtype=torch.float64)
 
-    def reduced(self, cross: Tensor, coupling: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
-        """The n x n Schur complement on g after f is eliminated, and its right side (n, C)."""
-        schur = torch.diag(self.count) - cross.T @ coupling
-        return (schur + schur.T) / 2, self.artifact_rhs.double() - cross.T @ field
-
     def artifact_equations(self, smoothness: float) -> tuple[Tensor, Tensor]:
         """This image's share of the equations of an artifact that many images have in common; they add up."""
+        return self._eliminate(smoothness)[2:]
+
+    def _eliminate(self, smoothness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """f = field - coupling g, (nodes, C) and (nodes, n), and what is left for g: its n x n Schur complement and
+        right side (n, C)."""
         cross = self.cross.double()
         solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=1))
         field, coupling = solved.split((self.field_rhs.shape[1], cross.shape[1]), dim=1)
-        return self.reduced(cross, coupling, field)
+        schur = torch.diag(self.count) - cross.T @ coupling
+        return field, coupling, (schur + schur.T) / 2, self.artifact_rhs.double() - cross.T @ field
 
 
 def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
