@@ -1,27 +1,22 @@
-"""The command line: `dvt denoise`, `dvt inspect`, `dvt demo`. tyro over the jobs' dataclasses; rich for progress."""
+"""`dvt denoise`, `dvt inspect` and `dvt demo`: stage one and its store."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import logging
-import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import dvt
-from dvt.errors import ConfigError, DvtError
+from dvt.cli.common import BackboneOptions, plain, progress_bar, save_json
+from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
 from dvt.images import find_images
 from dvt.pipeline import DenoiseConfig, Denoised, Summary, denoise_images, job_of
@@ -31,17 +26,13 @@ from dvt.views import ViewConfig
 if TYPE_CHECKING:
     import torch
 
-    from dvt.backbones import Backbone
-
-log = logging.getLogger("dvt")
-
 DEMO_MODEL = "vit_tiny_patch16_224"
 # Enough images for a stable probe; more would only take memory.
 SCORED_IMAGES = 100
 
 
 @dataclass(frozen=True)
-class Denoise:
+class Denoise(BackboneOptions):
     """Split each image's features into a semantic field, an artifact and a residual; write a store and pictures.
 
     The same command again computes what is missing and nothing else.
@@ -51,20 +42,8 @@ class Denoise:
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
     """Folder of the feature store; pictures go to its folder pictures."""
-    backbone: str = "vit_small_patch14_dinov2.lvd142m"
-    """Name of a single-scale timm model."""
-    weights: str | None = None
-    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt."""
-    layer: int = -1
-    """Block whose tokens are read; -1 is the last, after the final norm."""
-    stride: int | None = None
-    """Pixels between patches; smaller than the patch they overlap."""
-    size: int | None = None
-    """Shorter side of the model's input in pixels; the model's own if not given."""
     views: int = 48
     """Random views an image, beside the whole image; the paper takes 768."""
-    seed: int = 0
-    """Seed of the views and the solver."""
     batch: int = 16
     """Views a forward pass."""
     solver: Literal["linear", "neural"] = "linear"
@@ -89,14 +68,6 @@ class Denoise:
     """Stop at the first image that cannot be read."""
     wait: bool = True
     """Wait for another writer of the same store, instead of refusing."""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the backbone's forward pass."""
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
-    dry_run: bool = False
-    """Print the resolved settings and the images found, and stop."""
 
 
 @dataclass(frozen=True)
@@ -123,37 +94,6 @@ class Demo:
     """Print one JSON object on standard output."""
 
 
-Command = (
-    Annotated[Denoise, tyro.conf.subcommand("denoise")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-    | Annotated[Demo, tyro.conf.subcommand("demo")]
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
-    command = tyro.cli(Command, prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
-    console = Console(stderr=command.json, soft_wrap=True)
-    errors = Console(stderr=True, soft_wrap=True)
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
-    run: dict[type, Callable[[Any, Console], tuple[int, dict[str, Any]]]] = {
-        Denoise: denoise,
-        Inspect: inspect,
-        Demo: demo,
-    }
-    try:
-        code, result = run[type(command)](command, console)
-    except DvtError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        return 2
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on where it was")
-        return 1
-    if command.json:
-        sys.stdout.write(json.dumps(result, default=str) + "\n")
-    return code
-
-
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
     if command.upsample < 1:
@@ -162,15 +102,15 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     paths = find_images(command.images)
-    settings = {"command": "denoise", **_plain(command), "images": [str(path) for path in paths]}
+    settings = plain(command, command="denoise", images=paths)
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    backbone = _backbone(command)
+    backbone = command.load()
     job = job_of(backbone, config, command.keep_terms)
     console.print(f"{escape(backbone.name)}: {len(paths)} images, {command.views} views, {command.solver} solver")
     start = time.perf_counter()
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         summary = denoise_images(
             backbone,
             paths,
@@ -183,7 +123,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
             progress=progress,
             each=_Writer(command, paths),
         )
-    _save_json(command.out / "config.json", {"job": job.attributes(), **settings})
+    save_json(command.out / "config.json", {"job": job.attributes(), **settings})
     result = _result(summary, command.out, time.perf_counter() - start)
     _print_summary(console, result)
     console.print(f"store: {escape(str(command.out))}")
@@ -238,31 +178,6 @@ def _config(command: Denoise) -> DenoiseConfig:
         shared_images=command.shared_images,
         dtype=command.dtype,
     )
-
-
-def _backbone(command: Denoise) -> Backbone:
-    from dvt.backbones import load_backbone
-
-    weights = dvt.demo_weights() if command.weights == "demo" else command.weights
-    backbone = load_backbone(
-        command.backbone, weights=weights, layer=command.layer, stride=command.stride, size=command.size
-    )
-    return backbone.to(_device(command.device))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
-        ) from error
-    return device
 
 
 class _Writer:
@@ -341,40 +256,3 @@ def _print_summary(console: Console, result: dict[str, Any]) -> None:
         console.print(
             "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
         )
-
-
-@contextmanager
-def _progress(console: Console):
-    """A progress bar as a callback (what, done, total)."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        tasks: dict[str, Any] = {}
-
-        def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, rate="")
-            elapsed = bar.tasks[tasks[what]].elapsed or 0
-            bar.update(tasks[what], completed=done, total=total, rate=f"{done / elapsed:.2f}/s" if elapsed > 0 else "")
-
-        yield update
-
-
-def _plain(command: Denoise) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(command), default=str))
-
-
-def _save_json(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Generative priors on features: what can be generated from the tokens shows what they hold."""

@@ -1,0 +1,1 @@
+"""Label-based probes behind one interface: fit on features, predict, score."""

@@ -1,0 +1,46 @@
+"""All images: the online denoiser, its training, and its place inside timm models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
+    from dvt.denoiser.folding import fold as fold
+    from dvt.denoiser.folding import fold_after as fold_after
+    from dvt.denoiser.folding import fold_into as fold_into
+    from dvt.denoiser.model import Denoiser as Denoiser
+    from dvt.denoiser.published import PUBLISHED as PUBLISHED
+    from dvt.denoiser.published import published_backbone_state as published_backbone_state
+    from dvt.denoiser.published import published_file as published_file
+    from dvt.denoiser.variants import fit_linear as fit_linear
+    from dvt.denoiser.variants import fit_subtract as fit_subtract
+
+# Loaded when first asked for: the denoiser needs timm.
+_HOME = {
+    "PUBLISHED": "dvt.denoiser.published",
+    "Denoiser": "dvt.denoiser.model",
+    "DenoiserConfig": "dvt.denoiser.config",
+    "fit_linear": "dvt.denoiser.variants",
+    "fit_subtract": "dvt.denoiser.variants",
+    "fold": "dvt.denoiser.folding",
+    "fold_after": "dvt.denoiser.folding",
+    "fold_into": "dvt.denoiser.folding",
+    "published_backbone_state": "dvt.denoiser.published",
+    "published_file": "dvt.denoiser.published",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'dvt.denoiser' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

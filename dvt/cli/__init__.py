@@ -1,0 +1,56 @@
+"""The command line: tyro over dataclasses, rich for progress. Each module here holds the commands of one part."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+
+import dvt
+from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
+from dvt.errors import DvtError
+
+Run = Callable[[Any, Console], tuple[int, dict[str, Any]]]
+
+#: Each command's name, its settings and the function that does it: (settings, console) -> (exit code, JSON result).
+COMMANDS: dict[str, tuple[type, Run]] = {
+    "demo": (Demo, demo),
+    "denoise": (Denoise, denoise),
+    "inspect": (Inspect, inspect),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
+    command = tyro.cli(_union(), prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
+    console = Console(stderr=command.json, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    run = next(function for settings, function in COMMANDS.values() if type(command) is settings)
+    try:
+        code, result = run(command, console)
+    except DvtError as error:
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on where it was")
+        return 1
+    if command.json:
+        sys.stdout.write(json.dumps(result, default=str) + "\n")
+    return code
+
+
+def _union() -> Any:
+    """The commands as one type for tyro."""
+    union: Any = None
+    for name, (settings, _) in COMMANDS.items():
+        choice: Any = Annotated[settings, tyro.conf.subcommand(name)]
+        union = choice if union is None else union | choice
+    return union

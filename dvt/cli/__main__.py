@@ -1,0 +1,5 @@
+import sys
+
+from dvt.cli import main
+
+sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the commands share: options of a backbone, devices, progress, settings on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+import dvt
+from dvt.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from dvt.backbones import Backbone
+
+DEFAULT_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every command that computes."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
+    json: bool = False
+    """Print one JSON object on standard output, everything else on standard error."""
+    dry_run: bool = False
+    """Print the resolved settings, and the images where the command takes some, and stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneOptions(Options):
+    """Options of every command that runs a backbone."""
+
+    backbone: str = DEFAULT_BACKBONE
+    """Name of a single-scale timm model."""
+    weights: str | None = None
+    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt."""
+    layer: int = -1
+    """Block whose tokens are read; -1 is the last, after the final norm."""
+    stride: int | None = None
+    """Pixels between patches; smaller than the patch they overlap."""
+    size: int | None = None
+    """Shorter side of the model's input in pixels; the model's own if not given."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the backbone's forward pass."""
+
+    def load(self) -> Backbone:
+        """The backbone on its device."""
+        from dvt.backbones import load_backbone
+
+        weights = dvt.demo_weights() if self.weights == "demo" else self.weights
+        backbone = load_backbone(self.backbone, weights=weights, layer=self.layer, stride=self.stride, size=self.size)
+        return backbone.to(find_device(self.device))
+
+
+def find_device(name: str) -> torch.device:
+    """The device of that name, tried out; "auto" is a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
+        ) from error
+    return device
+
+
+@contextmanager
+def progress_bar(console: Console):
+    """A progress bar as a callback (what, done, total)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total, rate="")
+            elapsed = bar.tasks[tasks[what]].elapsed or 0
+            bar.update(tasks[what], completed=done, total=total, rate=f"{done / elapsed:.2f}/s" if elapsed > 0 else "")
+
+        yield update
+
+
+def plain(settings: Any, /, **resolved: Any) -> dict[str, Any]:
+    """A command's settings as JSON has them, with what they were resolved to."""
+    return json.loads(json.dumps({**dataclasses.asdict(settings), **resolved}, default=str))
+
+
+def save_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)
