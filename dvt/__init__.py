@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from dvt.backbones import Backbone as Backbone
     from dvt.backbones import load_backbone as load_backbone
     from dvt.backbones import wrap as wrap
+    from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
+    from dvt.denoiser.model import Denoiser as Denoiser
     from dvt.errors import DvtError as DvtError
     from dvt.fields.decomposition import Decomposition as Decomposition
     from dvt.pipeline import DenoiseConfig as DenoiseConfig
@@ -31,6 +33,8 @@ _HOME = {
     "Backbone": "dvt.backbones",
     "Decomposition": "dvt.fields.decomposition",
     "DenoiseConfig": "dvt.pipeline",
+    "Denoiser": "dvt.denoiser.model",
+    "DenoiserConfig": "dvt.denoiser.config",
     "DvtError": "dvt.errors",
     "FeatureStore": "dvt.store",
     "Tokens": "dvt.tokens",

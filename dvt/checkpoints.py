@@ -39,6 +39,11 @@ def read_state(path: str | Path) -> State:
         WeightsError: the file is missing, unreadable, damaged, holds pickled code or holds no tensors.
     """
     path = Path(path)
+    return _unwrap(read_content(path), path)
+
+
+def read_content(path: Path) -> object:
+    """What a weights file holds, wrappers and all; code in it is never run. Raises as :func:`read_state`."""
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}; give the path of a .safetensors file or of a .pth of tensors")
     readers: dict[str, Callable[[Path], object]] = dict.fromkeys((".pth", ".pt", ".bin"), _load_tensors)
@@ -46,7 +51,7 @@ def read_state(path: str | Path) -> State:
     if path.suffix not in readers:
         raise WeightsError(f"{path} ends in {path.suffix!r}; weights are read from {', '.join(readers)} files")
     try:
-        content = readers[path.suffix](path)
+        return readers[path.suffix](path)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds pickled objects beside tensors, or is damaged; dvt does not unpickle. Save its state dict "
@@ -54,7 +59,6 @@ def read_state(path: str | Path) -> State:
         ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise WeightsError(f"cannot read weights from {path}: {error}; the file is damaged or unreadable") from error
-    return _unwrap(content, path)
 
 
 def _load_tensors(path: Path) -> object:

@@ -7,6 +7,8 @@ top left pixel and (1, 1) the bottom right corner of the bottom right one. The c
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
@@ -119,6 +121,69 @@ def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
     return torch.stack((x0, y0, x1.clamp(max=width).maximum(x0 + 1), y1.clamp(max=height).maximum(y0 + 1)), dim=-1)
 
 
+def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """The (2, 3) map from the coordinates of a turned and scaled view of an image to the image's own, in float64.
+
+    The view has the image's aspect ratio. :func:`move` applies the map; :func:`inverted` gives the other direction.
+
+    Args:
+        size: (H, W) of the image in pixels; a turn keeps right angles and lengths only there.
+        degrees: clockwise turn of the view's frame on the image; the picture in the view turns the other way.
+        zoom: sides of the view's frame over those of the image; below 1 the view shows a part, enlarged.
+        centre: (x, y) of the frame's centre in the image.
+
+    >>> map = rotated_view((100, 200), degrees=90, zoom=0.5)
+    >>> move(torch.tensor([[0.5, 0.5], [1.0, 0.5]]), map)  # the right end of the view is 50 pixels below the centre
+    tensor([[0.5000, 0.5000],
+            [0.5000, 1.0000]])
+    """
+    if min(size) < 1 or zoom <= 0:
+        raise ConfigError(f"the size must be 1 pixel or more and the zoom positive, got {size} and {zoom}")
+    angle = torch.tensor(math.radians(degrees), dtype=torch.float64)
+    turn = torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())).view(2, 2)
+    sides = torch.tensor([size[1], size[0]], dtype=torch.float64)
+    linear = zoom * turn * sides / sides[:, None]
+    shift = torch.tensor(centre, dtype=torch.float64) - linear @ torch.tensor([0.5, 0.5], dtype=torch.float64)
+    return torch.cat((linear, shift[:, None]), dim=1)
+
+
+def frame_reach(size: Size, degrees: float) -> tuple[float, float]:
+    """(x, y) sides of the upright box around an image's frame turned about its centre, over the image's sides.
+
+    A view of :func:`rotated_view` lies inside the image if zoom times either is at most 1 and its centre keeps half
+    of that from the image's borders.
+
+    >>> [round(each, 9) for each in frame_reach((100, 200), 90)]
+    [0.5, 2.0]
+    """
+    height, width = size
+    cosine, sine = (abs(f(math.radians(degrees))) for f in (math.cos, math.sin))
+    return cosine + sine * height / width, cosine + sine * width / height
+
+
+def move(coords: Tensor, matrix: Tensor) -> Tensor:
+    """Coordinates (..., 2) through a (2, 3) map, in the coordinates' dtype."""
+    matrix = matrix.to(coords)
+    return coords @ matrix[:, :2].T + matrix[:, 2]
+
+
+def inverted(matrix: Tensor) -> Tensor:
+    """The (2, 3) map that undoes another."""
+    linear = torch.linalg.inv(matrix[:, :2])
+    return torch.cat((linear, -linear @ matrix[:, 2:]), dim=1)
+
+
+def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:
+    """Bicubic values (3, H', W') of an image (3, H, W) at coordinates (H', W', 2), clamped to [0, 1].
+
+    A pixel's own centre gives that pixel; beyond the image its border goes on. Nothing is antialiased: points should
+    lie about a pixel apart or closer.
+    """
+    grid = (2 * coords - 1).to(image)
+    values = nnf.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)
+    return values[0].clamp(0, 1)
+
+
 def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:
     """The four neighbours of points on a bilinear grid whose corner nodes lie on the image's corners.
 
@@ -156,7 +221,8 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
     """
     if maps.ndim < 3:
         raise ShapeError(f"a map has shape (..., h, w, C), got {tuple(maps.shape)}")
-    if tuple(maps.shape[-3:-1]) == tuple(grid):
+    # A comparison would fix the sizes in an exported graph; resampling to the same grid changes nothing.
+    if not torch.compiler.is_compiling() and tuple(maps.shape[-3:-1]) == tuple(grid):
         return maps
     lead = maps.shape[:-3]
     flat = maps.reshape(-1, *maps.shape[-3:]).movedim(-1, 1)

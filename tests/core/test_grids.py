@@ -209,3 +209,75 @@ def test_resample_keeps_leading_dimensions_dtype_and_means():
     torch.testing.assert_close(small[1, 2], grids.resample(maps[1, 2], (4, 6)))
     constant = torch.full((5, 5, 2), 3.0)
     torch.testing.assert_close(grids.resample(constant, (11, 3)), torch.full((11, 3, 2), 3.0))
+
+
+# -- turned and scaled views ----------------------------------------------------------------------------------------
+
+
+def naive_place(x, y, size, degrees, zoom, centre):
+    """A view's point in the image, in pixels with complex numbers."""
+    height, width = size
+    arm = complex((x - 0.5) * width, (y - 0.5) * height) * zoom * np.exp(1j * np.deg2rad(degrees))
+    return centre[0] + arm.real / width, centre[1] + arm.imag / height
+
+
+TURNS = st.tuples(st.floats(-180, 180), st.floats(0.1, 3), st.floats(0, 1), st.floats(0, 1))
+
+
+@settings(deadline=None)
+@given(SEEDS, st.tuples(st.integers(1, 900), st.integers(1, 900)), TURNS)
+def test_a_rotated_view_equals_complex_numbers_and_has_an_inverse(seed, size, turn):
+    degrees, zoom, *centre = turn
+    coords, matrix = rand(seed, 3, 4, 2), grids.rotated_view(size, degrees, zoom, tuple(centre))
+    there = grids.move(coords, matrix)
+    expected = [[naive_place(x, y, size, degrees, zoom, centre) for x, y in row] for row in coords.tolist()]
+    np.testing.assert_allclose(there, expected, atol=1e-9 * (1 + max(size) / min(size)))
+    np.testing.assert_allclose(grids.move(there, grids.inverted(matrix)), coords, atol=1e-6)
+
+
+@settings(deadline=None)
+@given(SEEDS, st.floats(0.1, 1), st.floats(0, 1), st.floats(0, 1))
+def test_a_rotated_view_without_a_turn_is_a_crop(seed, zoom, x, y):
+    matrix = grids.rotated_view((30, 50), 0, zoom, (x, y))
+    box = torch.tensor([[x - zoom / 2, y - zoom / 2, x + zoom / 2, y + zoom / 2]], dtype=torch.float64)
+    coords = rand(seed, 6, 2)
+    crop = grids.view_to_image(coords, box, torch.tensor([False]))[0]
+    np.testing.assert_allclose(grids.move(coords, matrix), crop, atol=1e-9)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 400), st.integers(1, 400), st.floats(-180, 180))
+def test_frame_reach_is_the_span_of_the_turned_corners(height, width, degrees):
+    corners = grids.move(grids.node_coords((2, 2)).double(), grids.rotated_view((height, width), degrees, 1)).view(4, 2)
+    np.testing.assert_allclose(
+        corners.amax(0) - corners.amin(0), grids.frame_reach((height, width), degrees), rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("bad", [((0, 5), 10, 1), ((5, 5), 10, 0), ((5, 5), 10, -1)])
+def test_a_rotated_view_refuses_what_is_not_positive(bad):
+    with pytest.raises(ConfigError, match="positive"):
+        grids.rotated_view(*bad)
+
+
+def test_sampled_pixels_are_the_pixels_at_their_centres_and_after_a_quarter_turn():
+    image = rand(0, 3, 6, 9)
+    torch.testing.assert_close(
+        grids.sample_pixels(image, grids.grid_centres((6, 9)).double()), image, atol=1e-6, rtol=0
+    )
+    square = rand(1, 3, 8, 8).float()
+    turned = grids.move(grids.grid_centres((8, 8)).double(), grids.rotated_view((8, 8), 90, 1))
+    # A frame turned clockwise shows the picture turned the other way.
+    expected = square.rot90(1, (1, 2))
+    torch.testing.assert_close(grids.sample_pixels(square, turned), expected, atol=1e-5, rtol=0)
+
+
+def test_sampled_pixels_of_a_smooth_image_are_its_values():
+    x, y = grids.grid_centres((40, 60)).double().unbind(-1)
+    image = torch.stack((x, y, 0.5 + 0.4 * torch.sin(3 * x + 2 * y)))
+    coords = 0.1 + 0.8 * rand(2, 7, 5, 2)
+    u, v = coords.unbind(-1)
+    expected = torch.stack((u, v, 0.5 + 0.4 * torch.sin(3 * u + 2 * v)))
+    # PyTorch's cubic moves a ramp by up to a tenth of a pixel between pixel centres.
+    torch.testing.assert_close(grids.sample_pixels(image, coords), expected, atol=0.12 / 40, rtol=0)
+    assert grids.sample_pixels(image, torch.full((1, 1, 2), 5.0)).flatten()[:2].tolist() == image[:2, -1, -1].tolist()

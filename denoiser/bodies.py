@@ -1,0 +1,78 @@
+"""What a denoiser may consist of besides a transformer block: baselines, and removals fitted in closed form.
+
+Each is a module of (patches (B, h, w, C), prefix) -> patches with a `reset` that makes it the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dvt import grids
+from dvt.denoiser.config import DenoiserConfig
+
+
+class Convolution(nn.Module):
+    """x + Conv(x), the convolution 1 x 1 or 3 x 3 over the token map, zero beyond its border."""
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        size = {"conv1x1": 1, "conv3x3": 3}[config.kind]
+        self.conv = nn.Conv2d(config.feature_dim, config.feature_dim, size, padding=size // 2)
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Nothing added."""
+        for parameter in self.conv.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        return patches + self.conv(patches.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Linear(nn.Module):
+    """x - (x - mean) W W': along the directions W (C, rank), orthonormal or zero, tokens are set to the mean."""
+
+    mean: Tensor
+    directions: Tensor
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.empty(config.feature_dim))
+        self.register_buffer("directions", torch.empty(config.feature_dim, config.rank))
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Nothing removed."""
+        self.mean.zero_()
+        self.directions.zero_()
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        return patches - ((patches - self.mean) @ self.directions) @ self.directions.T
+
+
+class Subtract(nn.Module):
+    """x - G(p): a stored artifact (h, w, C), resampled to the grid of the tokens."""
+
+    artifact: Tensor
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.register_buffer("artifact", torch.empty(*config.grid, config.feature_dim))
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Nothing subtracted."""
+        self.artifact.zero_()
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        return patches - grids.resample(self.artifact, (patches.shape[1], patches.shape[2]))
+
+
+#: The body of each kind of denoiser but "block", which is in :mod:`dvt.denoiser.model`.
+BODIES: dict[str, Callable[[DenoiserConfig], Any]] = {
+    "conv1x1": Convolution,
+    "conv3x3": Convolution,
+    "linear": Linear,
+    "subtract": Subtract,
+}

@@ -1,0 +1,76 @@
+"""What a denoiser is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dvt.errors import ConfigError
+from dvt.grids import Size
+
+#: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
+#: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
+KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
+
+#: Channels of an attention head where the number of heads is not given (Denoising ViT, stage 2).
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """What a denoiser is made of.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        feature_dim: C, channels of a token.
+        grid: (h, w) of the stored position embedding or artifact; for tokens of another grid it is resampled.
+        num_heads: attention heads of a block; None means C / 64, at least 1, lowered until it divides C.
+        depth: number of blocks.
+        mlp_ratio: hidden size of a block's MLP over C.
+        position: whether a block has a position embedding.
+        use_prefix: whether a block also attends to the prefix tokens, which then must be given.
+        rank: number of directions that "linear" can remove.
+        strength: the strength that the denoiser starts with, in [0, 1].
+
+    Raises:
+        ConfigError: a setting is outside its range.
+
+    >>> DenoiserConfig("block", 384, (37, 37)).heads
+    6
+    """
+
+    kind: str
+    feature_dim: int
+    grid: Size
+    num_heads: int | None = None
+    depth: int = 1
+    mlp_ratio: float = 4.0
+    position: bool = True
+    use_prefix: bool = False
+    rank: int = 8
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        object.__setattr__(self, "grid", tuple(self.grid))
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ConfigError(f"grid must be (h, w), each at least 1, got {self.grid}")
+        for name in ("feature_dim", "depth", "mlp_ratio", "rank"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.num_heads is not None and (self.num_heads < 1 or self.feature_dim % self.num_heads):
+            raise ConfigError(f"num_heads must divide feature_dim {self.feature_dim}, got {self.num_heads}")
+        check_strength(self.strength)
+
+    @property
+    def heads(self) -> int:
+        """The number of attention heads."""
+        if self.num_heads is not None:
+            return self.num_heads
+        return next(n for n in range(max(1, self.feature_dim // HEAD_DIM), 0, -1) if self.feature_dim % n == 0)
+
+
+def check_strength(value: float) -> None:
+    """Raise ConfigError unless a strength lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"strength must lie in [0, 1], from the raw tokens to the denoised ones, got {value}")

@@ -1,0 +1,145 @@
+"""The online denoiser: one transformer block with a position embedding, or one of the simpler kinds."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import import_module
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from dvt.denoiser.bodies import BODIES
+from dvt.denoiser.config import DenoiserConfig, check_strength
+from dvt.denoiser.sharing import Shared
+from dvt.errors import ShapeError
+
+__all__ = ["Blocks", "Denoiser", "DenoiserConfig"]
+
+LAYER_NORM_EPS = 1e-6
+INITIAL_STD = 0.02
+
+
+class Denoiser(nn.Module, Shared):
+    """Token maps in, token maps without artifacts out, in one forward pass.
+
+    The kind "block" is stage 2 of Denoising Vision Transformers (arXiv 2401.02957); the others are its baselines.
+    :class:`~dvt.denoiser.sharing.Shared` saves, loads and publishes it.
+
+    Args:
+        config: what it is made of.
+        generator: where the initial weights come from; None is torch's global generator.
+
+    Attributes:
+        config: as given.
+        card: where it comes from: backbone, layer, stride, weights_sha256, feature_dim, data, metrics; saved with it.
+
+    >>> denoiser = Denoiser(DenoiserConfig("block", 64, grid=(14, 14)))
+    >>> denoiser(torch.rand(2, 9, 12, 64)).shape
+    torch.Size([2, 9, 12, 64])
+    """
+
+    def __init__(self, config: DenoiserConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.card: dict[str, Any] = {}
+        self.strength = config.strength
+        # Built without values, so that only `reset` draws numbers, and from the generator given.
+        with torch.device("meta"):
+            self.body: Any = ({"block": Blocks} | BODIES)[config.kind](config)
+        self.to_empty(device="cpu")
+        with torch.no_grad():
+            self.body.reset(generator)
+
+    @property
+    def feature_dim(self) -> int:
+        """C, channels of a token."""
+        return self.config.feature_dim
+
+    @property
+    def strength(self) -> float:
+        """How much of the change is made, in [0, 1]: 0 gives the input back bit for bit, 1 the denoised tokens."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_strength(value)
+        self._strength = float(value)
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """raw + strength (denoised - raw).
+
+        Args:
+            patches: (B, h, w, C) raw tokens of any grid and floating point dtype.
+            prefix: (B, P, C) class and register tokens. Only a denoiser with `use_prefix` reads them: its block
+                attends to them. No denoiser changes them.
+
+        Returns:
+            (B, h, w, C) in the dtype of `patches`.
+
+        Raises:
+            ShapeError: the tokens have another feature size, or the prefix is missing.
+        """
+        if patches.ndim != 4 or patches.shape[-1] != self.feature_dim:
+            raise ShapeError(
+                f"patches have shape {tuple(patches.shape)}; this denoiser takes (B, h, w, {self.feature_dim}), "
+                "the patch tokens of the backbone that it was made for"
+            )
+        if self.strength == 0:
+            return patches
+        dtype = next(t.dtype for t in (*self.parameters(), *self.buffers()))
+        denoised = self.body(patches.to(dtype), self._prefix(patches, prefix)).to(patches.dtype)
+        return denoised if self.strength == 1 else patches + self.strength * (denoised - patches)
+
+    def attach(self, model: nn.Module, layer: int = -1, force: bool = False) -> nn.Module:
+        """A backbone or timm model with this denoiser inside: see :func:`dvt.denoiser.attach.attach`."""
+        return import_module("dvt.denoiser.attach").attach(self, model, layer, force)  # that module imports this one
+
+    def _prefix(self, patches: Tensor, prefix: Tensor | None) -> Tensor | None:
+        if not self.config.use_prefix:
+            return None
+        batch = patches.shape[0]
+        if prefix is None or prefix.ndim != 3 or (prefix.shape[0], prefix.shape[2]) != (batch, self.feature_dim):
+            raise ShapeError(
+                f"this denoiser attends to prefix tokens: they must be ({batch}, P, {self.feature_dim}) "
+                f"beside these patches, got {None if prefix is None else tuple(prefix.shape)}"
+            )
+        return prefix
+
+
+class Blocks(nn.Module):
+    """Transformer blocks with a learned position embedding at their input (Denoising ViT, stage 2).
+
+    Reading a grid other than its own resamples the embedding (bicubic, as timm does for its models).
+    """
+
+    def __init__(self, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.grid = config.grid
+        channels, tokens = config.feature_dim, config.grid[0] * config.grid[1]
+        norm: Any = partial(nn.LayerNorm, eps=LAYER_NORM_EPS)
+        self.pos_embed = nn.Parameter(torch.empty(1, tokens, channels)) if config.position else None
+        self.blocks = nn.ModuleList(
+            Block(channels, config.heads, config.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(config.depth)
+        )
+
+    def reset(self, generator: torch.Generator | None = None) -> None:
+        """Small random matrices: what the blocks add to their input starts small."""
+        for name, value in self.named_parameters():
+            if value.ndim > 1:
+                nn.init.trunc_normal_(value, std=INITIAL_STD, generator=generator)
+            else:
+                nn.init.constant_(value, float("norm" in name and name.endswith("weight")))
+
+    def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        batch, height, width, channels = patches.shape
+        x = patches.reshape(batch, height * width, channels)
+        if self.pos_embed is not None:
+            x = x + resample_abs_pos_embed(self.pos_embed, [height, width], list(self.grid), num_prefix_tokens=0)
+        if prefix is not None:
+            x = torch.cat((prefix.to(x.dtype), x), dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return x[:, x.shape[1] - height * width :].reshape(batch, height, width, channels)

@@ -1,0 +1,251 @@
+"""Denoisers as files: one self-contained .safetensors, a folder with a model card, or a repository of the hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dvt.checkpoints import State, load_state
+from dvt.denoiser.config import DenoiserConfig
+from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
+from dvt.errors import BackboneError, ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
+
+SCHEMA = "dvt-denoiser/1"
+#: The key of the safetensors metadata under which schema, config and card are stored as JSON.
+METADATA = "dvt"
+
+D = TypeVar("D", bound="Shared")
+
+
+class Shared(ModelHubMixin):
+    """Saving, loading and publishing of a denoiser; the file holds the config and the card beside the weights."""
+
+    config: DenoiserConfig
+    card: dict[str, Any]
+    strength: float
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the denoiser to one file, when the name ends in .safetensors, or else to a folder.
+
+        Args:
+            save_directory: a file, which holds everything; or a folder, which gets model.safetensors (the same file),
+                config.json and, unless it has one, README.md, a model card.
+            options: those of :meth:`huggingface_hub.ModelHubMixin.save_pretrained`, for a folder only.
+
+        Raises:
+            ConfigError: the card holds something that JSON cannot.
+        """
+        path = Path(save_directory)
+        if path.suffix != ".safetensors":
+            return super().save_pretrained(path, **options)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _save(self, path)
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        _save(self, save_directory / SAFETENSORS_SINGLE_FILE)
+        (save_directory / CONFIG_NAME).write_text(_json(_description(self), indent=2))
+
+    @classmethod
+    def from_pretrained(cls: type[D], pretrained_model_name_or_path: str | Path, **options: Any) -> D:
+        """A denoiser from a file, a folder or a repository of the Hugging Face hub, in evaluation mode.
+
+        Args:
+            pretrained_model_name_or_path: a .safetensors file or a folder written by :meth:`save_pretrained`; a .pth
+                file as the authors of Denoising ViT publish them; or a repository such as ``name/repository``.
+            options: how to download: revision, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            WeightsError: there is no such file or repository, or it does not hold a denoiser's finite weights.
+        """
+        source = str(pretrained_model_name_or_path)
+        path = Path(source)
+        if path.suffix in (".pth", ".pt"):
+            return cls._build(*published_denoiser(path), source)
+        if path.is_dir():
+            path = path / SAFETENSORS_SINGLE_FILE
+        elif path.suffix != ".safetensors" and not path.is_file():
+            path = _download(source, options)
+        return cls._build(*_read(path), source)
+
+    @classmethod
+    def from_published(cls: type[D], name: str, folder: str = "voc_denoised", **options: Any) -> D:
+        """A denoiser that the authors of Denoising ViT published, downloaded from the Hugging Face hub.
+
+        Args:
+            name: the timm model that it was trained for, such as ``vit_base_patch14_dinov2.lvd142m``.
+            folder: the data that it was trained on: "voc_denoised" or "imgnet_denoised". What there is, as its
+                authors list it: :data:`dvt.denoiser.published.PUBLISHED`.
+            options: how to download: revision, token, cache_dir, local_files_only, force_download.
+
+        Raises:
+            WeightsError: it cannot be downloaded, or is a whole distilled backbone and no denoiser.
+        """
+        if folder.endswith("_distilled"):
+            raise WeightsError(DISTILLED_HELP.format(name=name, folder=folder))
+        path = published_file(name, folder, **options)
+        denoiser = cls._build(*published_denoiser(path), f"{folder}/{name}")
+        denoiser.card |= {"backbone": name, "data": folder}
+        return denoiser
+
+    @classmethod
+    def _build(cls: type[D], config: Mapping[str, Any], card: Mapping[str, Any], state: State, source: str) -> D:
+        """The denoiser of a config as read from JSON, a card and weights by its own names."""
+        try:
+            settings = DenoiserConfig(**config)
+        except (TypeError, ConfigError) as error:
+            known = ", ".join(field.name for field in fields(DenoiserConfig))
+            raise WeightsError(
+                f"{source} describes a denoiser that this version of dvt cannot make: {error}; a description holds "
+                f"{known}. Was the file written by a newer dvt, or edited?"
+            ) from error
+        denoiser = cls(settings, torch.Generator())  # its initial weights are replaced
+        module = cast(nn.Module, denoiser).eval()
+        load_state(module, state, source)
+        denoiser.card = dict(card)
+        return denoiser
+
+    def check_fits(self, backbone: Backbone, force: bool = False) -> None:
+        """Refuse a backbone that this denoiser was not made for.
+
+        Name, layer and weights are compared where the card tells them. Weights with the same hash are the same model
+        under whatever name. The stride is not compared: a position embedding is resampled to any grid.
+
+        Args:
+            backbone: where the tokens come from.
+            force: accept everything but another feature size.
+
+        Raises:
+            BackboneError: they differ; the message says in what.
+        """
+        own = self.config.feature_dim
+        if backbone.feature_dim != own:
+            raise BackboneError(
+                f"this denoiser takes tokens of {own} channels, {backbone.name} gives {backbone.feature_dim}; "
+                "no option makes them fit: train a denoiser for this backbone"
+            )
+        differences = _differences(self.card, backbone)
+        if differences and not force:
+            raise BackboneError(
+                f"this denoiser was made for another backbone: {'; '.join(differences)}. Use the backbone that it was "
+                "made for, train one for this backbone, or force it (force=True) where you know that they agree"
+            )
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a folder or repository: what the denoiser is for, how to use it, and its card."""
+        backbone = str(self.card.get("backbone", "the backbone it was made for"))
+        data = ModelCardData(
+            library_name="denoising-vit",
+            pipeline_tag="image-feature-extraction",
+            tags=["denoising-vit", "vision-transformer", "dense-features"],
+            base_model=f"timm/{backbone}" if "." in backbone and "/" not in backbone else None,
+        )
+        rows = "\n".join(f"| {key} | {_json(value)} |" for key, value in sorted(self.card.items()))
+        settings = _json(_description(self)["config"])
+        return ModelCard(CARD.format(data=data.to_yaml(), backbone=backbone, settings=settings, rows=rows))
+
+
+CARD = """---
+{data}
+---
+
+# Denoiser for {backbone}
+
+It takes the patch tokens of the backbone and gives them back without the artifacts that depend on their position.
+
+```python
+import dvt
+from dvt.denoiser import Denoiser
+
+backbone = dvt.load_backbone("{backbone}")
+clean = Denoiser.from_pretrained("this folder or repository").attach(backbone)
+```
+
+Settings: `{settings}`
+
+| card | |
+|---|---|
+{rows}
+"""
+
+
+def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
+    """What a card says of the backbone that this one is not, each as a phrase."""
+    hashed = card.get("weights_sha256")
+    same = hashed is not None and hashed == backbone.weights_sha256
+    told = {
+        "backbone": (card.get("backbone"), backbone.name if not same else card.get("backbone")),
+        "layer": (card.get("layer"), backbone.layer),
+        "weights": (hashed, backbone.weights_sha256 if hashed else None),
+    }
+    return [f"{what} {own}, got {other}" for what, (own, other) in told.items() if own is not None and own != other]
+
+
+def _description(denoiser: Shared) -> dict[str, Any]:
+    config = asdict(replace(denoiser.config, strength=denoiser.strength))
+    return {"schema": SCHEMA, "config": config, "card": denoiser.card}
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    try:
+        return json.dumps(value, indent=indent, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"a denoiser's card holds only text, finite numbers, lists and dicts of them: {error}"
+        ) from error
+
+
+def _save(denoiser: Shared, path: Path) -> None:
+    """Whole or not at all: another name first, then a rename. Equal denoisers give equal bytes.
+
+    (A second key in the metadata would not: safetensors writes the keys in random order.)
+    """
+    values = cast(nn.Module, denoiser).state_dict()
+    state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    save_file(state, part, metadata={METADATA: _json(_description(denoiser))})
+    os.replace(part, path)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
+    """(config, card, tensors) of a .safetensors file that :func:`_save` wrote."""
+    if not path.is_file():
+        raise WeightsError(f"no denoiser at {path}; `dvt train` writes one, save_pretrained saves one")
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"cannot read a denoiser from {path}: {error}; the file is damaged or unreadable") from error
+    parts = described if isinstance(described, dict) else {}
+    config, card = parts.get("config"), parts.get("card")
+    if parts.get("schema") != SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):
+        raise WeightsError(
+            f"{path} is not a denoiser of dvt: its metadata has schema {parts.get('schema')!r} instead of "
+            f"{SCHEMA!r}, a config and a card. The weights of a backbone are given by --weights (in Python weights=...)"
+        )
+    return config, card, state
+
+
+def _download(repository: str, options: Mapping[str, Any]) -> Path:
+    try:
+        return Path(hf_hub_download(repository, SAFETENSORS_SINGLE_FILE, **options))
+    except Exception as error:  # each release of the hub's client raises its own kinds
+        raise WeightsError(
+            f"no denoiser {repository!r}: there is no such file or folder, and the Hugging Face hub gave "
+            f"{type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,122 @@
+"""Denoisers without training: fitted in closed form, in one pass over token maps that are never kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.denoiser.config import DenoiserConfig
+from dvt.denoiser.model import Denoiser
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.grids import Size
+
+#: Singular values of the position waves, and directions, below this share of the largest count as absent.
+_NEGLIGIBLE = 1e-9
+
+
+def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoiser:
+    """Removal of the directions in which tokens encode where they are [ours; the aim is RASA's].
+
+    Tokens are regressed on smooth functions of position, the cosine waves cos(pi i x) cos(pi j y) with i, j < waves.
+    The `rank` principal directions of what these predict span the position subspace, and tokens are moved to the mean
+    along it. With enough rank no linear probe can tell any of these functions from the result: their covariance with
+    it is zero, on the tokens fitted. RASA's directions, the weights of a probe that predicts position, come out small
+    where the position signal is strong, so that many rounds of them leave it in place.
+
+    Args:
+        maps: (h, w, C) raw token maps of several images, of any grids; read once.
+        rank: number of directions removed, at most C.
+        waves: number of wave lengths in each direction.
+
+    Returns:
+        A denoiser of kind "linear". :mod:`dvt.denoiser.folding` folds it into layers beside it, at no cost.
+
+    Raises:
+        ShapeError: no maps, or maps of several feature sizes.
+        NonFiniteError: a map holds NaN or infinity.
+        ConfigError: rank or waves is out of range.
+
+    >>> denoiser = fit_linear(torch.rand(5, 9, 12, 16), rank=4)
+    >>> denoiser.config.kind, denoiser(torch.rand(1, 9, 12, 16)).shape
+    ('linear', torch.Size([1, 9, 12, 16]))
+    """
+    if waves < 2:
+        raise ConfigError(f"waves must be at least 2, got {waves}: a single one does not vary with position")
+    products, channels, grid = torch.zeros(()), 0, (1, 1)
+    for tokens in _checked(maps):
+        grid, channels = (tokens.shape[0], tokens.shape[1]), tokens.shape[2]
+        values = tokens.double().flatten(0, 1)
+        rows = torch.cat((values, _waves(grid, waves, values), torch.ones_like(values[:, :1])), dim=1)
+        products = products + rows.T @ rows
+    if not 1 <= rank <= channels:
+        raise ConfigError(f"rank must lie between 1 and the feature size {channels}, got {rank}")
+    mean, directions = _position_subspace(products, channels, rank)
+    denoiser = Denoiser(DenoiserConfig("linear", channels, grid, rank=rank))
+    denoiser.body.mean.copy_(mean)
+    denoiser.body.directions.copy_(directions)
+    return denoiser.eval()
+
+
+def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoiser:
+    """Subtraction of the mean artifact over images, stored on one grid and resampled to that of the tokens.
+
+    Args:
+        artifacts: (h, w, C) maps of what to subtract, one an image: artifact terms (G), which have mean zero, or
+            raw - semantic, whose mean then moves the tokens too; of any grids; read once.
+        grid: (h, w) of the stored artifact; None takes that of the first map.
+
+    Returns:
+        A denoiser of kind "subtract".
+
+    Raises:
+        ShapeError: no maps, or maps of several feature sizes.
+        NonFiniteError: a map holds NaN or infinity.
+    """
+    total, count = torch.zeros(()), 0
+    for artifact in _checked(artifacts):
+        grid = grid or (artifact.shape[0], artifact.shape[1])
+        total, count = total + grids.resample(artifact.double(), grid), count + 1
+    denoiser = Denoiser(DenoiserConfig("subtract", total.shape[-1], grid or (1, 1)))
+    denoiser.body.artifact.copy_(total / count)
+    return denoiser.eval()
+
+
+def _checked(maps: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The maps one by one, at least one, all finite and of the same feature size."""
+    channels = None
+    for number, tokens in enumerate(maps):
+        if tokens.ndim != 3 or tokens.shape[-1] != (channels or tokens.shape[-1]):
+            raise ShapeError(
+                f"map {number} has shape {tuple(tokens.shape)}; all must be (h, w, {channels or 'C'}), one an image"
+            )
+        if not tokens.isfinite().all():
+            raise NonFiniteError(f"map {number} holds NaN or infinity; leave it out, or extract it again in float32")
+        channels = tokens.shape[-1]
+        yield tokens
+    if channels is None:
+        raise ShapeError("no token maps were given; a denoiser is fitted to at least one image")
+
+
+def _waves(grid: Size, count: int, like: Tensor) -> Tensor:
+    """(h w, count^2 - 1) cosine waves at the patch centres, without the constant one."""
+    x, y = grids.grid_centres(grid).to(like).flatten(0, 1).unbind(-1)
+    steps = math.pi * torch.arange(count).to(like)
+    waves = torch.cos(y[:, None] * steps)[:, :, None] * torch.cos(x[:, None] * steps)[:, None]
+    return waves.flatten(1)[:, 1:]
+
+
+def _position_subspace(products: Tensor, channels: int, rank: int) -> tuple[Tensor, Tensor]:
+    """(mean (C,), directions (C, rank)) from sums of products of the rows [token, waves, 1]."""
+    count = products[-1, -1]
+    mean = products[-1, :-1] / count
+    covariance = products[:-1, :-1] / count - mean[:, None] * mean
+    across, within = covariance[:channels, channels:], covariance[channels:, channels:]
+    # Few positions cannot tell all waves apart: the pseudo-inverse then takes the smallest coefficients.
+    explained = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE, hermitian=True) @ across.T
+    variances, directions = torch.linalg.eigh(explained)
+    variances, directions = variances.flip(0)[:rank], directions.flip(1)[:, :rank]
+    return mean[:channels], directions * (variances > _NEGLIGIBLE * variances[0])
