@@ -1,0 +1,257 @@
+"""How good generated samples are, in the features of any backbone: distance, faithfulness, scaling, memorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.grids import Size
+from dvt.tokens import Tokens
+
+# --- features
+
+
+@torch.no_grad()
+def features(
+    backbone: Callable[[Tensor], Tokens],
+    images: Tensor,
+    read: Literal["cls", "mean", "patch"] = "mean",
+    clean: Callable[[Tokens], Tokens] | None = None,
+    size: Size | None = None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Features of images, real or generated, for the functions below.
+
+    Args:
+        backbone: (B, 3, H, W) images in [0, 1] to tokens.
+        images: (N, 3, H, W); values beyond [0, 1] are clipped, as they would be in a file.
+        read: "cls" the first prefix token (N, C), "mean" of the patches (N, C), or "patch" all of them (N, h, w, C).
+        clean: a denoiser of the tokens.
+        size: (H, W) that the backbone takes; None leaves the images as they are.
+        batch_size: images at a time.
+
+    Raises:
+        ShapeError: there are no images, or no prefix token to read.
+    """
+    if read not in ("cls", "mean", "patch"):
+        raise ConfigError(f"unknown features {read!r}; read 'cls', 'mean' or 'patch'")
+    if images.ndim != 4 or not len(images):
+        raise ShapeError(f"images must be (N, 3, H, W) and at least one, got {tuple(images.shape)}")
+    parts = []
+    for batch in images.clamp(0, 1).split(batch_size):
+        if size is not None and tuple(batch.shape[2:]) != tuple(size):
+            batch = functional.interpolate(batch, size, mode="bilinear", antialias=True)
+        tokens = backbone(batch)
+        tokens = tokens if clean is None else clean(tokens)
+        parts.append(_read(tokens, read).float())
+    return torch.cat(parts)
+
+
+def _read(tokens: Tokens, read: str) -> Tensor:
+    if read == "cls":
+        if not tokens.prefix.shape[1]:
+            raise ShapeError("this backbone has no class token to read; read 'mean' or 'patch'")
+        return tokens.prefix[:, 0]
+    return tokens.patches.mean((1, 2)) if read == "mean" else tokens.patches
+
+
+def _rows(values: Tensor, name: str, least: int) -> Tensor:
+    if values.ndim != 2 or len(values) < least:
+        raise ShapeError(f"{name} must be (N, C) features of at least {least} images, got {tuple(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise NonFiniteError(f"{name} features hold NaN or infinity; compute them again")
+    return values.detach().double()
+
+
+# --- distance of distributions
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Squared Frechet distance of the normal distributions with the features' means and covariances.
+
+    Few samples bias it upwards by much more than its noise: compare only numbers of equal counts, and read it beside
+    ``frechet_distance(real, held_out)`` with as many held-out real images as generated ones. Features are taken as
+    they are, so the number depends on their scale.
+
+    Args:
+        real: (N, C) features, N at least 2.
+        generated: (M, C), M at least 2.
+
+    Source:
+        Heusel et al., 2017 (there with Inception features); torchmetrics computes it, in float64.
+    """
+    real, generated = _rows(real, "real", 2), _rows(generated, "generated", 2)
+    if real.shape[1] != generated.shape[1]:
+        raise ShapeError(f"real features have {real.shape[1]} channels, generated ones {generated.shape[1]}")
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    through = _Rows()
+    through.num_features = real.shape[1]
+    # These are all the features there are: one process of several may ask without waiting for the others.
+    metric = FrechetInceptionDistance(through, normalize=True, sync_on_compute=False).to(real.device)
+    # The distance does not change with the origin, but its sums of squares lose digits far from it.
+    centre = real.mean(0)
+    metric.update(real - centre, real=True)
+    metric.update(generated - centre, real=False)
+    return max(float(metric.compute()), 0.0)
+
+
+class _Rows(nn.Identity):
+    """What torchmetrics takes for a network: the rows are features already."""
+
+    num_features: int
+
+
+# --- faithfulness to the condition
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Cosines between the features of generated images and conditions.
+
+    Args:
+        matched: mean cosine with the own condition.
+        shuffled: mean cosine with all the others: what a prior that ignores its condition reaches.
+        error: standard error of matched - shuffled, over samples.
+    """
+
+    matched: float
+    shuffled: float
+    error: float
+
+    @property
+    def sigmas(self) -> float:
+        """(matched - shuffled) in standard errors."""
+        return (self.matched - self.shuffled) / max(self.error, torch.finfo(torch.float64).tiny)
+
+
+def round_trip_cosine(generated: Tensor, conditions: Tensor) -> RoundTrip:
+    """How well a generated image's features give its condition back.
+
+    Args:
+        generated: (N, ..., C) features of generated images, N at least 3; maps (N, h, w, C) are compared by token.
+        conditions: (N, ..., C) the features each one was generated from.
+    """
+    if generated.shape != conditions.shape or generated.ndim < 2 or len(generated) < 3:
+        raise ShapeError(
+            f"generated and conditions must both be (N, ..., C) with N >= 3, got {tuple(generated.shape)} and "
+            f"{tuple(conditions.shape)}"
+        )
+    first, second = (functional.normalize(each.double(), dim=-1).flatten(1) for each in (generated, conditions))
+    cosines = first @ second.T / (generated[0].numel() // generated.shape[-1])
+    own = cosines.diagonal()
+    others = (cosines.sum(1) - own) / (len(own) - 1)
+    error = float((own - others).std()) / len(own) ** 0.5
+    return RoundTrip(float(own.mean()), float(others.mean()), error)
+
+
+# --- scaling
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """log L = -k log D + b.
+
+    Args:
+        k: the exponent; positive where more data helps.
+        low: lower end of its 95 % interval.
+        high: its upper end.
+        b: the intercept, in natural logarithms.
+        residual: standard deviation of log L around the line.
+    """
+
+    k: float
+    low: float
+    high: float
+    b: float
+    residual: float
+
+    def __call__(self, size: float) -> float:
+        """The loss that the line gives at a data size."""
+        return float(torch.tensor(self.b, dtype=torch.float64).exp()) * size**-self.k
+
+
+def fit_power_law(sizes: Sequence[float], losses: Sequence[float] | Sequence[Sequence[float]]) -> PowerLaw:
+    """Least squares on logarithms, with Student's interval for the exponent.
+
+    A bootstrap of 6 or 8 points covers the truth in 89 % of cases only; Student's interval in 95 %.
+
+    Args:
+        sizes: at least 4 different positive data sizes.
+        losses: for each size one positive loss, or the losses of several seeds, whose logarithms are averaged first:
+            seeds of one size say nothing about how straight the line is.
+
+    Raises:
+        ConfigError: there are too few sizes, or a value is not positive and finite.
+
+    Source:
+        Fan et al., Scaling Laws of Synthetic Images for Model Training, 2024; the interval is ours.
+    """
+    from scipy.stats import linregress
+    from scipy.stats import t as student
+
+    if len(sizes) != len(losses) or len(set(sizes)) != len(sizes) or len(sizes) < 4:
+        raise ConfigError(f"a power law needs losses at 4 or more different sizes, got {len(losses)} at {list(sizes)}")
+    means = [torch.as_tensor(each, dtype=torch.float64).log().mean() for each in losses]
+    x, y = torch.as_tensor(sizes, dtype=torch.float64).log(), torch.stack(means)
+    if not bool(torch.stack((x, y)).isfinite().all()):
+        raise ConfigError("sizes and losses must be positive and finite")
+    line = linregress(x.numpy(), y.numpy())
+    half = float(student.ppf(0.975, len(sizes) - 2)) * float(line.stderr)
+    left = y - (line.slope * x + line.intercept)
+    residual = float((left.square().sum() / (len(sizes) - 2)).sqrt())
+    k = -float(line.slope)
+    return PowerLaw(k, k - half, k + half, float(line.intercept), residual)
+
+
+# --- memorisation
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Distances from generated images to their nearest training images, beside those of real held-out images.
+
+    Args:
+        distances: (N,) 1 - cosine from each generated image to its nearest training image.
+        neighbours: (N,) index of that training image.
+        threshold: distance under which only 5 % of held-out images have a training image.
+        share: of generated images under the threshold; .05 is what chance gives.
+        p_value: of generated images lying no nearer than held-out ones (one-sided Mann-Whitney).
+    """
+
+    distances: Tensor
+    neighbours: Tensor
+    threshold: float
+    share: float
+    p_value: float
+
+
+def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> Memorisation:
+    """Whether generated images lie nearer to training images than other real images do.
+
+    Args:
+        generated: (N, C) features.
+        training: (M, C) features of the images that the prior was trained on.
+        held_out: (K, C) features of real images that it was not trained on, at least 20: the null.
+    """
+    from scipy.stats import mannwhitneyu
+
+    generated, training = _rows(generated, "generated", 1), _rows(training, "training", 1)
+    held_out = _rows(held_out, "held-out", 20)
+    distances, neighbours = _nearest(generated, training)
+    null, _ = _nearest(held_out, training)
+    threshold = float(null.quantile(0.05))
+    p_value = float(mannwhitneyu(distances.cpu().numpy(), null.cpu().numpy(), alternative="less").pvalue)
+    return Memorisation(distances, neighbours, threshold, float((distances < threshold).double().mean()), p_value)
+
+
+def _nearest(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    unit = functional.normalize(keys, dim=-1)
+    parts = [(functional.normalize(part, dim=-1) @ unit.T).max(1) for part in queries.split(4096)]
+    return 1 - torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

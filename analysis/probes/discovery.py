@@ -1,0 +1,376 @@
+"""Object discovery without labels: LOST and TokenCut, one box an image from its tokens alone.
+
+A box that covers the middle of the picture is often right without looking at it, so no score means much alone:
+:class:`DiscoveryProbe` puts fixed boxes beside it. Boxes are (x0, y0, x1, y1) in [0, 1]^2 of the image; IoU is the
+same there as in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.analysis.datasets import open_data
+from dvt.analysis.nulls import token_maps
+from dvt.analysis.probes.features import Lazy, Progress, cached_tokens, default_cache, stored_tokens
+from dvt.analysis.probes.probe import Maps, Probe, check_maps
+from dvt.analysis.probes.table import ProbeReport, make_rows
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.grids import Size
+from dvt.images import image_size
+from dvt.store import FeatureStore
+from dvt.tokens import Tokens
+
+TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
+"""Margins of the fixed centred boxes, as a share of each side; 0 is the whole image."""
+
+
+def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
+    """The box that LOST finds in one token map.
+
+    The patches whose inner product is not negative are joined. The seed is the patch with fewest joined ones (objects
+    are smaller than backgrounds). Of the ``lowest`` patches with fewest, those joined to the seed vote: the object is
+    every patch whose products with them have a sum that is not negative, and the box encloses the part of it that
+    hangs together (over edges, not corners) and holds the seed. Ties go to the first patch in reading order, so tokens
+    that are all equal give the whole image.
+
+    Args:
+        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are taken as they
+            are. Where all products are positive (tokens far from the origin) the box is the whole image: subtract
+            their mean before, as :class:`Lost` does.
+        lowest: k in the paper, at most all patches. The paper's grids have several hundred of them.
+
+    Returns:
+        (4,) box in [0, 1], whole patches, on the CPU.
+
+    Raises:
+        ShapeError: the map is empty or not (h, w, C).
+        NonFiniteError: a token is NaN or infinite.
+
+    Source:
+        Siméoni et al., Localizing Objects with Self-Supervised Transformers and no Labels, BMVC 2021, section 3.
+
+    >>> tokens = -torch.ones(6, 8, 1)
+    >>> tokens[1:4, 2:6] = 1
+    >>> lost(tokens, lowest=5)
+    tensor([0.2500, 0.1667, 0.7500, 0.6667])
+    """
+    if lowest < 1:
+        raise ConfigError(f"lowest must be 1 patch or more, got {lowest}")
+    features = _features(tokens)
+    products = features @ features.T
+    order = (products >= 0).sum(1).argsort(stable=True)
+    seed, candidates = order[0], order[:lowest]
+    voters = candidates[products[seed, candidates] >= 0]
+    return _box_around(products[:, voters].sum(1) >= 0, int(seed), tokens)
+
+
+def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor:
+    """The box that TokenCut finds in one token map, by a normalised cut.
+
+    Patches are joined with weight 1 where the cosine of their tokens is at least ``tau``, and with ``epsilon`` where
+    it is not. The eigenvector of (D - W) y = lambda D y with the second smallest lambda is cut at its mean; the
+    object is the side of the patch with the largest \\|y\\|, and the box encloses the part of that side that hangs
+    together (over edges, not corners) and holds that patch. Where all weights are equal there is nothing to cut, and
+    the box is the whole image. A token of zeros has cosine 0 with all.
+
+    Args:
+        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are taken as they
+            are, and :class:`TokenCut` subtracts their mean before. Memory grows with the square and time with the
+            cube of the number of patches.
+        tau: threshold of the cosine, in [-1, 1]; the paper's is 0.2.
+        epsilon: weight of patches that are not joined; it keeps the graph connected.
+
+    Returns:
+        (4,) box in [0, 1], whole patches, on the CPU.
+
+    Raises:
+        ShapeError: the map is empty or not (h, w, C).
+        NonFiniteError: a token is NaN or infinite.
+
+    Source:
+        Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut, CVPR 2022.
+
+    >>> tokens = torch.eye(2)[0].repeat(6, 8, 1)
+    >>> tokens[1:4, 2:6] = torch.eye(2)[1]
+    >>> token_cut(tokens)
+    tensor([0.2500, 0.1667, 0.7500, 0.6667])
+    """
+    if not -1 <= tau <= 1 or not 0 < epsilon < 1:
+        raise ConfigError(f"tau must lie in [-1, 1] and epsilon in (0, 1), got {tau} and {epsilon}")
+    features = torch.nn.functional.normalize(_features(tokens), dim=1)
+    cosines = features @ features.T
+    weights = torch.where(cosines >= tau, 1.0, epsilon).to(features)
+    if bool((weights == weights[0, 1:2]).all()) or len(weights) == 1:
+        return torch.tensor([0.0, 0.0, 1.0, 1.0])
+    vector = second_eigenvector(weights)
+    return _box_around(vector > vector.mean(), _largest(vector), tokens)
+
+
+class DiscoveryProbe(Probe):
+    """One box an image from its tokens alone; nothing is fitted.
+
+    Targets are an image's true boxes (n, 4) in [0, 1]; :func:`dvt.grids.boxes_from_pixels` makes them from pixels.
+    An image without a true box does not count.
+
+    Args:
+        centred: subtract each image's mean token first. Both methods ask which tokens point the same way, seen from
+            the origin, but denoised tokens are known only up to a constant vector, and where all tokens share a large
+            one every box is the whole image. False takes the tokens as they are, as the papers take keys.
+    """
+
+    metric = "CorLoc"
+
+    def __init__(self, centred: bool = True) -> None:
+        self.centred = centred
+
+    def box(self, tokens: Tensor) -> Tensor:
+        """(4,) the box of one map (h, w, C), in [0, 1]."""
+        raise NotImplementedError
+
+    def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DiscoveryProbe:
+        """Nothing: the method looks at one image alone."""
+        return self
+
+    def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """(4,) a box for each image, in [0, 1], or in whole pixels of `sizes`."""
+        maps = (tokens[i].double() for i in range(len(tokens)))
+        boxes = [self.box(one - one.mean((0, 1)) if self.centred else one) for one in maps]
+        if sizes is None:
+            return boxes
+        return [grids.boxes_to_pixels(box, size) for box, size in zip(boxes, sizes, strict=True)]
+
+    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, 1 + len(TRIVIAL_MARGINS), 4): for the predicted and for each trivial box whether the image counts,
+        whether IoU > 0.5, whether IoU > 0.7, and IoU itself.
+
+        Raises:
+            ShapeError: counts differ, or a true box is empty or not in [0, 1].
+        """
+        check_maps(tokens, targets)
+        predicted = torch.stack(self.predict(tokens)).double()
+        return torch.stack([box_evidence(box, truth) for box, truth in zip(predicted, targets, strict=True)])
+
+    @staticmethod
+    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+        """CorLoc, the share of images whose box has IoU > 0.5 with some true box; the same at 0.7; the mean IoU.
+
+        The same three for the whole image and for the best of the centred boxes of :data:`TRIVIAL_MARGINS`. That one
+        is chosen by its CorLoc on these very images, which flatters it: what beats it sees something.
+        """
+        shares = evidence[..., 1:] / evidence[..., :1]
+        # Mean IoU decides only between equal CorLocs.
+        best = (shares[..., 1:, 0] + 1e-6 * shares[..., 1:, 2]).argmax(-1, keepdim=True)
+        centred = shares[..., 1:, :].gather(-2, best[..., None].expand(*best.shape, 3))[..., 0, :]
+        rows = {"": shares[..., 0, :], "whole ": shares[..., 1, :], "centred ": centred}
+        names = ("CorLoc", "CorLoc70", "IoU")
+        scores = {f"{row}{name}": values[..., k] for row, values in rows.items() for k, name in enumerate(names)}
+        return scores | {"centred margin": torch.tensor(TRIVIAL_MARGINS, dtype=torch.float64)[best[..., 0]]}
+
+
+class Lost(DiscoveryProbe):
+    """:func:`lost` as a probe.
+
+    Args:
+        lowest: k in the paper, in patches.
+        centred: see :class:`DiscoveryProbe`.
+
+    >>> tokens = -torch.ones(2, 6, 8, 1)
+    >>> tokens[:, 1:4, 2:6] = 1
+    >>> Lost(lowest=5).score(tokens, [torch.tensor([[0.25, 0.15, 0.75, 0.7]])] * 2)["CorLoc"]
+    1.0
+    """
+
+    def __init__(self, lowest: int = 100, centred: bool = True) -> None:
+        super().__init__(centred)
+        self.lowest = lowest
+
+    def box(self, tokens: Tensor) -> Tensor:
+        return lost(tokens, self.lowest)
+
+
+class TokenCut(DiscoveryProbe):
+    """:func:`token_cut` as a probe.
+
+    Args:
+        tau: threshold of the cosine.
+        centred: see :class:`DiscoveryProbe`.
+    """
+
+    def __init__(self, tau: float = 0.2, centred: bool = True) -> None:
+        super().__init__(centred)
+        self.tau = tau
+
+    def box(self, tokens: Tensor) -> Tensor:
+        return token_cut(tokens, self.tau)
+
+
+@dataclass(frozen=True)
+class DiscoveryConfig:
+    """Object discovery on a folder of images with boxes.
+
+    Args:
+        data: the folder.
+        method: "lost" or "token-cut".
+        layout: its layout, one of :data:`dvt.analysis.datasets.LAYOUTS`; "auto" recognises it.
+        split: the split that is scored; None takes the images of all splits.
+        images: at most so many, evenly spaced; None takes all.
+        lowest: LOST's k, in patches.
+        tau: TokenCut's threshold of the cosine, in [-1, 1].
+        centred: whether each image's mean token is subtracted first.
+        seed: of the bootstrap over images; the methods themselves draw nothing.
+        cache: folder for features; None is the user's cache folder.
+    """
+
+    data: Path
+    method: Literal["lost", "token-cut"] = "lost"
+    layout: str = "auto"
+    split: Literal["train", "val", "test"] | None = None
+    images: int | None = None
+    lowest: int = 100
+    tau: float = 0.2
+    centred: bool = True
+    seed: int = 0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("lost", "token-cut"):
+            raise ConfigError(f"method is {self.method!r}; it must be 'lost' or 'token-cut'")
+        if self.images is not None and self.images < 1:
+            raise ConfigError(f"images is {self.images}; it must be 1 or more")
+
+    def make_probe(self) -> DiscoveryProbe:
+        """The probe that these settings describe."""
+        return Lost(self.lowest, self.centred) if self.method == "lost" else TokenCut(self.tau, self.centred)
+
+
+def run_discovery(
+    config: DiscoveryConfig,
+    backbone: Backbone,
+    variants: Mapping[str, Callable[[Tokens], Tokens] | FeatureStore] | None = None,
+    progress: Progress | None = None,
+) -> ProbeReport:
+    """CorLoc of raw features and of variants of them, with intervals over images.
+
+    Args:
+        config: the method and its data.
+        backbone: gives the raw features, which are computed once and kept in the cache.
+        variants: further rows by name: a denoiser as a function of tokens, or a store whose `term` is read.
+        progress: called with (what, done, total).
+
+    Raises:
+        DataError: the data are incomplete or lack the split, or a store lacks an image.
+    """
+    data = open_data(config.data, "boxes", layout=config.layout)
+    if config.split and config.split not in data.splits:
+        raise DataError(f"{str(data.root)!r} has no split {config.split}; it has {', '.join(data.splits)}")
+    names = [config.split] if config.split else list(data.splits)
+    examples = [example for name in names for example in data.splits[name]]
+    if config.images and config.images < len(examples):
+        examples = [examples[k * len(examples) // config.images] for k in range(config.images)]
+    truth = [grids.boxes_from_pixels(data.read(each), image_size(each.image)) for each in examples]
+    files = [each.image for each in examples]
+    raw = cached_tokens(backbone, files, config.cache or default_cache(), progress=progress)
+    device, probe = backbone.mean.device, config.make_probe()
+    ways: dict[str, Callable[[Tokens], Tokens] | FeatureStore] = {"raw": lambda tokens: tokens, **(variants or {})}
+    evidence = {}
+    for done, (name, way) in enumerate(ways.items(), 1):
+        evidence[name] = probe.evidence(_maps(way, raw, files, device), truth)[None]
+        if progress:
+            progress("probes", done, len(ways))
+    rows = make_rows(evidence, probe.summarise, probe.metric, "raw", seed=config.seed)
+    counts = {"images": len(files), "boxes": sum(map(len, truth))}
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
+    notes = (
+        *data.notes,
+        f"whole: the whole image as the box; centred: the best of {len(TRIVIAL_MARGINS)} centred boxes, chosen by its "
+        "CorLoc on these images",
+    )
+    described = {"root": str(data.root), "layout": data.layout, **counts}
+    return ProbeReport("discovery", probe.metric, "raw", rows, described, settings, notes)
+
+
+def _maps(
+    way: Callable[[Tokens], Tokens] | FeatureStore, raw: Sequence[Tokens], files: Sequence[Path], device: torch.device
+) -> Sequence[Tensor]:
+    """(h, w, C) of each image, made when asked for."""
+    if isinstance(way, FeatureStore):
+        stored = stored_tokens(way, files)
+        return Lazy(len(stored), lambda i: stored[i].patches[0])
+
+    @torch.no_grad()
+    def make(i: int) -> Tensor:
+        return way(raw[i].to(device)).patches[0].cpu()
+
+    return Lazy(len(raw), make)
+
+
+def box_evidence(box: Tensor, truth: Tensor) -> Tensor:
+    """(1 + len(TRIVIAL_MARGINS), 4) of :meth:`DiscoveryProbe.evidence`, for one image; zeros without a true box."""
+    from torchvision.ops import box_iou
+
+    trivial = [[margin, margin, 1 - margin, 1 - margin] for margin in TRIVIAL_MARGINS]
+    boxes = torch.cat((box[None].double().cpu(), torch.tensor(trivial, dtype=torch.float64)))
+    if not len(truth):
+        return boxes.new_zeros(len(boxes), 4)
+    _check_boxes(boxes[:1], "the predicted box")
+    _check_boxes(truth, "the true boxes of an image")
+    best = box_iou(boxes, truth.double().cpu()).amax(1)
+    return torch.stack((torch.ones_like(best), (best > 0.5).double(), (best > 0.7).double(), best), dim=1)
+
+
+def _check_boxes(boxes: Tensor, name: str) -> None:
+    right = boxes.ndim == 2 and boxes.shape[1] == 4
+    # The comparisons are false for NaN too.
+    if not right or not bool(((boxes >= -1e-6) & (boxes <= 1 + 1e-6)).all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+        raise ShapeError(
+            f"{name} are {boxes.tolist()}; each must be (x0, y0, x1, y1) in [0, 1] with x0 < x1 and y0 < y1: "
+            "clip boxes to the image and divide pixels by its size with dvt.grids.boxes_from_pixels"
+        )
+
+
+def second_eigenvector(weights: Tensor) -> Tensor:
+    """(n,) the y of the second smallest lambda in (D - W) y = lambda D y; its entry of largest size is positive.
+
+    Args:
+        weights: (n, n) W, symmetric and positive, n at least 2; D holds its row sums.
+    """
+    from scipy.linalg import eigh
+
+    count = len(weights)
+    root = weights.sum(1).sqrt().double()
+    # With z = D^1/2 y this is the second largest eigenvalue of the symmetric D^-1/2 W D^-1/2.
+    _, vectors = eigh((weights.double() / root / root[:, None]).numpy(), subset_by_index=(count - 2, count - 2))
+    vector = torch.from_numpy(vectors[:, 0]) / root
+    return vector * vector[_largest(vector)].sign()
+
+
+def _largest(vector: Tensor) -> int:
+    """The first entry of largest size; entries that rounding alone tells apart count as equal."""
+    size = vector.abs()
+    return int((size >= size.max() * (1 - 1e-6)).nonzero()[0])
+
+
+def _features(tokens: Tensor) -> Tensor:
+    """(hw, C) float64 on the CPU."""
+    if tokens.ndim != 3 or not tokens.numel():
+        raise ShapeError(f"object discovery takes one token map (h, w, C) that is not empty, got {tuple(tokens.shape)}")
+    return token_maps(Tokens.of(tokens))[0].flatten(0, 1).double().cpu()
+
+
+def _box_around(mask: Tensor, seed: int, tokens: Tensor) -> Tensor:
+    """(4,) the box in [0, 1] of the connected part of an (hw,) mask that holds the seed."""
+    from scipy.ndimage import find_objects, label
+
+    grid = (tokens.shape[0], tokens.shape[1])
+    parts, _ = label(mask.view(grid).numpy())
+    rows, columns = find_objects(parts)[parts.flat[seed] - 1]
+    cells = torch.tensor([columns.start, rows.start, columns.stop, rows.stop])
+    return grids.boxes_from_pixels(cells, grid).float()
