@@ -517,6 +517,11 @@ class FeatureStore(Dataset[Tokens]):
         return [os.fsdecode(bytes(shard.path[row])) for shard, row in self._rows()]
 
     @property
+    def sha256s(self) -> list[str]:
+        """The SHA-256 of each image's file."""
+        return [shard.sha256[row].decode() for shard, row in self._rows()]
+
+    @property
     def grids(self) -> list[Size]:
         """(h, w) of each image's tokens."""
         return [(int(shard.grid[row, 0]), int(shard.grid[row, 1])) for shard, row in self._rows()]

@@ -14,6 +14,8 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import dvt
+from dvt.cli.analysis import Analyze, Doctor, Probe, Report, analyze, doctor, probe, report
+from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
 
@@ -24,6 +26,13 @@ COMMANDS: dict[str, tuple[type, Run]] = {
     "demo": (Demo, demo),
     "denoise": (Denoise, denoise),
     "inspect": (Inspect, inspect),
+    "train": (Train, train),
+    "distill": (Distill, distill),
+    "export": (Export, export),
+    "doctor": (Doctor, doctor),
+    "analyze": (Analyze, analyze),
+    "report": (Report, report),
+    "probe": (Probe, probe),
 }
 
 

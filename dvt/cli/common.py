@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -19,16 +21,16 @@ if TYPE_CHECKING:
     import torch
 
     from dvt.backbones import Backbone
+    from dvt.denoiser import Denoiser
+    from dvt.tokens import Tokens
 
 DEFAULT_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of every command that computes."""
+    """Options of every command that computes; the seed is among the settings of each."""
 
-    seed: int = 0
-    """Seed of everything random."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
     json: bool = False
@@ -51,15 +53,19 @@ class BackboneOptions(Options):
     """Pixels between patches; smaller than the patch they overlap."""
     size: int | None = None
     """Shorter side of the model's input in pixels; the model's own if not given."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the backbone's forward pass."""
 
-    def load(self) -> Backbone:
-        """The backbone on its device."""
+    def load(self, other: str | None = None) -> Backbone:
+        """The backbone on its device; or another of timm, with the hub's weights and otherwise the same options."""
         from dvt.backbones import load_backbone
 
         weights = dvt.demo_weights() if self.weights == "demo" else self.weights
-        backbone = load_backbone(self.backbone, weights=weights, layer=self.layer, stride=self.stride, size=self.size)
+        backbone = load_backbone(
+            other or self.backbone,
+            weights=None if other else weights,
+            layer=self.layer,
+            stride=self.stride,
+            size=self.size,
+        )
         return backbone.to(find_device(self.device))
 
 
@@ -112,3 +118,29 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=1) + "\n")
     part.replace(path)
+
+
+def quiet_unless_first(console: Console) -> Console:
+    """The console, or one that is silent in all processes of a distributed run but the first."""
+    return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+
+
+def load_denoiser(source: str | None) -> Denoiser | None:
+    """A denoiser from a file, a folder or the hub, with an error that says how to come by one."""
+    from dvt.denoiser import Denoiser
+
+    return None if source is None else Denoiser.from_pretrained(source)
+
+
+def token_function(denoiser: Denoiser, backbone: Backbone) -> Callable[[Tokens], Tokens]:
+    """A denoiser as a function of Tokens, for analyses; it is moved to the backbone's device and must fit it."""
+    import torch
+
+    denoiser.check_fits(backbone)
+    denoiser = denoiser.to(backbone.mean.device).eval()
+
+    def clean(tokens: Tokens) -> Tokens:
+        with torch.no_grad():
+            return tokens.with_patches(denoiser(tokens.patches, tokens.prefix))
+
+    return clean

@@ -42,10 +42,14 @@ class Denoise(BackboneOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
     """Folder of the feature store; pictures go to its folder pictures."""
+    seed: int = 0
+    """Seed of the views and the solver."""
     views: int = 48
     """Random views an image, beside the whole image; the paper takes 768."""
     batch: int = 16
     """Views a forward pass."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the backbone's forward pass."""
     solver: Literal["linear", "neural"] = "linear"
     """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
     linear: LinearConfig = field(default_factory=LinearConfig)
