@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,32 @@ class Backbone(nn.Module):
                 "expected: check patch_size, stride, feature_dim and num_prefix_tokens"
             )
         return tokens
+
+    def at_layers(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tokens]:
+        """Tokens after several layers, from one forward pass.
+
+        Args:
+            images: as :meth:`forward` takes them.
+            layers: block indices, and -1 for the last block after the final norm, as :func:`load_backbone` has them.
+
+        Returns:
+            :class:`Tokens` by layer; a layer may have other channels than :attr:`feature_dim`.
+
+        Raises:
+            BackboneError: a layer that the model does not have; a wrapped model has only its own.
+        """
+        if self.num_layers is None:
+            if any(layer != self.layer for layer in layers):
+                raise BackboneError(
+                    f"{self.name} is a wrapped model: only its own tokens, layer {self.layer}, are known"
+                )
+            return {self.layer: self(images)}
+        if any(not -1 <= layer < self.num_layers for layer in layers):
+            raise BackboneError(
+                f"{self.name} has {self.num_layers} blocks: layers must lie in -1 ... {self.num_layers - 1}"
+            )
+        self._check(images)
+        return families.layer_tokens(self.model, self._normalise(images), layers, self.patch_size, self.stride)
 
     def input_size(self, image_size: Size) -> Size:
         """(H, W) to resize an image of `image_size` to: its aspect ratio, the shorter side of :attr:`image_size`.
@@ -211,7 +237,7 @@ def wrap(
 
 def load_backbone(
     name: str,
-    weights: str | Path | None = None,
+    weights: str | Path | Mapping[str, Tensor] | None = None,
     pretrained: bool = True,
     layer: int = -1,
     stride: int | Size | None = None,
@@ -221,8 +247,9 @@ def load_backbone(
 
     Args:
         name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``.
-        weights: a .safetensors file, or a .pth of tensors; None downloads timm's own from the Hugging Face hub.
-            A classifier in it is left out, position embeddings of another grid are resampled.
+        weights: a .safetensors file, a .pth of tensors, or a state dict; None downloads timm's own from the Hugging
+            Face hub. A classifier in it is left out, position embeddings of another grid are resampled, and where it
+            has another number of register tokens than timm's model of this name, the model gets as many.
         pretrained: False gives random weights, for tests.
         layer: -1 is the last block as timm's ``forward_features`` returns it, after the final norm where the model
             has one (models that pool first and norm afterwards have none; SAM's neck and XCiT's class attention
@@ -239,7 +266,7 @@ def load_backbone(
     >>> tokens.grid, tokens.feature_dim, backbone.num_prefix_tokens
     ((10, 15), 64, 1)
     """
-    state = None if weights is None else read_state(weights)
+    state = dict(weights) if isinstance(weights, Mapping) else None if weights is None else read_state(weights)
     with torch.device("meta"):  # everything that can be refused is refused before gigabytes are downloaded
         skeleton = _create(name, pretrained=False)
     _check_single_scale(skeleton, name)
@@ -250,10 +277,12 @@ def load_backbone(
         raise BackboneError(f"{name} does not cut its patches by a plain convolution: it takes no stride but {patch}")
     image_size = _checked_size(skeleton, name, size, patch)
 
-    dynamic = type(skeleton).__name__ in families.DYNAMIC
-    model = _create(name, pretrained=pretrained and state is None, dynamic=dynamic)
+    options: dict[str, Any] = {"dynamic_img_size": True} if type(skeleton).__name__ in families.DYNAMIC else {}
+    options |= _register_option(skeleton, state or {})
+    model = _create(name, pretrained=pretrained and state is None, **options)
     if state is not None:
-        _load_weights(model, state, image_size if size else None, str(weights))
+        source = "the state dict" if isinstance(weights, Mapping) else str(weights)
+        _load_weights(model, state, image_size if size else None, source)
     if families.sizing(model) in ("loaded", "square"):
         _regrid(model, image_size, grids.grid_shape(image_size, patch, steps))
     if (convolution := families.patch_convolution(model)) is not None:
@@ -344,10 +373,9 @@ def _check_single_scale(model: families.Model, name: str) -> None:
         )
 
 
-def _create(name: str, pretrained: bool, dynamic: bool = False) -> families.Model:
+def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
     """A timm model without a classifier."""
     _check_name(name)
-    options: dict[str, Any] = {"dynamic_img_size": True} if dynamic else {}
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # each hub client raises its own kinds, and timm plain RuntimeErrors
@@ -407,6 +435,15 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
             "are these the weights of another architecture?"
         ) from error
     load_state(model, state, source)
+
+
+def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What timm must be told so that the model has the register tokens of a file."""
+    option, tokens = families.REGISTERS.get(type(model).__name__), state.get("reg_token")
+    if option is None or tokens is None or tokens.ndim != 3:
+        return {}
+    own = 0 if model.reg_token is None else model.reg_token.shape[1]
+    return {} if tokens.shape[1] == own else {option: tokens.shape[1]}
 
 
 def _conversion(model: families.Model) -> Callable[[State], State]:

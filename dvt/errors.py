@@ -31,3 +31,7 @@ class ConfigError(DvtError):
 
 class NonFiniteError(DvtError):
     """A computation met NaN or infinity."""
+
+
+class DataError(DvtError):
+    """Labelled data is missing, incomplete, or contradicts itself."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ SIZED = {
     "ConVit": "square",
     "MlpMixer": "own",
 }
+#: Families that take register tokens, and what the option of ``timm.create_model`` for their number is called.
+REGISTERS = {"VisionTransformer": "reg_tokens", "Eva": "num_reg_tokens"}
 #: Families that give intermediate features as NCHW only.
 CHANNELS_FIRST = ("VisionTransformerSAM", "ConvMixer")
 
@@ -112,14 +115,33 @@ def last_tokens(model: Model, images: Tensor, patch: Size, stride: Size) -> Toke
 
 def block_tokens(model: Model, images: Tensor, layer: int, patch: Size, stride: Size) -> Tokens:
     """The output of one block, without the final norm."""
+    return layer_tokens(model, images, [layer], patch, stride)[layer]
+
+
+def layer_tokens(model: Model, images: Tensor, layers: Sequence[int], patch: Size, stride: Size) -> dict[int, Tokens]:
+    """Several layers of one forward pass: outputs of blocks, without the final norm; -1 is :func:`last_tokens`."""
     inner = core(model)
     options: dict[str, Any] = {}
     if type(inner).__name__ not in CHANNELS_FIRST:
         options["output_fmt"] = "NLC"  # timm's reshape to NCHW ignores a changed stride
     if block_prefix_tokens(model):
         options["return_prefix_tokens"] = True
-    (out,) = inner.forward_intermediates(images, indices=[layer], stop_early=True, intermediates_only=True, **options)
-    features, prefix = out if isinstance(out, tuple) else (out, out[:, :0])
+    blocks, last = sorted({layer for layer in layers if layer != -1}), -1 in layers
+    given = inner.forward_intermediates(
+        images, indices=blocks or [len(inner.blocks) - 1], stop_early=not last, intermediates_only=not last, **options
+    )
+    final, outputs = given if last else (None, given)
+    found = {}
+    for layer, out in zip(blocks, outputs, strict=False):
+        features, prefix = out if isinstance(out, tuple) else (out, out[:, :0])
+        found[layer] = _from_features(inner, features, prefix, images, patch, stride)
+    if final is not None:
+        count = prefix_tokens(model) if final.ndim == 3 else 0
+        found[-1] = _from_features(inner, final[:, count:], final[:, :count], images, patch, stride)
+    return found
+
+
+def _from_features(inner: Model, features: Tensor, prefix: Tensor, images: Tensor, patch: Size, stride: Size) -> Tokens:
     return _from_map(inner, features) if features.ndim == 4 else _from_sequence(features, prefix, images, patch, stride)
 
 
