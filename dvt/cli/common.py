@@ -69,6 +69,40 @@ class BackboneOptions(Options):
         return backbone.to(find_device(self.device))
 
 
+@dataclass(frozen=True, kw_only=True)
+class DenoiserOptions(BackboneOptions):
+    """Options of every command that may put a denoiser behind the backbone."""
+
+    denoiser: str | None = None
+    """File, folder or hub repository of a denoiser."""
+    force: bool = False
+    """Take a denoiser that was made for another backbone, layer or weights."""
+
+    def load_denoiser(self, backbone: Backbone) -> Denoiser | None:
+        """The denoiser on the backbone's device, checked against it; None where none was asked for."""
+        from dvt.denoiser import Denoiser
+
+        if self.denoiser is None:
+            return None
+        denoiser = Denoiser.from_pretrained(self.denoiser)
+        denoiser.check_fits(backbone, self.force)
+        return denoiser.to(backbone.mean.device).eval()
+
+    def token_function(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | None:
+        """The same as a function of Tokens, as analyses take it."""
+        import torch
+
+        denoiser = self.load_denoiser(backbone)
+        if denoiser is None:
+            return None
+
+        def clean(tokens: Tokens) -> Tokens:
+            with torch.no_grad():
+                return tokens.with_patches(denoiser(tokens.patches, tokens.prefix))
+
+        return clean
+
+
 def find_device(name: str) -> torch.device:
     """The device of that name, tried out; "auto" is a GPU where there is one."""
     import torch
@@ -123,24 +157,3 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def quiet_unless_first(console: Console) -> Console:
     """The console, or one that is silent in all processes of a distributed run but the first."""
     return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
-
-
-def load_denoiser(source: str | None) -> Denoiser | None:
-    """A denoiser from a file, a folder or the hub, with an error that says how to come by one."""
-    from dvt.denoiser import Denoiser
-
-    return None if source is None else Denoiser.from_pretrained(source)
-
-
-def token_function(denoiser: Denoiser, backbone: Backbone) -> Callable[[Tokens], Tokens]:
-    """A denoiser as a function of Tokens, for analyses; it is moved to the backbone's device and must fit it."""
-    import torch
-
-    denoiser.check_fits(backbone)
-    denoiser = denoiser.to(backbone.mean.device).eval()
-
-    def clean(tokens: Tokens) -> Tokens:
-        with torch.no_grad():
-            return tokens.with_patches(denoiser(tokens.patches, tokens.prefix))
-
-    return clean

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import BackboneOptions, Options, find_device, load_denoiser, plain, progress_bar, quiet_unless_first
+from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first
 from dvt.denoiser.backbone import BackboneTraining
 from dvt.denoiser.distill import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
@@ -35,8 +35,8 @@ class Train(Options):
 
 
 @dataclass(frozen=True)
-class Distill(BackboneOptions):
-    """Fine-tune a whole backbone, so that its own tokens are clean: no denoiser is needed afterwards.
+class Distill(DenoiserOptions):
+    """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean.
 
     The same command goes on where it was stopped. `accelerate launch --module dvt.cli distill ...` uses several GPUs.
     """
@@ -45,20 +45,16 @@ class Distill(BackboneOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    denoiser: str | None = None
-    """File, folder or hub repository of the denoiser that teaches; not with --teacher views."""
     training: Annotated[BackboneTraining, tyro.conf.arg(name="")] = field(default_factory=BackboneTraining)
     """How the backbone is trained."""
 
 
 @dataclass(frozen=True)
-class Export(BackboneOptions):
+class Export(DenoiserOptions):
     """Write a backbone, with or without a denoiser, to one file that runs without dvt and timm."""
 
     out: Path
     """The file to write: .onnx, or .pt2 for torch.export.load."""
-    denoiser: str | None = None
-    """File, folder or hub repository of a denoiser to put behind the backbone."""
     strength: float | None = None
     """How much of the denoiser's change is made, from 0 to 1; its own if not given."""
     grid: Literal["auto", "dynamic", "fixed"] = "auto"
@@ -92,7 +88,8 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
         console.print_json(data=settings)
         return 0, settings
     console = quiet_unless_first(console)
-    backbone, denoiser = command.load(), load_denoiser(command.denoiser)
+    backbone = command.load()
+    denoiser = command.load_denoiser(backbone)
     with progress_bar(console) as progress:
         report = distill_backbone(backbone, paths, command.out, command.training, denoiser, progress)
     table = Table(
@@ -121,10 +118,11 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    backbone, denoiser = command.load(), load_denoiser(command.denoiser)
+    backbone = command.load()
+    denoiser = command.load_denoiser(backbone)
     if denoiser is not None:
         denoiser.strength = denoiser.strength if command.strength is None else command.strength
-        backbone = denoised_backbone(denoiser, backbone)
+        backbone = denoised_backbone(denoiser, backbone, command.force)
     elif command.strength is not None:
         raise ConfigError("--strength is that of a denoiser; give --denoiser FILE too")
     with console.status("exporting and comparing"):

@@ -1,0 +1,145 @@
+"""Metric depth from frozen tokens: a linear head over depth bins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dvt.analysis.probes.probe import (
+    HeadConfig,
+    Maps,
+    Probe,
+    check_maps,
+    enlarged,
+    fitted,
+    grid_of,
+    linear_head,
+    train_head,
+)
+from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.grids import Size
+
+# Shares of the squared mean error that the loss forgives: 1 would leave the scale free (Eigen et al. take .5).
+_FORGIVEN = 0.85
+_BINS = 256
+
+
+class DepthProbe(Probe):
+    """BatchNorm and a 1x1 convolution to 256 depth bins; depth is the mean of the bins' centres by their softmax.
+
+    The bins lie evenly in depth or in its logarithm, between the extremes of the training images; in the logarithm the
+    mean is taken there too. Depth is enlarged bilinearly. The loss is the scale-invariant logarithmic one, over pixels
+    with a measurement.
+
+    Args:
+        bins: "log" or "linear".
+        config: how it is trained.
+
+    Source:
+        Bins: AdaBins (Bhat et al., 2021) and DINOv2 (section 7.4); loss: Eigen et al., 2014, equation 4.
+    """
+
+    metric = "AbsRel"
+    lower_is_better = True
+    seeded = True
+
+    def __init__(self, bins: Literal["log", "linear"] = "log", config: HeadConfig | None = None) -> None:
+        if bins not in ("log", "linear"):
+            raise ConfigError(f"bins is {bins!r}; it must be 'log' or 'linear'")
+        self.bins = bins
+        self.config = config or HeadConfig()
+        self.head: nn.Module | None = None
+
+    def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DepthProbe:
+        channels = check_maps(tokens, targets)
+        low, high = _extremes(targets)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        head = nn.Sequential(*linear_head(channels, _BINS, generator), _Expectation(self.bins, low, high))
+        self.head = train_head(head, _log_loss, tokens, targets, self.config, generator)
+        return self
+
+    @torch.no_grad()
+    def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """(H, W) float32 metres of each image, between the extremes of the training images."""
+        head = fitted(self.head, self)
+        found = []
+        for i in range(len(tokens)):
+            one = tokens[i].float()
+            if one.shape[-1] != head[0].num_features:
+                raise ShapeError(
+                    f"tokens have {one.shape[-1]} channels; this probe was fitted on {head[0].num_features}"
+                )
+            size = grid_of(one) if sizes is None else sizes[i]
+            found.append(enlarged(head(one.permute(2, 0, 1)[None]), size)[0, 0])
+        return found
+
+    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, 4): 1, AbsRel, RMSE and delta1 of each image; zeros where the image has no measurement."""
+        check_maps(tokens, targets)
+        found = self.predict(tokens, [(target.shape[0], target.shape[1]) for target in targets])
+        return torch.stack([depth_errors(p.cpu(), t) for p, t in zip(found, targets, strict=True)])
+
+    @staticmethod
+    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+        """AbsRel, RMSE (metres) and delta1 (share in [0, 1]): means over images, as the field reports them."""
+        means = evidence[..., 1:] / evidence[..., :1]
+        return dict(zip(("AbsRel", "RMSE", "delta1"), means.unbind(-1), strict=True))
+
+
+class _Expectation(nn.Module):
+    """(B, 256, h, w) logits to (B, 1, h, w) depth."""
+
+    centres: Tensor
+
+    def __init__(self, bins: str, low: float, high: float) -> None:
+        super().__init__()
+        self.log = bins == "log"
+        ends = (math.log(low), math.log(high)) if self.log else (low, high)
+        self.register_buffer("centres", torch.linspace(*ends, _BINS))
+
+    def forward(self, logits: Tensor) -> Tensor:
+        depth = torch.einsum("bkhw,k->bhw", logits.softmax(1), self.centres)[:, None]
+        return depth.exp() if self.log else depth
+
+
+def _log_loss(depth: Tensor, truth: Tensor) -> Tensor:
+    known = truth > 0
+    if not bool(known.any()):
+        return 0.0 * depth.sum()
+    error = depth[:, 0][known].log() - truth[known].log()
+    return (error.square().mean() - _FORGIVEN * error.mean().square()).clamp(min=1e-10).sqrt()
+
+
+def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
+    """(4,) float64: 1, AbsRel = mean |d - d*| / d*, RMSE, delta1 = share with max(d / d*, d* / d) < 1.25.
+
+    Pixels without measurement (0) are left out; without any pixel all four are 0.
+    """
+    if depth.shape != truth.shape:
+        raise ShapeError(f"predictions {tuple(depth.shape)} and depth {tuple(truth.shape)} differ in shape")
+    known = truth > 0
+    if not bool(known.any()):
+        return torch.zeros(4, dtype=torch.float64)
+    found, true = depth[known].double(), truth[known].double()
+    difference = (found - true).abs()
+    ratio = torch.maximum(found / true, true / found)
+    values = ((difference / true).mean(), difference.square().mean().sqrt(), (ratio < 1.25).double().mean())
+    return torch.stack((torch.ones_like(values[0]), *values))
+
+
+def _extremes(targets: Sequence[Tensor]) -> tuple[float, float]:
+    """Smallest and largest depth of all pixels with a measurement."""
+    low, high = math.inf, 0.0
+    for i, target in enumerate(targets):
+        if not bool(target.isfinite().all()) or float(target.min()) < 0:
+            raise DataError(f"depth map {i} holds a negative, infinite or NaN value; 0 marks a missing measurement")
+        known = target[target > 0]
+        if len(known):
+            low, high = min(low, float(known.min())), max(high, float(known.max()))
+    if not high:
+        raise DataError(f"all {len(targets)} training depth maps are zero: there is no measurement to learn from")
+    return low, high if high > low else low * 1.001

@@ -1,0 +1,275 @@
+"""Token maps for probes: computed once and kept in a feature store, or made from others."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.analysis.layouts import some
+from dvt.analysis.probes.probe import grid_of
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.grids import Size
+from dvt.images import file_sha256, load_image
+from dvt.store import FeatureStore, Job, Record, StoreWriter, plan
+from dvt.tokens import Tokens
+from dvt.views import ViewConfig, Views, resize
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+Item = TypeVar("Item")
+
+_SHARD_IMAGES = 64
+_HELD_BYTES = 2 << 30
+_REMOVAL_ROUNDS = 8
+_REMOVAL_RIDGE = 1e-3
+
+
+class Lazy(Sequence, Generic[Item]):
+    """A sequence whose items are made when they are asked for."""
+
+    def __init__(self, length: int, make: Callable[[int], Item]) -> None:
+        self.length, self.make = length, make
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.length))]
+        if not -self.length <= index < self.length:
+            raise IndexError(f"item {index} of {self.length}")
+        return self.make(index % self.length)
+
+
+def held(items: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The items in memory when they are likely to take less than 2 GB there; otherwise as they were."""
+    if not len(items):
+        return items
+    return list(items) if items[0].nbytes * len(items) < _HELD_BYTES else items
+
+
+def default_cache() -> Path:
+    """The user's cache folder for features: $XDG_CACHE_HOME/dvt, or ~/.cache/dvt."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvt"
+
+
+# -- computed once ----------------------------------------------------------------------------------------------------
+
+
+def cached_tokens(
+    backbone: Backbone,
+    images: Sequence[Path],
+    cache: Path,
+    views: ViewConfig | None = None,
+    progress: Progress | None = None,
+) -> Sequence[Tokens]:
+    """The raw tokens of image files, or their average over views; what the cache lacks is computed first.
+
+    Args:
+        backbone: runs on its own device.
+        images: files; equal bytes are computed once.
+        cache: folder of feature stores, one for each backbone and setting, which may be deleted at any time.
+        views: None for one pass over the whole image; otherwise tokens are averaged as :func:`averaged_tokens` does.
+        progress: called with (what, done, total).
+
+    Returns:
+        Tokens (a batch of one) of each image, read when asked for.
+    """
+    settings = {"verb": "extract"} if views is None else {"verb": "average views", "views": _numbers(views)}
+    job = Job(
+        backbone.name, backbone.weights_sha256, backbone.layer, backbone.stride, backbone.image_size, config=settings
+    )
+    what = "features" if views is None else "view averages"
+    folder = cache / f"{what.replace(' ', '-')}-{job.digest[:16]}"
+    hashes = [file_sha256(path) for path in images]
+    with StoreWriter(folder, job) as writer:
+        todo = {sha256: path for sha256, path in zip(hashes, images, strict=True) if sha256 not in writer.done}
+        listed = [(str(path), sha256, (0, 0)) for sha256, path in todo.items()]
+        done = 0
+        for shard in plan(listed, _SHARD_IMAGES, job):
+            records = []
+            for path, sha256, _ in shard.images:
+                records.append(_record(backbone, path, sha256, views))
+                done += 1
+                if progress:
+                    progress(what, done, len(todo))
+            writer.write(shard.name, records)
+    return stored_tokens(FeatureStore(folder), images, hashes)
+
+
+def _numbers(views: ViewConfig) -> dict[str, object]:
+    return {name: value for name, value in asdict(views).items() if name != "batch"}
+
+
+@torch.no_grad()
+def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None) -> Record:
+    pixels = load_image(path).to(backbone.mean.device)
+    size: Size = (pixels.shape[1], pixels.shape[2])
+    if views is None:
+        tokens = backbone(resize(pixels, backbone.input_size(size))[None])
+    else:
+        tokens = averaged_tokens(backbone, pixels, views)
+    return Record(path, sha256, size, {"raw": tokens.patches[0]}, tokens.prefix[0])
+
+
+def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[str] | None = None) -> Sequence[Tokens]:
+    """A store's tokens (batches of one) of image files, found by their bytes.
+
+    Raises:
+        DataError: the store lacks some of them; they are listed.
+    """
+    where = {sha256: i for i, sha256 in enumerate(store.sha256s)}
+    hashes = [file_sha256(path) for path in images] if hashes is None else hashes
+    if missing := [str(path) for path, sha256 in zip(images, hashes, strict=True) if sha256 not in where]:
+        raise DataError(
+            f"the store {str(store.path)!r} lacks {len(missing)} of {len(images)} images: "
+            f"{some(missing)}. Add them with the command that made the store"
+        )
+    return Lazy(len(images), lambda i: store[where[hashes[i]]])
+
+
+# -- view averaging ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> Tokens:
+    """The mean, over all views that show a patch's centre, of the view's tokens there (bilinear between them).
+
+    The baseline that any estimate from views must beat: it spreads a position artifact out instead of finding it.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        config: how views are drawn; the whole image is always the first of them.
+
+    Source:
+        PH-Reg's teacher ("Vision Transformers with Self-Distilled Registers", 2025).
+    """
+    size = backbone.input_size((image.shape[1], image.shape[2]))
+    centres = backbone.centres(size)
+    if min(centres.shape[:2]) < 2:
+        raise ShapeError(f"views are averaged on grids of 2 x 2 patches or more, got {tuple(centres.shape[:2])}")
+    views = Views(image, size, centres, config)
+    total = torch.zeros(*centres.shape[:2], backbone.feature_dim, device=centres.device)
+    count = torch.zeros(*centres.shape[:2], 1, device=centres.device)
+    prefix, start = None, 0
+    for images, _ in views:
+        part = slice(start, start + len(images))
+        start += len(images)
+        tokens = backbone(images).to(torch.float32)
+        prefix = tokens.prefix[:1] if prefix is None else prefix
+        own = grids.image_to_view(centres.expand(len(images), -1, -1, -1), views.boxes[part], views.flips[part])
+        seen = ((own >= 0) & (own <= 1)).all(-1, keepdim=True).to(torch.float32)
+        # grids.sample counts from the outermost nodes; these are the centres of the outermost patches.
+        nodes = (own - centres[0, 0]) / (centres[-1, -1] - centres[0, 0])
+        at_centres = torch.stack([grids.sample(one, where) for one, where in zip(tokens.patches, nodes, strict=True)])
+        total = total + (seen * at_centres).sum(0)
+        count = count + seen.sum(0)
+    return Tokens((total / count)[None], torch.as_tensor(prefix))
+
+
+# -- baselines without labels -----------------------------------------------------------------------------------------
+
+
+def position_features(grid: Size, waves: int = 4, device: torch.device | None = None) -> Tensor:
+    """(h, w, waves^2) products of cosines of the patch centres' coordinates: what position alone can tell."""
+    coords = grids.grid_centres(grid, device=device)
+    cosines = torch.cos(torch.pi * coords[..., None] * torch.arange(waves, device=device))
+    return (cosines[:, :, 0, :, None] * cosines[:, :, 1, None, :]).flatten(2)
+
+
+def position_only(tokens: Tokens) -> Tokens:
+    """Coordinates in place of tokens: the baseline of a task in which layout is a cue."""
+    return Tokens.of(position_features(tokens.grid, device=tokens.patches.device).expand(len(tokens), -1, -1, -1))
+
+
+def with_position(tokens: Tensor, how: str) -> Tensor:
+    """A map (h, w, C) with its position put back in.
+
+    Args:
+        how: "concatenate" appends :func:`position_features`, "add" adds sines and cosines of the coordinates as
+            masked autoencoders do (C a multiple of 4); both at the RMS of the tokens. "none" changes nothing.
+    """
+    if how == "none":
+        return tokens
+    size = grid_of(tokens)
+    scale = tokens.square().mean().sqrt()
+    if how == "concatenate":
+        waves = position_features(size, device=tokens.device)
+        return torch.cat((tokens, scale * waves.to(tokens.dtype)), dim=-1)
+    if how == "add":
+        return tokens + scale * 2**0.5 * _sines(size, tokens.shape[-1]).to(tokens)
+    raise ConfigError(f"position is {how!r}; it must be 'none', 'concatenate' or 'add'")
+
+
+def _sines(grid: Size, channels: int) -> Tensor:
+    """(h, w, C) sines and cosines of patch numbers at C / 4 frequencies, as in masked autoencoders."""
+    if channels % 4:
+        raise ConfigError(f"adding a position needs channels in multiples of 4, got {channels}; use 'concatenate'")
+    frequency = 10000.0 ** -torch.linspace(0, 1, channels // 4 + 1)[:-1]
+    numbers = grids.grid_centres(grid) * torch.tensor([grid[1], grid[0]])
+    angles = (numbers[..., None] * frequency).flatten(2)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
+    """Subtracts the mean map over training images (less its own mean): what all images share at a position.
+
+    Maps of another grid take the mean resampled.
+    """
+    total, count = None, 0
+    for tokens in train:
+        part = tokens.patches.float().sum(0)
+        total = part if total is None else total + grids.resample(part, grid_of(total))
+        count += len(tokens)
+    if total is None:
+        raise DataError("no training image was given; their mean is what is subtracted")
+    mean = total / count
+    mean = mean - mean.mean((0, 1))
+    return lambda tokens: tokens.with_patches(tokens.patches - grids.resample(mean, tokens.grid).to(tokens.patches))
+
+
+def linear_removal(train: Iterable[Tokens], rounds: int = _REMOVAL_ROUNDS) -> Callable[[Tokens], Tokens]:
+    """Projects out, round by round, the two directions from which a ridge regression reads x and y.
+
+    Everything is computed from the covariances of tokens and coordinates, so the tokens are read once.
+
+    Source:
+        Iterative linear removal of the position subspace, after RASA.
+    """
+    products, count = None, 0
+    for rows in _rows(train):
+        products = rows.T @ rows if products is None else products + rows.T @ rows
+        count += len(rows)
+    if products is None:
+        raise DataError("no training image was given; the position is removed as it shows in them")
+    mean = products[-1] / count
+    covariance = products / count - mean[:, None] * mean
+    inner, cross = covariance[:-3, :-3], covariance[:-3, -3:-1]
+    keep = torch.eye(len(inner)).to(inner)
+    ridge = _REMOVAL_RIDGE * inner.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inner)).to(inner)
+    for _ in range(min(rounds, len(inner) // 2)):
+        weights = torch.linalg.solve(keep @ inner @ keep + ridge, keep @ cross)
+        directions, scale = torch.linalg.qr(keep @ weights)
+        if not bool((scale.diagonal().abs() > 1e-10).all()):
+            break  # nothing is left that tells the position
+        keep = keep - directions @ directions.T
+    keep, centre = keep.float(), mean[:-3].float()
+    return lambda tokens: tokens.with_patches((tokens.patches.float() - centre) @ keep + centre)
+
+
+def _rows(train: Iterable[Tokens]) -> Iterator[Tensor]:
+    """(B h w, C + 3) rows [token, x, y, 1] in float64."""
+    for tokens in train:
+        coords = grids.grid_centres(tokens.grid).expand(len(tokens), -1, -1, -1).to(tokens.patches)
+        rows = torch.cat((tokens.patches, coords, torch.ones_like(coords[..., :1])), dim=-1)
+        yield rows.flatten(0, 2).double()

@@ -1,0 +1,234 @@
+"""The interface of all labelled probes, and the training loop of those that are a small head on frozen tokens."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from dvt.grids import Size
+
+Maps = Sequence[Tensor] | Tensor
+"""(h, w, C) token maps, one an image: a list, anything that reads them when indexed, or a tensor (B, h, w, C)."""
+
+SomeProbe = TypeVar("SomeProbe", bound="Probe")
+
+
+class Probe(ABC):
+    """What frozen tokens hold about a target: fit on some images, predict, score on others.
+
+    A score is made from *evidence*: numbers of each image that may be added up over images (counts of pixels, sums of
+    errors). So scores of any resampling of the images need no second prediction.
+
+    Attributes:
+        metric: the headline among the scores.
+        lower_is_better: whether it is an error.
+        seeded: whether fitting draws random numbers.
+    """
+
+    metric: ClassVar[str]
+    lower_is_better: ClassVar[bool] = False
+    seeded: ClassVar[bool] = False
+
+    @abstractmethod
+    def fit(self: SomeProbe, tokens: Maps, targets: Sequence[Tensor]) -> SomeProbe:
+        """Learns from the token maps of images and their targets, as :meth:`LabelledData.read` gives them.
+
+        Raises:
+            DataError: no target holds anything to learn from, or one is out of range.
+            ShapeError: counts or feature sizes differ.
+            NonFiniteError: a token is NaN or infinite.
+        """
+
+    @abstractmethod
+    def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """The target of each image, at (H, W) of `sizes`, or a value a token where None."""
+
+    @abstractmethod
+    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, ...) float64 evidence of each image; zeros for an image whose targets are all left out."""
+
+    @staticmethod
+    @abstractmethod
+    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+        """Scores of evidence that was added up; leading dimensions are kept, NaN where there is none."""
+
+    def score(self, tokens: Maps, targets: Sequence[Tensor]) -> dict[str, float]:
+        """Scores of the predictions; shares and errors, not per cent.
+
+        Raises:
+            DataError: no image has anything to score.
+        """
+        evidence = self.evidence(tokens, targets).sum(0)
+        if not bool(evidence.any()):
+            raise DataError(f"nothing to score: the targets of all {len(targets)} images are left out (ignored or 0)")
+        return {name: float(value) for name, value in self.summarise(evidence).items()}
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """How a head is trained on frozen tokens.
+
+    Args:
+        epochs: passes over the training images.
+        batch: images a step.
+        learning_rate: highest, of AdamW, under one cycle.
+        weight_decay: of AdamW.
+        labels_per_patch: training targets are reduced (nearest) to so many a patch and side; 0 keeps every pixel.
+            Scores are always taken at every pixel.
+        seed: of the head's first weights and of the order of the images.
+    """
+
+    epochs: int = 25
+    batch: int = 8
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    labels_per_patch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 1 or self.labels_per_patch < 0:
+            raise ConfigError(
+                f"epochs and batch are 1 or more, labels_per_patch 0 or more; got {self.epochs}, {self.batch}, "
+                f"{self.labels_per_patch}"
+            )
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ConfigError(f"learning rate {self.learning_rate} or weight decay {self.weight_decay} is out of range")
+
+    def with_seed(self, seed: int) -> HeadConfig:
+        """The same with another seed."""
+        return replace(self, seed=seed)
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
+    """BatchNorm and a 1x1 convolution. The tokens are frozen, so BatchNorm keeps a plain mean of all its batches."""
+    head = nn.Sequential(nn.BatchNorm2d(channels, momentum=None), nn.Conv2d(channels, outputs, 1))
+    weights: Any = head[1]
+    nn.init.normal_(weights.weight, std=0.01, generator=generator)
+    nn.init.zeros_(weights.bias)
+    return head
+
+
+def train_head(
+    head: nn.Module,
+    loss: Loss,
+    tokens: Maps,
+    targets: Sequence[Tensor],
+    config: HeadConfig,
+    generator: torch.Generator,
+) -> nn.Module:
+    """Trains a head (B, C, h, w) -> (B, K, h, w) so that `loss` of its bilinearly enlarged output is small.
+
+    Args:
+        loss: of (B, K, H, W) and the targets (B, H, W); it must be finite for targets that are all left out.
+        tokens: maps of any grid; a batch holds one grid.
+        targets: (H, W) each, of the image's size or any other.
+
+    Everything runs on the device of the tokens.
+    """
+    small = [reduced(target, _target_size(target, grid_of(tokens[i]), config)) for i, target in enumerate(targets)]
+    batches = _Batches([(*grid_of(tokens[i]), *small[i].shape) for i in range(len(small))], config.batch)
+    head.to(tokens[0].device).train()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps = max(2, config.epochs * len(batches))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps)
+    for _ in range(config.epochs):
+        for part in batches.shuffled(generator):
+            x = torch.stack([tokens[i].float() for i in part]).permute(0, 3, 1, 2)
+            y = torch.stack([small[i] for i in part]).to(x.device)
+            value = loss(enlarged(head(x), (y.shape[1], y.shape[2])), y)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            schedule.step()
+    if not all(bool(parameter.isfinite().all()) for parameter in head.parameters()):
+        raise NonFiniteError("the head's weights became NaN or infinite; lower the learning rate")
+    return head.eval()
+
+
+class _Batches:
+    """Indices in batches of equal shapes."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], batch: int) -> None:
+        self.groups = [
+            torch.tensor([i for i, shape in enumerate(shapes) if shape == wanted]) for wanted in sorted(set(shapes))
+        ]
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return sum(-(-len(group) // self.batch) for group in self.groups)
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[list[int]]:
+        parts = [
+            part.tolist()
+            for group in self.groups
+            for part in group[torch.randperm(len(group), generator=generator)].tensor_split(
+                -(-len(group) // self.batch)
+            )
+        ]
+        yield from (parts[i] for i in torch.randperm(len(parts), generator=generator).tolist())
+
+
+def _target_size(target: Tensor, grid: Size, config: HeadConfig) -> Size:
+    size = (target.shape[0], target.shape[1])
+    wanted = (config.labels_per_patch * grid[0], config.labels_per_patch * grid[1])
+    fits = config.labels_per_patch and wanted[0] <= size[0] and wanted[1] <= size[1]
+    return wanted if fits else size
+
+
+def reduced(target: Tensor, size: Size) -> Tensor:
+    """A target (H, W) at another size: each pixel takes the nearest value, so that classes and holes stay exact."""
+    if tuple(target.shape) == tuple(size):
+        return target
+    return nnf.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
+
+
+def enlarged(maps: Tensor, size: Size) -> Tensor:
+    """Maps (B, K, h, w) at another size, bilinear, centres aligned."""
+    return maps if maps.shape[2:] == size else nnf.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def grid_of(tokens: Tensor) -> Size:
+    """(h, w) of a map (h, w, C)."""
+    return tokens.shape[0], tokens.shape[1]
+
+
+def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = None, rank: int = 2) -> int:
+    """C of the maps, when they and their targets fit together.
+
+    Raises:
+        ShapeError: counts, ranks or feature sizes differ.
+        NonFiniteError: a token is NaN or infinite.
+    """
+    if not len(tokens) or len(tokens) != len(targets):
+        raise ShapeError(f"{len(tokens)} token maps and {len(targets)} targets were given; give one of each an image")
+    for i in range(len(tokens)):
+        one = tokens[i]
+        channels = one.shape[-1] if channels is None else channels
+        if one.ndim != 3 or one.shape[-1] != channels:
+            raise ShapeError(f"map {i} has shape {tuple(one.shape)}; it must be (h, w, {channels})")
+        if targets[i].ndim != rank:
+            raise ShapeError(f"target {i} has shape {tuple(targets[i].shape)}; it must have {rank} dimensions")
+        if not bool(one.isfinite().all()):
+            raise NonFiniteError(f"tokens of image {i} hold NaN or infinity; compute them again")
+    return int(channels or 0)
+
+
+def fitted(value: Any, probe: Probe) -> Any:
+    """A value that fit() sets.
+
+    Raises:
+        ConfigError: it is still missing.
+    """
+    if value is None:
+        raise ConfigError(f"this {type(probe).__name__} has not been fitted; call fit(tokens, targets) first")
+    return value

@@ -1,0 +1,321 @@
+"""One call from labelled data and a backbone to a table: raw features, variants of them and baselines side by side."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dvt.analysis.datasets import LabelledData, Target, open_data, pick
+from dvt.analysis.layouts import IGNORE, Example, some
+from dvt.analysis.probes import features
+from dvt.analysis.probes.classification import KnnClassification, LinearClassification
+from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
+from dvt.analysis.probes.crops import cached_crops
+from dvt.analysis.probes.depth import DepthProbe
+from dvt.analysis.probes.discovery import Lost, TokenCut
+from dvt.analysis.probes.features import Lazy, Progress, held
+from dvt.analysis.probes.probe import HeadConfig, Probe
+from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
+from dvt.analysis.probes.table import ProbeReport, make_rows
+from dvt.analysis.probes.variants import BASELINES, RAW, Baseline, RowFeatures, Variant, row_names
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError, DataError
+from dvt.grids import boxes_from_pixels
+from dvt.images import find_images, image_size, load_image
+from dvt.views import ViewConfig
+
+log = logging.getLogger(__name__)
+
+Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
+TARGETS: dict[str, Target] = {
+    "segmentation": "labels",
+    "knn": "labels",
+    "depth": "depth",
+    "classification": "category",
+    "knn-classification": "category",
+    "discovery": "boxes",
+}
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """A probe, its data and its protocol.
+
+    Args:
+        task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
+            (linear, whole images), "knn-classification", "discovery" (one box an image, nothing is learnt) or
+            "correspondence" (matches between an image and warped views of it, nothing is learnt).
+        data: folder of the labelled data; any images for correspondence.
+        layout: its layout, one of :data:`dvt.analysis.datasets.LAYOUTS`; "auto" recognises it.
+        ignore: label ids that do not count, besides those of the layout.
+        classes: number of classes; None finds it.
+        protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
+            training and test, so that layout is less of a cue.
+        evaluate: the split that is scored; None means test, or val where there is no test.
+        train_images, test_images: at most so many, evenly spaced; None takes all.
+        seeds: how often a probe that draws random numbers is trained.
+        head: how a linear head is trained.
+        bins: of depth, even in its logarithm or in depth.
+        neighbours: votes of the probes without training.
+        method: of discovery.
+        position: put the position back into all features: "none", "concatenate" or "add".
+        baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
+            training images' mean map), "linear-removal" (without the directions that tell position),
+            "view-averaging" (takes `views` passes an image).
+        transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
+        views: of view averaging, besides the whole image.
+        seed: of the crops, the views and the first probe.
+        cache: folder for features and crops; None is the user's cache folder.
+    """
+
+    task: Task
+    data: Path
+    layout: str = "auto"
+    ignore: tuple[int, ...] = ()
+    classes: int | None = None
+    protocol: Literal["frames", "crops"] = "frames"
+    evaluate: Literal["val", "test"] | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    seeds: int = 3
+    head: HeadConfig = HeadConfig()  # noqa: RUF009  frozen
+    bins: Literal["log", "linear"] = "log"
+    neighbours: int = 20
+    method: Literal["lost", "tokencut"] = "lost"
+    position: Literal["none", "concatenate", "add"] = "none"
+    baselines: tuple[Baseline, ...] = ("position-only",)
+    transfer: bool = False
+    views: int = 10
+    seed: int = 0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "task": (*TARGETS, "correspondence"),
+            "method": ("lost", "tokencut"),
+            "protocol": ("frames", "crops"),
+            "evaluate": (None, "val", "test"),
+            "bins": ("log", "linear"),
+            "position": ("none", "concatenate", "add"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if unknown := [name for name in self.baselines if name not in BASELINES]:
+            raise ConfigError(f"there is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
+        for name in ("seeds", "neighbours", "views", "train_images", "test_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+        if self.protocol == "crops" and TARGETS.get(self.task) not in ("labels", "depth"):
+            raise ConfigError(f"{self.task} takes whole images only; crops need label or depth maps")
+        if self.transfer and self.task in ("discovery", "correspondence"):
+            raise ConfigError(f"{self.task} learns nothing, so there is no probe to transfer")
+
+    @property
+    def folder(self) -> Path:
+        """Where features and crops are kept."""
+        return self.cache or features.default_cache()
+
+
+def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:
+    """The data that a probe sees: splits "train" and "test" only, limited, and cut into crops where asked for.
+
+    The files of its examples are what stores handed to :func:`run_probe` must hold. Where nothing is learnt (discovery)
+    "train" is empty.
+    """
+    if config.task not in TARGETS:
+        raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
+    target = TARGETS[config.task]
+    data = open_data(config.data, target, layout=config.layout, ignore=config.ignore, num_classes=config.classes)
+    name = "all" if "all" in data.splits else config.evaluate or ("test" if "test" in data.splits else "val")
+    if name not in data.splits:
+        raise DataError(f"{str(data.root)!r} has no split {name}; it has {', '.join(data.splits)}")
+    notes = data.notes if name in ("test", "all") else (*data.notes, f"scored on the split {name}")
+    splits = {"train": data.splits.get("train", ()), "test": data.splits[name]}
+    data = replace(data, splits=splits, notes=notes)
+    data = data.limited(train=config.train_images, test=config.test_images).counted()
+    return data if config.protocol == "frames" else cached_crops(data, config.folder, config.seed, progress)
+
+
+def run_probe(
+    config: ProbeConfig,
+    backbone: Backbone,
+    variants: Mapping[str, Variant] | None = None,
+    progress: Progress | None = None,
+) -> ProbeReport:
+    """Trains and scores one probe on each variant of the features.
+
+    Args:
+        config: the probe and its data.
+        backbone: gives the raw features, which are computed once and kept in the cache.
+        variants: further rows by name: a denoiser as a function of tokens, a store, another backbone.
+        progress: called with (what, done, total).
+
+    Raises:
+        DataError: the data are incomplete or contradict themselves, or a store lacks an image.
+        ConfigError: two rows have one name, or a row cannot be had for this task.
+    """
+    variants = variants or {}
+    names = row_names(config.baselines, variants)
+    if config.task == "correspondence":
+        return _run_correspondence(config, backbone, names, variants, progress)
+    data = prepare(config, progress)
+    examples = [*data.splits["train"], *data.splits["test"]]
+    count = len(data.splits["train"])
+    truth = held(Lazy(len(examples), lambda i: _target(data, examples[i])))
+    train, test = _parts(truth, count)
+    notes = [*data.notes, *_notes(train, test, data)]
+    source = _row_features(config, backbone, [example.image for example in examples], count, progress)
+
+    probes: dict[str, list[Probe]] = {}
+    maps: dict[str, Sequence[Tensor]] = {}
+    evidence: dict[str, Tensor] = {}
+    for number, name in enumerate(names):
+        learnt, maps[name] = _parts(source.maps(name, variants.get(name)), count)
+        probes[name] = _fit(config, data.num_classes, learnt, train)
+        evidence[name] = _evidence(probes[name], maps[name], test)
+        if config.transfer and name != RAW:
+            if maps[name][0].shape[-1] == maps[RAW][0].shape[-1]:
+                evidence[f"{RAW} probe on {name}"] = _evidence(probes[RAW], maps[name], test)
+                evidence[f"{name} probe on {RAW}"] = _evidence(probes[name], maps[RAW], test)
+            else:
+                notes.append(f"no transfer between {RAW} and {name}: they have different numbers of channels")
+        if name != RAW:
+            del maps[name]
+        if progress:
+            progress("probes", number + 1, len(names))
+    described = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
+    described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
+    return _report(config, probes[RAW][0], evidence, described, notes)
+
+
+def _run_correspondence(
+    config: ProbeConfig,
+    backbone: Backbone,
+    names: Sequence[str],
+    variants: Mapping[str, Variant],
+    progress: Progress | None,
+) -> ProbeReport:
+    """Matches between images and their warped views; any photographs will do."""
+    files = pick(find_images([config.data]), config.test_images)
+    source = _row_features(config, backbone, files, 0, progress)
+    images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.mean.device))
+    warps = WarpConfig(seed=config.seed)
+    ways = {n: source.function(n, variants.get(n)) for n in names if not isinstance(variants.get(n), Backbone)}
+    evidence = correspondence(backbone, images, backbone.input_size, warps, ways, progress=progress)
+    for name, other in variants.items():
+        if isinstance(other, Backbone):
+            evidence[name] = correspondence(other, images, other.input_size, warps, progress=progress)[RAW]
+    described = {"root": str(config.data), "test": len(files)}
+    return _report(config, Correspondence(), {n: evidence[n][None] for n in names}, described, [])
+
+
+def _report(
+    config: ProbeConfig, probe: Probe, evidence: Mapping[str, Tensor], described: Mapping[str, Any], notes: list[str]
+) -> ProbeReport:
+    if not described.get("train") and (without := {"subtract", "linear-removal"} & set(evidence)):
+        notes = [*notes, f"learnt without labels from the scored images themselves: {', '.join(sorted(without))}"]
+    if not probe.seeded:
+        notes = [*notes, "this probe draws no random numbers, so there is no interval over seeds"]
+    rows = make_rows(evidence, probe.summarise, probe.metric, RAW, seed=config.seed)
+    return ProbeReport(config.task, probe.metric, RAW, rows, described, _plain(config), tuple(notes))
+
+
+def _row_features(
+    config: ProbeConfig, backbone: Backbone, images: Sequence[Path], train: int, progress: Progress | None
+) -> RowFeatures:
+    views = ViewConfig(count=config.views, seed=config.seed)
+    return RowFeatures(backbone, images, train, config.folder, views, config.position, config.seed, progress)
+
+
+def _target(data: LabelledData, example: Example) -> Tensor:
+    truth = data.read(example)
+    return boxes_from_pixels(truth, image_size(example.image)) if data.target == "boxes" else truth
+
+
+def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
+    """The probe that a configuration describes."""
+    head = config.head.with_seed(seed)
+    if config.task == "segmentation":
+        return LinearSegmentation(num_classes, head)
+    if config.task == "knn":
+        return KnnSegmentation(num_classes, config.neighbours)
+    if config.task == "depth":
+        return DepthProbe(config.bins, head)
+    if config.task == "discovery":
+        return Lost() if config.method == "lost" else TokenCut()
+    if config.task == "classification":
+        return LinearClassification(num_classes)
+    return KnnClassification(num_classes, config.neighbours)
+
+
+def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Probe]:
+    """One fitted probe a seed; only one where nothing is random."""
+    probes = [make_probe(config, num_classes, config.seed + k) for k in range(config.seeds)]
+    return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
+
+
+def _evidence(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
+    """(seeds, images, ...) evidence."""
+    return torch.stack([probe.evidence(maps, truth) for probe in probes])
+
+
+def _parts(items: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The first `count` items and the others, without reading any."""
+    return Lazy(count, lambda i: items[i]), Lazy(len(items) - count, lambda i: items[count + i])
+
+
+def _notes(train: Sequence[Tensor], test: Sequence[Tensor], data: LabelledData) -> list[str]:
+    """What is odd about the targets; each of these is allowed, and has its effect on the scores."""
+    if data.target == "boxes":
+        return []
+    if data.target == "depth":
+        return _void_notes(train, test, lambda truth: bool((truth > 0).any()), "depth")
+    return _class_notes(train, test, data)
+
+
+def _class_notes(train: Sequence[Tensor], test: Sequence[Tensor], data: LabelledData) -> list[str]:
+    learnt, scored = (_present(truth, data.num_classes) for truth in (train, test))
+    names = [f"{k} ({data.classes[k]})" if k < len(data.classes) else str(k) for k in range(data.num_classes)]
+    unlearnt = [names[k] for k in range(data.num_classes) if scored[k] and not learnt[k]]
+    unscored = [names[k] for k in range(data.num_classes) if not scored[k]]
+    notes = []
+    if unlearnt:
+        notes.append(
+            f"classes that only the scored images hold, which no probe can learn, count as 0: {some(unlearnt)}"
+        )
+    if unscored:
+        notes.append(f"classes that no scored image holds are left out of the means: {some(unscored)}")
+    return notes + _void_notes(train, test, lambda truth: bool((truth != IGNORE).any()), "labels")
+
+
+def _present(truth: Sequence[Tensor], num_classes: int) -> Tensor:
+    seen = torch.zeros(num_classes + 1, dtype=torch.bool)
+    for i in range(len(truth)):
+        seen[truth[i].unique().long()] = True  # ignored pixels fall on the last place
+    return seen[:-1]
+
+
+def _void_notes(
+    train: Sequence[Tensor], test: Sequence[Tensor], useful: Callable[[Tensor], bool], what: str
+) -> list[str]:
+    notes = []
+    for name, truth in (("training", train), ("scored", test)):
+        void = sum(not useful(truth[i]) for i in range(len(truth)))
+        if len(truth) == void:
+            raise DataError(f"none of the {len(truth)} {name} images has any {what}: all pixels are left out or 0")
+        if void:
+            notes.append(f"{void} of {len(truth)} {name} images have no {what} at all and count for nothing")
+    return notes
+
+
+def _plain(config: ProbeConfig) -> dict[str, Any]:
+    values = asdict(config)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

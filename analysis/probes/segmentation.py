@@ -1,0 +1,223 @@
+"""Semantic segmentation from frozen tokens: a linear head, and nearest class centroids without training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor, nn
+
+from dvt.analysis.layouts import IGNORE
+from dvt.analysis.probes.probe import (
+    HeadConfig,
+    Maps,
+    Probe,
+    check_maps,
+    enlarged,
+    fitted,
+    grid_of,
+    linear_head,
+    reduced,
+    train_head,
+)
+from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.grids import Size
+
+_LABELS_A_PATCH = 4
+_TOKENS_AT_ONCE = 256
+
+
+class SegmentationProbe(Probe):
+    """What both segmentation probes share: predictions by classes' scores, and counts of pixels as evidence.
+
+    Args:
+        num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.layouts.IGNORE` where they do not count.
+    """
+
+    metric = "mIoU"
+
+    def __init__(self, num_classes: int) -> None:
+        if num_classes < 1:
+            raise ConfigError(f"the number of classes is {num_classes}; it must be 1 or more")
+        self.num_classes = num_classes
+
+    def class_scores(self, tokens: Tensor) -> Tensor:
+        """(1, K, h, w) scores of the classes at each token of a map (h, w, C)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
+        """(H, W) int64 classes of each image; the classes' scores are enlarged before the best is taken."""
+        return list(self._predictions(tokens, sizes))
+
+    def _predictions(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> Iterator[Tensor]:
+        for i in range(len(tokens)):
+            size = grid_of(tokens[i]) if sizes is None else sizes[i]
+            yield enlarged(self.class_scores(tokens[i].float()), size)[0].argmax(0)
+
+    @torch.no_grad()
+    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, K, 3) pixels of each image by class, as :func:`class_counts` gives them."""
+        check_maps(tokens, targets)
+        sizes = [(target.shape[0], target.shape[1]) for target in targets]
+        found = self._predictions(tokens, sizes)
+        return torch.stack([class_counts(p.cpu(), t, self.num_classes) for p, t in zip(found, targets, strict=True)])
+
+    @staticmethod
+    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+        """mIoU and mAcc over the classes that occur in the truth, and aAcc, the share of right pixels; in [0, 1]."""
+        return count_scores(evidence)
+
+
+class LinearSegmentation(SegmentationProbe):
+    """BatchNorm and a 1x1 convolution on frozen tokens, bilinear enlargement, cross-entropy.
+
+    Args:
+        num_classes: K.
+        config: how it is trained.
+
+    Source:
+        The linear protocol of DINOv2 (Oquab et al., 2023, section 7.4) and DVT (Yang et al., 2024, section 5.1).
+
+    >>> tokens = torch.eye(2)[torch.tensor([[0, 1], [1, 0]])].repeat(8, 1, 1, 1)   # (8, 2, 2, 2), the class itself
+    >>> labels = [torch.tensor([[0, 1], [1, 0]])] * 8
+    >>> LinearSegmentation(2).fit(tokens, labels).score(tokens, labels)["mIoU"]
+    1.0
+    """
+
+    seeded = True
+
+    def __init__(self, num_classes: int, config: HeadConfig | None = None) -> None:
+        super().__init__(num_classes)
+        self.config = config or HeadConfig()
+        self.head: nn.Module | None = None
+
+    def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> LinearSegmentation:
+        channels = check_maps(tokens, targets)
+        check_labels(targets, self.num_classes)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        head = linear_head(channels, self.num_classes, generator)
+        self.head = train_head(head, _cross_entropy, tokens, targets, self.config, generator)
+        return self
+
+    def class_scores(self, tokens: Tensor) -> Tensor:
+        head = fitted(self.head, self)
+        _check_channels(tokens, head[0].num_features)
+        return head(tokens.permute(2, 0, 1)[None])
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over labelled pixels; 0, not NaN, when there is none."""
+    total = nnf.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)
+
+
+class KnnSegmentation(SegmentationProbe):
+    """Each token takes the vote of the nearest class centroids of the training images; nothing is trained.
+
+    A centroid is the mean token of one class in one image, each token weighted by the share of its patch that the
+    class covers. Likeness is the cosine. Among classes of equal votes the more similar wins.
+
+    Args:
+        num_classes: K.
+        neighbours: centroids that vote; all of them where there are fewer.
+
+    Source:
+        Denoising Vision Transformers, ECCV 2024, the evaluation without training.
+    """
+
+    def __init__(self, num_classes: int, neighbours: int = 20) -> None:
+        super().__init__(num_classes)
+        if neighbours < 1:
+            raise ConfigError(f"neighbours is {neighbours}; it must be 1 or more")
+        self.neighbours = neighbours
+        self.centroids: Tensor | None = None
+        self.classes: Tensor | None = None
+
+    def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> KnnSegmentation:
+        check_maps(tokens, targets)
+        check_labels(targets, self.num_classes)
+        parts = [self._centroids(tokens[i].float(), target) for i, target in enumerate(targets)]
+        self.centroids = nnf.normalize(torch.cat([centroid for centroid, _ in parts]), dim=-1)
+        self.classes = torch.cat([classes for _, classes in parts])
+        return self
+
+    def _centroids(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(m, C) mean tokens and (m,) classes of the m classes in an image."""
+        share = class_shares(labels, self.num_classes, grid_of(tokens)).flatten(0, 1).to(tokens.device)
+        present = share.sum(0).nonzero()[:, 0]
+        weight = share[:, present] / share[:, present].sum(0)
+        return weight.T @ tokens.flatten(0, 1), present
+
+    def class_scores(self, tokens: Tensor) -> Tensor:
+        centroids, classes = fitted(self.centroids, self), fitted(self.classes, self)
+        _check_channels(tokens, centroids.shape[1])
+        flat = nnf.normalize(tokens.flatten(0, 1), dim=-1)
+        votes = torch.cat([self._vote(part @ centroids.T, classes) for part in flat.split(_TOKENS_AT_ONCE)])
+        return votes.view(*grid_of(tokens), self.num_classes).permute(2, 0, 1)[None]
+
+    def _vote(self, likeness: Tensor, classes: Tensor) -> Tensor:
+        """(n, K) share of votes of each class, from (n, m) likeness to the centroids."""
+        best = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=1)
+        # Below half a vote in all, so that likeness decides between equal votes and never against a vote.
+        worth = (1 + 0.2 / self.neighbours * best.values) / best.values.shape[1]
+        return likeness.new_zeros(len(likeness), self.num_classes).scatter_add_(1, classes[best.indices], worth)
+
+
+def class_shares(labels: Tensor, num_classes: int, grid: Size) -> Tensor:
+    """(h, w, K) share of each class in each patch, from 4 x 4 labels a patch; ignored pixels count for no class."""
+    height, width = grid
+    step = _LABELS_A_PATCH
+    small = reduced(labels, (step * height, step * width)).long()
+    one_hot = nnf.one_hot(torch.where(small == IGNORE, num_classes, small), num_classes + 1)[..., :-1].float()
+    return one_hot.view(height, step, width, step, num_classes).mean((1, 3))
+
+
+def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """(K, 3) float64 pixels of each class: right ones, those of the truth, and those predicted."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    _check_range(labels, num_classes)
+    if predicted.shape != labels.shape:
+        raise ShapeError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} differ in shape")
+    confusion = multiclass_confusion_matrix(
+        predicted.flatten(), labels.flatten().long(), num_classes, ignore_index=IGNORE, validate_args=False
+    )
+    return torch.stack((confusion.diagonal(), confusion.sum(1), confusion.sum(0)), dim=1).double()
+
+
+def count_scores(counts: Tensor) -> dict[str, Tensor]:
+    """mIoU, mAcc and aAcc of counts (..., K, 3); classes that the truth lacks are left out of the means.
+
+    Predicting a class that the truth lacks still costs: those pixels are missing from the right ones.
+    """
+    right, true, found = counts.unbind(-1)
+    present = true > 0
+    number = present.sum(-1)
+    iou = torch.where(present, right / (true + found - right).clamp(min=1), 0).sum(-1) / number
+    accuracy = torch.where(present, right / true.clamp(min=1), 0).sum(-1) / number
+    return {"mIoU": iou, "mAcc": accuracy, "aAcc": right.sum(-1) / true.sum(-1)}
+
+
+def check_labels(targets: Sequence[Tensor], num_classes: int) -> None:
+    """Raises a DataError where a label is out of range or all pixels of all images are ignored."""
+    labelled = False
+    for target in targets:
+        _check_range(target, num_classes)
+        labelled = labelled or bool((target != IGNORE).any())
+    if not labelled:
+        raise DataError(f"every pixel of all {len(targets)} training images is ignored; there is nothing to learn")
+
+
+def _check_range(labels: Tensor, num_classes: int) -> None:
+    low, high = int(labels.min()), int(labels.max())
+    if low < IGNORE or high >= num_classes:
+        raise DataError(
+            f"labels lie in {low} ... {high}; they must lie in 0 ... {num_classes - 1}, or be {IGNORE} where ignored"
+        )
+
+
+def _check_channels(tokens: Tensor, channels: int) -> None:
+    if tokens.shape[-1] != channels:
+        raise ShapeError(f"tokens have {tokens.shape[-1]} channels; this probe was fitted on {channels}")

@@ -1,0 +1,225 @@
+"""Scores side by side: means over seeds, intervals over seeds and over images, and differences from a reference."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvt.errors import ConfigError, ShapeError
+
+Summarise = Callable[[Tensor], dict[str, Tensor]]
+Interval = tuple[float, float]
+
+_DRAWS = 1000
+_DRAWS_AT_ONCE = 50
+_ERRORS = ("AbsRel", "RMSE")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of the features.
+
+    Args:
+        variant: its name.
+        scores: each score's mean over seeds; None where it is not defined, for the reason in `notes`.
+        seeds: 95 % interval of the headline's mean over seeds (Student's t); None for fewer than two seeds.
+        images: 95 % bootstrap interval of the headline over test images.
+        difference: of the headline, less the reference's; None for the reference itself.
+        difference_interval: 95 % paired bootstrap interval of the difference over test images.
+        notes: reasons for what is missing.
+    """
+
+    variant: str
+    scores: Mapping[str, float | None]
+    seeds: Interval | None
+    images: Interval | None
+    difference: float | None = None
+    difference_interval: Interval | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """What a probe found for all variants of the features.
+
+    Args:
+        task: of the probe.
+        metric: the headline score; intervals and differences are of it.
+        reference: the variant that the others are compared with.
+        rows: one a variant.
+        data: root, layout, protocol and the numbers of images and classes.
+        config: the settings, ready for JSON.
+        notes: what a reader must know: a split that was made, classes that are missing, images left out.
+    """
+
+    task: str
+    metric: str
+    reference: str
+    rows: tuple[Row, ...]
+    data: Mapping[str, Any]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def row(self, variant: str) -> Row:
+        """The row of a variant.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        for row in self.rows:
+            if row.variant == variant:
+                return row
+        raise ConfigError(f"no row {variant!r}; there are {', '.join(row.variant for row in self.rows)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; shares lie in [0, 1]."""
+        return json.loads(json.dumps(asdict(self), allow_nan=False))
+
+    def table(self) -> str:
+        """Aligned text; shares in per cent, errors as they are."""
+        same = self._same()
+        names = [name for name in self.rows[0].scores if name not in same]
+        head = [
+            "features",
+            *(_title(name) for name in names),
+            "over seeds",
+            "over images",
+            f"{self.metric} less {self.reference}'s",
+            "",
+        ]
+        lines = [head, *(self._line(row, names) for row in self.rows)]
+        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        notes = [*self.notes, *(f"{row.variant}: {note}" for row in self.rows for note in row.notes)]
+        if same:
+            values = (f"{_title(name)} {_number(name, self.rows[0].scores[name])}" for name in same)
+            notes.append(f"the same in all rows: {', '.join(values)}")
+        return "\n".join([*text, *(f"note: {note}" for note in notes)])
+
+    def _same(self) -> list[str]:
+        """Scores beside the headline that no row changes, such as those of trivial guesses."""
+        others = [name for name in self.rows[0].scores if name != self.metric]
+        return [name for name in others if len(self.rows) > 1 and len({row.scores[name] for row in self.rows}) == 1]
+
+    def _line(self, row: Row, names: Sequence[str]) -> list[str]:
+        scores = [_number(name, row.scores[name]) for name in names]
+        intervals = [_interval(self.metric, each) for each in (row.seeds, row.images)]
+        difference = "" if row.difference is None else _number(self.metric, row.difference, "+")
+        return [row.variant, *scores, *intervals, difference, _interval(self.metric, row.difference_interval)]
+
+
+def _title(name: str) -> str:
+    return name + (" (m)" if name == "RMSE" else "" if name in _ERRORS else " %")
+
+
+def _number(name: str, value: float | None, sign: str = "-") -> str:
+    if value is None:
+        return "none"
+    return f"{value:{sign}.3f}" if name in _ERRORS else f"{100 * value:{sign}.1f}"
+
+
+def _interval(name: str, interval: Interval | None) -> str:
+    return "" if interval is None else f"[{_number(name, interval[0])}, {_number(name, interval[1])}]"
+
+
+# -- statistics -------------------------------------------------------------------------------------------------------
+
+
+def make_rows(
+    evidence: Mapping[str, Tensor],
+    summarise: Summarise,
+    metric: str,
+    reference: str,
+    draws: int = _DRAWS,
+    seed: int = 0,
+) -> tuple[Row, ...]:
+    """Rows from the evidence (seeds, images, ...) of each variant.
+
+    Args:
+        evidence: additive evidence of each test image under each seed; the same images in the same order everywhere.
+        summarise: the probe's scores of added evidence.
+        metric: the headline among the scores.
+        reference: the variant that the others are compared with.
+        draws: bootstrap samples of the images.
+        seed: of the bootstrap; the samples are the same for all variants, which pairs them.
+
+    Raises:
+        ShapeError: variants were scored on different numbers of images.
+    """
+    counts = {name: each.shape[1] for name, each in evidence.items()}
+    if len(set(counts.values())) > 1:
+        raise ShapeError(f"variants were scored on different numbers of images: {counts}")
+    samples = bootstrap_samples(counts[reference], draws, torch.Generator().manual_seed(seed))
+    base = resampled(evidence[reference], samples, summarise, metric)
+    level = float(summarise(evidence[reference].sum(1))[metric].mean())
+    rows = []
+    for name, each in evidence.items():
+        scores = summarise(each.sum(1))
+        drawn = base if name == reference else resampled(each, samples, summarise, metric)
+        against = None if name == reference else (level, base)
+        rows.append(_row(name, scores, metric, drawn, against))
+    return tuple(rows)
+
+
+def _row(
+    name: str, each: Mapping[str, Tensor], metric: str, drawn: Tensor, against: tuple[float, Tensor] | None
+) -> Row:
+    scores = {key: _finite(float(values.mean())) for key, values in each.items()}
+    reasons = tuple(
+        f"{key} is not defined: no scored image has anything that counts for it" for key in each if scores[key] is None
+    )
+    row = Row(name, scores, student(each[metric]), quantiles(drawn), notes=reasons)
+    if against is None:
+        return row
+    difference = _finite(float(each[metric].mean()) - against[0])
+    return replace(row, difference=difference, difference_interval=quantiles(drawn - against[1]))
+
+
+def bootstrap_samples(images: int, draws: int, generator: torch.Generator) -> Tensor:
+    """(draws, images) how often each image occurs in samples of as many images, drawn with replacement."""
+    chosen = torch.randint(images, (draws, images), generator=generator)
+    return torch.zeros(draws, images, dtype=torch.float64).scatter_add_(
+        1, chosen, torch.ones(draws, images, dtype=torch.float64)
+    )
+
+
+def resampled(evidence: Tensor, samples: Tensor, summarise: Summarise, metric: str) -> Tensor:
+    """(draws,) one score, mean over seeds, for each sample of the images of evidence (seeds, images, ...)."""
+    flat = evidence.double().flatten(2)
+    parts = []
+    for some in samples.split(_DRAWS_AT_ONCE):
+        total = torch.einsum("dn,snk->dsk", some, flat).unflatten(-1, evidence.shape[2:])
+        parts.append(summarise(total)[metric].mean(1))
+    return torch.cat(parts)
+
+
+def quantiles(values: Tensor) -> Interval | None:
+    """The central 95 % of the values that are numbers; None where none is."""
+    values = values[values.isfinite()]
+    if not len(values):
+        return None
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high
+
+
+def student(values: Tensor) -> Interval | None:
+    """The 95 % interval of the mean of independent values; None for fewer than two."""
+    from scipy.stats import t
+
+    if len(values) < 2 or not bool(values.isfinite().all()):
+        return None
+    half = float(t.ppf(0.975, len(values) - 1)) * float(values.std()) / math.sqrt(len(values))
+    mean = float(values.mean())
+    return mean - half, mean + half
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,136 @@
+"""The rows of a table of probes: which features each of them stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dvt.analysis.probes import features
+from dvt.analysis.probes.features import Lazy, Progress, cached_tokens, held, stored_tokens
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError, ShapeError
+from dvt.store import FeatureStore
+from dvt.tokens import Tokens
+from dvt.views import ViewConfig
+
+Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
+"""A function of the raw tokens, a store that holds the images (its `term` is read), or another backbone."""
+
+Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging"]
+BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging")
+RAW = "raw"
+
+
+def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list[str]:
+    """The rows of a table, raw features first.
+
+    Raises:
+        ConfigError: two have one name.
+    """
+    names = [RAW, *baselines, *variants]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"two rows are named {twice[0]!r}; give the variant another name")
+    return names
+
+
+class RowFeatures:
+    """Token maps of images by the name of a row.
+
+    Args:
+        backbone: gives the raw tokens, on its device; maps come back on it.
+        images: files.
+        train: the first so many are those that the baselines without labels may learn from; 0 means all.
+        cache: folder for features.
+        views: of view averaging.
+        position: what :func:`~dvt.analysis.probes.features.with_position` does to each map.
+        seed: of noise.
+        progress: called with (what, done, total).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        images: Sequence[Path],
+        train: int,
+        cache: Path,
+        views: ViewConfig,
+        position: str,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.backbone, self.images, self.cache, self.progress = backbone, images, cache, progress
+        self.views, self.position, self.seed = views, position, seed
+        self.train = train or len(images)
+        self.device = backbone.mean.device
+        self.raw = cached_tokens(backbone, images, cache, progress=progress)
+
+    def maps(self, name: str, variant: Variant | None) -> Sequence[Tensor]:
+        """(h, w, C) of each image, with its position put back in where that is asked for."""
+        tokens = self._tokens(name, variant)
+
+        def make(i: int) -> Tensor:
+            found = tokens[i]
+            if found.patches.ndim != 4 or len(found) != 1:
+                raise ShapeError(f"{name} gave patches {tuple(found.patches.shape)} for one image; return (1, h, w, C)")
+            return self.placed(name, found.to(self.device)).patches[0]
+
+        return held(Lazy(len(tokens), make))
+
+    def function(self, name: str, variant: Variant | None) -> Callable[[Tokens], Tokens]:
+        """The row as a function of raw tokens of any images.
+
+        Raises:
+            ConfigError: the row needs more than tokens.
+        """
+        if name == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            change: Callable[[Tokens], Tokens] = lambda tokens: _noise(tokens, generator)  # noqa: E731
+        elif name == "view-averaging" or isinstance(variant, FeatureStore):
+            raise ConfigError(f"{name} exists for whole images only, not for warped views of them; leave this row out")
+        else:
+            change = variant or self._learnt(name)
+        return lambda tokens: self.placed(name, change(tokens.to(self.device)))
+
+    def placed(self, name: str, tokens: Tokens) -> Tokens:
+        """Tokens in float32 with their position put back in, unless they are nothing but position or noise."""
+        if self.position == "none" or name in ("position-only", "random"):
+            return tokens.to(torch.float32)
+        maps = [features.with_position(each.float(), self.position) for each in tokens.patches]
+        return Tokens.of(torch.stack(maps))
+
+    def _tokens(self, name: str, variant: Variant | None) -> Sequence[Tokens]:
+        if name == RAW:
+            return self.raw
+        if isinstance(variant, FeatureStore):
+            return stored_tokens(variant, self.images)
+        if isinstance(variant, Backbone):
+            return cached_tokens(variant, self.images, self.cache, progress=self.progress)
+        if name == "view-averaging":
+            return cached_tokens(self.backbone, self.images, self.cache, self.views, self.progress)
+        if name == "random":
+            seed = 1_000_003 * self.seed
+            return Lazy(len(self.raw), lambda i: _noise(self.raw[i], torch.Generator().manual_seed(seed + i)))
+        return self._changed(variant or self._learnt(name))
+
+    def _changed(self, function: Callable[[Tokens], Tokens]) -> Sequence[Tokens]:
+        @torch.no_grad()
+        def make(i: int) -> Tokens:
+            return function(self.raw[i].to(self.device))
+
+        return Lazy(len(self.raw), make)
+
+    def _learnt(self, name: str) -> Callable[[Tokens], Tokens]:
+        if name == RAW:
+            return lambda tokens: tokens
+        if name == "position-only":
+            return features.position_only
+        tokens = (self.raw[i].to(self.device) for i in range(self.train))
+        return (features.mean_subtraction if name == "subtract" else features.linear_removal)(tokens)
+
+
+def _noise(tokens: Tokens, generator: torch.Generator) -> Tokens:
+    return tokens.with_patches(torch.randn(tokens.patches.shape, generator=generator).to(tokens.patches.device))

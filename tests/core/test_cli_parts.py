@@ -1,0 +1,120 @@
+"""The commands beyond stage one, in one process and in the order in which a user meets them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dvt
+from dvt.cli import main
+
+WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
+
+
+def photograph(path, seed, size=(90, 120)):
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+    coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(path)
+
+
+def run(capsys, *arguments, expect=0):
+    code = main([str(each) for each in (*arguments, "--json")])
+    out, errors = capsys.readouterr()
+    assert code == expect, errors
+    return json.loads(out) if code == 0 else " ".join(errors.split())
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Photographs, a store of them, and a denoiser trained on it."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "photos").mkdir()
+    for seed in range(6):
+        photograph(folder / "photos" / f"{seed}.png", seed)
+    photos, store, file = folder / "photos", folder / "store", folder / "denoiser.safetensors"
+    assert main(["denoise", str(photos), "--out", str(store), "--views", "7", "--no-pictures", *WITH]) == 0
+    assert main(["train", str(store), "--out", str(file), "--steps", "30", "--batch-size", "4"]) == 0
+    return folder
+
+
+def test_train_writes_a_denoiser_that_beats_doing_nothing_and_its_card(work):
+    denoiser = dvt.Denoiser.from_pretrained(work / "denoiser.safetensors")
+    metrics = denoiser.card["metrics"]
+    assert metrics["validation"]["loss"] < 0.8 * metrics["baselines"]["no_op"]["loss"]
+    assert denoiser.card["backbone"] == "vit_tiny_patch16_224" and denoiser.card["layer"] == -1
+
+
+def test_train_twice_trains_once(work, capsys):
+    before = (work / "denoiser.safetensors").read_bytes()
+    run(capsys, "train", work / "store", "--out", work / "denoiser.safetensors", "--steps", 30, "--batch-size", 4)
+    assert (work / "denoiser.safetensors").read_bytes() == before
+
+
+def test_train_without_semantic_tokens_is_refused(work, tmp_path, capsys):
+    error = run(capsys, "train", work / "photos", "--out", tmp_path / "d.safetensors", expect=2)
+    assert "photos" in error and not list(tmp_path.iterdir())
+
+
+def test_export_with_a_denoiser_gives_what_the_two_give(work, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out = work / "clean.onnx"
+    run(capsys, "export", *WITH, "--denoiser", work / "denoiser.safetensors", "--out", out)
+    images = np.random.default_rng(0).random((2, 3, 64, 96), dtype=np.float32)
+    patches = onnxruntime.InferenceSession(out).run(["patches"], {"images": images})[0]
+    backbone = dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64)
+    with torch.no_grad():
+        tokens = backbone(torch.from_numpy(images))
+        expected = dvt.Denoiser.from_pretrained(work / "denoiser.safetensors")(tokens.patches)
+    np.testing.assert_allclose(patches, expected.numpy(), atol=1e-4)
+
+
+def test_another_models_denoiser_is_refused_unless_forced(work, tmp_path, capsys):
+    other = ("--backbone", "deit_tiny_patch16_224", "--weights", dvt.demo_weights(), "--size", "64")
+    export = ("export", *other, "--denoiser", work / "denoiser.safetensors", "--out", tmp_path / "a.pt2")
+    # the same weights under another name are the same model; another layer is not
+    error = run(capsys, *export, "--layer", 3, expect=2)
+    assert "layer" in error and not list(tmp_path.iterdir())
+    assert run(capsys, *export, "--layer", 3, "--force")["deviation"] < 1e-4
+
+
+def test_distill_writes_a_backbone_that_denoise_can_load(work, tmp_path, capsys):
+    out = tmp_path / "clean.safetensors"
+    arguments = ("distill", work / "photos", *WITH, "--denoiser", work / "denoiser.safetensors", "--out", out)
+    result = run(capsys, *arguments, "--steps", 2, "--batch-size", 2)
+    assert result["validation"]["loss"] < result["baselines"]["no_op"]["loss"]
+    clean = dvt.load_backbone("vit_tiny_patch16_224", weights=out, size=64)
+    raw = dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64)
+    assert clean.weights_sha256 != raw.weights_sha256
+
+
+def test_analyze_then_report(work, tmp_path, capsys):
+    arguments = ("analyze", work / "photos", *WITH, "--denoiser", work / "denoiser.safetensors", "--views", 0)
+    found = run(capsys, *arguments, "--store", work / "store", "--out", tmp_path / "report", "--windows", 2)
+    rows = {(row["metric"], row["variant"]): row for row in found["rows"]}
+    raw, clean = rows["position_r2", "raw"], rows["position_r2", "denoised"]
+    assert raw["value"] > 0.5 > raw["null_high"] and clean["value"] < raw["value"]
+    page = run(capsys, "report", tmp_path / "report", "--out", tmp_path / "report.html")
+    assert page["bytes"] < 8e6 and "position" in (tmp_path / "report.html").read_text()
+
+
+def test_doctor_finds_the_demo_models_artifact(work, capsys):
+    found = run(capsys, "doctor", work / "photos", "--backbone", "vit_tiny_patch16_224", "--weights", "demo")
+    assert found["kind"] in ("position", "both") and found["strength"] > 0
+
+
+def test_probe_scores_rows_side_by_side(work, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, seeds in (("train", (0, 1, 2, 3)), ("test", (4, 5))):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for seed in seeds:
+            name = tmp_path / "images" / split / f"{seed}.png"
+            name.write_bytes((work / "photos" / f"{seed}.png").read_bytes())
+            labels = rng.integers(0, 3, (9, 12), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
+            Image.fromarray(labels).save(tmp_path / "annotations" / split / f"{seed}.png")
+    arguments = ("probe", "knn", tmp_path, *WITH, "--denoiser", work / "denoiser.safetensors", "--ignore", 2)
+    found = run(capsys, *arguments, "--store", work / "store", "--cache", tmp_path / "cache")
+    assert {row["variant"] for row in found["rows"]} >= {"raw", "position-only", "denoised", "semantic"}
+    assert all(0 <= row["scores"]["mIoU"] <= 1 for row in found["rows"])
