@@ -3,6 +3,8 @@
 Everything here is light to import: plotting and learning libraries are loaded by the functions that use them.
 """
 
+from dvt.analysis.analyze import AnalyzeConfig, analyze
+from dvt.analysis.doctor import Diagnosis, DoctorConfig, diagnose
 from dvt.analysis.information import mic
 from dvt.analysis.metrics import (
     BlankResponse,
@@ -17,15 +19,28 @@ from dvt.analysis.metrics import (
 )
 from dvt.analysis.nulls import Score, matched_noise, shuffled, with_null
 from dvt.analysis.pictures import choose_points, decomposition_figure, pca_colours, save, similarity
+from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.results import Report
+from dvt.analysis.scores import METRICS, Row
 
 __all__ = [
+    "METRICS",
+    "AnalyzeConfig",
     "BlankResponse",
+    "Diagnosis",
+    "DoctorConfig",
     "NormOutliers",
+    "PositionMeans",
+    "PositionShare",
+    "Report",
+    "Row",
     "Score",
     "ShiftStability",
+    "analyze",
     "blank_response",
     "choose_points",
     "decomposition_figure",
+    "diagnose",
     "grid_peak",
     "matched_noise",
     "mic",
@@ -37,5 +52,6 @@ __all__ = [
     "shift_stability",
     "shuffled",
     "similarity",
+    "torus_windows",
     "with_null",
 ]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.information import mic
+from dvt.analysis.information import mic, most_informative
 from dvt.analysis.nulls import TokenSets, token_maps
-from dvt.analysis.ridge import held_out_r2
+from dvt.analysis.ridge import HeldOut, held_out
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
@@ -35,22 +35,37 @@ def _position_maps(tokens: TokenSets) -> list[Tensor]:
     return maps
 
 
-def position_mic(tokens: TokenSets) -> float:
+def position_mic(tokens: TokenSets, candidates: int | None = None) -> float:
     """How much the most position-bound channel tells of x, and of y, in [0, 1]; averaged over images.
 
     1/2 [max_c MIC(f_c, x) + max_c MIC(f_c, y)] with the grid bound B = (hw)^0.6. The maximum over channels biases
     it upwards (to about .25 for 192 channels of noise on 14 x 21 patches), so compare it with its null:
     ``with_null(position_mic, tokens, generator)``.
 
+    Args:
+        tokens: the tokens of one or more images; grids may differ.
+        candidates: how many channels are scored for each axis, those with most information on fixed cuts
+            (:func:`dvt.analysis.information.most_informative`); None scores all, which takes a second an image.
+            The maximum over fewer can only be lower: use the same number for the null.
+
     Source:
         Denoising Vision Transformers, ECCV 2024, appendix A.4.
     """
+    return float(position_mics(tokens, candidates).mean())
+
+
+def position_mics(tokens: TokenSets, candidates: int | None = None) -> Tensor:
+    """(N,) :func:`position_mic` of each image."""
     scores = []
     for each in _position_maps(tokens):
-        x, y = grids.grid_centres((each.shape[0], each.shape[1]), each.device).flatten(0, 1).unbind(-1)
+        axes = grids.grid_centres((each.shape[0], each.shape[1]), each.device).flatten(0, 1).unbind(-1)
         features = each.flatten(0, 1)
-        scores.append((mic(features, x).max() + mic(features, y).max()) / 2)
-    return float(torch.stack(scores).mean())
+        if candidates is None:
+            best = [mic(features, axis).max() for axis in axes]
+        else:
+            best = [mic(features[:, most_informative(features, axis, candidates)], axis).max() for axis in axes]
+        scores.append(torch.stack(best).mean())
+    return torch.stack(scores)
 
 
 def position_decodability(tokens: TokenSets, targets: Sequence[Tensor] | None = None) -> float:
@@ -71,6 +86,17 @@ def position_decodability(tokens: TokenSets, targets: Sequence[Tensor] | None = 
     Source:
         Position probes of RASA (linear removal of position), with a ridge and held-out images.
     """
+    return float(position_errors(tokens, targets).r2().mean())
+
+
+def position_errors(tokens: TokenSets, targets: Sequence[Tensor] | None = None, width: int | None = None) -> HeldOut:
+    """What :func:`position_decodability` is made of, for each held-out image.
+
+    Args:
+        tokens, targets: as there.
+        width: targets in blocks of so many, each read by a probe of its own; see
+            :func:`dvt.analysis.ridge.held_out`.
+    """
     maps = _position_maps(tokens)
     if targets is None:
         targets = [grids.grid_centres((each.shape[0], each.shape[1]), each.device) for each in maps]
@@ -85,7 +111,7 @@ def position_decodability(tokens: TokenSets, targets: Sequence[Tensor] | None = 
     train, test = parts[:middle], parts[middle:]
     if len(train) == 1:
         train = _random_parts(*train[0], 2)
-    return float(held_out_r2(train, test).mean())
+    return held_out(train, test, width)
 
 
 def _random_parts(features: Tensor, targets: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
@@ -104,6 +130,7 @@ class NormOutliers:
         q50: the median norm.
         q99: norm at the 99th percentile.
         largest: the largest norm.
+        bounds: the norms between which a token is ordinary.
     """
 
     share: float
@@ -112,6 +139,7 @@ class NormOutliers:
     q50: float
     q99: float
     largest: float
+    bounds: tuple[float, float] = (0.0, float("inf"))
 
 
 def norm_outliers(tokens: TokenSets, sigmas: float = 5.0) -> NormOutliers:
@@ -130,12 +158,30 @@ def norm_outliers(tokens: TokenSets, sigmas: float = 5.0) -> NormOutliers:
     norms = torch.cat([each.norm(dim=-1).flatten() for each in token_maps(tokens)]).double()
     median = norms.median()
     sigma = torch.maximum(_MAD_TO_SIGMA * (norms - median).abs().median(), 1e-3 * median)
-    high, low = norms > median + sigmas * sigma, norms < median - sigmas * sigma
+    bounds = (float(median - sigmas * sigma), float(median + sigmas * sigma))
+    high, low = norms > bounds[1], norms < bounds[0]
     # torch.quantile refuses more than 2^24 values; sorting has no such limit.
     ordered = norms.sort().values
     q1, q50, q99 = (float(ordered[round(share * (len(ordered) - 1))]) for share in (0.01, 0.5, 0.99))
     share = float((high | low).double().mean())
-    return NormOutliers(share, float(high.double().mean()), q1, q50, q99, float(ordered[-1]))
+    return NormOutliers(share, float(high.double().mean()), q1, q50, q99, float(ordered[-1]), bounds)
+
+
+def log_norm_outliers(tokens: TokenSets, ratio: float = 2.0, sigmas: float = 5.0) -> Tensor:
+    """(N,) share of each image's tokens whose norm is far above the others', also for features of uneven norms.
+
+    A token counts when its norm is at least `ratio` times the median of all, and its logarithm more than `sigmas`
+    robust sigmas above. Norms of healthy features are skewed, those of filter responses to photographs over a factor
+    of five: on the logarithm they have no outliers, while :func:`norm_outliers` counts up to 1 %.
+    """
+    if ratio <= 1 or sigmas <= 0:
+        raise ConfigError(f"ratio must be above 1 and sigmas positive, got {ratio} and {sigmas}")
+    norms = [each.norm(dim=-1).flatten().double().clamp(min=1e-12).log() for each in token_maps(tokens)]
+    pooled = torch.cat(norms)
+    median = pooled.median()
+    sigma = _MAD_TO_SIGMA * (pooled - median).abs().median()
+    bound = median + torch.maximum(sigmas * sigma, torch.tensor(ratio).double().log().to(sigma))
+    return torch.stack([(each > bound).double().mean() for each in norms])
 
 
 def grid_peak(tokens: TokenSets, period: int = 2) -> float:
@@ -151,23 +197,37 @@ def grid_peak(tokens: TokenSets, period: int = 2) -> float:
         tokens: maps of at least 8 x 8 patches.
         period: tokens in one period; patch / stride where patches overlap.
     """
+    return float(peak_of(grid_powers(tokens, period).mean(0)))
+
+
+def grid_powers(tokens: TokenSets, period: int = 2) -> Tensor:
+    """(N, 3, 7, 7) each image's share of power at the grid frequencies and around; :func:`peak_of` their mean."""
     if period < 2:
         raise ConfigError(f"period must be at least 2 tokens, got {period}")
     maps = token_maps(tokens)
     if any(min(each.shape[:2]) < 8 for each in maps):
         raise ShapeError("the grid peak needs maps of at least 8 x 8 patches; use a larger image size")
-    power = torch.stack([_power_around(each.double(), period) for each in maps]).mean(0)
+    return torch.stack([_power_around(each.double(), period) for each in maps])
+
+
+def peak_of(power: Tensor) -> Tensor:
+    """The largest of the three ratios of :func:`grid_peak`, from (..., 3, 7, 7) powers; 1 where there is no power."""
     far = torch.arange(-3, 4).abs()
     around = torch.maximum(far[:, None], far) >= 2
-    floor = torch.finfo(torch.float64).tiny
-    return max(float(each[3, 3] / each[around].median().clamp(min=floor)) if each[3, 3] > 0 else 1.0 for each in power)
+    peak = power[..., 3, 3]
+    ratio = peak / power[..., around].median(-1).values.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(peak > 0, ratio, torch.ones_like(ratio)).amax(-1)
 
 
 def _power_around(tokens: Tensor, period: int) -> Tensor:
     """(3, 7, 7) power of an (h, w, C) map at the grid frequencies (y, x, both) and up to 3 bins around each."""
     centred = tokens - tokens.mean((0, 1))
     along_y, along_x = (_waves(n, period).to(centred.device) for n in tokens.shape[:2])
-    spectrum = torch.einsum("fyi,gxj,ijc->fgyxc", along_y, along_x, centred.to(along_y.dtype))
+    # One axis after the other, the first of them on real numbers: all at once takes seven times as long.
+    height, width, channels = centred.shape
+    real = torch.view_as_real(along_y.flatten(0, 1)).movedim(-1, 0).flatten(0, 1)
+    rows = (real @ centred.reshape(height, -1)).view(2, -1, width, channels)
+    spectrum = (along_x.flatten(0, 1) @ torch.complex(rows[0], rows[1])).view(2, 7, 2, 7, channels).transpose(1, 2)
     power = spectrum.abs().square().sum(-1)
     total = centred.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
     return torch.stack((power[1, 0], power[0, 1], power[1, 1])) / total
@@ -191,12 +251,17 @@ class ShiftStability:
         p5: at the 5th.
         p50: the median.
         unmatched: median cosine of tokens of different points; a p50 near it means no agreement at all.
+        unmatched_p5: their 5th percentile.
     """
 
     p1: float
     p5: float
     p50: float
     unmatched: float
+    unmatched_p5: float = float("nan")
+
+
+_SHIFTS = ((0, 1), (1, 0), (1, 1), (2, 3), (4, 4))
 
 
 @torch.no_grad()
@@ -206,7 +271,7 @@ def shift_stability(
     size: Size,
     patch: Size,
     stride: Size | None = None,
-    shifts: Sequence[tuple[int, int]] = ((0, 1), (1, 0), (1, 1), (2, 3), (4, 4)),
+    shifts: Sequence[tuple[int, int]] = _SHIFTS,
 ) -> ShiftStability:
     """How much a token changes when only its position in the view changes.
 
@@ -227,6 +292,14 @@ def shift_stability(
     Source:
         Ours, after PH-Reg's averaging over shifted views.
     """
+    windows, places = shifted_windows(image, size, patch, stride, shifts)
+    return stability_of(backbone(windows).patches, places)
+
+
+def shifted_windows(
+    image: Tensor, size: Size, patch: Size, stride: Size | None = None, shifts: Sequence[tuple[int, int]] = _SHIFTS
+) -> tuple[Tensor, Tensor]:
+    """The windows (V, 3, H, W) of :func:`shift_stability` and their patches' places (V, h, w, 2) in the image."""
     pixels = [(down * patch[0], right * patch[1]) for down, right in shifts]
     if not pixels or min(min(each) for each in pixels) < 0:
         raise ConfigError(f"shifts must be one or more pairs (down, right) of patches, none negative, got {shifts}")
@@ -235,12 +308,16 @@ def shift_stability(
         raise ShapeError(f"windows of {size} with these shifts need an image of {need}, got {tuple(image.shape[-2:])}")
     corners = [(0, 0), *pixels]
     windows = torch.stack([image[:, y : y + size[0], x : x + size[1]] for y, x in corners])
-    maps = backbone(windows).patches.float().flatten(1, 2)
     boxes = grids.boxes_from_pixels(
         torch.tensor([(x, y, x + size[1], y + size[0]) for y, x in corners]), (image.shape[-2], image.shape[-1])
     )
     centres = grids.patch_centres(size, patch, stride).double()
-    places = grids.view_to_image(centres, boxes, torch.zeros(len(boxes), dtype=torch.bool)).flatten(1, 2)
+    return windows, grids.view_to_image(centres, boxes, torch.zeros(len(boxes), dtype=torch.bool))
+
+
+def stability_of(patches: Tensor, places: Tensor) -> ShiftStability:
+    """:func:`shift_stability` from the windows' tokens (V, h, w, C) and their places (V, h, w, 2)."""
+    maps, places = patches.float().flatten(1, 2), places.flatten(1, 2)
     same, other = [], []
     for shifted, where in zip(maps[1:], places[1:], strict=True):
         distance, index = torch.cdist(places[0], where).min(1)
@@ -249,9 +326,11 @@ def shift_stability(
         same.append(torch.cosine_similarity(first, second, dim=-1))
         other.append(torch.cosine_similarity(first, second.roll(len(second) // 2, 0), dim=-1))
     if not sum(map(len, same)):
-        raise ConfigError(f"shifts {shifts} leave no common patch in windows of {size}; use smaller ones")
-    p1, p5, p50 = torch.cat(same).double().quantile(torch.tensor([0.01, 0.05, 0.5]).double().to(maps.device)).tolist()
-    return ShiftStability(p1, p5, p50, float(torch.cat(other).median()))
+        raise ConfigError("the shifts leave no common patch in windows of this size; use smaller ones")
+    levels = torch.tensor([0.01, 0.05, 0.5]).double().to(maps.device)
+    p1, p5, p50 = torch.cat(same).double().quantile(levels).tolist()
+    unmatched = torch.cat(other).double().quantile(levels)
+    return ShiftStability(p1, p5, p50, float(torch.cat(other).median()), float(unmatched[1]))
 
 
 @dataclass(frozen=True)
@@ -280,13 +359,21 @@ def blank_response(backbone: Backbone, size: Size, artifact: Tensor | None = Non
     if not 0 <= level <= 1:
         raise ConfigError(f"level must be in [0, 1], got {level}")
     response = token_maps(backbone(torch.full((1, 3, *size), level)))[0].double()
-    varying = response - response.mean((0, 1))
-    floor = torch.finfo(torch.float64).tiny
-    energy = float(varying.square().sum() / response.square().sum().clamp(min=floor))
-    if artifact is None:
-        return BlankResponse(energy, None)
+    energy = blank_energy(response)
+    return BlankResponse(energy, None if artifact is None else blank_correlation(response, artifact))
+
+
+def blank_energy(response: Tensor) -> float:
+    """The share of the mean squared value of an (h, w, C) response that varies over positions."""
+    varying = response.double() - response.double().mean((0, 1))
+    return float(varying.square().sum() / response.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
+
+
+def blank_correlation(response: Tensor, artifact: Tensor) -> float:
+    """The correlation of an (h, w, C) response with an artifact on any grid, over positions and channels."""
     if artifact.ndim != 3 or artifact.shape[-1] != response.shape[-1]:
         raise ShapeError(f"the artifact must be (h, w, {response.shape[-1]}), got {tuple(artifact.shape)}")
-    other = grids.resample(artifact.to(response), (response.shape[0], response.shape[1]))
+    varying = response.double() - response.double().mean((0, 1))
+    other = grids.resample(artifact.to(varying), (response.shape[0], response.shape[1]))
     other = other - other.mean((0, 1))
-    return BlankResponse(energy, float(torch.cosine_similarity(varying.flatten(), other.flatten(), dim=0)))
+    return float(torch.cosine_similarity(varying.flatten(), other.flatten(), dim=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,43 @@ _STRENGTHS = torch.logspace(-7, 2, 19, dtype=torch.float64)
 _FOLDS = 5
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Squared errors of prediction, held-out group by group, and what they are measured against.
+
+    Args:
+        errors: (G, K) sums of squared errors, float64.
+        sums: (G, K) sums of the targets.
+        squares: (G, K) sums of their squares.
+        counts: (G,) tokens.
+    """
+
+    errors: Tensor
+    sums: Tensor
+    squares: Tensor
+    counts: Tensor
+
+    def r2(self, weights: Tensor | None = None) -> Tensor:
+        """(..., K) R^2 over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
+        weights = torch.ones_like(self.counts) if weights is None else weights.to(self.counts)
+        total = weights @ self.sums
+        spread = weights @ self.squares - total.square() / (weights @ self.counts)[..., None]
+        return 1 - (weights @ self.errors) / spread
+
+
 def held_out_r2(train: list[Group], test: list[Group]) -> Tensor:
     """R^2 on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
+
+    Args and raises: as :func:`held_out`.
+
+    Returns:
+        (K,) R^2 of each target, in float64; it can be below 0.
+    """
+    return held_out(train, test).r2()
+
+
+def held_out(train: list[Group], test: list[Group], width: int | None = None) -> HeldOut:
+    """Errors on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
 
     Features are standardised on the training groups. Only sums of products of a group's rows are kept, so the
     tokens are read twice and never joined.
@@ -23,9 +60,8 @@ def held_out_r2(train: list[Group], test: list[Group]) -> Tensor:
     Args:
         train: (features (n, C), targets (n, K)) of two groups or more.
         test: the same of one group or more.
-
-    Returns:
-        (K,) R^2 of each target, in float64; it can be below 0.
+        width: targets come in blocks of so many, each with a strength of its own; None is one block. Further blocks
+            (shuffled targets, for a null) cost next to nothing.
 
     Raises:
         ShapeError: there are too few groups, or a target is constant in the held-out ones.
@@ -42,14 +78,25 @@ def held_out_r2(train: list[Group], test: list[Group]) -> Tensor:
     whole = torch.stack(folds).sum(0)
     strengths = _STRENGTHS.to(whole.device)
     errors = torch.stack([_squared_errors(fold, _ridge(whole - fold, size, strengths)) for fold in folds])
-    best = strengths[errors.sum((0, 2)).argmin()]
+    by_block = errors.sum(0).unflatten(1, (-1, width or errors.shape[2])).sum(2)
+    best = by_block.argmin(0).repeat_interleave(width or errors.shape[2])
+    # Of the weights for each strength, every target keeps those of its own.
+    chosen = _ridge(whole, size, strengths[best.unique()])[torch.searchsorted(best.unique(), best)]
+    weights = chosen.diagonal(dim1=0, dim2=2)
+    return _held_out_errors(test, mean, deviation, weights)
 
-    held_out = _products(test, mean, deviation)
-    sums, tokens = held_out[size:-1, -1], held_out[-1, -1]
-    spread = held_out.diagonal()[size:-1] - sums.square() / tokens
-    if not bool((spread > 0).all()):
+
+def _held_out_errors(test: list[Group], mean: Tensor, deviation: Tensor, weights: Tensor) -> HeldOut:
+    parts = []
+    for features, targets in test:
+        values = targets.double()
+        rows = torch.cat(((features.double() - mean) / deviation, values, torch.ones_like(values[:, :1])), dim=1)
+        parts.append(torch.stack(((rows @ weights).square().sum(0), values.sum(0), values.square().sum(0))))
+    errors, sums, squares = torch.stack(parts, dim=1)
+    counts = torch.tensor([len(targets) for _, targets in test]).to(errors)
+    if not bool((squares.sum(0) - sums.sum(0).square() / counts.sum() > 0).all()):
         raise ShapeError("a target is constant over the held-out tokens, so R^2 is not defined; give other targets")
-    return 1 - _squared_errors(held_out, _ridge(whole, size, best[None]))[0] / spread
+    return HeldOut(errors, sums, squares, counts)
 
 
 def _products(groups: list[Group], mean: Tensor, deviation: Tensor) -> Tensor:
