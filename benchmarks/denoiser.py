@@ -164,7 +164,7 @@ def quality(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def held_out(pairs: InMemory, seed: int) -> tuple[list[int], list[int]]:
-    return split(pairs.sha256s, 0.2, seed)
+    return split(pairs.sha256s, 1 / 6, seed)
 
 
 def quality_of(kind: str, count: int, seed: int, pairs: InMemory, options: argparse.Namespace) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from rich.markup import escape
 import dvt
 from dvt.cli.analysis import Analyze, Doctor, Probe, Report, analyze, doctor, probe, report
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
+from dvt.cli.priors import Prior, prior
 from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
 
@@ -33,12 +34,18 @@ COMMANDS: dict[str, tuple[type, Run]] = {
     "analyze": (Analyze, analyze),
     "report": (Report, report),
     "probe": (Probe, probe),
+    "prior": (Prior, prior),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
-    command = tyro.cli(_union(), prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
+    command = tyro.cli(
+        _union(),
+        prog="dvt",
+        description=dvt.__doc__.splitlines()[0],
+        args=arguments,
+    )
     console = Console(stderr=command.json, soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])

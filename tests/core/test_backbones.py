@@ -407,6 +407,40 @@ def test_weights_of_a_size_that_timm_does_not_convert(tmp_path):
     assert torch.equal(backbone.model.pos_embed, plain.pos_embed)
 
 
+@pytest.mark.parametrize(("name", "option", "own"), [("test_vit", "reg_tokens", 0), ("test_vit2", "reg_tokens", 1)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_register_tokens_of_a_file(name, option, own, count, tmp_path):
+    """A file with other registers than the model of its name makes the model that timm makes with as many."""
+    plain = timm.create_model(name, num_classes=0, **{option: count}).eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in plain.parameters():
+        parameter.data.normal_(std=0.1, generator=generator)
+    save_file(plain.state_dict(), tmp_path / "registers.safetensors")
+    backbone = load_backbone(name, weights=tmp_path / "registers.safetensors")
+    assert backbone.model.reg_token.shape[1] == count and backbone.num_prefix_tokens == plain.num_prefix_tokens
+    batch = images(1, (160, 160))
+    mean, std = (torch.tensor(plain.pretrained_cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+    tokens = backbone(batch)
+    with torch.no_grad():
+        reference = plain.forward_features((batch - mean) / std)
+    assert torch.equal(torch.cat((tokens.prefix, tokens.patches.flatten(1, 2)), 1), reference)
+
+
+def test_a_file_without_registers_is_none_of_a_model_with_them(tmp_path):
+    plain = timm.create_model("test_vit2", num_classes=0, reg_tokens=0)
+    save_file(plain.state_dict(), tmp_path / "bare.safetensors")
+    with pytest.raises(WeightsError, match="timm's conversion failed"):
+        load_backbone("test_vit2", weights=tmp_path / "bare.safetensors")
+
+
+def test_a_state_dict_instead_of_a_file(trained):
+    backbone = load_backbone("test_vit", weights=trained.state_dict())
+    batch = images(1, (160, 160))
+    torch.testing.assert_close(backbone(batch).patches.flatten(1, 2), reference_tokens(trained, batch))
+    with pytest.raises(WeightsError, match="the state dict lacks"):
+        load_backbone("test_vit", weights={"norm.bias": torch.zeros(64)})
+
+
 def test_hash_is_of_the_weights_alone(trained, tmp_path):
     state = {k: v.detach().clone() for k, v in trained.state_dict().items()}
     save_file(state, tmp_path / "a.safetensors")
