@@ -55,9 +55,12 @@ class _Axis:
         return [float(each) for each in values if self.low - slack <= each <= self.high + slack]
 
 
-def number(value: float) -> str:
-    """Three decimals, or three digits where that would be long, with a real minus sign."""
-    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
+    """A number with some decimals, or four digits where that would be long, and a real minus sign."""
+    if value is None:
+        return "\N{EN DASH}"
+    value = value * times
+    text = f"{value:.{decimals}f}" if abs(value) < 1000 else f"{value:.4g}"
     return (text.lstrip("-") if float(text) == 0 else text).replace("-", "\N{MINUS SIGN}")
 
 
@@ -113,32 +116,25 @@ def dots(rows: Sequence[Row | None], label: str) -> str:
     numbers = [getattr(row, name) for row in known for name in fields if getattr(row, name) is not None]
     if not numbers:
         return ""
-    low, high = _wide(min(numbers), max(numbers))
-    axis = _Axis(low, high, 6, width - 6)
-    height = step * len(rows) + 16
-    parts = [
-        f'<line class="grid" x1="{axis(t):.1f}" x2="{axis(t):.1f}" y1="0" y2="{height - 14}"/>' for t in axis.ticks(3)
-    ]
-    parts += [
-        f'<text class="tick" x="{axis(t):.1f}" y="{height - 3}" text-anchor="middle">{escape(_short(t))}</text>'
-        for t in axis.ticks(3)
-    ]
+    axis = _Axis(*_wide(min(numbers), max(numbers)), 10, width - 10)
+    bottom = step * len(rows) + 2.0
+    parts = []
+    for tick in axis.ticks(3):
+        parts += [_line("grid", axis(tick), 0, axis(tick), bottom), _text(axis(tick), bottom + 12, _short(tick))]
     for place, row in enumerate(rows):
         if row is not None and row.value is not None:
             parts += _dot(row, row.value, place, step * place + step / 2, axis)
-    return _svg(width, height, label, parts, fixed=True)
+    return _svg(width, bottom + 16, label, parts, fixed=True)
 
 
 def _dot(row: Row, value: float, series: int, y: float, axis: _Axis) -> list[str]:
     parts = []
     if row.null_low is not None and row.null_high is not None:
         left, right = axis(row.null_low), axis(row.null_high)
-        parts.append(
-            f'<rect class="null" x="{left:.1f}" y="{y - 6:.1f}" width="{max(right - left, 1):.1f}" height="12"/>'
-        )
+        wide = max(right - left, 1)
+        parts.append(f'<rect class="null" x="{left:.1f}" y="{y - 6:.1f}" width="{wide:.1f}" height="12"/>')
     if row.null is not None:
-        x = axis(row.null)
-        parts.append(f'<line class="null-mid" x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6:.1f}" y2="{y + 6:.1f}"/>')
+        parts.append(_line("null-mid", axis(row.null), y - 6, axis(row.null), y + 6))
     if row.low is not None and row.high is not None:
         parts.append(_stroke(series, f"M{axis(row.low):.1f} {y:.1f}H{axis(row.high):.1f}", dash=False))
     return [*parts, marker(series, axis(value), y)]
@@ -156,65 +152,61 @@ def curves(lines: Sequence[tuple[int, Sequence[Point]]], names: dict[float, str]
     points = [point for _, line in lines for point in line]
     numbers = [each for p in points for each in (p.value, p.low, p.high, p.null) if each is not None]
     y = _Axis(*_wide(min(numbers), max(numbers)), height - 28, 10)
-    x = _Axis(*_wide(min(names), max(names), 0.0), 44, width - 16)
-    parts = _rules(y, width, x.start)
-    for place in _thinned(sorted(names), 7):
-        text = escape(names[place])
-        parts.append(f'<text class="tick" x="{x(place):.1f}" y="{height - 10}" text-anchor="middle">{text}</text>')
+    parts, start = _rules(y, width, {tick: _short(tick) for tick in y.ticks(4)})
+    x = _Axis(*_wide(min(names), max(names), 0.0), start + 6, width - 18)
+    parts += [_text(x(place), height - 10, names[place]) for place in _thinned(sorted(names), 7)]
     for series, line in lines:
         parts += _curve(series, line, x, y)
     return _svg(width, height, label, parts)
 
 
 def _curve(series: int, line: Sequence[Point], x: _Axis, y: _Axis) -> list[str]:
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        return "M" + "L".join(f"{x(place):.1f} {y(value):.1f}" for place, value in points)
+
     edge = [(p.place, p.low) for p in line] + [(p.place, p.high) for p in reversed(line)]
-    band = " ".join(f"{x(place):.1f},{y(value):.1f}" for place, value in edge)
-    parts = [f'<polygon class="band s{series % SERIES}" points="{band}"/>']
-    null = [(p.place, p.null) for p in line if p.null is not None]
-    if null:
-        path = "M" + "L".join(f"{x(place):.1f} {y(value):.1f}" for place, value in null)
-        parts.append(f'<path class="null-line" d="{path}"/>')
-    parts.append(_stroke(series, "M" + "L".join(f"{x(p.place):.1f} {y(p.value):.1f}" for p in line), dash=False))
+    parts = [f'<path class="band s{series % SERIES}" d="{path(edge)}Z"/>']
+    if null := [(p.place, p.null) for p in line if p.null is not None]:
+        parts.append(f'<path class="null-line" d="{path(null)}"/>')
+    parts.append(_stroke(series, path([(p.place, p.value) for p in line]), dash=False))
     return parts + [marker(series, x(p.place), y(p.value), 3) for p in line]
 
 
 def histogram(counts: Sequence[tuple[int, np.ndarray, Sequence[float]]], label: str) -> str:
     """Outlines of (series, counts, edges), counts on a logarithmic scale that shows 0."""
     width, height = 560.0, 260.0
-    top = max(float(np.log10(1 + each.max())) for _, each, _ in counts)
-    right = max(edges[-1] for _, _, edges in counts)
-    y = _Axis(0, top * 1.05 or 1, height - 40, 10)
-    x = _Axis(0, right, 48, width - 14)
-    powers = range(int(top) + 1)
-    parts = _rules(
-        y, width, x.start, {float(np.log10(1 + 10**power)): f"{10**power:,}" for power in powers} | {0.0: "0"}
-    )
-    for tick in x.ticks(6):
-        text = escape(_short(tick))
-        parts.append(f'<text class="tick" x="{x(tick):.1f}" y="{height - 22}" text-anchor="middle">{text}</text>')
-    parts.append(
-        f'<text class="tick" x="{(48 + width) / 2:.1f}" y="{height - 4}" text-anchor="middle">token norm</text>'
-    )
+    top = max(_log(float(values.max())) for _, values, _ in counts)
+    y = _Axis(0, 1.05 * top, height - 40, 10)
+    parts, start = _rules(y, width, {0.0: "0"} | {_log(10**power): f"{10**power:,}" for power in range(int(top) + 1)})
+    x = _Axis(0, max(edges[-1] for _, _, edges in counts), start, width - 14)
+    parts += [_text(x(tick), height - 22, _short(tick)) for tick in x.ticks(6)]
+    parts.append(_text((start + width) / 2, height - 4, "token norm"))
     for series, values, edges in counts:
-        path = f"M{x(edges[0]):.1f} {y(0):.1f}"
-        for value, end in zip(values, edges[1:], strict=True):
-            path += f"V{y(float(np.log10(1 + value))):.1f}H{x(end):.1f}"
+        there = np.flatnonzero(values)
+        path = f"M{x(edges[there[0]]):.1f} {y(0):.1f}"
+        for place in range(there[0], there[-1] + 1):
+            path += f"V{y(_log(float(values[place]))):.1f}H{x(edges[place + 1]):.1f}"
         parts.append(_stroke(series, f"{path}V{y(0):.1f}"))
     return _svg(width, height, label, parts)
 
 
-def _rules(y: _Axis, width: float, start: float, ticks: dict[float, str] | None = None) -> list[str]:
-    """Horizontal lines with their numbers."""
-    ticks = {tick: _short(tick) for tick in y.ticks(4)} if ticks is None else ticks
-    parts = []
-    for tick, text in ticks.items():
-        parts.append(
-            f'<line class="grid" x1="{start:.1f}" x2="{width - 8:.1f}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        )
-        parts.append(
-            f'<text class="tick" x="{start - 7:.1f}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{escape(text)}</text>'
-        )
-    return parts
+def _log(count: float) -> float:
+    return float(np.log10(1 + count))
+
+
+def _rules(y: _Axis, width: float, ticks: dict[float, str]) -> tuple[list[str], float]:
+    """Horizontal lines with their numbers, and where the numbers end."""
+    start = 14 + 6.5 * max(len(text) for text in ticks.values())
+    parts = [_line("grid", start, y(tick), width - 8, y(tick)) for tick in ticks]
+    return parts + [_text(start - 7, y(tick) + 3.5, text, "end") for tick, text in ticks.items()], start
+
+
+def _line(name: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{name}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
+    return f'<text class="tick" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def _stroke(series: int, path: str, dash: bool = True) -> str:

@@ -5,7 +5,7 @@ Whatever comes from a report is escaped here: names of files and denoisers may h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import PurePath
 from typing import Any
@@ -19,17 +19,14 @@ from dvt.analysis.results import Report, matching
 from dvt.analysis.scores import METRICS, Row
 
 TERMS = {"semantic": "semantic F", "artifact": "artifact G", "residual": "residual h"}
-_SUBTRACTED = ("artifact", "residual")
+SUBTRACTED = ("artifact", "residual")
+_95 = "95\N{NARROW NO-BREAK SPACE}%"
 _HEAT_MAPS = 12
 
 
 def label(variant: str) -> str:
     """What a variant is called on the page."""
     return TERMS.get(variant, variant)
-
-
-def layer_name(layer: int) -> str:
-    return "final" if layer == -1 else f"block {layer}"
 
 
 def image_names(report: Report) -> list[str]:
@@ -51,84 +48,70 @@ def variants_of(report: Report, backbone: str) -> list[str]:
 
 def summary(report: Report) -> str:
     """What was measured and what was found, in sentences."""
-    count = len(report.images)
-    names = ", ".join(dict.fromkeys(each["label"] for each in report.backbones))
-    parts = [
+    names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
+    lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
-        f"scale? This page measures it on {count} {'image' if count == 1 else 'images'}, beside what chance gives, "
-        "and lets you look."
-    ]
-    paragraphs = "".join(f'<p class="lead">{escape(part)}</p>' for part in parts)
-    return paragraphs + "".join(_findings(report, each) for each in report.backbones)
+        f"scale? Measured on {count} image{'s' * (count != 1)}, beside what chance gives."
+    )
+    return f'<p class="lead">{escape(lead)}</p>' + "".join(_findings(report, each) for each in report.backbones)
+
+
+_FINDINGS = (
+    (
+        "position_share",
+        "Bound to the position",
+        "of the variance of {raw} within an image stays at the patch position when the content moves.",
+    ),
+    (
+        "position_r2",
+        "Position a probe reads",
+        "is the R\N{SUPERSCRIPT TWO} of a linear probe that reads where a patch lies from its {raw}, on images that it "
+        "was not fitted on.",
+    ),
+    (
+        "outlier_share",
+        "Tokens out of scale",
+        "of the {raw} have a norm more than five robust standard deviations away from the median.",
+    ),
+)
 
 
 def _findings(report: Report, about: dict[str, Any]) -> str:
-    items = [
-        _finding(
-            report,
-            about,
-            "position_share",
-            "Position in the features",
-            _percent,
-            "of the variance within an image stays at the patch position when the content moves",
-        ),
-        _finding(
-            report,
-            about,
-            "position_r2",
-            "Position a probe can read",
-            charts.number,
-            "is the R\N{SUPERSCRIPT TWO} of a linear probe that reads a patch\N{RIGHT SINGLE QUOTATION MARK}s position from its token, on images it was not fitted on",
-        ),
-        _finding(
-            report,
-            about,
-            "outlier_share",
-            "Tokens out of scale",
-            _percent,
-            "of the tokens have a norm beyond five robust sigmas",
-        ),
-    ]
+    items = "".join(_finding(report, about, *each) for each in _FINDINGS)
     heading = f"<h3>{escape(about['label'])}</h3>" if len(report.backbones) > 1 else ""
-    return heading + '<dl class="findings">' + "".join(items) + "</dl>"
+    return f'{heading}<dl class="findings">{items}</dl>'
 
 
-def _finding(report: Report, about: dict[str, Any], metric: str, title: str, show: Any, meaning: str) -> str:
+def _finding(report: Report, about: dict[str, Any], metric: str, title: str, meaning: str) -> str:
     rows = {row.variant: row for row in _own_rows(report, about) if row.metric == metric and row.value is not None}
-    raw = rows.get("raw")
-    if raw is None or raw.value is None:
+    if "raw" not in rows:
         return ""
+    show: Callable[[float | None], str] = charts.number if metric == "position_r2" else _percent
     others = [
-        f"{escape(label(name))} {show(rows[name].value)}"
+        f'<span class="of">{escape(label(name))}</span> {show(rows[name].value)}'
         for name in variants_of(report, about["label"])
-        if name in rows and name != "raw" and name not in _SUBTRACTED
+        if name in rows and name not in ("raw", *SUBTRACTED)
     ]
-    change = f' <span class="after">{"; ".join(others)}</span>' if others else ""
+    after = f'<span class="after">{"<br>".join(others)}</span>' if others else ""
+    text = f"{meaning.format(raw='raw tokens')} {_against_null(rows['raw'], show)}"
+    value = show(rows["raw"].value)
     return (
-        f'<div><dt>{escape(title)}</dt><dd><span class="big">{show(raw.value)}</span>{change}'
-        f"<p>{escape(meaning)} (raw). {escape(_against_null(raw, show))}</p></dd></div>"
+        f'<div><dt>{escape(title)}</dt><dd><span class="big">{value}</span> <span class="of">raw</span>'
+        f"{after}<p>{escape(text)}</p></dd></div>"
     )
 
 
-def _against_null(row: Row, show: Any) -> str:
+def _against_null(row: Row, show: Callable[[float | None], str]) -> str:
     if row.null is None:
         return ""
-    chance = f"Chance gives {show(row.null)}"
     if row.null_low is None or row.null_high is None or row.value is None:
-        return f"{chance}."
-    if row.value > row.null_high:
-        return f"{chance}: this is beyond its 95 % interval."
-    if row.value < row.null_low:
-        return f"{chance}: this is below its 95 % interval."
-    return f"{chance}: this is within its 95 % interval."
+        return f"Chance gives {show(row.null)}."
+    side = "above" if row.value > row.null_high else "below" if row.value < row.null_low else "within"
+    return f"Chance gives {show(row.null)}; raw is {side} its {_95} interval."
 
 
-def _percent(value: float) -> str:
-    return (
-        charts.number(100 * value).rstrip("0").rstrip(".") + " %"
-        if abs(value) < 0.001
-        else f"{100 * value:.1f} %".replace("-", "\N{MINUS SIGN}")
-    )
+def _percent(value: float | None) -> str:
+    return charts.number(value, 1, 100) + "\N{NARROW NO-BREAK SPACE}%"
 
 
 # -- the table
@@ -155,15 +138,19 @@ def _table(report: Report, about: dict[str, Any]) -> str:
                 f"{escape(metric.better)} is better</small></th>{shown}<td>{chart}</td></tr>"
             )
     heads = "".join(f'<th scope="col">{charts.key(i, label(name))}</th>' for i, name in enumerate(variants))
+    heads = f'<th scope="col">Metric</th>{heads}<th scope="col">Beside chance (grey)</th>'
     remarks = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    caption = (
-        f"{about['label']}, {_layer_phrase(about['layer'])}: value, 95 % interval over images, and what chance gives"
+    where = f"{about['label']}, {_layer_phrase(about['layer'])}"
+    caption = f"{where}: value, {_95} interval over images, and what chance gives"
+    return _scrolling(caption, f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>") + (
+        f'<ol class="notes">{remarks}</ol>' if notes else ""
     )
+
+
+def _scrolling(caption: str, table: str) -> str:
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr><th scope='col'>Metric</th>{heads}"
-        f"<th scope='col'>Value, interval, and null in grey</th></tr></thead><tbody>{body}</tbody></table></div>"
-        + (f'<ol class="notes">{remarks}</ol>' if notes else "")
+        f'<p class="caption">{escape(caption)}</p>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}">{table}</div>'
     )
 
 
@@ -194,36 +181,34 @@ def layer_charts(report: Report) -> str:
     lines = {name: rows for name, rows in lines.items() if len({row.layer for row in rows}) > 1}
     if not lines:
         return ""
-    last = max(row.layer for rows in lines.values() for row in rows) + 1
-    figures = []
-    for name, metric in METRICS.items():
-        drawn = [
-            (number, [_point(row, last) for row in rows if row.metric == name and row.value is not None])
-            for number, rows in enumerate(lines.values())
-        ]
-        drawn = [(number, points) for number, points in drawn if len(points) > 1]
-        if drawn:
-            names = {p.place: "final" if p.place == last else f"{p.place:.0f}" for _, line in drawn for p in line}
-            spoken = f"{metric.title} over layers: " + "; ".join(
-                f"{names[p.place]} {charts.number(p.value)}" for _, line in drawn for p in line
-            )
-            figures.append(
-                f"<figure><figcaption>{escape(metric.title)}<small>{escape(metric.better)} is better</small>"
-                f"</figcaption>{charts.curves(drawn, names, spoken)}</figure>"
-            )
+    deepest = max(row.layer for rows in lines.values() for row in rows)
+    last = deepest + max(1, round(deepest / 9))  # room for its name
+    figures = "".join(_layer_chart(name, list(lines.values()), last) for name in METRICS)
     legend = "".join(charts.key(i, name) for i, name in enumerate(lines)) if len(lines) > 1 else ""
     return (
         "<section><h2>Over the layers</h2><p>Raw tokens of each block, numbered from 0, and after the final norm. "
-        f"Bands are 95 % intervals over images, dotted lines the null. {legend}</p>"
-        f'<div class="charts">{"".join(figures)}</div></section>'
+        f"Bands are {_95} intervals over images, dotted lines what chance gives. {legend}</p>"
+        f'<div class="charts">{figures}</div></section>'
+    )
+
+
+def _layer_chart(metric: str, lines: Sequence[Sequence[Row]], last: int) -> str:
+    drawn = [(number, [_point(row, last) for row in rows if row.metric == metric]) for number, rows in enumerate(lines)]
+    drawn = [(number, points) for number, points in drawn if len(points) > 1]
+    if not drawn:
+        return ""
+    title, names = METRICS[metric].title, {p.place: f"{p.place:.0f}" for _, line in drawn for p in line}
+    names |= {last: "final"} if last in names else {}
+    spoken = "; ".join(f"{names[p.place]} {charts.number(p.value)}" for _, line in drawn for p in line)
+    return (
+        f"<figure><figcaption>{escape(title)}<small>{escape(METRICS[metric].better)} is better</small></figcaption>"
+        f"{charts.curves(drawn, names, f'{title} over layers: {spoken}')}</figure>"
     )
 
 
 def _layer_rows(report: Report, backbone: str) -> list[Row]:
-    return sorted(
-        (row for row in report.rows if row.backbone == backbone and row.variant == "raw" and row.value is not None),
-        key=lambda row: (row.layer == -1, row.layer),
-    )
+    rows = [row for row in report.rows if row.backbone == backbone and row.variant == "raw" and row.value is not None]
+    return sorted(rows, key=lambda row: (row.layer == -1, row.layer))
 
 
 def _point(row: Row, last: int) -> charts.Point:
@@ -243,13 +228,11 @@ def position_maps(report: Report) -> str:
         )
         for entry in [*own, *others[:: max(1, -(-len(others) // _HEAT_MAPS))]]:
             values = report.arrays[entry["array"]]
-            name = f"{label(entry['variant'])}, {layer_name(entry['layer'])}"
+            name = f"{label(entry['variant'])}, {_layer_phrase(entry['layer'])}"
             name = f"{about['label']}, {name}" if len(report.backbones) > 1 else name
-            figures.append(
-                f'<figure><img class="map" src="{charts.heat(values)}" width="{values.shape[1]}" '
-                f'height="{values.shape[0]}" alt="{escape(f"Norm of the mean token at each position: {name}")}">'
-                f"<figcaption>{escape(name)}<small>0 to {charts.number(float(values.max()))}</small></figcaption></figure>"
-            )
+            image = _map(charts.heat(values), values.shape, f"Norm of the mean token at each position: {name}")
+            most = charts.number(float(values.max()))
+            figures.append(f"<figure>{image}<figcaption>{escape(name)}<small>0 to {most}</small></figcaption></figure>")
     if not figures:
         return ""
     return (
@@ -267,13 +250,14 @@ def norm_charts(report: Report) -> str:
         entries = matching(report.index["norms"], backbone=about["label"], layer=about["layer"])
         counts = [(order.index(e["variant"]), report.arrays[e["array"]], e["edges"]) for e in entries]
         if counts:
+            name = f"{escape(about['label'])}: " if len(report.backbones) > 1 else ""
             legend = "".join(charts.key(number, label(order[number]), line=True) for number, _, _ in counts)
             spoken = "; ".join(
                 f"{label(order[number])}: {int(values.sum())} tokens, median {charts.number(_median(values, edges))}"
                 for number, values, edges in counts
             )
             figures.append(
-                f"<figure><figcaption>{escape(about['label'])} {legend}</figcaption>"
+                f"<figure><figcaption>{name}{legend}</figcaption>"
                 f"{charts.histogram(counts, f'Histogram of token norms. {spoken}')}</figure>"
             )
     if not figures:
@@ -295,47 +279,44 @@ def _median(counts: np.ndarray, edges: Sequence[float]) -> float:
 
 def gallery(report: Report, shown: Sequence[int]) -> str:
     """Photographs beside their token maps in colours, at each backbone's own layer."""
-    names, parts = image_names(report), []
-    for about in report.backbones:
-        entries = matching(report.index["maps"], backbone=about["label"], layer=about["layer"])
-        order = [name for name in variants_of(report, about["label"]) if any(e["variant"] == name for e in entries)]
-        rows = "".join(
-            _strip(report, [e for e in entries if e["image"] == image], order, image, names[image]) for image in shown
-        )
-        if rows and order:
-            heads = "".join(f'<th scope="col">{escape(label(name))}</th>' for name in order)
-            caption = f"{about['label']}, {_layer_phrase(about['layer'])}"
-            parts.append(
-                f'<div class="scroll" tabindex="0" role="region" aria-label="Features in colour: {escape(caption)}">'
-                f'<table class="gallery"><caption>{escape(caption)}</caption><thead><tr><th scope="col">image</th>{heads}'
-                f"</tr></thead><tbody>{rows}</tbody></table></div>"
-            )
+    parts = "".join(_gallery(report, about, shown) for about in report.backbones)
     if not parts:
         return ""
     return (
-        "<section><h2>Features in colour</h2><p>Three principal components as red, green and blue, the same for the raw "
-        "and the cleaned features of an image: equal colours are alike features. Artifact and residual have colours of "
-        f"their own. Raw = F + G + h.</p>{''.join(parts)}</section>"
+        "<section><h2>Features in colour</h2><p>Three principal components as red, green and blue, the same for the "
+        "raw and the cleaned features of an image: equal colours are alike features. Artifact and residual have "
+        f"colours of their own. Raw = F + G + h.</p>{parts}</section>"
     )
+
+
+def _gallery(report: Report, about: dict[str, Any], shown: Sequence[int]) -> str:
+    names = image_names(report)
+    entries = matching(report.index["maps"], backbone=about["label"], layer=about["layer"])
+    order = [name for name in variants_of(report, about["label"]) if matching(entries, variant=name)]
+    if not order or not shown:
+        return ""
+    rows = "".join(_strip(report, matching(entries, image=image), order, image, names[image]) for image in shown)
+    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ["image", *map(label, order)])
+    caption = f"{about['label']}, {_layer_phrase(about['layer'])}"
+    return _scrolling(caption, f'<table class="gallery"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
 
 
 def _strip(report: Report, entries: Sequence[dict[str, Any]], order: Sequence[str], image: int, name: str) -> str:
     maps = {entry["variant"]: torch.from_numpy(report.arrays[entry["array"]].astype(np.float32)) for entry in entries}
-    together = [each for each in order if each in maps and each not in _SUBTRACTED]
+    together = [each for each in order if each in maps and each not in SUBTRACTED]
     colours = dict(zip(together, pca_colours([maps[each] for each in together]), strict=True)) if together else {}
-    colours |= {each: pca_colours(maps[each])[0] for each in maps if each in _SUBTRACTED}
-    cells = [f'<td><img data-photo="{image}" alt="{escape(name)}"></td>']
+    # What is subtracted has colours of its own: it would grey the others if it decided theirs.
+    colours |= {each: pca_colours(maps[each])[0] for each in maps if each in SUBTRACTED}
+    cells = [f'<img data-photo="{int(image)}" alt="{escape(name)}">']
     for variant in order:
         found = colours.get(variant)
-        if found is None:
-            cells.append("<td></td>")
-        else:
-            alt = escape(f"{label(variant)} features of {name} in colour")
-            cells.append(
-                f'<td><img class="map" src="{charts.png(found.numpy())}" width="{found.shape[1]}" '
-                f'height="{found.shape[0]}" alt="{alt}"></td>'
-            )
-    return f"<tr>{''.join(cells)}</tr>"
+        alt = f"{label(variant)} features of {name} in colour"
+        cells.append("" if found is None else _map(charts.png(found.numpy()), found.shape, alt))
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _map(address: str, shape: Sequence[int], alt: str) -> str:
+    return f'<img class="map" src="{address}" width="{shape[1]}" height="{shape[0]}" alt="{escape(alt)}">'
 
 
 # -- how
@@ -344,30 +325,30 @@ def _strip(report: Report, entries: Sequence[dict[str, Any]], order: Sequence[st
 def method(report: Report, reduced: Sequence[str]) -> str:
     """What it took, which weights, which settings, and what the page leaves out."""
     seconds = report.seconds
-    facts = [
-        (
-            each["label"],
-            f"{each['name']}, {_layer_phrase(each['layer'])}, patches of {each['patch_size'][0]} x {each['patch_size'][1]} "
-            f"pixels, images of {each['image_size'][0]} x {each['image_size'][1]}, {each['feature_dim']} channels, "
-            f"weights {str(each['weights_sha256'])[:12]}",
-        )
-        for each in report.backbones
-    ]
-    facts.append(
-        (
-            "time",
-            f"backbone {seconds['forward']:.1f} s, decompositions besides it {seconds['fields']:.1f} s, denoisers "
-            f"{seconds['denoisers']:.1f} s, metrics and reading {seconds['metrics']:.1f} s",
-        )
-    )
-    facts.append(("settings", ", ".join(f"{name} {value}" for name, value in report.config.items())))
-    facts.append(("in this page", " ".join(reduced)))
-    listed = "".join(f"<dt>{escape(str(name))}</dt><dd>{escape(text)}</dd>" for name, text in facts)
+    facts = {each["label"]: _described(each) for each in report.backbones} | {
+        "time": f"backbone {seconds['forward']:.1f} s, decompositions besides it {seconds['fields']:.1f} s, denoisers "
+        f"{seconds['denoisers']:.1f} s, metrics and reading {seconds['metrics']:.1f} s",
+        "settings": "; ".join(f"{name.replace('_', ' ')} {_listed(value)}" for name, value in report.config.items()),
+        "this page": " ".join(reduced),
+    }
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in facts.items())
     return (
-        "<section><h2>How it was measured</h2><p>Smooth features please most of these metrics: read them beside a score "
-        "that needs labels (<code>dvt probe</code>). Chance is the same metric where there is nothing to find: positions "
-        "shuffled, or noise of the same mean and spread. table.csv beside report.json has every number.</p>"
-        f'<dl class="facts">{listed}</dl></section>'
+        "<section><h2>How it was measured</h2><p>Smooth features please most of these metrics: read them beside a "
+        "score that needs labels (<code>dvt probe</code>). Chance is the same metric where there is nothing to find: "
+        "positions shuffled, or noise of the same mean and spread. <code>table.csv</code> beside "
+        f'<code>report.json</code> has every number.</p><dl class="facts">{listed}</dl></section>'
+    )
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, (list, tuple)) else str(value)
+
+
+def _described(about: dict[str, Any]) -> str:
+    (rows, columns), (height, width) = about["patch_size"], about["image_size"]
+    return (
+        f"{about['name']}, {_layer_phrase(about['layer'])}, patches of {rows} x {columns} pixels, meant for images of "
+        f"{height} x {width}, {about['feature_dim']} channels, weights {str(about['weights_sha256'])[:12]}"
     )
 
 
