@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 Denoise = Callable[[Tokens], Tokens]
 Decompose = Callable[[Tensor], Mapping[str, Tensor]]
+Source: TypeAlias = "FeatureStore | Decompose | None"
 Progress = Callable[[str, int, int], None]
 ImageLike = str | Path | Tensor
 
@@ -136,7 +137,7 @@ def analyze(
     if not backbones:
         raise ConfigError("no backbone was given; analyze needs at least one")
     mappings = [variants] if variants is None or isinstance(variants, Mapping) else list(variants)
-    sources = list(semantic) if isinstance(semantic, (list, tuple)) else [semantic]
+    sources = cast("list[Source]", list(semantic) if isinstance(semantic, (list, tuple)) else [semantic])
     for name, given in (("variants", mappings), ("semantic", sources)):
         if len(given) == 1 and given[0] is None:
             given *= len(backbones)
@@ -240,7 +241,7 @@ class _Run:
         self.variants = variants
         self.store = _store(source)
         self.places = _places(self.store) if self.store else {}
-        self.decompose = source if self.store is None else None
+        self.decompose = cast("Decompose | None", source if self.store is None else None)
         self.layers = _layers(backbone, config)
         self.kept: dict[tuple[int, str], _Kept] = {}
         self.shares: dict[tuple[int, str], PositionShare] = {}

@@ -148,8 +148,10 @@ class PositionMeans:
             null = (sums - self._null_squares) / (count * (count - 1)) / total
             shared = score_of(value, null)
             both = torch.einsum("ri,ij,rj->r", weights, pairs, weights)
-            apart = (weights.sum(1).square() - weights.square().sum(1)).clamp(min=1e-300)
-            shared_interval = interval_of(both / apart / (weights @ variance / count).clamp(min=1e-300))
+            apart = weights.sum(1).square() - weights.square().sum(1)
+            several = apart > 0  # a resample that drew one image only has no pairs
+            spread = (weights @ variance / count).clamp(min=1e-300)
+            shared_interval = interval_of(both[several] / apart[several] / spread[several])
         artifact = means.mean(0)
         return PositionShare(
             shared, score_of(float(own[0]), own[1:]), shared_interval, interval, artifact - artifact.mean((0, 1)), count

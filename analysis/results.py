@@ -239,8 +239,8 @@ class Report:
             if names - arrays.keys():
                 raise ConfigError(f"data.npz in {str(folder)!r} misses {sorted(names - arrays.keys())[:3]}")
             rows = [Row(**row) for row in content["rows"]]
-            fields = (content[name] for name in ("images", "backbones", "seconds", "config", "index"))
-            return cls(rows, *fields, arrays)
+            kept = {name: content[name] for name in ("images", "backbones", "seconds", "config", "index")}
+            return cls(rows, **kept, arrays=arrays)
         except ConfigError:
             raise
         except Exception as error:  # a zip or a JSON file can be damaged in nearly any way

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def outliers(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
     The thresholds are those of all images together, also in the bootstrap. The null comes from up to 16 images.
     """
     few = list(maps[:: max(1, len(maps) // 16)])
-    noise = [matched_noise(few, generator) for _ in range(_rounds(len(few)))]
+    noise = [cast("list[Tokens]", matched_noise(few, generator)) for _ in range(_rounds(len(few)))]
     rows = []
     for metric, of in (("outlier_share", _shares), ("norm_spread", _spreads)):
         rows.append(_mean_row(metric, of(maps), torch.cat([of(each) for each in noise]), generator))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class Arrays:
         norm = artifact.float().norm(dim=-1).cpu().numpy()
         self._add("positions", norm, backbone=backbone, layer=layer, variant=variant)
 
-    def add_norms(self, backbone: str, layer: int, tokens: dict[str, Sequence[Tokens]]) -> None:
+    def add_norms(self, backbone: str, layer: int, tokens: Mapping[str, Sequence[Tokens]]) -> None:
         """Take in the histograms of the norms of one layer's variants, over the same bins."""
         norms = {
             variant: np.concatenate([each.patches.float().norm(dim=-1).flatten().cpu().numpy() for each in maps])

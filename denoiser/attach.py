@@ -367,7 +367,7 @@ def _warn_raw(family: str) -> None:
 
 
 def _denoised(model: nn.Module, denoiser: Denoiser, layer: int) -> nn.Module:
-    base = type(model)
+    base: Any = type(model)
     if issubclass(base, Denoised):
         raise BackboneError(f"this {base.__name__} has a denoiser already; attach the other one to the timm model")
     clean = cast(Denoised, _shared_copy(model, _derived(base)))
@@ -378,7 +378,7 @@ def _denoised(model: nn.Module, denoiser: Denoiser, layer: int) -> nn.Module:
 
 
 @cache
-def _derived(base: type[nn.Module]) -> type[nn.Module]:
+def _derived(base: Any) -> type[nn.Module]:
     """`base` with :class:`Denoised` before it, under its own name, because families go by that."""
 
     def method(name: str) -> Callable[..., Any]:
@@ -398,7 +398,7 @@ def _base(derived: type[nn.Module]) -> type[nn.Module]:
     return derived.__mro__[derived.__mro__.index(Denoised) + 1]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
+def _blank(base: Any) -> nn.Module:
     """A module without content, which unpickling fills."""
     derived = _derived(base)
     return derived.__new__(derived)
