@@ -2,12 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# mmsegmentation's pins are exact, so it has an environment of its own.
+MMSEG := $(VENV)/mmseg
 # Arguments for pytest, for example `make test ARGS="tests/fields -k linear"`.
 ARGS ?=
 # One thread a process: pytest runs two of them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all lint format types bench clean
+.PHONY: demo test test-all test-mmseg lint format types bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dvt demo
@@ -17,6 +19,9 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
+
+test-mmseg: $(MMSEG)/.installed
+	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/analysis/test_mmseg.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check
@@ -57,3 +62,8 @@ $(VENV)/.installed-test: pyproject.toml | $(PY)
 $(VENV)/.installed-dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(MMSEG)/.installed: pyproject.toml | $(PY)
+	$(PYTHON) -m venv $(MMSEG)
+	$(MMSEG)/bin/python -m pip install --quiet -e ".[test,mmseg]"
+	touch $@

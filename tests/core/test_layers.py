@@ -18,12 +18,14 @@ SIBLINGS = ("dvt.fields", "dvt.denoiser", "dvt.analysis")
 # Lower layers never import higher ones.
 BASE = {"errors", "grids"}
 CORE = {"tokens", "images", "views", "families", "checkpoints", "backbones", "catalogue", "store", "training"}
-TOP = {"pipeline", "cluster", "cli", "__main__"}
+TOP = {"pipeline", "cluster", "cli", "mmseg", "__main__"}
 
 ONLY_IN = {
     "h5py": {"dvt.store"},
     "timm": {"dvt.backbones", "dvt.denoiser.model", "dvt.analysis.priors.prior"},
     "tyro": {"dvt.cli"},
+    "mmseg": {"dvt.mmseg"},
+    "mmengine": {"dvt.mmseg"},
 }
 
 
