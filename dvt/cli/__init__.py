@@ -16,6 +16,7 @@ from rich.markup import escape
 import dvt
 from dvt.cli.analysis import Analyze, Doctor, Probe, Report, analyze, doctor, probe, report
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
+from dvt.cli.extract import Extract, Store, extract, store
 from dvt.cli.priors import Prior, prior
 from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
@@ -26,7 +27,9 @@ Run = Callable[[Any, Console], tuple[int, dict[str, Any]]]
 COMMANDS: dict[str, tuple[type, Run]] = {
     "demo": (Demo, demo),
     "denoise": (Denoise, denoise),
+    "extract": (Extract, extract),
     "inspect": (Inspect, inspect),
+    "store": (Store, store),
     "train": (Train, train),
     "distill": (Distill, distill),
     "export": (Export, export),

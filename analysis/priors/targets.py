@@ -1,0 +1,129 @@
+"""What a prior generates: square pictures as patches of pixels or of latents, or a backbone's feature tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+
+Kind = Literal["pixels", "latents", "features"]
+KINDS = ("pixels", "latents", "features")
+
+
+def patchify(maps: Tensor, patch: int) -> Tensor:
+    """(B, C, H, W) in square patches, as tokens (B, H / patch, W / patch, C patch^2).
+
+    >>> maps = torch.rand(2, 3, 8, 12)
+    >>> torch.equal(unpatchify(patchify(maps, 4), 4), maps)
+    True
+    """
+    if maps.shape[2] % patch or maps.shape[3] % patch:
+        raise ShapeError(f"{tuple(maps.shape[2:])} is not a multiple of the patch {patch}; choose another")
+    columns = functional.unfold(maps, patch, stride=patch).transpose(1, 2)
+    return columns.unflatten(1, (maps.shape[2] // patch, maps.shape[3] // patch))
+
+
+def unpatchify(tokens: Tensor, patch: int) -> Tensor:
+    """The inverse of :func:`patchify`."""
+    height, width = tokens.shape[1:3]
+    columns = tokens.flatten(1, 2).transpose(1, 2)
+    return functional.fold(columns, (height * patch, width * patch), patch, stride=patch)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is generated, and how it becomes maps of tokens with mean 0 and standard deviation 1.
+
+    Args:
+        kind: "pixels", "latents" or "features".
+        patch: pixels, or cells of the latent, along the side of a token; features are tokens already.
+        vae: folder of a diffusers AutoencoderKL, for latents.
+        mean: of the tokens, one number, or one a channel for features.
+        std: likewise.
+    """
+
+    kind: Kind
+    patch: int = 1
+    vae: str | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        if self.kind not in KINDS:
+            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if (self.vae is None) == (self.kind == "latents"):
+            raise ConfigError(f"latents, and only they, need a VAE; the target is {self.kind!r} and vae {self.vae!r}")
+
+    def encode(self, pictures: Tensor, features: Tensor) -> Tensor:
+        """Target tokens (B, h, w, D), not standardised, of pictures (B, 3, S, S) and their features (B, h, w, C)."""
+        if self.kind == "features":
+            return features.float()
+        return patchify(self._latents(pictures) if self.kind == "latents" else pictures, self.patch)
+
+    def decode(self, maps: Tensor) -> Tensor:
+        """Pictures (B, 3, S, S), clipped to [0, 1], of standardised maps; for features, the tokens themselves."""
+        raw = self.restore(maps)
+        if self.kind == "features":
+            return raw
+        pictures = unpatchify(raw, self.patch)
+        return (self._pictures(pictures) if self.kind == "latents" else pictures).clamp(0, 1)
+
+    def fitted(self, raw: Tensor) -> Target:
+        """With the mean and standard deviation of (N, h, w, D) training tokens."""
+        if not bool(raw.isfinite().all()):
+            raise NonFiniteError("target tokens hold NaN or infinity; check the images, the VAE and the backbone")
+        rows = raw.double().flatten(0, 2) if self.kind == "features" else raw.double().flatten()[:, None]
+        if float(rows.std()) == 0:
+            raise ConfigError("all images are the same: there is nothing to learn")
+        # A channel that hardly varies must not have its noise blown up to unit size.
+        std = rows.std(0).clamp(min=1e-2 * float(rows.std(0).square().mean().sqrt()))
+        return replace(self, mean=tuple(rows.mean(0).tolist()), std=tuple(std.tolist()))
+
+    def standardise(self, raw: Tensor) -> Tensor:
+        """Tokens of mean 0 and standard deviation 1."""
+        return (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
+
+    def restore(self, maps: Tensor) -> Tensor:
+        """The inverse of :meth:`standardise`."""
+        return maps * maps.new_tensor(self.std) + maps.new_tensor(self.mean)
+
+    @cached_property
+    def _vae(self) -> Any:
+        return load_vae(str(self.vae))
+
+    @torch.no_grad()
+    def _latents(self, pictures: Tensor) -> Tensor:
+        return self._vae.to(pictures.device).encode(2 * pictures - 1).latent_dist.mean
+
+    @torch.no_grad()
+    def _pictures(self, latents: Tensor) -> Tensor:
+        return (self._vae.to(latents.device).decode(latents).sample + 1) / 2
+
+
+def load_vae(folder: str) -> Any:
+    """diffusers' AutoencoderKL of a local folder (config.json and safetensors weights), frozen.
+
+    Raises:
+        ConfigError: diffusers is not installed, or the folder holds no such model.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ConfigError("latents need diffusers: pip install 'denoising-vit[prior]'") from error
+    if not Path(folder).is_dir():
+        raise ConfigError(f"there is no folder {folder!r}; give one with the config.json and weights of a VAE")
+    read: Callable[..., Any] = AutoencoderKL.from_pretrained
+    try:
+        return read(folder, local_files_only=True, use_safetensors=True).eval().requires_grad_(False)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{folder!r} holds no AutoencoderKL: {error}") from error

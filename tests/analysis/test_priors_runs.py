@@ -1,0 +1,311 @@
+"""Priors as jobs: train, resume, sample, evaluate; what a run keeps, and what is refused."""
+
+import csv
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.prior import Prior
+from dvt.analysis.priors.runs import (
+    PriorTraining,
+    evaluate_prior,
+    fit_prior,
+    open_run,
+    sample_prior,
+    train_prior,
+)
+from dvt.analysis.priors.seen import look, read_conditions, split, square
+from dvt.backbones import wrap
+from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, WeightsError
+from dvt.images import load_image
+from dvt.tokens import Tokens
+from dvt.training import TrainingConfig
+from dvt.views import resize
+
+TINY = {"side": 8, "patch": 4, "width": 16, "depth": 1, "heads": 2, "steps": 4, "batch_size": 4, "checkpoint_every": 2}
+TINY |= {"ema": 0.5, "validate_every": 2, "log_every": 1, "held_out": 0.25}
+
+
+def write(folder, count, side=32):
+    """Pictures of one random colour each, with a little noise."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        colour = torch.rand(1, 1, 3, generator=generator)
+        noise = 0.05 * torch.randn(side, side + 8, 3, generator=generator)
+        pixels = (255 * (colour + noise).clamp(0, 1)).byte()
+        Image.fromarray(pixels.numpy()).save(folder / f"{number:03}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "colours", 12)
+
+
+@pytest.fixture(scope="module")
+def backbone(make_tiny_backbone):
+    return make_tiny_backbone(size=32)
+
+
+def ignore(what, done, total):
+    pass
+
+
+def train_tiny(images, backbone, out, denoiser=None, progress=None, **changes):
+    return train_prior(images, backbone, out, PriorTraining(**{**TINY, **changes}), denoiser, progress, device="cpu")
+
+
+def is_picture(path):
+    image = load_image(path)
+    return image.shape[0] == 3 and min(image.shape[1:]) > 50 and image.std() > 0.01
+
+
+# --- training
+
+
+def test_a_run_reports_and_keeps_what_sampling_needs(images, backbone, tmp_path):
+    told = []
+    report = train_tiny(images, backbone, tmp_path / "run", progress=lambda *about: told.append(about))
+    assert (report["images"], report["training"], report["held_out"], report["steps"]) == (12, 9, 3, 4)
+    assert json.loads(json.dumps(report)) == report
+    assert ("look", 12, 12) in told and ("features", 12, 12) in told and told[-1] == ("train", 4, 4)
+    # Samples of every checkpoint, also of the last one, and the log of both losses.
+    names = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert names == ["step-00000002.png", "step-00000004.png"]
+    assert all(is_picture(tmp_path / "run" / "samples" / name) for name in names)
+    rows = list(csv.DictReader((tmp_path / "run" / "log.csv").open()))
+    assert len(rows) == 4 and float(rows[-1]["held_out_loss"]) == pytest.approx(report["held_out_loss"])
+    prior = Prior.load(report["out"])
+    assert prior.card["backbone"] == backbone.name and prior.card["weights_sha256"] == backbone.weights_sha256
+    assert prior.card["metrics"]["steps"] == 4
+    # The result holds the averaged weights of the last checkpoint.
+    averaged = load_file(tmp_path / "run" / "step-00000004" / "ema.safetensors")
+    assert all(torch.equal(value, averaged[name]) for name, value in prior.state_dict().items())
+
+
+def test_a_killed_run_ends_with_the_same_weights(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "whole")
+
+    def kill(what, done, total):
+        if (what, done) == ("train", 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(images, backbone, tmp_path / "killed", progress=kill)
+    # What it left at step 2 can be sampled already, with the averaged weights.
+    left, averaged = (
+        load_file(tmp_path / "killed" / name) for name in ("prior.safetensors", "step-00000002/ema.safetensors")
+    )
+    assert all(torch.equal(left[name], averaged[name]) for name in averaged)
+    assert sample_prior(tmp_path / "killed", images=2, samples=1, steps=2, device="cpu")["images"] == 2
+    train_tiny(images, backbone, tmp_path / "killed")
+    first, second = (load_file(tmp_path / name / "prior.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    untrained = Prior.load(tmp_path / "whole" / "prior.safetensors")
+    fresh = Prior(untrained.config, torch.Generator().manual_seed(0))
+    assert not torch.equal(fresh.head.leave.weight, untrained.head.leave.weight)
+
+
+def test_every_step_meets_other_noise(tmp_path):
+    """One map, again and again, at a learning rate of nothing: only the noise moves the loss."""
+    prior = Prior(PriorConfig((1, 2), 3, width=16, depth=1, heads=2), torch.Generator().manual_seed(0))
+    data = (torch.ones(1, 1, 2, 3), None)
+    config = TrainingConfig(5, 2, 1e-12, min_learning_rate=0.0, log_every=1)
+    losses = [row["loss"] for row in fit_prior(prior, data, data, config, tmp_path).history]
+    assert len(set(losses)) == 5
+
+
+def test_a_run_of_another_backbone_is_not_continued(images, backbone, make_tiny_backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "run")
+    other = make_tiny_backbone(size=32)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.safetensors")}
+    with pytest.raises(ConfigError, match="weights_sha256"):
+        train_tiny(images, other, tmp_path / "run")
+    assert len(before) == 2 and all((tmp_path / "run" / name).read_bytes() == was for name, was in before.items())
+    with pytest.raises(ConfigError, match="denoised"):
+        train_tiny(images, backbone, tmp_path / "run", denoiser=lambda tokens: tokens)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"condition": "cls"},
+        {"condition": "both", "head": "token"},
+        {"condition": None, "head": "token", "order": "raster"},
+        {"target": "features"},
+        {"target": "features", "condition": "cls", "head": "token"},
+    ],
+)
+def test_every_kind_of_prior_trains_samples_and_is_measured(images, backbone, tmp_path, changes):
+    report = train_tiny(images, backbone, tmp_path, **changes)
+    assert is_picture(report["samples"])
+    scores = evaluate_prior(tmp_path, backbone, steps=2, device="cpu")
+    assert scores["samples"] == 3 and json.loads(json.dumps(scores)) == scores
+    assert (scores["round_trip"] is None) == (changes.get("condition", "patch") is None)
+    assert scores["memorisation"] is None  # 3 held-out images are too few to compare with
+    assert scores["frechet"]["generated"] > 0 and scores["frechet"]["held_out"] >= 0
+    assert scores["held_out_loss"] == pytest.approx(report["held_out_loss"], rel=1e-5)
+
+
+def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_path):
+    """Planted: the token map holds the colour, so a sample must have its own condition's colour, not another's."""
+    images = write(tmp_path / "colours", 80)
+    changes = {"steps": 150, "batch_size": 16, "ema": 0.9, "learning_rate": 3e-3, "width": 32, "validate_every": 0}
+    changes |= {"checkpoint_every": 150, "held_out": 0.3}
+    train_tiny(images, backbone, tmp_path / "told", **changes)
+    run = open_run(tmp_path / "told", "cpu")
+    maps, _ = run.prior.sample(run.conditions(slice(None)), torch.Generator().manual_seed(0))
+    made, real = run.target.decode(maps).mean((2, 3)), run.held["pictures"].float().mean((2, 3))
+    correlation = torch.corrcoef(torch.stack((made.flatten(), real.flatten())))[0, 1]
+    assert correlation > 0.9
+    scores = evaluate_prior(tmp_path / "told", backbone, device="cpu")
+    assert scores["round_trip"]["sigmas"] > 5
+    assert scores["round_trip"]["shuffled"] < scores["round_trip"]["matched"] <= scores["round_trip"]["ceiling"] + 0.01
+    assert 0 <= scores["memorisation"]["share"] <= 1 and 0 <= scores["memorisation"]["p_value"] <= 1
+
+
+# --- what the backbone sees
+
+
+def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
+    paths = sorted(images.iterdir())[:3]
+    seen = look(paths, backbone, "both", True, 8, None, ignore)
+    assert seen.conditions.shape == (3, 5, 64) and seen.pictures.shape == (3, 3, 8, 8)
+    for row, path in enumerate(paths):
+        image = load_image(path)[:, :, 4:36]  # 32 x 40 pixels: four columns are cut on each side
+        assert torch.equal(square(load_image(path)), image)
+        tokens = backbone(resize(image, (32, 32))[None])
+        expected = torch.cat((tokens.prefix[0, :1], tokens.patches[0].flatten(0, 1)))
+        torch.testing.assert_close(seen.conditions[row].float(), expected, atol=1e-2, rtol=1e-3)
+        torch.testing.assert_close(seen.patches[row].float(), tokens.patches[0], atol=1e-2, rtol=1e-3)
+
+
+def test_a_denoiser_changes_what_the_prior_is_told(images, backbone):
+    paths = sorted(images.iterdir())[:2]
+    raw = look(paths, backbone, "patch", False, 8, None, ignore).conditions
+    halved = look(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
+    torch.testing.assert_close(halved.float(), raw.float() / 2, atol=1e-3, rtol=1e-2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from("abcdefghijklmnop"), min_size=8, max_size=30), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_equal_files_are_on_one_side(names, share, seed):
+    if len(set(names)) < 8:
+        with pytest.raises(ConfigError, match="at least 8"):
+            split(names, share, seed)
+        return
+    chosen, held = split(names, share, seed)
+    assert sorted(chosen + held) == list(range(len(names)))
+    assert not {names[i] for i in chosen} & {names[i] for i in held}
+    assert len({names[i] for i in held}) >= 2 and len({names[i] for i in chosen}) >= 2
+    assert split(names, share, seed) == (chosen, held)
+
+
+# --- sampling and evaluation
+
+
+def test_sampling_needs_the_folder_alone_and_repeats_itself(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "mine")
+    train_tiny(mine, backbone, tmp_path / "run")
+    shutil.rmtree(mine)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    reports = [
+        sample_prior(moved, tmp_path / f"{name}.png", images=2, samples=3, steps=3, seed=seed, device="cpu")
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert reports[0] == {"out": str(tmp_path / "a.png"), "images": 2, "samples": 3, "calls": 5}
+    first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert first == again and first != other
+    assert sample_prior(moved, steps=2, device="cpu")["out"] == str(moved / "samples.png")
+
+
+def test_the_held_out_images_lie_beside_their_samples(images, backbone, tmp_path):
+    """The first column of the picture holds the held-out images themselves."""
+    train_tiny(images, backbone, tmp_path / "run")
+    sample_prior(tmp_path / "run", tmp_path / "a.png", images=3, samples=1, steps=2, device="cpu")
+    run, picture = open_run(tmp_path / "run", "cpu"), load_image(tmp_path / "a.png")
+    assert len(run.names) == 3 and all(name.endswith(".png") for name in run.names)
+    top = 0.25 / (picture.shape[1] / 110)  # of the picture's height, where the titles are
+    for row, colour in enumerate(run.held["pictures"].float().mean((2, 3))):
+        height = int((top + (row + 0.5) / 3 * (1 - top)) * picture.shape[1])
+        middle = picture[:, height - 9 : height + 9, picture.shape[2] // 4 - 9 : picture.shape[2] // 4 + 9].mean((1, 2))
+        assert (middle - colour).abs().max() < 0.06
+
+
+def test_evaluation_refuses_another_backbone(images, backbone, make_tiny_backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path)
+    other = make_tiny_backbone(size=32)
+    with torch.no_grad():
+        other.model.norm.bias.add_(1)
+    with pytest.raises(BackboneError, match="another backbone"):
+        evaluate_prior(tmp_path, other, device="cpu")
+    with pytest.raises(BackboneError, match="denoised"):
+        evaluate_prior(tmp_path, backbone, denoiser=lambda tokens: tokens, device="cpu")
+
+
+def test_a_run_that_is_missing_or_damaged_is_named(images, backbone, tmp_path):
+    with pytest.raises(WeightsError, match=r"prior\.safetensors"):
+        sample_prior(tmp_path / "none", device="cpu")
+    train_tiny(images, backbone, tmp_path / "run")
+    (tmp_path / "run" / "held_out.safetensors").write_bytes(b"no")
+    with pytest.raises(WeightsError, match=r"held_out\.safetensors"):
+        sample_prior(tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match="at least 1"):
+        sample_prior(tmp_path / "run", images=0, device="cpu")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"condition": "text"}, "no condition 'text'.*cls, patch, both"),
+        ({"target": "sound"}, "no target 'sound'"),
+        ({"target": "latents"}, "VAE"),
+        ({"held_out": 0.0}, "held_out"),
+        ({"side": 10}, "multiple of the patch"),
+        ({"steps": 0}, "steps"),
+        ({"heads": 3}, "heads"),
+        ({"order": "spiral"}, "order"),
+    ],
+)
+def test_settings_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        PriorTraining(**{**TINY, **changes})
+
+
+def test_too_few_images_are_refused(backbone, tmp_path):
+    with pytest.raises(ConfigError, match=r"at least 8 different images.*got 7"):
+        train_tiny(write(tmp_path / "few", 7), backbone, tmp_path / "run")
+    with pytest.raises(ImageError, match="no images"):
+        (tmp_path / "empty").mkdir()
+        train_tiny(tmp_path / "empty", backbone, tmp_path / "run")
+
+
+def test_a_backbone_without_a_class_token_has_no_cls_condition(images, tmp_path):
+    net = torch.nn.Conv2d(3, 8, 16, 16)
+    plain = wrap(net, lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="plain", image_size=32)
+    with pytest.raises(ConfigError, match="no class token"):
+        train_tiny(images, plain, tmp_path, condition="cls")
+    with pytest.raises(ConfigError, match="no condition 'words'"):
+        read_conditions(Tokens.of(torch.zeros(1, 2, 2, 8)), "words")
+
+
+def test_tokens_and_losses_that_are_not_finite_stop_the_run(images, backbone, tmp_path):
+    with pytest.raises(NonFiniteError, match="NaN"):
+        train_tiny(images, backbone, tmp_path / "a", denoiser=lambda t: t.with_patches(t.patches * torch.nan))
+    changes = {"learning_rate": 1e30, "clip": 0, "warmup": 0.0, "steps": 12, "checkpoint_every": 1, "validate_every": 0}
+    with pytest.raises(NonFiniteError, match=r"step .*step-0000000"):
+        train_tiny(images, backbone, tmp_path / "b", **changes)
