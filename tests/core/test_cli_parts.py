@@ -118,3 +118,36 @@ def test_probe_scores_rows_side_by_side(work, tmp_path, capsys):
     found = run(capsys, *arguments, "--store", work / "store", "--cache", tmp_path / "cache")
     assert {row["variant"] for row in found["rows"]} >= {"raw", "position-only", "denoised", "semantic"}
     assert all(0 <= row["scores"]["mIoU"] <= 1 for row in found["rows"])
+
+
+def test_a_prior_is_trained_sampled_and_evaluated(work, tmp_path, capsys):
+    small = (
+        "--side",
+        8,
+        "--patch",
+        4,
+        "--width",
+        16,
+        "--depth",
+        1,
+        "--heads",
+        2,
+        "--steps",
+        3,
+        "--batch-size",
+        4,
+        "--held-out",
+        0.4,
+    )
+    for seed in range(6, 12):
+        photograph(work / "photos" / f"{seed}.png", seed)
+    tokens = (*WITH, "--denoiser", work / "denoiser.safetensors")
+    trained = run(capsys, "prior", "train", work / "photos", *tokens, "--out", tmp_path / "run", *small)
+    assert trained["steps"] == 3 and 0 < trained["held_out_loss"] < 2
+    sampled = run(capsys, "prior", "sample", tmp_path / "run", "--out", tmp_path / "grid.png", "--samples", 2)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert sampled["samples"] == 2 and np.asarray(grid.convert("L")).std() > 5
+    found = run(capsys, "prior", "evaluate", tmp_path / "run", *tokens, "--steps", 3)
+    assert -1 <= found["round_trip"]["matched"] <= 1 and found["frechet"]["generated"] > 0
+    error = run(capsys, "prior", "evaluate", tmp_path / "run", *WITH, expect=2)
+    assert "denoiser" in error
