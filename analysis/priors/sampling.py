@@ -249,7 +249,8 @@ def _check_same(card: dict[str, Any], here: dict[str, Any]) -> None:
     ]
     if changed:
         raise BackboneError(
-            f"the prior was trained on tokens of another backbone ({'; '.join(changed)}); give the same backbone, and a denoiser where it had one"
+            f"the prior was trained on tokens of another backbone ({'; '.join(changed)}); give the same one, and a "
+            "denoiser where it had one"
         )
 
 
