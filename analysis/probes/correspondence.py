@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from pathlib import Path
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 
 from dvt import grids
 from dvt.analysis.nulls import token_maps
-from dvt.analysis.probes.features import Lazy, Progress
+from dvt.analysis.probes.features import Progress
 from dvt.analysis.probes.probe import Maps, Probe
-from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
-from dvt.images import image_size, load_image
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -229,6 +225,7 @@ class Correspondence(Probe):
     """
 
     metric = "PCK"
+    seeded = True
 
     def __init__(self, threshold: float = 0.1, centres: Callable[[Size], Tensor] = grids.grid_centres) -> None:
         self.threshold = threshold
@@ -334,66 +331,3 @@ def correspondence(
     if not found["raw"]:
         raise ShapeError("no image was given; correspondence needs at least one")
     return {name: torch.stack(each) for name, each in found.items()}
-
-
-@dataclass(frozen=True)
-class CorrespondenceConfig:
-    """Correspondence under known warps, on any images.
-
-    Args:
-        warps: which views are made; its seed is that of the first draw.
-        threshold: of a right match, as a share of the longer side.
-        seeds: how often the warps are drawn.
-    """
-
-    warps: WarpConfig = WarpConfig()
-    threshold: float = 0.1
-    seeds: int = 3
-
-    def __post_init__(self) -> None:
-        if self.threshold <= 0 or self.seeds < 1:
-            raise ConfigError(f"threshold must be positive and seeds 1 or more, got {self.threshold} and {self.seeds}")
-
-
-def run_correspondence(
-    config: CorrespondenceConfig,
-    backbone: Backbone,
-    images: Sequence[Path],
-    variants: Mapping[str, Callable[[Tokens], Tokens]] | None = None,
-    progress: Progress | None = None,
-) -> ProbeReport:
-    """PCK of raw features and of variants of them on warped views of images, with intervals over draws and images.
-
-    Args:
-        config: the warps and the threshold.
-        backbone: runs on its own device, on 1 + V views of each image and draw.
-        images: files; each is read once a draw.
-        variants: further rows by name: functions of tokens, such as a denoiser.
-        progress: called with (what, done, total).
-    """
-    device = backbone.mean.device
-    pixels = Lazy(len(images), lambda i: load_image(images[i]).to(device))
-    # Patches that overlap do not tile the image; their centres depend on the input's size, which the grid tells.
-    sizes = {backbone.input_size(image_size(path)) for path in images}
-    centres = {backbone.grid(size): backbone.centres(size).cpu() for size in sizes}
-    probe = Correspondence(config.threshold, centres.__getitem__)
-    draws = [
-        correspondence(
-            backbone,
-            pixels,
-            backbone.input_size,
-            replace(config.warps, seed=config.warps.seed + k),
-            variants,
-            probe,
-            progress and _part_of(progress, k * len(images), config.seeds * len(images)),
-        )
-        for k in range(config.seeds)
-    ]
-    evidence = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
-    rows = make_rows(evidence, probe.summarise, probe.metric, "raw", seed=config.warps.seed)
-    notes = ("position PCK is what matching to the same place of the grid scores, chance PCK a random match",)
-    return ProbeReport("correspondence", probe.metric, "raw", rows, {"images": len(images)}, asdict(config), notes)
-
-
-def _part_of(progress: Progress, before: int, total: int) -> Progress:
-    return lambda what, done, _: progress(what, before + done, total)

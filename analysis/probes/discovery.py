@@ -7,25 +7,16 @@ same there as in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.datasets import open_data
 from dvt.analysis.nulls import token_maps
-from dvt.analysis.probes.features import Lazy, Progress, cached_tokens, default_cache, stored_tokens
 from dvt.analysis.probes.probe import Maps, Probe, check_maps
-from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.backbones import Backbone
-from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
-from dvt.images import image_size
-from dvt.store import FeatureStore
 from dvt.tokens import Tokens
 
 TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
@@ -121,9 +112,9 @@ class DiscoveryProbe(Probe):
     An image without a true box does not count.
 
     Args:
-        centred: subtract each image's mean token first. Both methods ask which tokens point the same way, seen from
-            the origin, but denoised tokens are known only up to a constant vector, and where all tokens share a large
-            one every box is the whole image. False takes the tokens as they are, as the papers take keys.
+        centred: subtract each image's mean token first [ours]. Both methods ask which tokens point the same way, seen
+            from the origin, but denoised tokens are known only up to a constant vector, and where all tokens share a
+            large one every box is the whole image. False takes the tokens as they are, as the papers take keys.
     """
 
     metric = "CorLoc"
@@ -210,106 +201,6 @@ class TokenCut(DiscoveryProbe):
 
     def box(self, tokens: Tensor) -> Tensor:
         return token_cut(tokens, self.tau)
-
-
-@dataclass(frozen=True)
-class DiscoveryConfig:
-    """Object discovery on a folder of images with boxes.
-
-    Args:
-        data: the folder.
-        method: "lost" or "token-cut".
-        layout: its layout, one of :data:`dvt.analysis.datasets.LAYOUTS`; "auto" recognises it.
-        split: the split that is scored; None takes the images of all splits.
-        images: at most so many, evenly spaced; None takes all.
-        lowest: LOST's k, in patches.
-        tau: TokenCut's threshold of the cosine, in [-1, 1].
-        centred: whether each image's mean token is subtracted first.
-        seed: of the bootstrap over images; the methods themselves draw nothing.
-        cache: folder for features; None is the user's cache folder.
-    """
-
-    data: Path
-    method: Literal["lost", "token-cut"] = "lost"
-    layout: str = "auto"
-    split: Literal["train", "val", "test"] | None = None
-    images: int | None = None
-    lowest: int = 100
-    tau: float = 0.2
-    centred: bool = True
-    seed: int = 0
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in ("lost", "token-cut"):
-            raise ConfigError(f"method is {self.method!r}; it must be 'lost' or 'token-cut'")
-        if self.images is not None and self.images < 1:
-            raise ConfigError(f"images is {self.images}; it must be 1 or more")
-
-    def make_probe(self) -> DiscoveryProbe:
-        """The probe that these settings describe."""
-        return Lost(self.lowest, self.centred) if self.method == "lost" else TokenCut(self.tau, self.centred)
-
-
-def run_discovery(
-    config: DiscoveryConfig,
-    backbone: Backbone,
-    variants: Mapping[str, Callable[[Tokens], Tokens] | FeatureStore] | None = None,
-    progress: Progress | None = None,
-) -> ProbeReport:
-    """CorLoc of raw features and of variants of them, with intervals over images.
-
-    Args:
-        config: the method and its data.
-        backbone: gives the raw features, which are computed once and kept in the cache.
-        variants: further rows by name: a denoiser as a function of tokens, or a store whose `term` is read.
-        progress: called with (what, done, total).
-
-    Raises:
-        DataError: the data are incomplete or lack the split, or a store lacks an image.
-    """
-    data = open_data(config.data, "boxes", layout=config.layout)
-    if config.split and config.split not in data.splits:
-        raise DataError(f"{str(data.root)!r} has no split {config.split}; it has {', '.join(data.splits)}")
-    names = [config.split] if config.split else list(data.splits)
-    examples = [example for name in names for example in data.splits[name]]
-    if config.images and config.images < len(examples):
-        examples = [examples[k * len(examples) // config.images] for k in range(config.images)]
-    truth = [grids.boxes_from_pixels(data.read(each), image_size(each.image)) for each in examples]
-    files = [each.image for each in examples]
-    raw = cached_tokens(backbone, files, config.cache or default_cache(), progress=progress)
-    device, probe = backbone.mean.device, config.make_probe()
-    ways: dict[str, Callable[[Tokens], Tokens] | FeatureStore] = {"raw": lambda tokens: tokens, **(variants or {})}
-    evidence = {}
-    for done, (name, way) in enumerate(ways.items(), 1):
-        evidence[name] = probe.evidence(_maps(way, raw, files, device), truth)[None]
-        if progress:
-            progress("probes", done, len(ways))
-    rows = make_rows(evidence, probe.summarise, probe.metric, "raw", seed=config.seed)
-    counts = {"images": len(files), "boxes": sum(map(len, truth))}
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    notes = (
-        *data.notes,
-        f"whole: the whole image as the box; centred: the best of {len(TRIVIAL_MARGINS)} centred boxes, chosen by its "
-        "CorLoc on these images",
-    )
-    described = {"root": str(data.root), "layout": data.layout, **counts}
-    return ProbeReport("discovery", probe.metric, "raw", rows, described, settings, notes)
-
-
-def _maps(
-    way: Callable[[Tokens], Tokens] | FeatureStore, raw: Sequence[Tokens], files: Sequence[Path], device: torch.device
-) -> Sequence[Tensor]:
-    """(h, w, C) of each image, made when asked for."""
-    if isinstance(way, FeatureStore):
-        stored = stored_tokens(way, files)
-        return Lazy(len(stored), lambda i: stored[i].patches[0])
-
-    @torch.no_grad()
-    def make(i: int) -> Tensor:
-        return way(raw[i].to(device)).patches[0].cpu()
-
-    return Lazy(len(raw), make)
 
 
 def box_evidence(box: Tensor, truth: Tensor) -> Tensor:

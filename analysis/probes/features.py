@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -30,8 +30,7 @@ Item = TypeVar("Item")
 
 _SHARD_IMAGES = 64
 _HELD_BYTES = 2 << 30
-_REMOVAL_ROUNDS = 8
-_REMOVAL_RIDGE = 1e-3
+_NEGLIGIBLE = 1e-9
 
 
 class Lazy(Sequence, Generic[Item]):
@@ -238,38 +237,38 @@ def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
     return lambda tokens: tokens.with_patches(tokens.patches - grids.resample(mean, tokens.grid).to(tokens.patches))
 
 
-def linear_removal(train: Iterable[Tokens], rounds: int = _REMOVAL_ROUNDS) -> Callable[[Tokens], Tokens]:
-    """Projects out, round by round, the two directions from which a ridge regression reads x and y.
+def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Callable[[Tokens], Tokens]:
+    """Moves tokens to their mean along the directions in which they encode where they are [ours; the aim is RASA's].
 
-    Everything is computed from the covariances of tokens and coordinates, so the tokens are read once.
-
-    Source:
-        Iterative linear removal of the position subspace, after RASA.
+    Tokens are regressed on :func:`position_features`; the `rank` principal directions of what these predict are
+    removed. Everything comes from covariances, so the tokens are read once. (The directions from which a regression
+    *reads* the position, as RASA removes them, are small where the position signal is large: many rounds of them
+    hardly change anything.)
     """
-    products, count = None, 0
-    for rows in _rows(train):
+    products, channels = None, 0
+    for tokens in train:
+        channels = tokens.patches.shape[-1]
+        rows = _rows(tokens, waves)
         products = rows.T @ rows if products is None else products + rows.T @ rows
-        count += len(rows)
     if products is None:
         raise DataError("no training image was given; the position is removed as it shows in them")
-    mean = products[-1] / count
-    covariance = products / count - mean[:, None] * mean
-    inner, cross = covariance[:-3, :-3], covariance[:-3, -3:-1]
-    keep = torch.eye(len(inner)).to(inner)
-    ridge = _REMOVAL_RIDGE * inner.diagonal().mean().clamp(min=1e-12) * torch.eye(len(inner)).to(inner)
-    for _ in range(min(rounds, len(inner) // 2)):
-        weights = torch.linalg.solve(keep @ inner @ keep + ridge, keep @ cross)
-        directions, scale = torch.linalg.qr(keep @ weights)
-        if not bool((scale.diagonal().abs() > 1e-10).all()):
-            break  # nothing is left that tells the position
-        keep = keep - directions @ directions.T
-    keep, centre = keep.float(), mean[:-3].float()
-    return lambda tokens: tokens.with_patches((tokens.patches.float() - centre) @ keep + centre)
+    mean = products[-1, :-1] / products[-1, -1]
+    covariance = products[:-1, :-1] / products[-1, -1] - mean[:, None] * mean
+    across, within = covariance[:channels, channels:], covariance[channels:, channels:]
+    # Small grids cannot tell all waves apart.
+    predicted = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE, hermitian=True) @ across.T
+    variances, directions = torch.linalg.eigh(predicted)
+    used = directions[:, -rank:] * (variances[-rank:] > _NEGLIGIBLE * variances[-1])
+    remove, centre = (used @ used.T).float(), mean[:channels].float()
+
+    def change(tokens: Tokens) -> Tokens:
+        patches = tokens.patches.float()
+        return tokens.with_patches(patches - (patches - centre) @ remove)
+
+    return change
 
 
-def _rows(train: Iterable[Tokens]) -> Iterator[Tensor]:
-    """(B h w, C + 3) rows [token, x, y, 1] in float64."""
-    for tokens in train:
-        coords = grids.grid_centres(tokens.grid).expand(len(tokens), -1, -1, -1).to(tokens.patches)
-        rows = torch.cat((tokens.patches, coords, torch.ones_like(coords[..., :1])), dim=-1)
-        yield rows.flatten(0, 2).double()
+def _rows(tokens: Tokens, waves: int) -> Tensor:
+    """(B h w, C + waves^2) rows [token, position features without the constant, 1] in float64."""
+    position = position_features(tokens.grid, waves, tokens.patches.device).expand(len(tokens), -1, -1, -1)
+    return torch.cat((tokens.patches, position[..., 1:], position[..., :1]), dim=-1).flatten(0, 2).double()

@@ -29,7 +29,7 @@ class Probe(ABC):
     Attributes:
         metric: the headline among the scores.
         lower_is_better: whether it is an error.
-        seeded: whether fitting draws random numbers.
+        seeded: whether random numbers are drawn, in fitting or for the data that are scored.
     """
 
     metric: ClassVar[str]

@@ -18,7 +18,7 @@ from dvt.analysis.probes.classification import KnnClassification, LinearClassifi
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
 from dvt.analysis.probes.depth import DepthProbe
-from dvt.analysis.probes.discovery import Lost, TokenCut
+from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
 from dvt.analysis.probes.features import Lazy, Progress, held
 from dvt.analysis.probes.probe import HeadConfig, Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
@@ -28,6 +28,7 @@ from dvt.backbones import Backbone
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
 from dvt.images import find_images, image_size, load_image
+from dvt.tokens import Tokens
 from dvt.views import ViewConfig
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,12 @@ TARGETS: dict[str, Target] = {
     "classification": "category",
     "knn-classification": "category",
     "discovery": "boxes",
+}
+
+_LEGENDS = {
+    "discovery": f"whole: the whole image as the box; centred: the best of {len(TRIVIAL_MARGINS)} centred boxes, "
+    "chosen by its CorLoc on these images",
+    "correspondence": "position PCK is what matching to the same place of the grid scores, chance PCK a random match",
 }
 
 
@@ -59,11 +66,13 @@ class ProbeConfig:
             training and test, so that layout is less of a cue.
         evaluate: the split that is scored; None means test, or val where there is no test.
         train_images, test_images: at most so many, evenly spaced; None takes all.
-        seeds: how often a probe that draws random numbers is trained.
+        seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
         head: how a linear head is trained.
         bins: of depth, even in its logarithm or in depth.
         neighbours: votes of the probes without training.
         method: of discovery.
+        centred: of discovery: subtract each image's mean token first [ours]. Denoised tokens are known only up to a
+            constant vector, and both methods depend on the origin; False takes tokens as the papers take keys.
         position: put the position back into all features: "none", "concatenate" or "add".
         baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
             training images' mean map), "linear-removal" (without the directions that tell position),
@@ -88,6 +97,7 @@ class ProbeConfig:
     bins: Literal["log", "linear"] = "log"
     neighbours: int = 20
     method: Literal["lost", "tokencut"] = "lost"
+    centred: bool = True
     position: Literal["none", "concatenate", "add"] = "none"
     baselines: tuple[Baseline, ...] = ("position-only",)
     transfer: bool = False
@@ -134,7 +144,7 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
         raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
     target = TARGETS[config.task]
     data = open_data(config.data, target, layout=config.layout, ignore=config.ignore, num_classes=config.classes)
-    name = "all" if "all" in data.splits else config.evaluate or ("test" if "test" in data.splits else "val")
+    name = config.evaluate or next((each for each in ("all", "test") if each in data.splits), "val")
     if name not in data.splits:
         raise DataError(f"{str(data.root)!r} has no split {name}; it has {', '.join(data.splits)}")
     notes = data.notes if name in ("test", "all") else (*data.notes, f"scored on the split {name}")
@@ -207,14 +217,29 @@ def _run_correspondence(
     files = pick(find_images([config.data]), config.test_images)
     source = _row_features(config, backbone, files, 0, progress)
     images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.mean.device))
-    warps = WarpConfig(seed=config.seed)
     ways = {n: source.function(n, variants.get(n)) for n in names if not isinstance(variants.get(n), Backbone)}
-    evidence = correspondence(backbone, images, backbone.input_size, warps, ways, progress=progress)
-    for name, other in variants.items():
-        if isinstance(other, Backbone):
-            evidence[name] = correspondence(other, images, other.input_size, warps, progress=progress)[RAW]
+    passes: dict[str, tuple[Backbone, Mapping[str, Callable[[Tokens], Tokens]]]] = {RAW: (backbone, ways)}
+    passes |= {name: (other, {}) for name, other in variants.items() if isinstance(other, Backbone)}
+    draws: dict[str, list[Tensor]] = {name: [] for name in names}
+    for k in range(config.seeds):
+        warps = WarpConfig(seed=config.seed + k)
+        for row, (model, own) in passes.items():
+            told = progress and _counted(progress, k * len(files), config.seeds * len(files))
+            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), told)
+            for name in own or (row,):
+                draws[name].append(found[name if own else RAW])
     described = {"root": str(config.data), "test": len(files)}
-    return _report(config, Correspondence(), {n: evidence[n][None] for n in names}, described, [])
+    return _report(config, Correspondence(), {n: torch.stack(draws[n]) for n in names}, described, [])
+
+
+def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
+    """Patches that overlap do not tile the image; their centres depend on the input's size, which the grid tells."""
+    sizes = {backbone.input_size(image_size(path)) for path in files}
+    return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
+
+
+def _counted(progress: Progress, before: int, total: int) -> Progress:
+    return lambda what, done, _: progress(what, before + done, total)
 
 
 def _report(
@@ -222,6 +247,8 @@ def _report(
 ) -> ProbeReport:
     if not described.get("train") and (without := {"subtract", "linear-removal"} & set(evidence)):
         notes = [*notes, f"learnt without labels from the scored images themselves: {', '.join(sorted(without))}"]
+    if config.task in _LEGENDS:
+        notes = [*notes, _LEGENDS[config.task]]
     if not probe.seeded:
         notes = [*notes, "this probe draws no random numbers, so there is no interval over seeds"]
     rows = make_rows(evidence, probe.summarise, probe.metric, RAW, seed=config.seed)
@@ -250,7 +277,7 @@ def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
     if config.task == "depth":
         return DepthProbe(config.bins, head)
     if config.task == "discovery":
-        return Lost() if config.method == "lost" else TokenCut()
+        return (Lost if config.method == "lost" else TokenCut)(centred=config.centred)
     if config.task == "classification":
         return LinearClassification(num_classes)
     return KnnClassification(num_classes, config.neighbours)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,16 +17,15 @@ from dvt import grids
 from dvt.analysis.probes.correspondence import (
     KINDS,
     Correspondence,
-    CorrespondenceConfig,
     Matches,
     WarpConfig,
     correspondence,
     draw_warps,
     kind_of,
     match,
-    run_correspondence,
     warped_images,
 )
+from dvt.analysis.probes.protocol import ProbeConfig, run_probe
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.images import load_image
 from dvt.tokens import Tokens
@@ -365,22 +365,37 @@ def test_a_real_backbone_and_a_seed(tiny_backbone, photo):
     assert torch.equal(run(4), Correspondence().evidence([tokens], [warps]))
 
 
-def test_the_job_draws_warps_again_for_each_seed(make_tiny_backbone):
+def test_the_job_draws_warps_again_for_each_seed(make_tiny_backbone, tmp_path):
     backbone, calls = make_tiny_backbone(96), []
-    photos = sorted((Path(dvt.__file__).parent / "data" / "photos").glob("*.jpg"))[:2]
-    config = CorrespondenceConfig(WarpConfig(1, rotations=1, scales=1, seed=7), threshold=0.2, seeds=2)
-    same = run_correspondence(config, backbone, photos, {"same": lambda tokens: tokens}, lambda *c: calls.append(c))
+    for path in sorted((Path(dvt.__file__).parent / "data" / "photos").glob("*.jpg"))[:2]:
+        shutil.copy(path, tmp_path)
+    config = ProbeConfig("correspondence", tmp_path, seeds=2, seed=7, baselines=(), cache=tmp_path / "cache")
+    same = run_probe(config, backbone, {"same": lambda tokens: tokens, "other": make_tiny_backbone(64)})
+    run_probe(config, backbone, progress=lambda *call: calls.append(call))
     assert calls == [("correspondence", n, 4) for n in (1, 2, 3, 4)]
     raw = same.row("raw")
-    assert raw.scores == same.row("same").scores and same.row("same").difference == 0
-    images, by_hand = [load_image(path) for path in photos], []
+    assert raw.scores == same.row("same").scores != same.row("other").scores and same.row("same").difference == 0
+    images, by_hand = [load_image(path) for path in sorted(tmp_path.glob("*.jpg"))], []
     for seed in (7, 8):
-        warps = WarpConfig(1, rotations=1, scales=1, seed=seed)
-        probe = Correspondence(0.2)
-        evidence = correspondence(backbone, images, backbone.input_size, warps, probe=probe)["raw"]
-        by_hand.append(float(probe.summarise(evidence.sum(0))["PCK"]))
+        evidence = correspondence(backbone, images, backbone.input_size, WarpConfig(seed=seed))["raw"]
+        by_hand.append(float(Correspondence.summarise(evidence.sum(0))["PCK"]))
     assert by_hand[0] != by_hand[1] and raw.scores["PCK"] == pytest.approx(np.mean(by_hand))
     assert raw.seeds is not None and raw.images is not None and "position PCK" in same.table()
+
+
+def test_the_job_takes_the_centres_of_overlapping_patches(tmp_path):
+    for path in sorted((Path(dvt.__file__).parent / "data" / "photos").glob("*.jpg"))[:1]:
+        shutil.copy(path, tmp_path)
+    (image,) = (load_image(path) for path in tmp_path.glob("*.jpg"))
+    backbone = dvt.load_backbone("vit_tiny_patch16_224", pretrained=False, stride=8, size=64)
+    config = ProbeConfig("correspondence", tmp_path, seeds=1, baselines=(), cache=tmp_path / "cache")
+    size = backbone.input_size((image.shape[1], image.shape[2]))
+    expected = Correspondence(centres=lambda grid: backbone.centres(size))
+    evidence = correspondence(backbone, [image], backbone.input_size, WarpConfig(), probe=expected)["raw"].sum(0)
+    tiled = correspondence(backbone, [image], backbone.input_size, WarpConfig())["raw"].sum(0)
+    chance = [float(Correspondence.summarise(each)["chance PCK"]) for each in (evidence, tiled)]
+    assert run_probe(config, backbone).row("raw").scores["chance PCK"] == pytest.approx(chance[0])
+    assert chance[0] != pytest.approx(chance[1], rel=1e-3)
 
 
 # --- bad input
@@ -431,10 +446,3 @@ def test_sets_that_do_not_fit_are_refused():
 def test_settings_out_of_range_are_refused(bad, message):
     with pytest.raises(ConfigError, match=message):
         WarpConfig(**bad)
-
-
-def test_the_job_refuses_settings_out_of_range():
-    with pytest.raises(ConfigError, match="threshold"):
-        CorrespondenceConfig(threshold=0)
-    with pytest.raises(ConfigError, match="seeds"):
-        CorrespondenceConfig(seeds=0)

@@ -15,16 +15,15 @@ from PIL import Image
 from dvt import grids
 from dvt.analysis.probes import discovery
 from dvt.analysis.probes.discovery import (
-    DiscoveryConfig,
     DiscoveryProbe,
     Lost,
     TokenCut,
     box_evidence,
     lost,
-    run_discovery,
     second_eigenvector,
     token_cut,
 )
+from dvt.analysis.probes.protocol import ProbeConfig, run_probe
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
@@ -342,7 +341,11 @@ def boxed_photos(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("method", ["lost", "token-cut"])
+def job(data, **more):
+    return ProbeConfig("discovery", data, baselines=(), **more)
+
+
+@pytest.mark.parametrize("method", ["lost", "tokencut"])
 def test_the_job_scores_variants_beside_raw_features(method, boxed_photos, tiny_backbone, tmp_path):
     def drawn(tokens):
         height, width = tokens.grid
@@ -351,11 +354,11 @@ def test_the_job_scores_variants_beside_raw_features(method, boxed_photos, tiny_
         return Tokens.of(maps)
 
     calls = []
-    config = DiscoveryConfig(boxed_photos, method, lowest=10, cache=tmp_path / "cache")
-    report = run_discovery(config, tiny_backbone, {"drawn": drawn}, lambda *call: calls.append(call))
-    assert [row.variant for row in report.rows] == ["raw", "drawn"] and report.data["images"] == 3
-    fewer = run_discovery(replace(config, images=2), tiny_backbone)
-    assert fewer.data["images"] == 2 and len(list((tmp_path / "cache").iterdir())) == 1
+    config = job(boxed_photos, method=method, cache=tmp_path / "cache")
+    report = run_probe(config, tiny_backbone, {"drawn": drawn}, lambda *call: calls.append(call))
+    assert [row.variant for row in report.rows] == ["raw", "drawn"] and report.data["test"] == 3
+    fewer = run_probe(replace(config, test_images=2), tiny_backbone)
+    assert fewer.data["test"] == 2 and len(list((tmp_path / "cache").iterdir())) == 1
     # On 6 x 9 patches the drawn object is 4 x 5 of them around the true box, a quarter of the image.
     assert report.row("drawn").scores["CorLoc"] == 1
     assert report.row("drawn").scores["IoU"] == pytest.approx(0.25 / (20 / 54))
@@ -363,17 +366,29 @@ def test_the_job_scores_variants_beside_raw_features(method, boxed_photos, tiny_
     assert report.row("drawn").difference == 1 - report.row("raw").scores["CorLoc"]
     assert calls[-1] == ("probes", 2, 2) and "centred CorLoc" in report.table()
     (store,) = (tmp_path / "cache").iterdir()
-    again = run_discovery(config, tiny_backbone, {"store": FeatureStore(store)})
+    again = run_probe(config, tiny_backbone, {"store": FeatureStore(store)})
     assert again.row("store").scores == again.row("raw").scores == report.row("raw").scores
+
+
+@pytest.mark.parametrize("method", ["lost", "tokencut"])
+def test_the_job_takes_tokens_as_they_are_where_asked_to(method, boxed_photos, tiny_backbone, tmp_path):
+    def far(tokens):
+        return tokens.with_patches(tokens.patches + 1000)
+
+    as_published = job(boxed_photos, method=method, centred=False, cache=tmp_path / "cache")
+    centred = run_probe(replace(as_published, centred=True), tiny_backbone, {"far": far})
+    assert centred.row("far").scores["IoU"] == pytest.approx(centred.row("raw").scores["IoU"], abs=0.05)
+    scores = run_probe(as_published, tiny_backbone, {"far": far}).row("far").scores
+    assert scores["IoU"] == scores["whole IoU"] != centred.row("far").scores["IoU"]
 
 
 def test_the_job_refuses_what_it_cannot_score(boxed_photos, tiny_backbone):
     with pytest.raises(DataError, match="no split val"):
-        run_discovery(DiscoveryConfig(boxed_photos, split="val"), tiny_backbone)
+        run_probe(job(boxed_photos, evaluate="val"), tiny_backbone)
     with pytest.raises(ConfigError, match="method"):
-        DiscoveryConfig(boxed_photos, "dino")
+        job(boxed_photos, method="dino")
     with pytest.raises(ConfigError, match="images"):
-        DiscoveryConfig(boxed_photos, images=0)
+        job(boxed_photos, test_images=0)
 
 
 @pytest.mark.skipif(not BOXES.is_dir(), reason="needs the shared data")

@@ -397,7 +397,7 @@ def test_linear_removal_hides_the_position_and_keeps_the_rest():
     coords = (grids.grid_centres((6, 8)) - 0.5) * 3
     mixing = noise(2, 10, seed=8)
     sets = [Tokens.of(noise(1, 6, 8, 10, seed=k) + coords @ mixing) for k in range(40)]
-    clean = features.linear_removal(sets[:30], rounds=1)
+    clean = features.linear_removal(sets[:30], rank=2)
 
     def r2(change):
         groups = [(change(each).patches[0].flatten(0, 1), coords.flatten(0, 1)) for each in sets]
@@ -406,6 +406,18 @@ def test_linear_removal_hides_the_position_and_keeps_the_rest():
     assert r2(lambda each: each) > 0.8 and r2(clean) < 0.1
     removed = torch.cat([(each.patches - clean(each).patches).flatten(0, 2) for each in sets])
     assert torch.linalg.matrix_rank(removed - removed.mean(0), atol=1e-2) == 2  # x and y, nothing else
+
+
+def test_linear_removal_is_the_denoiser_of_that_kind():
+    from dvt.denoiser import fit_linear
+
+    grid = (6, 8)
+    strong = 20 * features.position_features(grid)[..., 1:] @ noise(15, 24, seed=8)
+    sets = [Tokens.of(noise(1, *grid, 24, seed=k) + strong) for k in range(12)]
+    clean, other = features.linear_removal(sets), fit_linear(each.patches[0] for each in sets)
+    for tokens in (sets[3], Tokens.of(noise(2, 4, 5, 24))):
+        with torch.no_grad():
+            torch.testing.assert_close(clean(tokens).patches, other(tokens.patches), atol=1e-4, rtol=1e-4)
 
 
 def test_position_put_back():
