@@ -234,7 +234,7 @@ def _onnx(program: ExportedProgram, part: Path, described: dict[str, Any], confi
     outputs = ["patches", "prefix"][: len(program.graph_signature.user_outputs)]
     try:
         with _quiet():
-            written = torch.onnx.export(
+            written: Any = torch.onnx.export(
                 program, dynamo=True, verbose=False, opset_version=config.opset, output_names=outputs
             )
     except Exception as error:  # the exporter wraps whatever its many steps raised

@@ -144,7 +144,7 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
         raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
     target = TARGETS[config.task]
     data = open_data(config.data, target, layout=config.layout, ignore=config.ignore, num_classes=config.classes)
-    name = config.evaluate or next((each for each in ("all", "test") if each in data.splits), "val")
+    name: str = config.evaluate or next((each for each in ("all", "test") if each in data.splits), "val")
     if name not in data.splits:
         raise DataError(f"{str(data.root)!r} has no split {name}; it has {', '.join(data.splits)}")
     notes = data.notes if name in ("test", "all") else (*data.notes, f"scored on the split {name}")
@@ -201,7 +201,7 @@ def run_probe(
             del maps[name]
         if progress:
             progress("probes", number + 1, len(names))
-    described = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
+    described: dict[str, Any] = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
     described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
     return _report(config, probes[RAW][0], evidence, described, notes)
 
