@@ -526,6 +526,11 @@ class FeatureStore(Dataset[Tokens]):
         """(h, w) of each image's tokens."""
         return [(int(shard.grid[row, 0]), int(shard.grid[row, 1])) for shard, row in self._rows()]
 
+    @property
+    def sizes(self) -> list[Size]:
+        """(H, W) of each image in pixels."""
+        return [(int(shard.size[row, 0]), int(shard.size[row, 1])) for shard, row in self._rows()]
+
     def __len__(self) -> int:
         return len(self._where)
 
@@ -555,6 +560,10 @@ class FeatureStore(Dataset[Tokens]):
         path, sha256 = os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
         size = (int(shard.size[row, 0]), int(shard.size[row, 1]))
         return Record(path, sha256, size, {term: self.read(i, term) for term in self.terms}, self._read_prefix(i))
+
+    def prefix(self, i: int) -> np.ndarray | None:
+        """Prefix tokens (P, C) of image i as they are stored, or None."""
+        return self._read_prefix(i)
 
     def artifact(self, i: int) -> np.ndarray | None:
         """The (h, w, C) artifact that image i shares with its shard, or None."""

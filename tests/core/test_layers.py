@@ -17,8 +17,19 @@ SIBLINGS = ("dvt.fields", "dvt.denoiser", "dvt.analysis")
 
 # Lower layers never import higher ones.
 BASE = {"errors", "grids"}
-CORE = {"tokens", "images", "views", "families", "checkpoints", "backbones", "catalogue", "store", "training"}
-TOP = {"pipeline", "cluster", "cli", "mmseg", "__main__"}
+CORE = {
+    "tokens",
+    "images",
+    "views",
+    "families",
+    "checkpoints",
+    "backbones",
+    "catalogue",
+    "store",
+    "store_tools",
+    "training",
+}
+TOP = {"pipeline", "extract", "cluster", "cli", "mmseg", "__main__"}
 
 ONLY_IN = {
     "h5py": {"dvt.store"},
