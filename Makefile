@@ -40,9 +40,13 @@ types: $(VENV)/.installed-dev
 	rm -rf build
 	cd $(VENV)/unpacked && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p dvt
 
-# The sections that need no data and take minutes; `make bench ARGS="all --camvid DIR --natural DIR"` runs everything.
+# Each benchmark at a size that needs no data and takes minutes; the last line of each, JSON, goes to bench.jsonl.
+BENCH := "stage_one.py planted" "denoiser.py latency --batch 2 --repeats 5" "extract.py speed --images dvt/data/photos" \
+	"priors.py --smoke"
 bench: $(VENV)/.installed-test
-	$(PY) benchmarks/stage_one.py $(or $(ARGS),planted views)
+	rm -f bench.jsonl
+	for job in $(BENCH); do echo "== $$job"; $(PY) benchmarks/$$job > bench.txt || exit 1; cat bench.txt; \
+		tail -n 1 bench.txt >> bench.jsonl; done; rm bench.txt
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import tempfile
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 from dvt.analysis import position_decodability, with_null
@@ -42,27 +40,10 @@ from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
 from dvt.training import TrainingConfig, train
+from tables import interval, table
 
 KINDS = ("subtract", "linear", "conv1x1", "conv3x3", "block")
 LATENCY_MODELS = ("vit_small_patch16_224", "vit_base_patch16_224")
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys as aligned columns."""
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % t interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "half": math.nan}
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half": float(half)}
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------

@@ -34,20 +34,12 @@ from dvt.images import find_images, image_size, load_image
 from dvt.pipeline import autocast
 from dvt.store import FeatureStore
 from dvt.views import resize
+from tables import table
 
 TARGET = 0.95
 MEGABYTE = 1 << 20
 # More than this between few and many images is growth: an image's entry in the lists takes a few hundred bytes.
 GROWTH_MEGABYTES = 32
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys as aligned columns."""
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 def make_backbone(options: argparse.Namespace) -> Backbone:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
 from torch import Tensor
 
 import dvt
@@ -48,27 +45,10 @@ from dvt.images import find_images, load_image
 from dvt.pipeline import DenoiseConfig, denoise, shared_artifact
 from dvt.training import TrainingConfig
 from dvt.views import ViewConfig, resize
+from tables import interval, table
 
 KINDS = ("raw", "subtracted", "denoised", "position", "shuffled")
 HELD_OUT_DRAWS = 32  # of noise for each image: all runs meet the same
-
-
-def table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Print rows of equal keys as aligned columns."""
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and half the width of its 95 % t interval over seeds."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return {"mean": mean, "half": math.nan}
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return {"mean": mean, "half": float(half)}
 
 
 def told(values: dict[str, float]) -> str:

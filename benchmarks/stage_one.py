@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,18 +35,10 @@ from dvt.images import load_image
 from dvt.pipeline import DenoiseConfig, TokenViews, denoise_image
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
+from tables import table
 
 WEIGHTS = Path(__file__).parents[1] / "dvt" / "data" / "vit_tiny_patch16_224.mae_photos.safetensors"
 MODEL = "vit_tiny_patch16_224"
-
-
-def table(title: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows of equal keys as aligned columns."""
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
-    widths = [max(len(line[k]) for line in cells) for k in range(len(cells[0]))]
-    print(f"\n{title}")
-    for line in cells:
-        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)), flush=True)
 
 
 # -- CamVid: which estimate serves a linear probe best ----------------------------------------------------------------

@@ -28,7 +28,7 @@ from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.grids import Size
 from dvt.images import file_sha256, image_size, load_image
-from dvt.pipeline import Progress, Summary, _input_size, _reported, autocast
+from dvt.pipeline import Progress, Summary, autocast, checked_input_size, reported
 from dvt.store import Job, Record, Shard, StoreWriter, plan
 from dvt.views import resize
 
@@ -173,10 +173,10 @@ def _look(
 
     def look(path: Path) -> tuple[str, str, Size, Size]:
         size = image_size(path)
-        return str(path), file_sha256(path), size, backbone.grid(_input_size(backbone, size))
+        return str(path), file_sha256(path), size, backbone.grid(checked_input_size(backbone, size))
 
     for number, (path, found) in enumerate(_ahead(decoders, look, paths, _LOOK_AHEAD)):
-        with _reported(path, summary, strict):
+        with reported(path, summary, strict):
             yield found.result()
         progress("look", number + 1, len(paths))
 
@@ -352,7 +352,7 @@ class _Run:
                     f"the tokens of {same[0][0]!r} hold NaN or infinity; check the weights, or try another dtype"
                 )
             for path, sha256, _ in same:
-                with _reported(Path(path), self.summary, self.strict):
+                with reported(Path(path), self.summary, self.strict):
                     if error is not None:
                         raise error
                     terms = {name: values[row] for name, values in maps.items()}

@@ -86,7 +86,7 @@ class TokenViews:
     def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
         self.backbone = backbone
         self.device = backbone.mean.device
-        size = _input_size(backbone, (image.shape[1], image.shape[2]))
+        size = checked_input_size(backbone, (image.shape[1], image.shape[2]))
         self.coords = backbone.centres(size)
         self.views = Views(image.to(self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
@@ -304,7 +304,7 @@ def job_of(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
     )
 
 
-def _input_size(backbone: Backbone, image_size: Size) -> Size:
+def checked_input_size(backbone: Backbone, image_size: Size) -> Size:
     size = backbone.input_size(image_size)
     height, width = backbone.grid(size)
     if height * width > MAX_PATCHES:
@@ -324,9 +324,9 @@ def _look(
 ) -> Iterator[_Listed]:
     """Hash and grid shape of every image that can be read at all, from its bytes and its header."""
     for number, path in enumerate(paths):
-        with _reported(path, summary, strict):
+        with reported(path, summary, strict):
             size = image_size(path)
-            yield _Listed(path, file_sha256(path), size, backbone.grid(_input_size(backbone, size)))
+            yield _Listed(path, file_sha256(path), size, backbone.grid(checked_input_size(backbone, size)))
         progress("look", number + 1, len(paths))
 
 
@@ -357,7 +357,7 @@ class _Run:
             yield Record(path, sha256, item.size, {term: maps[term].cpu() for term in self.terms}, result.prefix.cpu())
 
     def _denoise(self, path: Path, artifact: Tensor | None) -> Denoised | None:
-        with _reported(path, self.summary, self.strict):
+        with reported(path, self.summary, self.strict):
             pixels = load_image(path)
             result = denoise_image(self.backbone, pixels, self.config, artifact)
             self.summary.extraction_seconds += result.extraction_seconds
@@ -398,7 +398,7 @@ def _readable(paths: Iterable[Path]) -> Iterator[Tensor]:
 
 
 @contextmanager
-def _reported(path: Path, summary: Summary, strict: bool) -> Iterator[None]:
+def reported(path: Path, summary: Summary, strict: bool) -> Iterator[None]:
     """Turn an image that cannot be used into a line of the summary, unless strict."""
     try:
         yield
