@@ -305,6 +305,7 @@ def job_of(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
 
 
 def checked_input_size(backbone: Backbone, image_size: Size) -> Size:
+    """:meth:`Backbone.input_size`; ImageError where attention would take gigabytes."""
     size = backbone.input_size(image_size)
     height, width = backbone.grid(size)
     if height * width > MAX_PATCHES:
