@@ -155,7 +155,7 @@ class Diagnosis:
         )
         lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
         if self.layout is not None:
-            lines.append(f"  position R2 of photos without it       {_told(self.layout)}: their layout")
+            lines.append(f"  position R2 with the artifact removed  {_told(self.layout)}: their layout")
         return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
 
     def _what_to_do(self) -> str:
@@ -169,7 +169,7 @@ class Diagnosis:
             "denoiser": "A trained denoiser: `dvt denoise` some hundred images, `dvt train STORE`; a map that is "
             "subtracted cannot see norm outliers. Or a backbone with registers.",
         }
-        advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that is enough."]
+        advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that brings it below its threshold."]
         if self.shared is not None and self.remedy != "denoiser":
             advice.append(f"One map for all images would leave a position share of {_left(self.own, self.shared):.3f}.")
         lines = [

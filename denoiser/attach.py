@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dvt import families, grids
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, weights_sha256
 from dvt.denoiser.model import Denoiser
 from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
@@ -440,6 +440,13 @@ def _check_card(denoiser: Denoiser, model: Any, inner: Any, layer: int, force: b
     name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
     made_for = str(denoiser.card.get("backbone") or name).partition(".")[0]
     own_layer = denoiser.card.get("layer", layer)
+    expected = denoiser.card.get("weights_sha256")
+    if expected and name == made_for and weights_sha256(model) != expected:
+        logger.warning(
+            "the weights of this %s are not those that the denoiser was made for (a position embedding resampled to "
+            "another size is enough to differ); untrained or fine-tuned weights need a denoiser of their own",
+            type(inner).__name__,
+        )
     if not force and (own_layer != layer or (name and made_for != name)):
         raise BackboneError(
             f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "

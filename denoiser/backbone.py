@@ -22,11 +22,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dvt import families
 from dvt.backbones import Backbone
+from dvt.checkpoints import save_state
 from dvt.denoiser.distill import Batch, Progress, reconstruction, split
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.shifted import Canvas, view_mean
@@ -439,7 +440,4 @@ def _card(
 
 def _save(backbone: Backbone, path: Path, card: Mapping[str, Any]) -> None:
     """Under its name only when it is whole."""
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in backbone.model.state_dict().items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(state, part, metadata={"format": "pt", METADATA: json.dumps(card)})
-    os.replace(part, path)
+    save_state(path, backbone.model.state_dict(), {"format": "pt", METADATA: json.dumps(card)})

@@ -345,6 +345,8 @@ def train_denoiser(
     if out.suffix != ".safetensors":
         raise ConfigError(f"a denoiser is written to a .safetensors file, got {str(out)!r}")
     opened = FeatureStore(store)
+    if out.is_file() and (there := Denoiser.from_pretrained(out).config.kind) != config.kind:
+        raise ConfigError(f"{str(out)!r} holds a denoiser of kind {there!r}; choose another file, or delete it first")
     pairs = Pairs(opened, config.target, config.use_prefix)
     chosen, held = split(pairs.sha256s, config.validation, config.seed)
     subtract = _fitted("subtract", pairs, chosen)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -13,10 +12,9 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dvt.checkpoints import State, load_state
+from dvt.checkpoints import State, load_state, save_state
 from dvt.denoiser.config import DenoiserConfig
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
@@ -214,11 +212,7 @@ def _save(denoiser: Shared, path: Path) -> None:
 
     (A second key in the metadata would not: safetensors writes the keys in random order.)
     """
-    values = cast(nn.Module, denoiser).state_dict()
-    state = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    save_file(state, part, metadata={METADATA: _json(_description(denoiser))})
-    os.replace(part, path)
+    save_state(path, cast(nn.Module, denoiser).state_dict(), {METADATA: _json(_description(denoiser))})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:

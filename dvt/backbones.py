@@ -147,14 +147,8 @@ class Backbone(nn.Module):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of the weights as they are when first asked for: name, dtype, shape and bytes, without a classifier."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.model.state_dict().items()):
-            if not HEAD.match(name):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-                flat = value.detach().cpu().contiguous().reshape(-1)
-                digest.update(flat.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """:func:`weights_sha256` of the model as it is when first asked for."""
+        return weights_sha256(self.model)
 
     def extra_repr(self) -> str:
         return f"{self.name}, layer={self.layer}, patch={self.patch_size}, stride={self.stride}, C={self.feature_dim}"
@@ -177,6 +171,17 @@ class Backbone(nn.Module):
                 f"images are {size}; {self.name} takes multiples of its patch {self.patch_size}: "
                 f"resize to {grids.fit_size(size, min(size), self.patch_size)}"
             )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of a model's weights: name, dtype, shape and bytes, without a classifier."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if not HEAD.match(name):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def wrap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvt.errors import WeightsError
@@ -79,6 +80,26 @@ def _unwrap(content: object, path: Path) -> State:
 
 def _is_dict(value: object) -> bool:
     return isinstance(value, Mapping)
+
+
+def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a .safetensors file whole or not at all, with the permissions that the user's other files get.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()
+        mode = part.stat().st_mode  # safetensors writes for the owner alone
+        save_file(state, part, metadata=dict(metadata))
+        part.chmod(mode)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise WeightsError(f"cannot write {str(path)!r}: {error}; choose a folder that can be written to") from error
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -88,6 +88,11 @@ class TokenViews:
         self.device = backbone.mean.device
         size = checked_input_size(backbone, (image.shape[1], image.shape[2]))
         self.coords = backbone.centres(size)
+        if min(self.coords.shape[:2]) < 2:
+            raise ImageError(
+                f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
+                f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
+            )
         self.views = Views(image.to(self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
         self.seconds = 0.0

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -16,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,7 +33,7 @@ from dvt.analysis.priors.diffusion import (
     karras_sigmas,
 )
 from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
-from dvt.checkpoints import load_state
+from dvt.checkpoints import load_state, save_state
 from dvt.errors import ConfigError, ShapeError, WeightsError
 from dvt.grids import Size
 
@@ -55,6 +53,8 @@ class Sampler(Protocol):
 
 def sampling_sigmas(steps: int = 18) -> Tensor:
     """(steps + 1,) noise levels for data of standard deviation 1."""
+    if steps < 1:
+        raise ConfigError(f"steps must be at least 1, got {steps}")
     return karras_sigmas(steps, low=0.004)
 
 
@@ -408,12 +408,8 @@ class Prior(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write weights, config and card to one .safetensors file, whole or not at all."""
-        path = Path(path)
         metadata = {_KEY: json.dumps({"schema": SCHEMA, "config": asdict(self.config), "card": self.card})}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.part")
-        save_file({k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}, part, metadata)
-        os.replace(part, path)
+        save_state(Path(path), self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +22,7 @@ from dvt.analysis.priors.prior import Prior, Sampler, sampling_sigmas
 from dvt.analysis.priors.seen import BATCH, Clean, Progress, Seen, identity
 from dvt.analysis.priors.targets import Target
 from dvt.backbones import Backbone
+from dvt.checkpoints import save_state
 from dvt.errors import BackboneError, ConfigError, WeightsError
 
 _FEWEST_COMPARED = 20  # held-out images that the memorisation check needs
@@ -34,12 +34,7 @@ def keep(path: Path, held: Seen, maps: Tensor, training: Tensor, reals: Tensor, 
     tensors = {"pictures": held.pictures, "maps": maps, "training_features": training, "held_out_features": reals}
     if held.conditions is not None:
         tensors["conditions"] = held.conditions
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    save_file(
-        {k: v.contiguous() for k, v in tensors.items()}, part, {"images": json.dumps([str(name) for name in names])}
-    )
-    os.replace(part, path)
+    save_state(path, tensors, {"images": json.dumps([str(name) for name in names])})
 
 
 @dataclass(frozen=True)
@@ -114,6 +109,8 @@ def sample_prior(
     Returns:
         A report ready for JSON: path, counts, calls of the network.
     """
+    if out is not None and Path(out).suffix != ".png":
+        raise ConfigError(f"samples are written to a .png file, got {str(out)!r}")
     if images < 1 or samples < 1:
         raise ConfigError(f"images and samples must be at least 1, got {images} and {samples}")
     run, out = open_run(run_dir, device), Path(out or Path(run_dir) / "samples.png")

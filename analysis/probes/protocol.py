@@ -131,7 +131,7 @@ class ProbeConfig:
     @property
     def folder(self) -> Path:
         """Where features and crops are kept."""
-        return self.cache or features.default_cache()
+        return Path(self.cache) if self.cache else features.default_cache()
 
 
 def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:

@@ -43,14 +43,13 @@ COMMANDS: dict[str, tuple[type, Run]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
-    command = tyro.cli(
-        _union(),
-        prog="dvt",
-        description=dvt.__doc__.splitlines()[0],
-        args=arguments,
-    )
-    console = Console(stderr=command.json, soft_wrap=True)
     errors = Console(stderr=True, soft_wrap=True)
+    try:
+        command = tyro.cli(_union(), prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
+    except DvtError as error:  # a setting out of its range
+        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return 2
+    console = Console(stderr=command.json, soft_wrap=True)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
     run = next(function for settings, function in COMMANDS.values() if type(command) is settings)
     try:

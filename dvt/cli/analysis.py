@@ -13,7 +13,7 @@ from rich.markup import escape
 from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json
+from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json, writable
 from dvt.errors import ConfigError
 from dvt.images import find_images
 from dvt.pipeline import DenoiseConfig, denoise_image
@@ -140,6 +140,8 @@ def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
+    if command.out is not None:
+        writable(command.out)
     backbone = command.load()
     variants: dict[str, Any] = _variants(command, backbone)
     if command.store is not None:

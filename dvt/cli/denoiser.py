@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first
+from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first, writable
 from dvt.denoiser.backbone import BackboneTraining
 from dvt.denoiser.distill import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
@@ -126,7 +126,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     elif command.strength is not None:
         raise ConfigError("--strength is that of a denoiser; give --denoiser FILE too")
     with console.status("exporting and comparing"):
-        written = write(backbone, command.out, config)
+        written = write(backbone, writable(command.out), config)
     sizes = "every size in whole patches" if written.dynamic_grid else f"images of {written.size} only"
     console.print(f"{escape(str(written.path))}: images (B, 3, H, W) in [0, 1] to patches (B, h, w, C); {sizes}")
     console.print(f"largest difference from the backbone on {len(written.tried)} inputs: {written.deviation:.1e}")
@@ -158,6 +158,6 @@ def _print_training(console: Console, report: dict[str, Any]) -> None:
         f"parameters; {report['seconds']:.0f} s"
     )
     best = min(scores["loss"] for scores in report["baselines"].values())
-    if report["validation"]["loss"] >= best:
+    if report["validation"]["loss"] >= best and "steps" in report:
         console.print("[yellow]the denoiser is no better than a baseline above: use more images or more steps[/]")
     console.print(f"denoiser: {escape(report['out'])}")

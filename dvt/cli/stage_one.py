@@ -105,7 +105,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     if command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
-    paths = find_images(command.images)
+    pictures = (command.out / "pictures").resolve()  # of an earlier run, where OUT lies among the images
+    paths = [path for path in find_images(command.images) if pictures not in path.resolve().parents]
     settings = plain(command, command="denoise", images=paths)
     if command.dry_run:
         console.print_json(data=settings)
@@ -130,7 +131,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     save_json(command.out / "config.json", {"job": job.attributes(), **settings})
     result = _result(summary, command.out, time.perf_counter() - start)
     _print_summary(console, result)
-    console.print(f"store: {escape(str(command.out))}")
+    if summary.done + summary.skipped:
+        console.print(f"store: {escape(str(command.out))}")
     for path, reason in summary.failed:
         console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
     return (2 if summary.failed else 0), result

@@ -151,3 +151,44 @@ def test_a_prior_is_trained_sampled_and_evaluated(work, tmp_path, capsys):
     assert -1 <= found["round_trip"]["matched"] <= 1 and found["frechet"]["generated"] > 0
     error = run(capsys, "prior", "evaluate", tmp_path / "run", *WITH, expect=2)
     assert "denoiser" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("train", "store", "--out", "d.safetensors", "--steps", -5), "steps must be at least 1, got -5"),
+        (("prior", "train", "photos", "--out", "run", "--side", 15), "multiple of the patch"),
+        (("doctor", "photos", "--windows", 3), "windows even"),
+        (("probe", "knn", "data", "--seeds", 0), "seeds is 0"),
+        (("export", *WITH, "--out", "/proc/nope/a.pt2"), "cannot write"),
+        (("prior", "sample", "run", "--out", "a.txt"), ".png"),
+    ],
+)
+def test_a_setting_out_of_range_is_said_before_anything_is_done(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert said in run(capsys, *arguments, expect=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_kind_does_not_overwrite_a_denoiser(work, capsys):
+    before = (work / "denoiser.safetensors").read_bytes()
+    error = run(capsys, "train", work / "store", "--out", work / "denoiser.safetensors", "--kind", "linear", expect=2)
+    assert "block" in error and (work / "denoiser.safetensors").read_bytes() == before
+
+
+def test_what_is_written_can_be_read_by_whoever_may_read_the_folder(work):
+    (work / "plain").touch()
+    assert (work / "denoiser.safetensors").stat().st_mode == (work / "plain").stat().st_mode
+
+
+def test_pictures_of_an_earlier_run_are_no_photographs(work, tmp_path, capsys):
+    photograph(tmp_path / "one.png", 0)
+    arguments = ("denoise", tmp_path, "--out", tmp_path, "--views", 3, *WITH)
+    assert run(capsys, *arguments)["done"] == 1
+    again = run(capsys, *arguments)
+    assert (again["done"], again["skipped"]) == (0, 1)
+
+
+def test_an_image_of_one_patch_is_refused(tmp_path, capsys):
+    photograph(tmp_path / "one.png", 0)
+    run(capsys, "denoise", tmp_path, "--out", tmp_path / "s", "--views", 3, *WITH[:4], "--size", 5, expect=2)
