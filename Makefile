@@ -41,7 +41,7 @@ types: $(VENV)/.installed-dev
 	cd $(VENV)/unpacked && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p dvt
 
 # Each benchmark at a size that needs no data and takes minutes; the last line of each, JSON, goes to bench.jsonl.
-BENCH := "stage_one.py planted" "denoiser.py latency --batch 2 --repeats 5" "extract.py speed --images dvt/data/photos" \
+BENCH := "stage_one.py views --threads 1" "denoiser.py latency --batch 2 --repeats 5" "extract.py speed --images dvt/data/photos" \
 	"priors.py --smoke"
 bench: $(VENV)/.installed-test
 	rm -f bench.jsonl
