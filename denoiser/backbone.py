@@ -22,11 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dvt import families
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, weights_sha256
 from dvt.checkpoints import save_state
 from dvt.denoiser.distill import Batch, Progress, reconstruction, split
 from dvt.denoiser.model import Denoiser
@@ -128,9 +127,7 @@ class BackboneTraining:
 
     def training(self) -> TrainingConfig:
         """What the training loop is told."""
-        names = ["steps", "batch_size", "learning_rate", "min_learning_rate", "warmup", "weight_decay", "clip", "ema"]
-        names += ["precision", "validate_every", "checkpoint_every", "log_every", "seed", "trackers"]
-        return TrainingConfig(**{name: getattr(self, name) for name in names})
+        return TrainingConfig.of(self)
 
 
 # -- examples and loss -----------------------------------------------------------------------------------------------
@@ -399,15 +396,9 @@ def _settings(
         "layer": backbone.layer,
         "stride": backbone.stride,
         "size": backbone.image_size,
-        "denoiser": None if denoiser is None else f"{_sha256(denoiser)} at strength {denoiser.strength}",
+        "denoiser": None if denoiser is None else f"{weights_sha256(denoiser)} at strength {denoiser.strength}",
         "images": images,
     }
-
-
-def _sha256(module: nn.Module) -> str:
-    """Of a module's weights."""
-    state = {name: value.detach().cpu().contiguous() for name, value in sorted(module.state_dict().items())}
-    return hashlib.sha256(save(state)).hexdigest()
 
 
 def _card(
@@ -430,7 +421,7 @@ def _card(
         "create_model": options,
         "original_weights_sha256": original.weights_sha256,
         "weights_sha256": result.weights_sha256,
-        "denoiser": None if denoiser is None else {"sha256": _sha256(denoiser), **denoiser.card},
+        "denoiser": None if denoiser is None else {"sha256": weights_sha256(denoiser), **denoiser.card},
         "data": {name: report[name] for name in ("images", "training", "held_out")},
         "training": asdict(config),
         "steps": report["steps"],

@@ -106,9 +106,7 @@ class DenoiserTraining:
         rate = self.learning_rate
         if rate is None:
             rate = 2e-4 * math.sqrt(max(self.batch_size, 1) / _REFERENCE_BATCH)
-        names = ["steps", "batch_size", "min_learning_rate", "warmup", "weight_decay", "clip", "ema", "precision"]
-        names += ["validate_every", "checkpoint_every", "log_every", "seed", "trackers"]
-        return TrainingConfig(learning_rate=rate, **{name: getattr(self, name) for name in names})
+        return TrainingConfig.of(self, learning_rate=rate)
 
     def denoiser(self, feature_dim: int, grid: Size) -> DenoiserConfig:
         """The denoiser for tokens of this size."""

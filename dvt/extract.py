@@ -6,7 +6,6 @@ before is written. None of them changes a number: which image is in which batch 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -21,10 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.grids import Size
 from dvt.images import file_sha256, image_size, load_image
@@ -140,7 +138,7 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | 
     settings: dict[str, Any] = {"verb": "extract", "dtype": config.dtype}
     if denoiser is not None:
         settings["denoiser"] = {
-            "weights_sha256": _weights_sha256(denoiser),
+            "weights_sha256": weights_sha256(denoiser),
             **asdict(replace(denoiser.config, strength=denoiser.strength)),
         }
     return Job(
@@ -151,11 +149,6 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | 
         size=backbone.image_size,
         config=settings,
     )
-
-
-def _weights_sha256(module: torch.nn.Module) -> str:
-    state = {name: value.detach().cpu().contiguous() for name, value in sorted(module.state_dict().items())}
-    return hashlib.sha256(save(state)).hexdigest()
 
 
 # -- what is to be done -----------------------------------------------------------------------------------------------

@@ -118,6 +118,12 @@ class TrainingConfig:
         known = set(self.trackers) <= {"tensorboard", "wandb"}
         _require(known, "trackers", self.trackers, "some of tensorboard and wandb")
 
+    @classmethod
+    def of(cls, job: Any, **changes: Any) -> TrainingConfig:
+        """The settings of a job's own dataclass that have the same names, with changes."""
+        names = {each.name for each in fields(cls)} & {each.name for each in fields(job)}
+        return cls(**{name: getattr(job, name) for name in names} | changes)
+
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to the last step."""
         rising = round(self.warmup * self.steps)

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,8 +124,7 @@ class PriorTraining:
 
     def training(self) -> TrainingConfig:
         """What the training loop is told."""
-        names = {each.name for each in fields(TrainingConfig)} & {each.name for each in fields(self)}
-        return TrainingConfig(**{name: getattr(self, name) for name in names})
+        return TrainingConfig.of(self)
 
     def prior(
         self,
