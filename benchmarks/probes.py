@@ -37,9 +37,10 @@ from dvt.analysis.probes.features import (
 from dvt.analysis.probes.table import make_rows
 from dvt.analysis.probes.variants import Variant
 from dvt.backbones import Backbone, load_backbone
+from dvt.decompose import denoise_images
 from dvt.denoiser import Denoiser, fit_linear, fit_subtract
 from dvt.images import find_images, load_image
-from dvt.pipeline import DenoiseConfig, denoise_image, denoise_images
+from dvt.pipeline import DenoiseConfig, denoise_image
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig

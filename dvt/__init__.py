@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from dvt.backbones import Backbone as Backbone
     from dvt.backbones import load_backbone as load_backbone
     from dvt.backbones import wrap as wrap
+    from dvt.decompose import denoise_images as denoise_images
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
     from dvt.denoiser.model import Denoiser as Denoiser
     from dvt.errors import DvtError as DvtError
     from dvt.fields.decomposition import Decomposition as Decomposition
     from dvt.pipeline import DenoiseConfig as DenoiseConfig
     from dvt.pipeline import denoise as denoise
-    from dvt.pipeline import denoise_images as denoise_images
     from dvt.store import FeatureStore as FeatureStore
     from dvt.tokens import Tokens as Tokens
 
@@ -39,7 +39,7 @@ _HOME = {
     "FeatureStore": "dvt.store",
     "Tokens": "dvt.tokens",
     "denoise": "dvt.pipeline",
-    "denoise_images": "dvt.pipeline",
+    "denoise_images": "dvt.decompose",
     "load_backbone": "dvt.backbones",
     "wrap": "dvt.backbones",
 }

@@ -6,18 +6,14 @@ before is written. None of them changes a number: which image is in which batch 
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,23 +21,16 @@ from torch import Tensor
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.grids import Size
-from dvt.images import file_sha256, image_size, load_image
-from dvt.pipeline import Progress, Summary, autocast, checked_input_size, reported
-from dvt.store import Job, Record, Shard, StoreWriter, plan
+from dvt.images import load_image
+from dvt.pipeline import autocast, in_halves
+from dvt.store import Job, Record, Shard
 from dvt.views import resize
+from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, reading_threads, run
 
 if TYPE_CHECKING:
     from dvt.denoiser import Denoiser
 
-log = logging.getLogger(__name__)
-
-MAX_WORKERS = 16
 _AHEAD = 2  # batches being decoded while one is in the backbone: one alone would wait for its slowest image
-_LOOK_AHEAD = 64
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-_Planned = tuple[str, str, Size]  # path, sha256, grid, as the plan has them
 
 
 @dataclass(frozen=True)
@@ -71,7 +60,7 @@ class ExtractConfig:
     @property
     def threads(self) -> int:
         """The number of decoding threads."""
-        return self.workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        return self.workers or THREADS
 
 
 def extract_images(
@@ -111,26 +100,8 @@ def extract_images(
         NonFiniteError: with strict, an image's tokens hold NaN or infinity.
         ConfigError: not even half a batch fits into the GPU's memory.
     """
-    config, progress = config or ExtractConfig(), progress or (lambda what, done, total: None)
-    job, summary = extract_job(backbone, config, denoiser), Summary()
-    with StoreWriter(out, job, wait=wait) as writer, _decoders(config.threads) as decoders:
-        if started:
-            started(job)
-        sizes: dict[tuple[str, str], Size] = {}
-        images: list[_Planned] = []
-        for path, sha256, size, grid in _look(backbone, paths, decoders, summary, strict, progress):
-            sizes[path, sha256] = size
-            images.append((path, sha256, grid))
-        summary.skipped = sum(sha256 in writer.done for _, sha256, _ in images)
-        shards = _shards_left(images, writer, config.shard_images)
-        total = sum(len(shard.images) for shard in shards)
-        start = time.perf_counter()
-        run = _Run(
-            backbone, denoiser, config, decoders, sizes, summary, strict, lambda n: progress("extract", n, total)
-        )
-        _save(writer, run.shards(shards), summary)
-        summary.extraction_seconds = time.perf_counter() - start
-    return summary
+    work = Extraction(backbone, config or ExtractConfig(), denoiser, strict=strict)
+    return run(work, paths, out, wait=wait, started=started, progress=progress)
 
 
 def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | None = None) -> Job:
@@ -151,68 +122,139 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | 
     )
 
 
-# -- what is to be done -----------------------------------------------------------------------------------------------
+class Extraction(Work):
+    """Extraction as the work of a job; see :func:`extract_images` for the arguments."""
 
+    def __init__(
+        self, backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | None = None, *, strict: bool = False
+    ):
+        super().__init__(
+            backbone,
+            extract_job(backbone, config, denoiser),
+            shard_images=config.shard_images,
+            threads=config.threads,
+            strict=strict,
+        )
+        self.config, self.denoiser = config, denoiser
 
-def _look(
-    backbone: Backbone,
-    paths: Sequence[Path],
-    decoders: ThreadPoolExecutor,
-    summary: Summary,
-    strict: bool,
-    progress: Progress,
-) -> Iterator[tuple[str, str, Size, Size]]:
-    """(path, sha256, size, grid) of every image that can be read at all, from its bytes and its header."""
+    def make(
+        self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
+    ) -> Iterator[Made]:
+        """Each shard, computed while the images of the next ones are decoded."""
+        start = time.perf_counter()
+        with reading_threads(self.threads) as readers:
+            for task, loaded, launched in self._launched(_tasks(shards, self.config.batch), readers):
+                task.made.records += self._records(task, loaded, launched, tick)
+                if task.last:
+                    task.made.extraction_seconds = time.perf_counter() - start
+                    yield task.made
+                    start = time.perf_counter()
 
-    def look(path: Path) -> tuple[str, str, Size, Size]:
-        size = image_size(path)
-        return str(path), file_sha256(path), size, backbone.grid(checked_input_size(backbone, size))
+    def _launched(
+        self, tasks: Iterable[_Task], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Task, _Loaded, _Launched | None]]:
+        """Batches, one behind: a GPU has the next one before the maps of this one are waited for."""
+        behind: tuple[_Task, _Loaded, _Launched | None] | None = None
+        with ThreadPoolExecutor(_AHEAD) as gatherers:
+            for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
+                loaded = loading.result()
+                launched = None if loaded.images is None else self._launch(loaded.images)
+                if behind is not None:
+                    yield behind
+                behind = (task, replace(loaded, images=None), launched)
+        if behind is not None:
+            yield behind
 
-    for number, (path, found) in enumerate(_ahead(decoders, look, paths, _LOOK_AHEAD)):
-        with reported(path, summary, strict):
-            yield found.result()
-        progress("look", number + 1, len(paths))
+    def _load(self, task: _Task, readers: ThreadPoolExecutor) -> _Loaded:
+        decoding = [readers.submit(self._decode, same[0]) for same in task.copies]
+        loaded, images = _Loaded(None, {}, {}), []
+        for number, future in enumerate(decoding):
+            try:
+                image, loaded.sizes[number] = future.result()
+                images.append(image)
+            except ImageError as error:
+                loaded.errors[number] = error
+        if images:
+            batch = torch.stack(images)
+            loaded.images = batch.pin_memory() if self.backbone.mean.is_cuda else batch
+        return loaded
 
+    def _decode(self, image: Planned) -> tuple[Tensor, Size]:
+        pixels = load_image(*image[:2])
+        size = (pixels.shape[1], pixels.shape[2])
+        return resize(pixels, self.backbone.input_size(size)), size
 
-def _shards_left(images: Sequence[_Planned], writer: StoreWriter, shard_images: int) -> list[Shard]:
-    """The shards to make; where an image could not be decoded in an earlier run, the cuts are still where they were.
+    def _launch(self, images: Tensor) -> _Launched:
+        device = self.backbone.mean.device
+        wide = in_halves(self._maps, images.to(device, non_blocking=True))
+        narrow = {name: values.half() for name, values in wide.items()}
+        fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
+        finite = torch.stack([values.isfinite().flatten(1).all(1) for values in wide.values()]).all(0)
+        moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
+        fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
+        return _Launched(
+            wide,
+            moved,
+            fits,
+            finite,
+            torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
+        )
 
-    Such an image is missing in its shard, and so not done; among the images left it would move all cuts behind it.
-    """
-    committed = {path.stem for path in writer.folder.glob("*.h5")}
-    whole = plan(images, shard_images, writer.job, by_grid=True)
-    tried = {image[:2] for shard in whole if shard.name in committed for image in shard.images}
-    left = [image for image in images if image[1] not in writer.done]
-    parts = ([image for image in left if (image[:2] in tried) == again] for again in (False, True))
-    return [shard for part in parts for shard in plan(part, shard_images, writer.job, by_grid=True)]
+    @torch.no_grad()
+    def _maps(self, images: Tensor) -> dict[str, Tensor]:
+        with autocast(images.device, getattr(torch, self.config.dtype)):
+            tokens = self.backbone(images).to(torch.float32)
+            maps = {"raw": tokens.patches, "prefix": tokens.prefix}
+            if self.denoiser is not None:
+                maps["denoised"] = self.denoiser(tokens.patches, tokens.prefix)
+        return maps
+
+    def _records(
+        self, task: _Task, loaded: _Loaded, launched: _Launched | None, tick: Callable[[], None]
+    ) -> Iterator[Record]:
+        maps, finite = ({}, []) if launched is None else launched.fetch()
+        rows = iter(range(len(finite)))
+        for number, same in enumerate(task.copies):
+            error: Exception | None = loaded.errors.get(number)
+            row = -1 if error else next(rows)
+            if error is None and not finite[row]:
+                error = NonFiniteError(
+                    f"the tokens of {same[0][0]!r} hold NaN or infinity; check the weights, or try another dtype"
+                )
+            for path, sha256, _ in same:
+                tick()
+                with self.reported(path, task.made.failed):
+                    if error is not None:
+                        raise error
+                    terms = {name: values[row] for name, values in maps.items()}
+                    yield Record(path, sha256, loaded.sizes[number], terms, terms.pop("prefix"))
 
 
 @dataclass(frozen=True)
 class _Task:
-    """One batch: the paths of each distinct image, and where it belongs."""
+    """One batch: the paths of each distinct image, and the shard it belongs to."""
 
-    shard: Shard
-    copies: list[list[_Planned]]
+    made: Made
+    copies: list[list[Planned]]
     last: bool
 
 
-def _tasks(shards: Iterable[Shard], batch: int) -> Iterator[_Task]:
+def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterator[_Task]:
     """Batches, which never cross shards, and so are of one grid shape each."""
-    for shard in shards:
+    for shard, _ in shards:
+        made = Made(shard)
         distinct = [list(same) for _, same in groupby(shard.images, key=itemgetter(1))]
         for i in range(0, len(distinct), batch):
-            yield _Task(shard, distinct[i : i + batch], last=i + batch >= len(distinct))
-
-
-# -- doing it ---------------------------------------------------------------------------------------------------------
+            yield _Task(made, distinct[i : i + batch], last=i + batch >= len(distinct))
 
 
 @dataclass
 class _Loaded:
-    """A batch's images (B, 3, H, W), None where none could be read; by number of the image, why one could not."""
+    """A batch's images (B, 3, H, W), None where none could be read; sizes; by number, why an image could not be."""
 
     images: Tensor | None
-    errors: dict[int, ImageError] = field(default_factory=dict)
+    sizes: dict[int, Size]
+    errors: dict[int, ImageError]
 
 
 @dataclass(frozen=True)
@@ -241,155 +283,3 @@ class _Launched:
             self.arrived.synchronize()
         maps = self.narrow if self.fits else {name: values.cpu() for name, values in self.wide.items()}
         return maps, self.finite.tolist()
-
-
-@dataclass(frozen=True)
-class _Run:
-    backbone: Backbone
-    denoiser: Denoiser | None
-    config: ExtractConfig
-    decoders: ThreadPoolExecutor
-    sizes: dict[tuple[str, str], Size]
-    summary: Summary
-    strict: bool
-    tick: Callable[[int], None]
-
-    def shards(self, shards: Sequence[Shard]) -> Iterator[tuple[Shard, list[Record]]]:
-        """Each shard with its records."""
-        records: list[Record] = []
-        for task, loaded, launched in self._launched(_tasks(shards, self.config.batch)):
-            records += self._records(task, loaded, launched)
-            if task.last:
-                yield task.shard, records
-                records = []
-
-    def _launched(self, tasks: Iterable[_Task]) -> Iterator[tuple[_Task, _Loaded, _Launched | None]]:
-        """Batches, one behind: a GPU has the next one before the maps of this one are waited for."""
-        behind: tuple[_Task, _Loaded, _Launched | None] | None = None
-        with ThreadPoolExecutor(_AHEAD) as gatherers:
-            for task, loading in _ahead(gatherers, self._load, tasks, _AHEAD):
-                loaded = loading.result()
-                launched = None if loaded.images is None else self._launch(loaded.images)
-                if behind is not None:
-                    yield behind
-                behind = (task, replace(loaded, images=None), launched)
-        if behind is not None:
-            yield behind
-
-    def _load(self, task: _Task) -> _Loaded:
-        decoding = [self.decoders.submit(self._decode, same[0]) for same in task.copies]
-        images, errors = [], {}
-        for number, future in enumerate(decoding):
-            try:
-                images.append(future.result())
-            except ImageError as error:
-                errors[number] = error
-        if not images:
-            return _Loaded(None, errors)
-        batch = torch.stack(images)
-        return _Loaded(batch.pin_memory() if self.backbone.mean.is_cuda else batch, errors)
-
-    def _decode(self, image: _Planned) -> Tensor:
-        path, sha256, _ = image
-        return resize(load_image(path), self.backbone.input_size(self.sizes[path, sha256]))
-
-    def _launch(self, images: Tensor) -> _Launched:
-        device = self.backbone.mean.device
-        wide = self._forward(images.to(device, non_blocking=True))
-        narrow = {name: values.half() for name, values in wide.items()}
-        fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
-        finite = torch.stack([values.isfinite().flatten(1).all(1) for values in wide.values()]).all(0)
-        moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
-        fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
-        return _Launched(
-            wide,
-            moved,
-            fits,
-            finite,
-            torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
-        )
-
-    def _forward(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps of a batch; when the GPU's memory is too small for it, of its two halves."""
-        try:
-            return self._maps(images)
-        except torch.cuda.OutOfMemoryError:
-            log.warning("out of memory with %d images; trying half as many", len(images))
-        # Not in the handler, whose traceback still holds the tensors of the first try.
-        try:
-            halves = [self._maps(half) for half in images.chunk(2)]
-        except torch.cuda.OutOfMemoryError as error:
-            raise ConfigError(
-                f"the GPU's memory is too small for {-(-len(images) // 2)} images at a time; lower the batch "
-                f"(now {self.config.batch}) or the size of the images"
-            ) from error
-        return {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
-
-    @torch.no_grad()
-    def _maps(self, images: Tensor) -> dict[str, Tensor]:
-        with autocast(images.device, getattr(torch, self.config.dtype)):
-            tokens = self.backbone(images).to(torch.float32)
-            maps = {"raw": tokens.patches, "prefix": tokens.prefix}
-            if self.denoiser is not None:
-                maps["denoised"] = self.denoiser(tokens.patches, tokens.prefix)
-        return maps
-
-    def _records(self, task: _Task, loaded: _Loaded, launched: _Launched | None) -> Iterator[Record]:
-        maps, finite = ({}, []) if launched is None else launched.fetch()
-        rows = iter(range(len(finite)))
-        for number, same in enumerate(task.copies):
-            error: Exception | None = loaded.errors.get(number)
-            row = -1 if error else next(rows)
-            if error is None and not finite[row]:
-                error = NonFiniteError(
-                    f"the tokens of {same[0][0]!r} hold NaN or infinity; check the weights, or try another dtype"
-                )
-            for path, sha256, _ in same:
-                with reported(Path(path), self.summary, self.strict):
-                    if error is not None:
-                        raise error
-                    terms = {name: values[row] for name, values in maps.items()}
-                    yield Record(path, sha256, self.sizes[path, sha256], terms, terms.pop("prefix"))
-                    self.summary.done += 1
-                    self.tick(self.summary.done)
-
-
-def _save(writer: StoreWriter, shards: Iterable[tuple[Shard, list[Record]]], summary: Summary) -> None:
-    """Writes each shard while the next one is computed; at most one waits to be written."""
-    saving: Future[Path] | None = None
-    with ThreadPoolExecutor(1) as saver:
-        for shard, records in shards:
-            if saving is not None:
-                saving.result()
-            saving = saver.submit(writer.write, shard.name, records) if records else None
-            summary.shards += bool(records)
-        if saving is not None:
-            saving.result()
-
-
-@contextmanager
-def _decoders(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads for decoding, with one core each: resizing would otherwise start threads of its own in each of them."""
-    before = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)  # what threads started from now on begin with; this one has kept its own
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Item], Result], items: Iterable[Item], depth: int
-) -> Iterator[tuple[Item, Future[Result]]]:
-    """Each item with its result, in order, while `depth` others are being worked on: a long list takes no memory."""
-    queue: deque[tuple[Item, Future[Result]]] = deque()
-    try:
-        for item in items:
-            queue.append((item, pool.submit(work, item)))
-            if len(queue) > depth:
-                yield queue.popleft()
-        while queue:
-            yield queue.popleft()
-    finally:
-        for _, future in queue:
-            future.cancel()

@@ -89,18 +89,24 @@ def image_size(path: str | Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def load_image(path: str | Path) -> Tensor:
+def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
     """One image as (3, H, W) float32 RGB in [0, 1], turned as its EXIF orientation says.
 
     Grey becomes three equal channels. Sixteen-bit grey is divided by 65535, never clipped; 16 bits a channel of colour
     are read as 8. A float TIFF must already lie in [0, 1]. Transparent pixels are composited over white. CMYK is
     converted without its colour profile. Of an animation or a multi-page file the first frame is read.
 
+    Args:
+        path: of the file.
+        sha256: of its bytes, where they are known already.
+
     Raises:
         ImageError: the file is missing, unreadable, empty, truncated, corrupt, not an image, of an unsupported kind,
-            or larger than :data:`MAX_PIXELS` (refused from the header, before anything is decoded).
+            larger than :data:`MAX_PIXELS` (refused from the header, before anything is decoded), or has other bytes.
     """
     with _opened(path) as (image, file):
+        if sha256 is not None and _sha256(file, path) != sha256:
+            raise ImageError("its bytes changed since it was listed; run the same command again")
         image.load()
         # Read after load(): a TIFF has been turned by then, and its tag is gone.
         method = _TRANSPOSE.get(_orientation(image, file, path))
@@ -117,13 +123,20 @@ def file_sha256(path: str | Path) -> str:
     Raises:
         ImageError: the file is missing or cannot be read.
     """
-    digest = hashlib.sha256()
     with _regular_file(path) as file:
-        try:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        except OSError as error:
-            raise _error(path, error) from error
+        return _sha256(file, path)
+
+
+def _sha256(file: BinaryIO, path: str | Path) -> str:
+    """The hash of the whole file, which is left where it stood."""
+    digest, position = hashlib.sha256(), file.tell()
+    try:
+        file.seek(0)
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        file.seek(position)
+    except OSError as error:
+        raise _error(path, error) from error
     return digest.hexdigest()
 
 

@@ -1,34 +1,35 @@
-"""Stage one over images: views through the backbone, a solver, the store and the pictures."""
+"""Stage one of one image: its views through the backbone, and a solver."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from dvt import grids
 from dvt.backbones import Backbone
-from dvt.errors import ConfigError, ImageError, NonFiniteError
+from dvt.errors import ConfigError, ImageError
 from dvt.fields import Decomposition, Fit, LinearConfig, LinearSolver, NeuralConfig, NeuralSolver
 from dvt.grids import Size
-from dvt.images import file_sha256, image_size, load_image
-from dvt.store import FeatureStore, Job, Record, Shard, StoreWriter, plan
+from dvt.images import load_image
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig, Views
 
 log = logging.getLogger(__name__)
 
-ALL_TERMS = ("raw", "semantic", "artifact", "residual")
 # More patches than this take gigabytes of attention; only a very long or thin image has them.
 MAX_PATCHES = 16_384
+
+#: One image's share, or that of several, of a shared artifact's equations, (n, n) and (n, C), and its grid (h, w).
+SharedEquations = tuple[tuple[Tensor, Tensor], Size]
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,14 @@ class TokenViews:
             yield tokens.patches, coords
             start = time.perf_counter()
 
-    @torch.no_grad()
     def _forward(self, images: Tensor) -> Tokens:
+        return Tokens(**in_halves(self._tokens, images))
+
+    @torch.no_grad()
+    def _tokens(self, images: Tensor) -> dict[str, Tensor]:
         with autocast(self.device, self.dtype):
-            return self.backbone(images).to(torch.float32)
+            tokens = self.backbone(images).to(torch.float32)
+        return {"patches": tokens.patches, "prefix": tokens.prefix}
 
     def _settle(self) -> None:
         if self.device.type == "cuda":
@@ -128,6 +133,41 @@ class TokenViews:
 def autocast(device: torch.device, dtype: torch.dtype):
     """Mixed precision for a forward pass; float32 means none."""
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) -> dict[str, Tensor]:
+    """What a function makes of a batch; when the memory is too small for it, of its two halves.
+
+    Args:
+        compute: images (B, 3, H, W) to maps (B, ...) by name.
+        images: (B, 3, H, W).
+
+    Raises:
+        ConfigError: not even half of the batch fits.
+    """
+    try:
+        return compute(images)
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        log.warning("out of memory with %d images at a time; trying half as many", len(images))
+    # Not in the handler, whose traceback still holds the tensors of the first try.
+    half = -(-len(images) // 2)
+    try:
+        halves = [compute(part) for part in images.split(half)]
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"the memory is too small for {half} images of {images.shape[2]} x {images.shape[3]} pixels at a time; "
+            "lower the batch or the size of the images"
+        ) from error
+    return {name: torch.cat([part[name] for part in halves]) for name in halves[0]}
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On the CPU, torch raises a bare RuntimeError.
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 @dataclass(frozen=True)
@@ -197,116 +237,53 @@ def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], c
 
     Each image keeps a field of its own; their reduced equations for the artifact add up.
     """
-    solver, total, grid = LinearSolver(config.linear), None, (0, 0)
-    for image in images:
-        pixels = image if isinstance(image, Tensor) else load_image(image)
-        views = TokenViews(backbone, pixels, config.views, config.dtype)
-        part = solver.artifact_equations(views)
-        grid = views.whole.grid
-        if total is not None and total[1].shape != part[1].shape:
-            raise ConfigError(f"a shared artifact needs images of one grid shape; one has {grid}")
-        total = part if total is None else (total[0] + part[0], total[1] + part[1])
-    if total is None:
+    parts = (equations(backbone, image, config) for image in images)
+    if (total := tree_sum(parts, add_equations)) is None:
         raise ImageError("no image was given; a shared artifact needs at least one")
-    return solver.solve_shared(total, grid)
+    return LinearSolver(config.linear).solve_shared(*total)
 
 
-@dataclass
-class Summary:
-    """What a run over many images did.
-
-    Args:
-        done: images computed now.
-        skipped: images that the store held already.
-        failed: (path, reason) of images that could not be read.
-        extraction_seconds: in views and the backbone.
-        fitting_seconds: in the solver.
-        shards: shards written now.
-    """
-
-    done: int = 0
-    skipped: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)
-    extraction_seconds: float = 0.0
-    fitting_seconds: float = 0.0
-    shards: int = 0
+def equations(backbone: Backbone, image: str | Path | Tensor, config: DenoiseConfig) -> SharedEquations:
+    """One image's share of the equations of an artifact that many images have in common."""
+    pixels = image if isinstance(image, Tensor) else load_image(image)
+    views = TokenViews(backbone, pixels, config.views, config.dtype)
+    parts = LinearSolver(config.linear).artifact_equations(views)
+    return parts, views.whole.grid
 
 
-@dataclass(frozen=True)
-class _Listed:
-    path: Path
-    sha256: str
-    size: Size
-    grid: Size
-
-
-Progress = Callable[[str, int, int], None]
-Each = Callable[[Path, Tensor, Denoised], None]
-
-
-def denoise_images(
-    backbone: Backbone,
-    paths: Sequence[Path],
-    out: str | Path,
-    config: DenoiseConfig,
-    *,
-    keep_terms: bool = False,
-    shard_images: int = 16,
-    strict: bool = False,
-    wait: bool = True,
-    progress: Progress | None = None,
-    each: Each | None = None,
-) -> Summary:
-    """Stage one for many images into a feature store; the same call again does what is left.
-
-    Args:
-        paths: image files, from :func:`dvt.images.find_images`.
-        out: the store's folder.
-        keep_terms: also store the artifact and the residual.
-        shard_images: images a shard; a killed run loses at most the shard in hand.
-        strict: raise on the first image that cannot be read, instead of reporting it at the end.
-        wait: wait for another writer of the same store, instead of refusing.
-        progress: called with (what, done, total) after every image.
-        each: called with (path, pixels, result) for every image computed, for pictures.
+def add_equations(first: SharedEquations | None, second: SharedEquations | None) -> SharedEquations | None:
+    """Their sum; None, of an image that could not be used, adds nothing.
 
     Raises:
-        StoreError: the folder cannot be written, or holds another job's tokens.
-        ImageError: with strict, an image cannot be read.
+        ConfigError: the images differ in grid shape.
     """
-    summary, progress = Summary(), progress or (lambda what, done, total: None)
-    terms = _terms(keep_terms)
-    with StoreWriter(out, job_of(backbone, config, keep_terms), wait=wait) as writer:
-        listed = list(_look(backbone, paths, summary, strict, progress))
-        todo = [item for item in listed if item.sha256 not in writer.done]
-        summary.skipped = len(listed) - len(todo)
-        by_key = {(str(item.path), item.sha256): item for item in todo}
-        images = [(str(item.path), item.sha256, item.grid) for item in todo]
-        resumed = config.shared_artifact and writer.done
-        shared: dict[Size, Tensor | None] = dict(_stored_artifacts(out, backbone.mean.device)) if resumed else {}
-        run = _Run(backbone, config, terms, summary, strict, each, lambda: progress("denoise", summary.done, len(todo)))
-        for shard in plan(images, shard_images, writer.job, by_grid=config.shared_artifact):
-            grid = shard.images[0][2]
-            if config.shared_artifact and grid not in shared:
-                shared[grid] = _fit_shared(backbone, listed, grid, config)
-            artifact = shared.get(grid)
-            records = list(run.records(shard, by_key, artifact))
-            if records:
-                writer.write(shard.name, records, artifact)
-                summary.shards += 1
-    return summary
+    if first is None or second is None:
+        return second if first is None else first
+    (left, grid), (right, other) = first, second
+    if grid != other:
+        raise ConfigError(f"a shared artifact needs images of one grid shape, got {grid} and {other}")
+    return (left[0] + right[0], left[1] + right[1]), grid
 
 
-def job_of(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
-    """The store's job: everything that the tokens depend on."""
-    terms = _terms(keep_terms)
-    return Job(
-        backbone=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        stride=backbone.stride,
-        size=backbone.image_size,
-        config={"verb": "denoise", "terms": list(terms), **config.numbers()},
-    )
+def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part]) -> Part | None:
+    """The sum of parts, added in pairs, the pairs in pairs, and so on; None without any.
+
+    Floating-point sums depend on the order: here it follows from the number of parts alone, wherever each sum is made.
+    At most log2 of the number of parts are held at a time.
+
+    >>> tree_sum("abcdefg", lambda first, second: f"({first}{second})")
+    '(((ab)(cd))((ef)g))'
+    """
+    held: list[tuple[int, Part]] = []  # sums and the numbers of their parts, all powers of two, falling
+    for part in parts:
+        size = 1
+        while held and held[-1][0] == size:
+            part, size = add(held.pop()[1], part), 2 * size
+        held.append((size, part))
+    while len(held) > 1:
+        (size, last), (before, previous) = held.pop(), held.pop()
+        held.append((before + size, add(previous, last)))
+    return held[0][1] if held else None
 
 
 def checked_input_size(backbone: Backbone, image_size: Size) -> Size:
@@ -319,97 +296,3 @@ def checked_input_size(backbone: Backbone, image_size: Size) -> Size:
             f"{MAX_PATCHES}; crop it to a less extreme aspect ratio, or choose a smaller size"
         )
     return size
-
-
-def _terms(keep_terms: bool) -> tuple[str, ...]:
-    return ALL_TERMS if keep_terms else ALL_TERMS[:2]
-
-
-def _look(
-    backbone: Backbone, paths: Sequence[Path], summary: Summary, strict: bool, progress: Progress
-) -> Iterator[_Listed]:
-    """Hash and grid shape of every image that can be read at all, from its bytes and its header."""
-    for number, path in enumerate(paths):
-        with reported(path, summary, strict):
-            size = image_size(path)
-            yield _Listed(path, file_sha256(path), size, backbone.grid(checked_input_size(backbone, size)))
-        progress("look", number + 1, len(paths))
-
-
-@dataclass(frozen=True)
-class _Run:
-    backbone: Backbone
-    config: DenoiseConfig
-    terms: Sequence[str]
-    summary: Summary
-    strict: bool
-    each: Each | None
-    tick: Callable[[], None]
-
-    def records(
-        self, shard: Shard, listed: dict[tuple[str, str], _Listed], artifact: Tensor | None
-    ) -> Iterator[Record]:
-        """Records of a shard's images; copies of the same bytes, which lie next to each other, are computed once."""
-        last, result = "", None
-        for path, sha256, _ in shard.images:
-            item = listed[path, sha256]
-            if sha256 != last or result is None:  # a copy that cannot be read is reported under its own path
-                last, result = sha256, self._denoise(item.path, artifact)
-            if result is None:
-                continue
-            self.summary.done += 1
-            self.tick()
-            maps = result.decomposition.terms()
-            yield Record(path, sha256, item.size, {term: maps[term].cpu() for term in self.terms}, result.prefix.cpu())
-
-    def _denoise(self, path: Path, artifact: Tensor | None) -> Denoised | None:
-        with reported(path, self.summary, self.strict):
-            pixels = load_image(path)
-            result = denoise_image(self.backbone, pixels, self.config, artifact)
-            self.summary.extraction_seconds += result.extraction_seconds
-            self.summary.fitting_seconds += result.fitting_seconds
-            if self.each:
-                self.each(path, pixels, result)
-            return result
-        return None
-
-
-def _stored_artifacts(out: str | Path, device: torch.device) -> dict[Size, Tensor]:
-    """The shared artifacts (h, w, C) by grid shape that a store holds already."""
-    store, found = FeatureStore(out), {}
-    for index, grid in enumerate(store.grids):
-        if grid not in found and (artifact := store.artifact(index)) is not None:
-            found[grid] = torch.from_numpy(artifact).float().to(device)
-    return found
-
-
-def _fit_shared(backbone: Backbone, listed: Sequence[_Listed], grid: Size, config: DenoiseConfig) -> Tensor | None:
-    """The artifact (h, w, C) of a grid shape, from its first images in order of their paths; None without any."""
-    paths = sorted({item.sha256: item.path for item in reversed(listed) if item.grid == grid}.values())
-    images = _readable(paths[: config.shared_images])
-    if (first := next(images, None)) is None:
-        return None
-    artifact = shared_artifact(backbone, chain([first], images), config)
-    # As the store keeps it, so that a run that is resumed from the store subtracts the same numbers.
-    half = artifact.half().float()
-    return half if half.isfinite().all() else artifact
-
-
-def _readable(paths: Iterable[Path]) -> Iterator[Tensor]:
-    for path in paths:
-        try:
-            yield load_image(path)
-        except ImageError as error:  # reported when its own turn comes
-            log.debug("left out of the shared artifact: %s", error)
-
-
-@contextmanager
-def reported(path: Path, summary: Summary, strict: bool) -> Iterator[None]:
-    """Turn an image that cannot be used into a line of the summary, unless strict."""
-    try:
-        yield
-    except (ImageError, NonFiniteError) as error:
-        if strict:
-            raise
-        log.warning("skipped %s: %s", path, error)
-        summary.failed.append((str(path), str(error)))

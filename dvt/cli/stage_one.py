@@ -16,12 +16,14 @@ from rich.table import Table
 
 import dvt
 from dvt.cli.common import BackboneOptions, plain, progress_bar, save_json
+from dvt.decompose import denoise_images
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
 from dvt.images import find_images
-from dvt.pipeline import DenoiseConfig, Denoised, Summary, denoise_images, job_of
+from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
 from dvt.views import ViewConfig
+from dvt.work import Summary
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +114,6 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         console.print_json(data=settings)
         return 0, settings
     backbone = command.load()
-    job = job_of(backbone, config, command.keep_terms)
     console.print(f"{escape(backbone.name)}: {len(paths)} images, {command.views} views, {command.solver} solver")
     start = time.perf_counter()
     with progress_bar(console) as progress:
@@ -125,10 +126,10 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
             shard_images=command.shard_images,
             strict=command.strict,
             wait=command.wait,
+            started=lambda job: save_json(command.out / "config.json", {"job": job.attributes(), **settings}),
             progress=progress,
             each=_Writer(command, paths),
         )
-    save_json(command.out / "config.json", {"job": job.attributes(), **settings})
     result = _result(summary, command.out, time.perf_counter() - start)
     _print_summary(console, result)
     if summary.done + summary.skipped:

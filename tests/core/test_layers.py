@@ -29,7 +29,7 @@ CORE = {
     "store_tools",
     "training",
 }
-TOP = {"pipeline", "extract", "cluster", "cli", "mmseg", "__main__"}
+TOP = {"pipeline", "work", "decompose", "extract", "cluster", "cli", "mmseg", "__main__"}
 
 ONLY_IN = {
     "h5py": {"dvt.store"},

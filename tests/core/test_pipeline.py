@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from dvt.decompose import denoise_images
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
 from dvt.fields import LinearConfig, LinearSolver, NeuralConfig
 from dvt.grids import grid_centres, resample
 from dvt.images import load_image
-from dvt.pipeline import DenoiseConfig, TokenViews, denoise, denoise_image, denoise_images, shared_artifact
+from dvt.pipeline import DenoiseConfig, TokenViews, denoise, denoise_image, shared_artifact
 from dvt.store import FeatureStore
 from dvt.views import ViewConfig
 
@@ -189,7 +190,7 @@ def test_nan_in_the_weights_is_an_error(make_tiny_backbone, photo):
 @pytest.mark.parametrize("keep_terms", [False, True])
 def test_the_store_holds_what_denoise_returns(tiny_backbone, folder, tmp_path, keep_terms):
     summary = denoise_images(tiny_backbone, images_of(folder), tmp_path / "out", CONFIG, keep_terms=keep_terms)
-    assert (summary.done, summary.skipped, summary.failed, summary.shards) == (5, 0, [], 1)
+    assert (summary.done, summary.skipped, summary.failed, summary.shards) == (5, 0, [], 2)
     assert summary.extraction_seconds > 0 and summary.fitting_seconds > 0
     store = FeatureStore(tmp_path / "out")
     assert store.images == [str(path) for path in images_of(folder)]
@@ -355,7 +356,8 @@ from pathlib import Path
 torch.set_num_threads(1)
 from dvt.backbones import load_backbone
 from dvt.fields import LinearConfig
-from dvt.pipeline import DenoiseConfig, denoise_images
+from dvt.decompose import denoise_images
+from dvt.pipeline import DenoiseConfig
 from dvt.views import ViewConfig
 weights, folder, out, shared = sys.argv[1:]
 backbone = load_backbone("test_vit", weights=weights, size=96)
