@@ -24,7 +24,7 @@ from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.errors import ConfigError, NonFiniteError, StoreError
 from dvt.grids import Size
 from dvt.store import FeatureStore
-from dvt.training import Batches, TrainingConfig, epoch_indices, train
+from dvt.training import Batches, TrainingConfig, epoch_indices, hold_out, train
 
 log = logging.getLogger(__name__)
 
@@ -213,18 +213,13 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
     >>> split(["a", "b", "c", "b"], 0.3, seed=0)
     ([0, 1, 3], [2])
     """
-    distinct = sorted(set(sha256s))
-    if len(distinct) < 2:
+    distinct = len(set(sha256s))
+    if distinct < 2:
         raise StoreError(
-            f"the store holds {len(distinct)} different image; training needs at least 2, one of them held out for "
+            f"the store holds {distinct} different image; training needs at least 2, one of them held out for "
             "validation. Run `dvt denoise` on more"
         )
-    count = min(max(1, round(share * len(distinct))), len(distinct) - 1, _MOST_VALIDATED)
-    held = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:count]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for i, sha256 in enumerate(sha256s):
-        sides[sha256 in held].append(i)
-    return sides
+    return hold_out(sha256s, min(max(1, round(share * distinct)), distinct - 1, _MOST_VALIDATED), seed)
 
 
 def batches_of(pairs: Pairs | InMemory, images: Sequence[int], batch_size: int, steps: int, seed: int) -> Batches:

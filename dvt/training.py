@@ -24,7 +24,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from importlib.util import find_spec
@@ -170,6 +170,25 @@ def epoch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
     """
     start = step * batch_size
     return [int(_permutation(count, seed, i // count)[i % count]) for i in range(start, start + batch_size)]
+
+
+def hold_out(sha256s: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Numbers of the images to train on and of those held out; files of equal bytes are on one side.
+
+    Args:
+        sha256s: of each image's file.
+        count: of different files to hold out.
+        seed: another seed holds out others.
+
+    >>> hold_out(["a", "b", "c", "b"], 1, seed=0)
+    ([0, 1, 3], [2])
+    """
+    distinct = sorted(set(sha256s))
+    held = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:count]}
+    sides: tuple[list[int], list[int]] = ([], [])
+    for i, sha256 in enumerate(sha256s):
+        sides[sha256 in held].append(i)
+    return sides
 
 
 @lru_cache(maxsize=4)
@@ -396,18 +415,22 @@ class _Run:
     def _resume(self, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
         try:
             about = json.loads((checkpoint / "state.json").read_text())
-            step = int(about["step"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            step = about["step"]
+            if checkpoint.name != f"step-{step:08}" or not all(isinstance(about[k], dict) for k in self.identity):
+                raise ValueError("its state.json belongs to something else")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise WeightsError(_damaged(checkpoint, error)) from error
         _compare(about, self.identity, checkpoint)
         try:
             tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+            _check_same(tensors["model"], self.model.state_dict())
+            _check_same(tensors["ema"], self.average.values)
             self.model.load_state_dict(tensors["model"])
-            self.average.load(tensors["ema"])
+            _copy(tensors["ema"], self.average.values)
             _load_moments(optimizer, tensors["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        except Exception as error:  # safetensors raises nearly anything on damaged bytes
             raise WeightsError(_damaged(checkpoint, error)) from error
         log.info("continuing from %s", checkpoint)
         return step
@@ -453,11 +476,6 @@ class _Average:
             yield
         finally:
             _copy(kept, model.state_dict())
-
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        if values.keys() != self.values.keys():
-            raise ValueError("the averaged weights have other names than the model's")
-        _copy(values, self.values)
 
 
 @torch.no_grad()
@@ -505,13 +523,17 @@ def _read_rows(path: Path) -> list[Row]:
     """The whole rows of a log; a process that was killed may leave half a row at the end."""
     if not path.is_file():
         return []
-    with open(path, newline="") as file:
-        header, *lines = list(csv.reader(file)) or [[]]
+    try:
+        with open(path, newline="", errors="replace") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (OSError, csv.Error) as error:
+        raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to go on without it") from error
     rows: list[Row] = []
     for line in lines:
-        if len(line) == len(header) and line[0].isdigit():
-            pairs = zip(header, line, strict=True)
-            rows.append({k: int(v) if k == "step" else float(v) for k, v in pairs if v})
+        if header[:1] == ["step"] and len(line) == len(header) and line[0]:
+            with suppress(ValueError):
+                pairs = zip(header, line, strict=True)
+                rows.append({k: int(v) if k == "step" else float(v) for k, v in pairs if v})
     return rows
 
 
@@ -683,7 +705,24 @@ def _load_moments(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) 
     for key, value in flat.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    # Numbered as torch does it; some have no moments, because they never had a gradient.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, values in state.items():
+        parameter, step = parameters[number], torch.zeros(())
+        _check_same(values, {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """That tensors have the names, shapes and types of others, and are finite."""
+    if values.keys() != like.keys():
+        raise ValueError(f"it holds {sorted(values)[:4]} instead of {sorted(like)[:4]}")
+    for name, value in values.items():
+        if (value.shape, value.dtype) != (like[name].shape, like[name].dtype):
+            raise ValueError(f"{name} is {tuple(value.shape)} {value.dtype} instead of {tuple(like[name].shape)}")
+        if not value.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _damaged(checkpoint: Path, error: Exception) -> str:

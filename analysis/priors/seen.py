@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from dvt.backbones import Backbone
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import load_image
 from dvt.tokens import Tokens
+from dvt.training import hold_out
 from dvt.views import resize
 
 Condition = Literal["cls", "patch", "both"]
@@ -128,17 +128,12 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
     >>> split(list("abcdefgha"), 0.2, seed=0)
     ([0, 1, 3, 5, 6, 7, 8], [2, 4])
     """
-    distinct = sorted(set(sha256s))
-    if len(distinct) < _FEWEST:
+    distinct = len(set(sha256s))
+    if distinct < _FEWEST:
         raise ConfigError(
-            f"a prior needs at least {_FEWEST} different images, 2 of them held out, got {len(distinct)}; give more"
+            f"a prior needs at least {_FEWEST} different images, 2 of them held out, got {distinct}; give more"
         )
-    count = min(max(2, round(share * len(distinct))), _MOST_HELD_OUT, len(distinct) - 2)
-    held = {distinct[i] for i in np.random.default_rng(seed).permutation(len(distinct))[:count]}
-    sides: tuple[list[int], list[int]] = ([], [])
-    for i, sha256 in enumerate(sha256s):
-        sides[sha256 in held].append(i)
-    return sides
+    return hold_out(sha256s, min(max(2, round(share * distinct)), _MOST_HELD_OUT, distinct - 2), seed)
 
 
 def identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:

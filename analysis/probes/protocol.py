@@ -59,7 +59,7 @@ class ProbeConfig:
             (linear, whole images), "knn-classification", "discovery" (one box an image, nothing is learnt) or
             "correspondence" (matches between an image and warped views of it, nothing is learnt).
         data: folder of the labelled data; any images for correspondence.
-        layout: its layout, one of :data:`dvt.analysis.datasets.LAYOUTS`; "auto" recognises it.
+        layout: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto" recognises it.
         ignore: label ids that do not count, besides those of the layout.
         classes: number of classes; None finds it.
         protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in

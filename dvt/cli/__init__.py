@@ -43,6 +43,10 @@ COMMANDS: dict[str, tuple[type, Run]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments == ["--version"]:
+        sys.stdout.write(f"dvt {dvt.__version__}\n")
+        return 0
     errors = Console(stderr=True, soft_wrap=True)
     try:
         command = tyro.cli(_union(), prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)

@@ -92,18 +92,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     denoiser = command.load_denoiser(backbone)
     with progress_bar(console) as progress:
         report = distill_backbone(backbone, paths, command.out, command.training, denoiser, progress)
-    table = Table(
-        "held-out images", "MSE + 1 - cosine", "MSE", "cosine to the teacher", "prefix cosine to the original"
-    )
-    for name, scores in {"no op": report["baselines"]["no_op"], "distilled": report["validation"]}.items():
-        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _DISTILLED))
-    console.print(table)
-    console.print(
-        f"{report['training']} images to learn from, {report['held_out']} held out; {report['seconds']:.0f} s"
-    )
-    console.print(
-        f"backbone: {escape(report['out'])}; load it with --backbone {backbone.name} --weights {report['out']}"
-    )
+    _print_distillation(console, report, backbone.name)
     return 0, {**report, "settings": settings}
 
 
