@@ -119,9 +119,10 @@ class Report:
             if row.note and row.layer == own.get(row.backbone):
                 title = METRICS[row.metric].title
                 if row.value is None:
-                    found.setdefault(f"none: {row.note}", []).append(f"{title} of {row.variant}")
+                    found.setdefault(f"not computed: {row.note}", []).append(f"{title} of {row.variant}")
                 else:
-                    found.setdefault(f"{title}, {row.images} images: {row.note}", []).append(row.variant)
+                    count = f"{row.images} image" if row.images == 1 else f"{row.images} images"
+                    found.setdefault(f"{title}, {count}: {row.note}", []).append(row.variant)
         return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
 
     def to_text(self) -> str:
