@@ -1,15 +1,18 @@
-"""The normal equations of raw = A f + P g: accumulated view by view, solved by block elimination.
+"""The normal equations of raw = A f + P g: accumulated view by view, solved by block elimination, many images at once.
 
 A interpolates the field's R_y x R_x bilinear nodes f at the tokens' coordinates (4 weights a token); P selects the
 patch position's artifact g. Nodes of one row only meet those of the same and the neighbouring rows, so A'A + lambda L
 is block tridiagonal with one block a row: its Cholesky factor is exact, made of dense blocks of R_x x R_x, the same
-code on the CPU and on a GPU. (Ours; science: the closed-form decomposition in docs/method.md.)
+code on the CPU and on a GPU. The rows follow one another, so on a GPU the time is that of starting many small kernels:
+images of one grid shape are eliminated together, row by row, at the price of one. (Ours; science: the closed-form
+decomposition in docs/method.md.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -19,159 +22,215 @@ from dvt.grids import Size
 
 # Numbers in a block from which several threads pay.
 SMALL_BLOCK = 65_536
+# A'A is symmetric: the products of a token's four weights (corners a b / c d) lie on five of its diagonals. For each,
+# the first and second corners of its products: aa bb cc dd, then ab cd, bc, ac bd, ad.
+PRODUCTS = (
+    (slice(0, 4), slice(0, 4)),
+    (slice(0, 4, 2), slice(1, 4, 2)),
+    (slice(1, 2), slice(2, 3)),
+    (slice(0, 2), slice(2, 4)),
+    (slice(0, 1), slice(3, 4)),
+)
 
 
 class NormalEquations:
-    """A'WA, A'WP, P'WP, A'WY, P'WY and Y'WY of the tokens added so far, for a weight W on each token.
+    """A'WA, A'WP, P'WP, A'WY and P'WY of the tokens added so far, for a weight W on each token; one set an image.
 
     Args:
-        resolution: (rows, columns) of the field's nodes.
+        images: B, how many.
+        resolution: (rows, columns) of the fields' nodes.
         positions: n, the number of patch positions of a view.
         channels: C.
         like: a tensor whose device is used and whose dtype, at least float32, holds the tall matrices.
     """
 
-    def __init__(self, resolution: Size, positions: int, channels: int, like: Tensor):
+    def __init__(self, images: int, resolution: Size, positions: int, channels: int, like: Tensor):
         self.resolution = resolution
         nodes = resolution[0] * resolution[1]
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self.stencil = torch.zeros(5, nodes, device=like.device, dtype=torch.float64)
-        self.cross = like.new_zeros(nodes, positions)
-        self.field_rhs = like.new_zeros(nodes, channels)
-        self.count = torch.zeros(positions, device=like.device, dtype=torch.float64)
-        self.artifact_rhs = like.new_zeros(positions, channels)
+        self.stencil = torch.zeros(images, len(PRODUCTS), nodes, device=like.device, dtype=torch.float64)
+        self.cross = like.new_zeros(images, nodes, positions)
+        self.field_rhs = like.new_zeros(images, nodes, channels)
+        self.count = torch.zeros(images, positions, device=like.device, dtype=torch.float64)
+        self.artifact_rhs = like.new_zeros(images, positions, channels)
+
+    def image(self, number: int) -> NormalEquations:
+        """The equations of one image alone, to add its views to; they share their memory with these."""
+        part = copy(self)
+        for name in ("stencil", "cross", "field_rhs", "count", "artifact_rhs"):
+            setattr(part, name, getattr(self, name)[number : number + 1])
+        return part
 
     def add(self, tokens: Tensor, coords: Tensor, weights: Tensor | None = None) -> None:
-        """Add views: tokens (V, n, C), coords (V, n, 2), weights (V, n) or None for 1."""
-        views, positions, channels = tokens.shape
+        """Add views of every image: tokens (B, V, n, C), coords (B, V, n, 2), weights (B, V, n) or None for 1."""
+        images, views, positions, channels = tokens.shape
+        nodes = self.cross.shape[1]
         tokens = tokens.to(self.field_rhs.dtype)
-        weights = tokens.new_ones(views, positions) if weights is None else weights.to(tokens)
-        index, corner = grids.interpolation(coords.to(tokens).reshape(-1, 2), self.resolution)
+        weights = tokens.new_ones(images, views, positions) if weights is None else weights.to(tokens)
+        index, corner = grids.interpolation(coords.to(tokens).flatten(0, 2), self.resolution)
         weighted = corner * weights.reshape(-1, 1)
-        self._add_stencil(index, corner, weighted)
-        position = torch.arange(positions, device=tokens.device).repeat(views)
+        image = torch.arange(images, device=tokens.device).repeat_interleave(views * positions)
+        self._add_stencil(index, corner, weighted, image)
+        # From here on, nodes are numbered through all images.
+        index = index + nodes * image[:, None]
+        position = torch.arange(positions, device=tokens.device).repeat(images * views)
         flat = (index * positions + position[:, None]).reshape(-1)
         self.cross.view(-1).scatter_add_(0, flat, weighted.reshape(-1))
-        token = torch.arange(views * positions, device=tokens.device).repeat_interleave(4)
+        token = torch.arange(len(index), device=tokens.device).repeat_interleave(4)
         interpolate = torch.sparse_coo_tensor(
             torch.stack((index.reshape(-1), token)),
             weighted.reshape(-1),
-            (self.stencil.shape[1], views * positions),
+            (images * nodes, len(index)),
             check_invariants=False,
         )
-        self.field_rhs += interpolate @ tokens.reshape(-1, channels)
-        self.count += weights.sum(0, dtype=torch.float64)
-        self.artifact_rhs += torch.einsum("vn,vnc->nc", weights, tokens)
+        self.field_rhs += (interpolate @ tokens.reshape(-1, channels)).view(images, nodes, channels)
+        self.count += weights.sum(1, dtype=torch.float64)
+        self.artifact_rhs += torch.einsum("bvn,bvnc->bnc", weights, tokens)
 
-    def _add_stencil(self, index: Tensor, corner: Tensor, weighted: Tensor) -> None:
-        # Corners a b / c d: every product of two lies on one of five diagonals of the symmetric A'A.
-        pairs = [(0, 0, 0), (1, 1, 0), (2, 2, 0), (3, 3, 0), (0, 1, 1), (2, 3, 1), (1, 2, 2), (0, 2, 3), (1, 3, 3)]
-        for first, second, diagonal in [*pairs, (0, 3, 4)]:
-            product = (weighted[:, first] * corner[:, second]).double()
-            self.stencil[diagonal].scatter_add_(0, index[:, first], product)
+    def _add_stencil(self, index: Tensor, corner: Tensor, weighted: Tensor, image: Tensor) -> None:
+        nodes = self.stencil.shape[-1]
+        index, corner, weighted = (index + len(PRODUCTS) * nodes * image[:, None]).T, corner.T, weighted.T
+        where = torch.cat([index[first] + nodes * diagonal for diagonal, (first, _) in enumerate(PRODUCTS)])
+        products = torch.cat([weighted[first] * corner[second] for first, second in PRODUCTS])
+        self.stencil.view(-1).scatter_add_(0, where.reshape(-1), products.double().reshape(-1))
 
-    def system(self, smoothness: float) -> BlockTridiagonal:
-        """A'WA + smoothness L, where f'Lf is the sum of squared differences of neighbouring nodes."""
-        rows, columns = self.resolution
-        stencil = self.stencil.view(5, rows, columns).clone()
-        # A trace of identity keeps the system definite where no token and no neighbour fixes a node.
-        stencil[0] += 1e-10 * (stencil[0].mean() + smoothness)
-        horizontal, vertical = stencil.new_zeros(2, rows, columns)
-        horizontal[:, :-1] = vertical[:-1] = smoothness
-        stencil[0] += horizontal + horizontal.roll(1, 1) + vertical + vertical.roll(1, 0)
-        stencil[1] -= horizontal
-        stencil[3] -= vertical
-        return BlockTridiagonal(stencil)
-
-    def solve(self, smoothness: float, artifact: Tensor | None = None, ridge: float = 1e-6) -> tuple[Tensor, Tensor]:
-        """Minimise |A f + P g - Y|_W^2 + smoothness |grad f|^2 + ridge |g|^2, with mean(g) = 0.
+    def system(self, smoothness: Tensor) -> BlockTridiagonal:
+        """A'WA + smoothness L, where f'Lf is the sum of squared differences of neighbouring nodes.
 
         Args:
-            smoothness: lambda, in units of tokens a node difference.
-            artifact: (n, C) a known g; only f is solved for then.
+            smoothness: (..., B), one for each image, or several, each of which gives systems of their own.
+        """
+        stencil = self.stencil.unflatten(-1, self.resolution).expand(*smoothness.shape, -1, -1, -1).clone()
+        smoothness = smoothness[..., None, None]
+        # A trace of identity keeps the system definite where no token and no neighbour fixes a node.
+        own, right, _, below, _ = stencil.unbind(-3)
+        own += 1e-10 * (own.mean((-2, -1), keepdim=True) + smoothness)
+        horizontal, vertical = (torch.zeros_like(own) for _ in range(2))
+        horizontal[..., :-1] = smoothness
+        vertical[..., :-1, :] = smoothness
+        own += horizontal + horizontal.roll(1, -1) + vertical + vertical.roll(1, -2)
+        right -= horizontal
+        below -= vertical
+        return BlockTridiagonal(stencil)
+
+    def solve(
+        self, smoothness: Tensor | Sequence[float] | float, artifact: Tensor | None = None, ridge: float = 1e-6
+    ) -> tuple[Tensor, Tensor]:
+        """Minimise |A f + P g - Y|_W^2 + smoothness |grad f|^2 + ridge |g|^2, with mean(g) = 0, for every image.
+
+        Args:
+            smoothness: lambda, in units of tokens a node difference: one for all, one an image (B,) or, with a known
+                artifact, several an image (..., B).
+            artifact: (B, n, C) or (n, C) a known g; only f is solved for then.
             ridge: gamma relative to the mean number of tokens a position.
 
         Returns:
-            f (rows * columns, C) and g (n, C), float64.
+            f (..., B, rows * columns, C) and g (B, n, C), float64.
         """
-        if artifact is not None:
-            rhs = self.field_rhs.double() - self.cross.double() @ artifact.double()
-            return self.system(smoothness).solve(rhs), artifact.double()
-        field, coupling, schur, rhs = self._eliminate(smoothness)
-        artifact = solve_artifact(schur, rhs, ridge)
-        return field - coupling @ artifact, artifact
+        smoothness = self._for_each(smoothness)
+        if artifact is None:
+            field, coupling, schur, rhs = self._eliminate(smoothness)
+            artifact = solve_artifact(schur, rhs, ridge)
+            return field - coupling @ artifact, artifact
+        artifact = artifact.double().expand(len(self.stencil), -1, -1)
+        rhs = self.field_rhs.double() - self.cross.double() @ artifact
+        rhs = rhs.expand(*smoothness.shape, -1, -1).contiguous()
+        return self.system(smoothness).solve(rhs), artifact
 
     def node_weight(self) -> Tensor:
-        """(nodes,) A'W1: how many tokens each node takes part in."""
-        return self.cross.sum(1, dtype=torch.float64)
+        """(B, nodes) A'W1: how many tokens each node takes part in."""
+        return self.cross.sum(-1, dtype=torch.float64)
 
-    def artifact_equations(self, smoothness: float) -> tuple[Tensor, Tensor]:
-        """This image's share of the equations of an artifact that many images have in common; they add up."""
-        return self._eliminate(smoothness)[2:]
+    def artifact_equations(self, smoothness: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
+        """Each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images have in common;
+        they add up."""
+        return self._eliminate(self._for_each(smoothness))[2:]
 
-    def _eliminate(self, smoothness: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """f = field - coupling g, (nodes, C) and (nodes, n), and what is left for g: its n x n Schur complement and
-        right side (n, C)."""
+    def _for_each(self, smoothness: Tensor | Sequence[float] | float) -> Tensor:
+        zeros = self.stencil.new_zeros(len(self.stencil))
+        return zeros + torch.as_tensor(smoothness, dtype=zeros.dtype, device=zeros.device)
+
+    def _eliminate(self, smoothness: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """f = field - coupling g, (B, nodes, C) and (B, nodes, n), and what is left for g: its n x n Schur complement
+        and right side (n, C)."""
         cross = self.cross.double()
-        solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=1))
-        field, coupling = solved.split((self.field_rhs.shape[1], cross.shape[1]), dim=1)
-        schur = torch.diag(self.count) - cross.T @ coupling
-        return field, coupling, (schur + schur.T) / 2, self.artifact_rhs.double() - cross.T @ field
+        solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=-1))
+        field, coupling = solved.split((self.field_rhs.shape[-1], cross.shape[-1]), dim=-1)
+        schur = torch.diag_embed(self.count) - cross.mT @ coupling
+        return field, coupling, (schur + schur.mT) / 2, self.artifact_rhs.double() - cross.mT @ field
 
 
 def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """g (n, C), mean zero over positions, of schur g = rhs, with a ridge relative to schur's mean diagonal.
+    """g (..., n, C), mean zero over positions, of schur g = rhs, with a ridge relative to schur's mean diagonal.
 
     Constants are schur's null space (F and G share them): a rank-one term fixes the mean at 0 and changes nothing else.
     """
-    scale = schur.diagonal().mean().clamp_min(torch.finfo(schur.dtype).tiny)
-    n = len(schur)
+    n = schur.shape[-1]
+    scale = schur.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(schur.dtype).tiny)
     fixed = schur + scale / n + ridge * scale * torch.eye(n, device=schur.device, dtype=schur.dtype)
     artifact = torch.cholesky_solve(rhs, torch.linalg.cholesky(fixed))
-    return artifact - artifact.mean(0)
+    return artifact - artifact.mean(-2, keepdim=True)
 
 
 class BlockTridiagonal:
-    """Cholesky factor of a symmetric positive definite nine-point stencil.
+    """Cholesky factors of symmetric positive definite nine-point stencils.
 
     Args:
-        stencil: (5, rows, columns) the diagonals to the node itself, its right, lower left, lower and lower right
+        stencil: (..., 5, rows, columns) the diagonals to the node itself, its right, lower left, lower and lower right
             neighbour.
+
+    Raises:
+        torch.linalg.LinAlgError: a matrix is not positive definite.
     """
 
     def __init__(self, stencil: Tensor):
-        self.rows, self.columns = stencil.shape[1:]
+        self.rows, self.columns = stencil.shape[-2:]
         with _threads_for(self.columns**2):
-            self._factorise(stencil)
+            self._factorise(stencil.reshape(-1, *stencil.shape[-3:]))
 
     def _factorise(self, stencil: Tensor) -> None:
-        own = torch.diag_embed(stencil[0])
-        right = torch.diag_embed(stencil[1, :, :-1], offset=1)
-        diagonal = own + right + right.mT
-        # lower[i][c, a] couples node a of row i with node c of row i + 1.
-        lower = torch.diag_embed(stencil[3]) + torch.diag_embed(stencil[2, :, 1:], offset=1)
-        lower = lower + torch.diag_embed(stencil[4, :, :-1], offset=-1)
-        self.factors, self.links = [torch.linalg.cholesky(diagonal[0])], []
-        for row in range(1, self.rows):
-            link = torch.linalg.solve_triangular(self.factors[-1], lower[row - 1].mT, upper=False).mT
-            self.links.append(link)
-            self.factors.append(torch.linalg.cholesky(diagonal[row] - link @ link.mT))
+        own, right, lower_left, lower, lower_right = stencil.permute(1, 2, 0, 3)  # each (rows, systems, columns)
+        # LAPACK wants columns in one piece. factors[i] starts as the lower triangle of the block of row i, and
+        # links[i][c, a] as what couples node a of row i with node c of row i + 1.
+        blocks = stencil.new_zeros(2, self.rows, len(stencil), self.columns, self.columns).mT
+        self.factors, self.links = blocks
+        _diagonal(self.factors, 0).copy_(own)
+        _diagonal(self.factors, -1).copy_(right[..., :-1])
+        _diagonal(self.links, 0).copy_(lower)
+        _diagonal(self.links, 1).copy_(lower_left[..., 1:])
+        _diagonal(self.links, -1).copy_(lower_right[..., :-1])
+        failed = []
+        for row, block in enumerate(self.factors):
+            if row:
+                link = self.links[row - 1]
+                link.copy_(torch.linalg.solve_triangular(self.factors[row - 1], link.mT, upper=False).mT)
+                block.baddbmm_(link, link.mT, alpha=-1)
+            # The check of torch.linalg.cholesky would wait for the GPU at every row.
+            factor, info = torch.linalg.cholesky_ex(block)
+            block.copy_(factor)
+            failed.append(info)
+        if torch.stack(failed).any():
+            raise torch.linalg.LinAlgError("the normal equations are not positive definite; are the weights finite?")
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """x (rows * columns, M) of K x = rhs; rhs is overwritten."""
-        with _threads_for(self.columns * rhs.shape[1]):
-            self._substitute(rhs.view(self.rows, self.columns, -1))
+        """x (..., rows * columns, M) of K x = rhs; rhs, contiguous, is overwritten."""
+        with _threads_for(self.columns * rhs.shape[-1]):
+            self._substitute(rhs.view(-1, self.rows, self.columns, rhs.shape[-1]).unbind(1))
         return rhs
 
-    def _substitute(self, blocks: Tensor) -> None:
-        for row in range(self.rows):
+    def _substitute(self, blocks: tuple[Tensor, ...]) -> None:
+        for row, block in enumerate(blocks):
             if row:
-                blocks[row] -= self.links[row - 1] @ blocks[row - 1]
-            blocks[row] = torch.linalg.solve_triangular(self.factors[row], blocks[row], upper=False)
-        for row in reversed(range(self.rows)):
+                block.baddbmm_(self.links[row - 1], blocks[row - 1], alpha=-1)
+            block.copy_(torch.linalg.solve_triangular(self.factors[row], block, upper=False))
+        for row, block in reversed([*enumerate(blocks)]):
             if row + 1 < self.rows:
-                blocks[row] -= self.links[row].mT @ blocks[row + 1]
-            blocks[row] = torch.linalg.solve_triangular(self.factors[row].mT, blocks[row], upper=True)
+                block.baddbmm_(self.links[row].mT, blocks[row + 1], alpha=-1)
+            block.copy_(torch.linalg.solve_triangular(self.factors[row].mT, block, upper=True))
+
+
+def _diagonal(blocks: Tensor, offset: int) -> Tensor:
+    return blocks.diagonal(offset, -2, -1)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -130,18 +130,48 @@ class LinearSolver:
             NonFiniteError: a token is NaN or infinite.
             ConfigError: there is no view.
         """
+        return self.fit_many([views], artifact)[0]
+
+    def fit_many(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None = None) -> list[LinearFit]:
+        """Fit several images at once: to rounding, :meth:`fit` of each, in their order.
+
+        On a GPU this takes little longer than one image; every image keeps its own resolution and smoothness. The
+        first views of all images are read and held, image after image, then the others of each.
+
+        Args:
+            views: for each image its batches, as in :meth:`fit`; grid, channels and the number of views, as far as
+                the pilot looks at them, are the same for all.
+            artifact: (h, w, C) a known G, for all of them.
+
+        Raises:
+            ShapeError: images or batches disagree in grid, channels or number of views, or with the artifact.
+            NonFiniteError: a token of any image is NaN or infinite.
+            ConfigError: an image has no view.
+        """
+        if not views:
+            return []
         run = _Run(self.config, views, artifact)
-        field, estimate = run.equations.solve(run.pilot.smoothness, run.known, self.config.ridge)
-        residual_map, mean = run.outliers.residual_map(field, estimate, run.pilot.resolution, self.config)
+        fits: dict[int, LinearFit] = {}
+        for resolution, images in run.pilot.groups().items():
+            smoothness = [run.pilot.smoothness[image] for image in images]
+            field, estimate = run.equations[resolution].solve(smoothness, run.known, self.config.ridge)
+            noises = run.pilot.noise(images, field, estimate)
+            for image, *parts in zip(images, field, estimate, noises, strict=True):
+                fits[image] = self._result(run, image, *parts)
+        return [fits[image] for image in range(len(views))]
+
+    def _result(self, run: _Run, image: int, field: Tensor, estimate: Tensor, noise: float) -> LinearFit:
+        resolution, smoothness = run.pilot.resolution[image], run.pilot.smoothness[image]
+        residual_map, mean = run.outliers[image].residual_map(field, estimate, resolution, self.config)
         dtype = torch.promote_types(run.dtype, torch.float32)
         return LinearFit(
-            nodes=field.view(*run.pilot.resolution, -1).to(dtype),
+            nodes=field.view(*resolution, -1).to(dtype),
             artifact=estimate.view(*run.grid, -1).to(dtype),
             residual_map=None if residual_map is None else residual_map.to(dtype),
             residual_mean=mean.to(dtype),
-            noise=run.pilot.noise(field, estimate),
-            error=run.pilot.error,
-            config=replace(self.config, resolution=min(run.pilot.resolution), smoothness=run.pilot.smoothness),
+            noise=noise,
+            error=run.pilot.error[image],
+            config=replace(self.config, resolution=min(resolution), smoothness=smoothness),
         )
 
     def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -149,8 +179,9 @@ class LinearSolver:
 
         :meth:`solve_shared` solves the sums.
         """
-        run = _Run(self.config, views, None)
-        return run.equations.artifact_equations(run.pilot.smoothness)
+        run = _Run(self.config, [views], None)
+        schur, rhs = run.equations[run.pilot.resolution[0]].artifact_equations(run.pilot.smoothness[0])
+        return schur[0], rhs[0]
 
     def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
         """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
@@ -158,40 +189,73 @@ class LinearSolver:
 
 
 class _Run:
-    """One pass over the views: the pilot's choices and the sums."""
+    """One pass over the views of some images: the pilot's choices and the sums."""
 
-    def __init__(self, config: LinearConfig, views: Iterable[Batch], artifact: Tensor | None):
+    def __init__(self, config: LinearConfig, views: Sequence[Iterable[Batch]], artifact: Tensor | None):
         self.config = config
-        self.shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)  # () until it is known
+        shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)
+        images: list[_Views] = []
+        for each in views:
+            images.append(_Views(each, shape, config.pilot_views))
+            shape = images[-1].shape
+        seen = {image.seen for image in images}
+        if len(seen) > 1:
+            raise ShapeError(
+                f"images that are fitted together need equally many views, at least up to {config.pilot_views}; they "
+                f"have {sorted(seen)}; fit them one by one"
+            )
+        like = images[0].head[0][0].new_empty(0)
+        positions, channels = shape[0] * shape[1], shape[2]
+        self.grid: Size = (shape[0], shape[1])
+        self.dtype = like.dtype
         self.known = None if artifact is None else artifact.flatten(0, 1)
-        stream = self._read(views)
-        head, stream = _take(stream, config.pilot_views)
+        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known)
+        if self.known is None and seen == {1}:
+            self.known = like.new_zeros(positions, channels)
+        self.equations = {
+            resolution: NormalEquations(len(members), resolution, positions, channels, like)
+            for resolution, members in self.pilot.groups().items()
+        }
+        self.outliers = [_Outliers(channels, like) for _ in images]
+        for number, image in enumerate(images):
+            self._accumulate(number, image)
+
+    def _accumulate(self, image: int, views: _Views) -> None:
+        config, resolution = self.config, self.pilot.resolution[image]
+        equations = self.equations[resolution].image(self.pilot.groups()[resolution].index(image))
+        for tokens, coords in views:
+            needed = config.robust or config.residual
+            weights = self.pilot.weights(image, tokens, coords) if needed else None
+            equations.add(tokens[None], coords[None], weights[None] if weights is not None and config.robust else None)
+            if config.residual and weights is not None:
+                self.outliers[image].add(tokens, coords, weights)
+
+
+class _Views:
+    """The views of one image, checked and flattened to (V, n, C) and (V, n, 2), to be iterated once.
+
+    Args:
+        views: batches as in :meth:`LinearSolver.fit`.
+        shape: (h, w, C) that they must have; () if they are the first.
+        count: how many views are read at once, and held until they are iterated; `seen` is how many there were.
+    """
+
+    def __init__(self, views: Iterable[Batch], shape: tuple[int, ...], count: int):
+        self.shape = shape
+        self._finite: list[Tensor] = []
+        self.head, self._rest = _take(self._read(views), count)
+        self.seen = sum(len(tokens) for tokens, _ in self.head)
         if not self.seen:
             raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
-        self.dtype = head[0][0].dtype
-        self.pilot = Pilot(head, self.grid, config, self.known)
-        self.known = torch.zeros_like(head[0][0][0]) if self.known is None and self.seen == 1 else self.known
-        channels = head[0][0].shape[-1]
-        self.equations = NormalEquations(self.pilot.resolution, self.grid[0] * self.grid[1], channels, head[0][0])
-        self.outliers = _Outliers(head[0][0])
-        self._accumulate(head, stream)
+        self._check()
 
-    @property
-    def grid(self) -> Size:
-        return self.shape[0], self.shape[1]
-
-    def _accumulate(self, head: list[Batch], stream: Iterator[Batch]) -> None:
-        while (batch := head.pop(0) if head else next(stream, None)) is not None:
-            tokens, coords = batch
-            needed = self.config.robust or self.config.residual
-            weights = self.pilot.weights(tokens, coords) if needed else None
-            self.equations.add(tokens, coords, weights if self.config.robust else None)
-            if self.config.residual and weights is not None:
-                self.outliers.add(tokens, coords, weights)
+    def __iter__(self) -> Iterator[Batch]:
+        while self.head:
+            yield self.head.pop(0)
+        yield from self._rest
+        self._check()
 
     def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:
-        """Checked batches, flattened to (V, n, C) and (V, n, 2)."""
-        self.seen = 0
         for tokens, coords in views:
             if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
                 raise ShapeError(
@@ -201,10 +265,14 @@ class _Run:
             self.shape = self.shape or tuple(tokens.shape[1:])
             if tuple(tokens.shape[1:]) != self.shape:
                 raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
-            if not torch.isfinite(tokens.sum()):
-                raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
-            self.seen += len(tokens)
+            self._finite.append(torch.isfinite(tokens.sum()))
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
+
+    def _check(self) -> None:
+        # Reading a batch's answer waits for the GPU: it is done for many batches at once.
+        if self._finite and not torch.stack(self._finite).all():
+            raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
+        self._finite.clear()
 
 
 def _take(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:
@@ -229,11 +297,10 @@ class _Outliers:
 
     LIMIT = 20_000
 
-    def __init__(self, tokens: Tensor):
-        channels = tokens.shape[-1]
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        self.square = torch.zeros(channels, channels, device=tokens.device, dtype=dtype)
-        self.total = torch.zeros(channels, device=tokens.device, dtype=torch.float64)
+    def __init__(self, channels: int, like: Tensor):
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        self.square = torch.zeros(channels, channels, device=like.device, dtype=dtype)
+        self.total = torch.zeros(channels, device=like.device, dtype=torch.float64)
         self.count = 0
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self.outliers = 0
@@ -245,9 +312,9 @@ class _Outliers:
         self.total += flat.sum(0, dtype=torch.float64)
         self.count += len(flat)
         if self.outliers < self.LIMIT:
-            chosen = weights < 0.25
-            self.outliers += int(chosen.sum())
-            self.kept.append((tokens[chosen], coords[chosen], chosen.nonzero()[:, 1]))
+            view, position = (weights < 0.25).nonzero(as_tuple=True)
+            self.outliers += len(view)
+            self.kept.append((tokens[view, position], coords[view, position], position))
 
     def residual_map(
         self, field: Tensor, artifact: Tensor, resolution: Size, config: LinearConfig

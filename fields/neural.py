@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -44,7 +44,7 @@ class NeuralConfig:
         sparsity: weight of the residual's mean absolute value.
         residual: whether there is a residual term.
         seed: of the initial values and of the drawn tokens.
-        encoding: "auto", "torch" or "tinycudann", see :func:`dvt.fields.encodings.make_encoding`.
+        encoding: "torch", "tinycudann", or "auto": tinycudann where it is installed and there is a GPU.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -187,6 +187,10 @@ class NeuralSolver:
             job = _Job(self.config, grid, centre.to(device), scale, artifact, device)
             job.train(tokens.flatten(0, 2), coords.flatten(0, 2), progress)
         return job.result()
+
+    def fit_many(self, views: Sequence[Views], artifact: Tensor | None = None) -> list[NeuralFit]:
+        """Fit several images, one after the other: :meth:`fit` of each, in their order."""
+        return [self.fit(each, artifact) for each in views]
 
 
 class _Job:

@@ -1,11 +1,14 @@
 """A robust pilot fit on the first views: it chooses resolution and smoothness and knows an outlier token (ours).
 
 Every channel is mixed into a few random projections, which keep squared lengths on average, so the pilot costs little.
-Its fit is what every later token is held against: robust weights need no second pass over the views.
+Its fit is what every later token is held against: robust weights need no second pass over the views. Images of one
+grid shape go through it together; each has choices of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,78 +38,91 @@ MIDDLE = 0.1
 
 
 class Pilot:
-    """A fit of sketched tokens.
+    """A fit of the sketched tokens of B images.
 
     Args:
-        batches: the first views, (tokens (V, n, C), coords (V, n, 2)).
+        heads: each image's first views, (tokens (V, n, C), coords (V, n, 2)); equally many of every image.
         grid: (h, w) of a view, n = h w.
         config: resolution and smoothness may be None; they are chosen then.
-        known: (n, C) artifact, or None to fit it.
+        known: (n, C) artifact of all images, or None to fit one to each.
 
     Attributes:
-        resolution, smoothness: as given or chosen, by the squared error on held-out views.
-        error: mean squared norm of what a fit leaves of inlying tokens of views that it has not seen.
+        resolution, smoothness: lists, of each image, as given or chosen, by the squared error on held-out views.
+        error: list, mean squared norm of what a fit leaves of inlying tokens of views that it has not seen.
     """
 
-    def __init__(self, batches: list[tuple[Tensor, Tensor]], grid: Size, config: LinearConfig, known: Tensor | None):
+    def __init__(
+        self, heads: Sequence[list[tuple[Tensor, Tensor]]], grid: Size, config: LinearConfig, known: Tensor | None
+    ):
         self.config = config
-        self.mix = _mix(batches[0][0], config.seed)
-        self.tokens = torch.cat([self.sketch(tokens) for tokens, _ in batches])
-        self.coords = torch.cat([coords for _, coords in batches]).to(self.tokens)
-        points = self.coords.reshape(-1, 2).cpu().numpy()
-        count = min(NEIGHBOURS, len(points))
-        self._tree = cKDTree(points)
-        self._neighbours = self._tree.query(points, k=count)[1].reshape(len(points), count)
+        self.mix = _mix(heads[0][0][0], config.seed)
+        self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
+        self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
+        nodes = node_resolution(grid, 2 * min(grid) + 1)
+        self._near, near_nodes = _neighbours(self.coords, nodes)
         artifact = None if known is None else self.sketch(known)
-        if artifact is None and len(self.tokens) == 1:
-            artifact = torch.zeros_like(self.tokens[0])
-        self._token_weights = self.tokens.new_ones(self.tokens.shape[:2])
-        held = torch.arange(len(self.tokens), device=self.tokens.device) % HELD_OUT == HELD_OUT // 2
-        self.resolution, self.smoothness, self.error = self._choose(grid, artifact, held)
-        everything = torch.ones_like(held)
-        equations = self._equations(everything, self.resolution)
-        self.field, self.artifact = equations.solve(self.smoothness, artifact, config.ridge)
-        self.usual = self._usual(grid)
+        if artifact is None and self.tokens.shape[1] == 1:
+            artifact = torch.zeros_like(self.tokens[0, 0])
+        self._token_weights = self.tokens.new_ones(self.tokens.shape[:3])
+        self.resolution, self.smoothness, self.error = self._choose(grid, artifact)
+        left = self._fit(artifact)
+        # (B, rows, columns, 1) the norm that a fit usually leaves of a token near each node, at least the median.
+        local = _local(left[..., None], near_nodes, 2)
+        self.usual = local.clamp_min(_median(left)[:, None, None]).view(-1, *nodes, 1)
 
     def sketch(self, tokens: Tensor) -> Tensor:
         """(..., C) tokens or nodes mixed into (..., S)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
 
-    def left(self, sketched: Tensor, coords: Tensor) -> Tensor:
-        """What F and G leave of sketched tokens (V, n, S)."""
-        return _left(sketched, coords, self.field, self.artifact, self.resolution)
+    def groups(self) -> dict[Size, list[int]]:
+        """The numbers of the images that have each resolution."""
+        found: dict[Size, list[int]] = {}
+        for image, resolution in enumerate(self.resolution):
+            found.setdefault(resolution, []).append(image)
+        return found
 
-    def weights(self, tokens: Tensor, coords: Tensor) -> Tensor:
-        """Robust weights (V, n) of tokens (V, n, C); all 1 where the pilot leaves nothing."""
-        if not self.usual.any():
-            return torch.ones(tokens.shape[:2], device=tokens.device)
+    def _fit(self, artifact: Tensor | None) -> Tensor:
+        """Fit each image as chosen, to all of its views; (B, V, n) the norm of what is left of the tokens."""
+        self.fields: dict[int, tuple[Tensor, Tensor]] = {}
+        left = torch.empty_like(self._token_weights)
+        for resolution, images in self.groups().items():
+            smoothness = [self.smoothness[image] for image in images]
+            tokens, coords, weights = self.tokens[images], self.coords[images], self._token_weights[images]
+            fits = _equations(tokens, coords, weights, resolution).solve(smoothness, artifact, self.config.ridge)
+            left[images] = _left(tokens, coords, *fits, resolution).norm(dim=-1)
+            self.fields.update(zip(images, zip(*fits, strict=True), strict=True))
+        return left
+
+    def weights(self, image: int, tokens: Tensor, coords: Tensor) -> Tensor:
+        """Robust weights (V, n) of an image's tokens (V, n, C); all 1 where the pilot leaves nothing."""
         coords = coords.to(self.tokens)
-        left = self.left(self.sketch(tokens), coords).norm(dim=-1)
-        return geman_mcclure(left, grids.sample(self.usual, coords)[..., 0], self.config.cutoff)
+        field, artifact = self.fields[image]
+        left = _left(self.sketch(tokens)[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
+        usual = self.usual[image]
+        weights = geman_mcclure(left.norm(dim=-1), grids.sample(usual, coords)[..., 0], self.config.cutoff)
+        return torch.where(usual.any(), weights, 1)
 
-    def _usual(self, grid: Size) -> Tensor:
-        """(rows, columns, 1) norm that a fit usually leaves of a token near each node, at least the global median."""
-        left = self.left(self.tokens, self.coords).norm(dim=-1)
-        rows, columns = node_resolution(grid, 2 * min(grid) + 1)
-        _, near = self._tree.query(grids.node_coords((rows, columns)).view(-1, 2).numpy(), k=self._neighbours.shape[1])
-        local = self._local(left, near.reshape(rows * columns, -1), 2)
-        return local.clamp_min(left.median()).view(rows, columns, 1)
-
-    def noise(self, field: Tensor, artifact: Tensor) -> float:
+    def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
         """Half the squared difference of what F and G (all channels) leave of two tokens at almost one image point.
 
         Neighbours come from different views, so what they share is the field's own error and cancels (the nugget of
         the residuals' variogram, in geostatistics). The median makes it blind to outlier tokens.
-        """
-        left = _left(self.tokens, self.coords, self.sketch(field), self.sketch(artifact), self.resolution)
-        left = left.flatten(0, 1)
-        if len(left) < 2:
-            return float(left.square().sum())
-        near = torch.as_tensor(self._neighbours[:, 1], device=left.device)
-        return float((left - left[near]).square().sum(-1).median() / 2)
 
-    def _choose(self, grid: Size, artifact: Tensor | None, held: Tensor) -> tuple[Size, float, float]:
+        Args:
+            images: numbers of images of one resolution.
+            field: (B, nodes, C) theirs.
+            artifact: (B, n, C) theirs.
+        """
+        tokens, coords = self.tokens[images], self.coords[images]
+        left = _left(tokens, coords, self.sketch(field), self.sketch(artifact), self.resolution[images[0]])
+        left = left.flatten(1, 2)
+        if left.shape[1] < 2:
+            return left.square().sum((1, 2)).tolist()
+        near = _pick(left, self._near[images][..., 1])
+        return (_median((left - near).square().sum(-1)) / 2).tolist()
+
+    def _choose(self, grid: Size, artifact: Tensor | None) -> tuple[list[Size], list[float], list[float]]:
         """Resolution, smoothness and held-out error.
 
         The artifact and the weights hardly depend on the first two: they are found once, at a middle resolution. The
@@ -114,51 +130,56 @@ class Pilot:
         dimensions), so the best smoothness at one is the best at all.
         """
         config = self.config
-        sizes = _candidates(grid, self.coords[..., 0].numel()) if config.resolution is None else [config.resolution]
+        images, views, positions = self.tokens.shape[:3]
+        sizes = _candidates(grid, views * positions) if config.resolution is None else [config.resolution]
         choices = SMOOTHNESS if config.smoothness is None else (config.smoothness,)
-        middle, *others = (node_resolution(grid, size) for size in sizes)
+        resolutions = [node_resolution(grid, size) for size in sizes]
+        middle, *others = resolutions
+        number = torch.arange(views)
+        held = number % HELD_OUT == HELD_OUT // 2
         if not held.any():
-            return middle, choices[len(choices) // 2], 0.0
+            return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
+        fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
         if config.robust:
-            self._reweigh(~held, artifact, middle)
-        _, artifact = self._equations(~held, middle).solve(MIDDLE, artifact, config.ridge)
+            self._reweigh(fitted, artifact, middle)
+        equations = self._equations(fitted, middle)
+        _, artifact = equations.solve(MIDDLE, artifact, config.ridge)
+        values = self.mix.new_tensor(choices)
+        errors = self._error(equations, values[:, None].expand(-1, images), artifact, held)
+        best, chosen = errors.min(0)
+        found = [values[chosen], best]
+        found += [self._error(self._equations(fitted, other), found[0], artifact, held) for other in others]
+        # One transfer for all choices of all images: each waits for the GPU.
+        smoothness, *table = torch.stack([each.double() for each in found]).tolist()
+        bests = [min(zip(image, resolutions, strict=True)) for image in zip(*table, strict=True)]
+        return [resolution for _, resolution in bests], smoothness, [error for error, _ in bests]
 
-        def error(resolution: Size, smoothness: float) -> float:
-            field, _ = self._equations(~held, resolution).solve(smoothness, artifact)
-            left = _left(self.tokens[held], self.coords[held], field, artifact, resolution).square().sum(-1)
-            return float((left * self._token_weights[held]).sum() / self._token_weights[held].sum())
-
-        best, smoothness = min((error(middle, value), value) for value in choices)
-        best, resolution = min([(best, middle), *((error(other, smoothness), other) for other in others)])
-        return resolution, smoothness, best
+    def _error(self, equations: NormalEquations, smoothness: Tensor, artifact: Tensor, held: Tensor) -> Tensor:
+        """(..., B) weighted squared error on held-out views, for smoothness (..., B)."""
+        field, _ = equations.solve(smoothness, artifact)
+        left = _left(self.tokens[:, held], self.coords[:, held], field, artifact, equations.resolution)
+        weights = self._token_weights[:, held]
+        return (left.square().sum(-1) * weights).sum((-2, -1)) / weights.sum((-2, -1))
 
     def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
-        """Robust weights (V, n) of all tokens, from a plain fit of some views."""
+        """Robust weights (B, V, n) of all tokens, from a plain fit of some views."""
         fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
         odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
-        if odd.median() > 0:
-            # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
-            usual = self._local(odd, self._neighbours, 2).view_as(odd).clamp_min(odd.median())
-            self._token_weights = geman_mcclure(odd, usual, self.config.cutoff)
+        median = _median(odd)[:, None, None]
+        # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
+        usual = _local(odd[..., None], self._near, 2).view_as(odd).clamp_min(median)
+        self._token_weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
 
     def _oddity(self, left: Tensor) -> Tensor:
-        """(V, n) distance of what is left of a token from the median of its neighbours in the image.
+        """(B, V, n) distance of what is left of a token from the median of its neighbours in the image.
 
         Detail that the field is too coarse for is shared by the neighbours, which come from other views; an outlier is
         alone. So detail is not mistaken for outliers.
         """
-        return (left - self._local(left, self._neighbours, (NEIGHBOURS + 1) // 2).view_as(left)).norm(dim=-1)
-
-    def _local(self, values: Tensor, near: np.ndarray, rank: int) -> Tensor:
-        """(M, ...) the rank-th least of the tokens' values (V, n, ...) over neighbours (M, k)."""
-        near_values = values.flatten(0, 1)[torch.as_tensor(near, device=values.device)]
-        return near_values.kthvalue(min(rank, near.shape[1]), dim=1).values
+        return (left - _local(left, self._near, (NEIGHBOURS + 1) // 2).view_as(left)).norm(dim=-1)
 
     def _equations(self, views: Tensor, resolution: Size) -> NormalEquations:
-        tokens = self.tokens[views]
-        equations = NormalEquations(resolution, tokens.shape[1], tokens.shape[2], tokens)
-        equations.add(tokens, self.coords[views], self._token_weights[views])
-        return equations
+        return _equations(self.tokens[:, views], self.coords[:, views], self._token_weights[:, views], resolution)
 
 
 def geman_mcclure(norm: Tensor, scale: Tensor | float, cutoff: float) -> Tensor:
@@ -184,9 +205,63 @@ def _candidates(grid: Size, tokens: int) -> list[int]:
     return [multiple * min(grid) for multiple in dict.fromkeys((first, 2, *fine))]
 
 
+def _equations(tokens: Tensor, coords: Tensor, weights: Tensor, resolution: Size) -> NormalEquations:
+    equations = NormalEquations(len(tokens), resolution, tokens.shape[2], tokens.shape[3], tokens)
+    equations.add(tokens, coords, weights)
+    return equations
+
+
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
-    nodes = field.view(*resolution, -1).to(sketched)
-    return sketched - artifact.to(sketched) - grids.sample(nodes, coords)
+    """(..., B, V, n, S) what is left of sketched tokens (B, V, n, S) at coords (B, V, n, 2).
+
+    The field (..., B, nodes, S) may be one of several; the artifact is (B, n, S).
+    """
+    field = field.to(sketched)
+    index, weight = grids.interpolation(coords, resolution)
+    corners = _pick(field, index.flatten(1)).unflatten(-2, index.shape[1:])
+    return sketched - artifact.to(sketched)[:, None] - (corners * weight[..., None]).sum(-2)
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """(..., B, *K, S) of values (..., B, N, S) at index (B, *K) into each image's N."""
+    first = values.shape[-2] * torch.arange(len(index), device=index.device)
+    return values.flatten(-3, -2)[..., index + first.view(-1, *(1,) * (index.ndim - 1)), :]
+
+
+def _median(values: Tensor) -> Tensor:
+    """(B,) the median of each image's values (B, ...)."""
+    return values.flatten(1).median(1).values
+
+
+def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
+    """(B, M, S) the rank-th least of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
+    place = min(rank, near.shape[-1]) - 1
+    # Sorting all of so few beats selecting, and in parts its indices take less memory.
+    parts = values.flatten(1, 2).split(16, dim=-1)
+    return torch.cat([_pick(part, near).sort(dim=2).values[:, :, place] for part in parts], dim=-1)
+
+
+def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
+    """The nearest tokens (B, V n, k) of every token and (B, rows * columns, k) of every node, by tokens' numbers."""
+    places = coords.flatten(1, 2).cpu().numpy()
+    points = [image.tobytes() for image in places]
+    found = {
+        each: [near.to(coords.device).long() for near in _search(each, places.dtype.str, nodes)]
+        for each in dict.fromkeys(points)
+    }
+    tokens, others = (torch.stack(part) for part in zip(*(found[each] for each in points), strict=True))
+    return tokens, others
+
+
+@lru_cache(maxsize=4)
+def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
+    """The search of :func:`_neighbours` for one image. Images of one size in pixels share their views' coordinates."""
+    places = np.frombuffer(points, dtype).reshape(-1, 2)
+    tree, count = cKDTree(places), min(NEIGHBOURS, len(places))
+    targets = places, grids.node_coords(nodes).view(-1, 2).numpy()
+    found = [tree.query(each, k=[*range(1, count + 1)], workers=torch.get_num_threads())[1] for each in targets]
+    near, near_nodes = (torch.from_numpy(each.astype(np.int32)) for each in found)
+    return near, near_nodes
 
 
 def _mix(tokens: Tensor, seed: int) -> Tensor:

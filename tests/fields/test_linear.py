@@ -121,10 +121,10 @@ def test_the_solver_equals_dense_least_squares(grid, resolution, smoothness, rid
 def test_weighted_equations_equal_weighted_dense_least_squares(seed):
     tokens, coords = problem(seed, (3, 3), 8, 2)
     weights = 0.05 + torch.rand(9, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    equations = NormalEquations((5, 5), 9, 2, tokens)
+    equations = NormalEquations(1, (5, 5), 9, 2, tokens)
     for part in (slice(0, 4), slice(4, 9)):
-        equations.add(tokens[part].flatten(1, 2), coords[part].flatten(1, 2), weights[part])
-    field, artifact = equations.solve(0.1, ridge=1e-3)
+        equations.add(tokens[None, part].flatten(2, 3), coords[None, part].flatten(2, 3), weights[None, part])
+    (field,), (artifact,) = equations.solve(0.1, ridge=1e-3)
     images = [(dense_parts(tokens, coords, (5, 5), weights), dense_differences((5, 5)))]
     (expected,), expected_artifact = dense_solution(images, 0.1, 1e-3)
     np.testing.assert_allclose(artifact, expected_artifact, atol=1e-6)
@@ -132,13 +132,13 @@ def test_weighted_equations_equal_weighted_dense_least_squares(seed):
 
 
 def test_a_weight_of_two_is_the_token_twice_and_of_zero_is_its_absence():
-    tokens, coords = (part.flatten(1, 2) for part in problem(2, (3, 3), 8, 2))
-    weights = torch.ones(9, 9, dtype=torch.float64)
-    weights[3], weights[5] = 2, 0
-    weighted, repeated = NormalEquations((5, 5), 9, 2, tokens), NormalEquations((5, 5), 9, 2, tokens)
+    tokens, coords = (part.flatten(1, 2)[None] for part in problem(2, (3, 3), 8, 2))
+    weights = torch.ones(1, 9, 9, dtype=torch.float64)
+    weights[:, 3], weights[:, 5] = 2, 0
+    weighted, repeated = (NormalEquations(1, (5, 5), 9, 2, tokens) for _ in range(2))
     weighted.add(tokens, coords, weights)
     views = [0, 1, 2, 3, 3, 4, 6, 7, 8]
-    repeated.add(tokens[views], coords[views])
+    repeated.add(tokens[:, views], coords[:, views])
     for one, other in zip(weighted.solve(0.1), repeated.solve(0.1), strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
@@ -209,18 +209,19 @@ def test_block_elimination_equals_scipys_sparse_solve(seed, rows, columns, chann
 
 def test_the_system_is_a_w_a_plus_smoothness_l():
     tokens, coords = problem(10, (3, 4), 6, 1)
-    equations = NormalEquations((4, 5), 12, 1, tokens)
-    equations.add(tokens.flatten(1, 2), coords.flatten(1, 2))
+    equations = NormalEquations(1, (4, 5), 12, 1, tokens)
+    equations.add(tokens.flatten(1, 2)[None], coords.flatten(1, 2)[None])
     a, p, y = dense_parts(tokens, coords, (4, 5))
     differences = dense_differences((4, 5))
     system = a.T @ a + 0.3 * differences.T @ differences
-    rhs = randn(0, 20, 3)
-    np.testing.assert_allclose(system @ equations.system(0.3).solve(rhs.clone()).numpy(), rhs, atol=1e-6)
-    np.testing.assert_allclose(equations.cross, a.T @ p, atol=1e-12)
-    np.testing.assert_allclose(equations.field_rhs, a.T @ y, atol=1e-12)
-    np.testing.assert_allclose(equations.artifact_rhs, p.T @ y, atol=1e-12)
-    np.testing.assert_allclose(equations.count, np.diag(p.T @ p), atol=1e-12)
-    np.testing.assert_allclose(equations.node_weight(), a.sum(0), atol=1e-12)
+    rhs = randn(0, 1, 20, 3)
+    solved = equations.system(torch.tensor([0.3], dtype=torch.float64)).solve(rhs.clone())
+    np.testing.assert_allclose(system @ solved[0].numpy(), rhs[0], atol=1e-6)
+    np.testing.assert_allclose(equations.cross[0], a.T @ p, atol=1e-12)
+    np.testing.assert_allclose(equations.field_rhs[0], a.T @ y, atol=1e-12)
+    np.testing.assert_allclose(equations.artifact_rhs[0], p.T @ y, atol=1e-12)
+    np.testing.assert_allclose(equations.count[0], np.diag(p.T @ p), atol=1e-12)
+    np.testing.assert_allclose(equations.node_weight()[0], a.sum(0), atol=1e-12)
 
 
 # -- known answers ----------------------------------------------------------------------------------------------------
