@@ -9,7 +9,7 @@ ARGS ?=
 # One thread a process: pytest runs two of them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all test-mmseg lint format types bench clean
+.PHONY: demo test test-all test-mmseg lint format types bench bench-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dvt demo
@@ -41,12 +41,17 @@ types: $(VENV)/.installed-dev
 	cd $(VENV)/unpacked && ../bin/python -m mypy --config-file ../../pyproject.toml --cache-dir ../mypy -p dvt
 
 # Each benchmark at a size that needs no data and takes minutes; the last line of each, JSON, goes to bench.jsonl.
-BENCH := "stage_one.py views --threads 1" "denoiser.py latency --batch 2 --repeats 5" "extract.py speed --images dvt/data/photos" \
-	"priors.py --smoke"
+# The first leaves photographs for extract.py.
+BENCH := "cost.py flops local h200 --rounds 2 --photos build/bench-photos" "stage_one.py planted views --threads 1" \
+	"denoiser.py latency --threads 1 --batch 2 --repeats 5" "extract.py speed --images build/bench-photos" "priors.py --smoke"
 bench: $(VENV)/.installed-test
 	rm -f bench.jsonl
 	for job in $(BENCH); do echo "== $$job"; $(PY) benchmarks/$$job > bench.txt || exit 1; cat bench.txt; \
 		tail -n 1 bench.txt >> bench.jsonl; done; rm bench.txt
+
+# Fails when a ratio is worse than benchmarks/recorded.json allows.
+bench-check: bench
+	$(PY) benchmarks/check.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

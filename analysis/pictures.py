@@ -5,7 +5,6 @@ Figures are made without pyplot, so that no backend is chosen and no global stat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from dvt import grids
 from dvt.analysis.nulls import token_maps
 from dvt.errors import ShapeError
+from dvt.files import whole_file
 from dvt.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -237,11 +237,6 @@ def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
         The path, whose missing folders are made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as part:
         figure.savefig(part, format="png", dpi=dpi)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
     return path

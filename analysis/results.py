@@ -22,7 +22,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -34,6 +33,7 @@ import numpy as np
 import dvt
 from dvt.analysis.scores import METRICS, Row
 from dvt.errors import ConfigError
+from dvt.files import whole_file
 
 SCHEMA = "dvt-report/1"
 
@@ -214,9 +214,8 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             save_plots(self, folder)
             for name, content in {"data.npz": data.getvalue(), **{n: t.encode() for n, t in texts.items()}}.items():
-                part = folder / f"{name}.part"
-                part.write_bytes(content)
-                os.replace(part, folder / name)
+                with whole_file(folder / name) as part:
+                    part.write_bytes(content)
         except OSError as error:
             raise ConfigError(f"cannot write the report to {str(folder)!r}: {error.strerror or error}") from error
         return folder

@@ -8,11 +8,12 @@ whose Python depends on the grid (the rotary embedding of timm's DINOv3) come ou
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -183,8 +184,13 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
                 "grid='fixed', or the other of .onnx and .pt2"
             )
         os.replace(part, path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {str(path)!r}: {error.strerror or error}; make room or choose another place"
+        ) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return Exported(path, dynamic, (size[0], size[1]), opset, deviation, tuple(tuple(i.shape) for i in inputs))
 
 
@@ -224,7 +230,10 @@ def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
 
 
 def _pt2(program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig) -> tuple[None, Run]:
-    torch.export.save(program, part, extra_files={"dvt.json": json.dumps(described)})
+    # Into memory first: on a full disk torch's writer would end the process.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={"dvt.json": json.dumps(described)})
+    part.write_bytes(content.getbuffer())
     return None, torch.export.load(part).module()
 
 

@@ -47,11 +47,15 @@ class Denoiser(nn.Module, Shared):
         self.card: dict[str, Any] = {}
         self.strength = config.strength
         # Built without values, so that only `reset` draws numbers, and from the generator given.
-        with torch.device("meta"):
-            self.body: Any = ({"block": Blocks} | BODIES)[config.kind](config)
+        self.body: Any = self._plan(config).body
         self.to_empty(device="cpu")
         with torch.no_grad():
             self.body.reset(generator)
+
+    @staticmethod
+    def _plan(config: DenoiserConfig) -> nn.Module:
+        with torch.device("meta"):
+            return nn.ModuleDict({"body": ({"block": Blocks} | BODIES)[config.kind](config)})
 
     @property
     def feature_dim(self) -> int:

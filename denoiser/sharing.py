@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from dvt.checkpoints import State, load_state, save_state
+from dvt.checkpoints import State, check_state, load_state, save_state
 from dvt.denoiser.config import DenoiserConfig
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
@@ -35,6 +35,11 @@ class Shared(ModelHubMixin):
     config: DenoiserConfig
     card: dict[str, Any]
     strength: float
+
+    @staticmethod
+    def _plan(config: DenoiserConfig) -> nn.Module:
+        """The modules that hold the values, on the device "meta"."""
+        raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
         """Write the denoiser to one file, when the name ends in .safetensors, or else to a folder.
@@ -105,7 +110,12 @@ class Shared(ModelHubMixin):
         """The denoiser of a config as read from JSON, a card and weights by its own names."""
         try:
             settings = DenoiserConfig(**config)
-        except (TypeError, ConfigError) as error:
+            if max(settings.feature_dim, settings.depth) > sum(value.nbytes for value in state.values()):
+                raise ConfigError("the file is too small for it")  # even the plan could take for ever
+            check_state(cls._plan(settings), state, source)  # before its memory is taken
+        except WeightsError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
             known = ", ".join(field.name for field in fields(DenoiserConfig))
             raise WeightsError(
                 f"{source} describes a denoiser that this version of dvt cannot make: {error}; a description holds "
@@ -223,7 +233,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
         with safe_open(path, "pt", device="cpu") as file:
             described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # of the header's JSON, of types that torch lacks, ...
         raise WeightsError(f"cannot read a denoiser from {path}: {error}; the file is damaged or unreadable") from error
     parts = described if isinstance(described, dict) else {}
     config, card = parts.get("config"), parts.get("card")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import pickle
 import re
+import tarfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,19 +61,47 @@ def read_content(path: Path) -> object:
             f"{path} holds pickled objects beside tensors, or is damaged; dvt does not unpickle. Save its state dict "
             "with safetensors.torch.save_file, where you trust the file"
         ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"cannot read weights from {path}: {error}; the file is damaged or unreadable") from error
+    except WeightsError:
+        raise
+    except Exception as error:  # torch's readers raise nearly anything on damaged bytes
+        reason = str(error) or type(error).__name__
+        raise WeightsError(f"cannot read weights from {path}: {reason}; the file is damaged or unreadable") from error
 
 
 def _load_tensors(path: Path) -> object:
+    _check_form(path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _check_form(path: Path) -> None:
+    """Refuses forms that torch.save does not write.
+
+    A compressed zip can unfold to any size; and for TorchScript and the tar files of 2016, ``weights_only`` is not kept
+    before torch 2.6 (CVE-2025-32434).
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\3\4"  # how torch tells
+    if not zipped:
+        _require_form(not tarfile.is_tarfile(path), path, "a tar file")
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+    _require_form(sum(e.file_size for e in entries) <= path.stat().st_size, path, "a compressed archive")
+    _require_form(not any(e.filename.endswith("/constants.pkl") for e in entries), path, "a TorchScript program")
+
+
+def _require_form(right: bool, path: Path, form: str) -> None:
+    if not right:
+        raise WeightsError(f"{path} is {form}; weights are read from .safetensors and from what torch.save writes")
 
 
 def _unwrap(content: object, path: Path) -> State:
     """The flat state dict inside a checkpoint: wrappers opened, a prefix common to all names removed."""
-    while isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if _is_dict(content.get(w))), None)):
-        content = content[inner]
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    for _ in WRAPPERS:  # not for ever: a dict can hold itself
+        if isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if _is_dict(content.get(w))), None)):
+            content = content[inner]
+    held = content.items() if isinstance(content, Mapping) else ()
+    state = {k: v for k, v in held if isinstance(k, str) and isinstance(v, Tensor)}
     if not state:
         raise WeightsError(f"{path} holds no named tensors; a state dict is needed, plain or under one of {WRAPPERS}")
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
@@ -92,14 +123,35 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead_parts(path)
         part.touch()
         mode = part.stat().st_mode  # safetensors writes for the owner alone
         save_file(state, part, metadata=dict(metadata))
         part.chmod(mode)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
         raise WeightsError(f"cannot write {str(path)!r}: {error}; choose a folder that can be written to") from error
+
+
+def _remove_dead_parts(path: Path) -> None:
+    """What processes that were killed while they wrote this file have left."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        pid = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
+        if pid.isdecimal() and not _alive(int(pid)):
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -112,6 +164,27 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 
     Raises:
         WeightsError: names are missing, shapes differ, or values are NaN or infinite; the first few are named.
+    """
+    check_state(model, state, source)
+    own = model.state_dict()
+    used = {name: state[name].to(own[name].dtype) for name in own}
+    # Checked after the cast, because a value may leave the range of the model's dtype.
+    bad = [name for name, value in used.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise WeightsError(f"{source} holds NaN or infinity in {len(bad)} tensors: {_first(bad)}")
+    extra = [name for name in state if name not in own and not HEAD.match(name)]
+    if extra:
+        logger.warning(
+            "%s: %d tensors are not part of the model and are left out: %s", source, len(extra), _first(extra)
+        )
+    model.load_state_dict(used)
+
+
+def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """That a state dict has what a model needs; the model may be on the device "meta", its memory not yet taken.
+
+    Raises:
+        WeightsError: names are missing, shapes differ, or tensors are not plain real ones; the first few are named.
     """
     own = model.state_dict()
     missing = [name for name in own if name not in state]
@@ -127,17 +200,14 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     ]
     if shapes:
         raise WeightsError(f"{source} holds {len(shapes)} tensors of another shape: {_first(shapes)}")
-    used = {name: state[name].to(own[name].dtype) for name in own}
-    # Checked after the cast, because a value may leave the range of the model's dtype.
-    bad = [name for name, value in used.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise WeightsError(f"{source} holds NaN or infinity in {len(bad)} tensors: {_first(bad)}")
-    extra = [name for name in state if name not in own and not HEAD.match(name)]
-    if extra:
-        logger.warning(
-            "%s: %d tensors are not part of the model and are left out: %s", source, len(extra), _first(extra)
-        )
-    model.load_state_dict(used)
+    if odd := [name for name in own if not _is_plain(state[name])]:
+        raise WeightsError(f"{source} holds {len(odd)} tensors that are no plain arrays of real numbers: {_first(odd)}")
+
+
+def _is_plain(value: Tensor) -> bool:
+    dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    # Not a view that repeats a few values over any shape.
+    return dense and not value.is_complex() and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _first(names: list[str]) -> str:

@@ -6,10 +6,11 @@ before is written. None of them changes a number: which image is in which batch 
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -21,8 +22,9 @@ from torch import Tensor
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.grids import Size
-from dvt.images import load_image
+from dvt.images import is_url, load_image
 from dvt.pipeline import autocast, in_halves
+from dvt.profile import Laps, Profile
 from dvt.store import Job, Record, Shard
 from dvt.views import resize
 from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, reading_threads, run
@@ -65,7 +67,7 @@ class ExtractConfig:
 
 def extract_images(
     backbone: Backbone,
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     out: str | Path,
     config: ExtractConfig | None = None,
     denoiser: Denoiser | None = None,
@@ -82,7 +84,7 @@ def extract_images(
 
     Args:
         backbone: its device is used.
-        paths: image files, from :func:`dvt.images.find_images`.
+        paths: image files and URLs, from :func:`dvt.images.find_sources`.
         out: the store's folder.
         config: settings.
         denoiser: on the backbone's device, in evaluation mode.
@@ -92,7 +94,7 @@ def extract_images(
         progress: called with (what, done, total) after every image.
 
     Returns:
-        What was done; `extraction_seconds` is the time from the first batch to the last shard.
+        What was done; `extraction_seconds` is the backbone's time.
 
     Raises:
         StoreError: the folder cannot be written, or holds another job's tokens.
@@ -139,14 +141,17 @@ class Extraction(Work):
 
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[Made]:
+    ) -> Generator[Made, None, None]:
         """Each shard, computed while the images of the next ones are decoded."""
         start = time.perf_counter()
         with reading_threads(self.threads) as readers:
             for task, loaded, launched in self._launched(_tasks(shards, self.config.batch), readers):
                 task.made.records += self._records(task, loaded, launched, tick)
+                task.made.profile.add(loaded.profile)
+                if launched is not None:
+                    task.made.profile.add(Profile(launched.laps.seconds()))
                 if task.last:
-                    task.made.extraction_seconds = time.perf_counter() - start
+                    task.made.profile.wall = time.perf_counter() - start
                     yield task.made
                     start = time.perf_counter()
 
@@ -157,7 +162,8 @@ class Extraction(Work):
         behind: tuple[_Task, _Loaded, _Launched | None] | None = None
         with ThreadPoolExecutor(_AHEAD) as gatherers:
             for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
-                loaded = loading.result()
+                with task.made.profile.timed("wait_images"):
+                    loaded = loading.result()
                 launched = None if loaded.images is None else self._launch(loaded.images)
                 if behind is not None:
                     yield behind
@@ -170,8 +176,9 @@ class Extraction(Work):
         loaded, images = _Loaded(None, {}, {}), []
         for number, future in enumerate(decoding):
             try:
-                image, loaded.sizes[number] = future.result()
+                image, loaded.sizes[number], profile = future.result()
                 images.append(image)
+                loaded.profile.add(profile)
             except ImageError as error:
                 loaded.errors[number] = error
         if images:
@@ -179,24 +186,33 @@ class Extraction(Work):
             loaded.images = batch.pin_memory() if self.backbone.mean.is_cuda else batch
         return loaded
 
-    def _decode(self, image: Planned) -> tuple[Tensor, Size]:
-        pixels = load_image(*image[:2])
-        size = (pixels.shape[1], pixels.shape[2])
-        return resize(pixels, self.backbone.input_size(size)), size
+    def _decode(self, image: Planned) -> tuple[Tensor, Size, Profile]:
+        path, sha256, _ = image
+        profile = Profile(images=1, readers=self.threads)
+        with profile.timed("read"):
+            pixels = load_image(path, sha256)
+            profile.read_bytes = 0 if is_url(path) else os.path.getsize(path)
+            size = (pixels.shape[1], pixels.shape[2])
+            return resize(pixels, self.backbone.input_size(size)), size, profile
 
     def _launch(self, images: Tensor) -> _Launched:
         device = self.backbone.mean.device
+        laps = Laps(device)
+        laps.mark()
         wide = in_halves(self._maps, images.to(device, non_blocking=True))
+        laps.mark("backbone")
         narrow = {name: values.half() for name, values in wide.items()}
         fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
         finite = torch.stack([values.isfinite().flatten(1).all(1) for values in wide.values()]).all(0)
         moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
         fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
+        laps.mark("fetch")
         return _Launched(
             wide,
             moved,
             fits,
             finite,
+            laps,
             torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
         )
 
@@ -255,6 +271,7 @@ class _Loaded:
     images: Tensor | None
     sizes: dict[int, Size]
     errors: dict[int, ImageError]
+    profile: Profile = field(default_factory=Profile)
 
 
 @dataclass(frozen=True)
@@ -269,12 +286,14 @@ class _Launched:
         narrow: the same in half precision on the host, once `arrived`.
         fits: whether `narrow` is finite.
         finite: (B,) whether an image's maps are finite.
+        laps: of "backbone", with the denoiser, and "fetch".
     """
 
     wide: dict[str, Tensor]
     narrow: dict[str, Tensor]
     fits: Tensor
     finite: Tensor
+    laps: Laps
     arrived: torch.cuda.Event | None
 
     def fetch(self) -> tuple[dict[str, Tensor], list[bool]]:

@@ -19,8 +19,9 @@ from dvt.errors import ConfigError, ImageError
 from dvt.fields import Decomposition, Fit, LinearConfig, LinearSolver, NeuralConfig, NeuralSolver
 from dvt.grids import Size
 from dvt.images import load_image
+from dvt.profile import Laps
 from dvt.tokens import Tokens
-from dvt.views import ViewConfig, Views
+from dvt.views import ViewConfig, Views, upload
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """What changes the numbers of stage one.
+    """How stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
 
     Args:
         views: how views are drawn.
@@ -44,6 +45,9 @@ class DenoiseConfig:
         shared_artifact: fit one artifact for all images of a grid shape, instead of one each.
         shared_images: images that the shared artifact is fitted on, the first ones in order of their paths.
         dtype: of the backbone's forward pass; fitting is always done in float32 or better.
+        solve_images: images of one grid shape that are solved together; their tokens are held in memory at once. None
+            takes 8 for the linear solver on a GPU, else 1.
+        overlap: let the backbone go on with the next images while some are solved; None does so on a GPU.
     """
 
     views: ViewConfig = field(default_factory=ViewConfig)
@@ -53,6 +57,8 @@ class DenoiseConfig:
     shared_artifact: bool = False
     shared_images: int = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    solve_images: int | None = None
+    overlap: bool | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in ("linear", "neural"):
@@ -61,12 +67,16 @@ class DenoiseConfig:
             raise ConfigError("a shared artifact is fitted by the linear solver only; leave --solver at linear")
         if self.shared_images < 1:
             raise ConfigError(f"shared_images is {self.shared_images}; it must be 1 or more")
+        if self.solve_images is not None and self.solve_images < 1:
+            raise ConfigError(f"solve_images is {self.solve_images}; it must be 1 or more, or left out to be chosen")
 
     def numbers(self) -> dict[str, Any]:
         """The settings that the tokens depend on, for the job's hash: not the other solver's."""
         settings = asdict(self)
         settings.pop("neural" if self.solver == "linear" else "linear")
         settings["views"].pop("batch")
+        for name in ("solve_images", "overlap"):
+            settings.pop(name)
         if not self.shared_artifact:
             settings.pop("shared_images")
         return settings
@@ -81,7 +91,7 @@ class TokenViews:
 
     Attributes:
         coords: (h, w, 2) of the whole image's patches.
-        seconds: spent in cutting views and in the backbone.
+        laps: of "views", in which they are cut, and "backbone".
     """
 
     def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
@@ -94,9 +104,9 @@ class TokenViews:
                 f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
                 f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
             )
-        self.views = Views(image.to(self.device), size, self.coords, config)
+        self.views = Views(upload(image, self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
-        self.seconds = 0.0
+        self.laps = Laps(self.device)
         self._whole: Tokens | None = None
 
     @property
@@ -106,15 +116,24 @@ class TokenViews:
             raise RuntimeError("the whole image's tokens are not known yet; read the first batch of views before")
         return self._whole
 
+    @property
+    def seconds(self) -> float:
+        """Spent in cutting views and in the backbone, so far; on a GPU its own seconds, which this waits for."""
+        return sum(self.laps.seconds().values())
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        start = time.perf_counter()
-        for images, coords in self.views:
+        views = iter(self.views)
+        while True:
+            self.laps.mark()
+            if (batch := next(views, None)) is None:
+                return
+            images, coords = batch
+            self.laps.mark("views")
             tokens = self._forward(images)
-            self._whole = self._whole or tokens[:1]
-            self._settle()
-            self.seconds += time.perf_counter() - start
+            if self._whole is None:  # of its own, not to hold the whole batch
+                self._whole = Tokens(tokens.patches[:1].clone(), tokens.prefix[:1].clone())
+            self.laps.mark("backbone")
             yield tokens.patches, coords
-            start = time.perf_counter()
 
     def _forward(self, images: Tensor) -> Tokens:
         return Tokens(**in_halves(self._tokens, images))
@@ -124,10 +143,6 @@ class TokenViews:
         with autocast(self.device, self.dtype):
             tokens = self.backbone(images).to(torch.float32)
         return {"patches": tokens.patches, "prefix": tokens.prefix}
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -148,7 +163,7 @@ def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) ->
     try:
         return compute(images)
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         log.warning("out of memory with %d images at a time; trying half as many", len(images))
     # Not in the handler, whose traceback still holds the tensors of the first try.
@@ -156,7 +171,7 @@ def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) ->
     try:
         halves = [compute(part) for part in images.split(half)]
     except (RuntimeError, MemoryError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         raise ConfigError(
             f"the memory is too small for {half} images of {images.shape[2]} x {images.shape[3]} pixels at a time; "
@@ -165,7 +180,8 @@ def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) ->
     return {name: torch.cat([part[name] for part in halves]) for name in halves[0]}
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's memory, or the host's, is too small."""
     # On the CPU, torch raises a bare RuntimeError.
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
@@ -227,9 +243,9 @@ def denoise_image(
     fit = config.make_solver().fit(views, artifact)
     decomposition = fit.decompose(views.whole.patches[0], views.coords)
     if views.device.type == "cuda":
-        torch.cuda.synchronize(views.device)
-    seconds = time.perf_counter() - start
-    return Denoised(decomposition, views.whole.prefix[0], fit, views.seconds, seconds - views.seconds)
+        torch.cuda.current_stream(views.device).synchronize()
+    seconds, extraction = time.perf_counter() - start, views.seconds
+    return Denoised(decomposition, views.whole.prefix[0], fit, extraction, seconds - extraction)
 
 
 def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], config: DenoiseConfig) -> Tensor:

@@ -6,9 +6,9 @@ A shard holds, each dataset chunked and with HDF5's fletcher32 checksum,
     /index/path (N,) utf-8   /index/sha256 (N,)   /index/size (N, 2)   /index/grid (N, 2)   /index/offset (N + 1,)
     /tokens/TERM (T, C) float16 or float32, TERM of :data:`TERMS`    [/tokens/prefix (N, P, C)]    [/artifact (h, w, C)]
 
-The rows of image i are ``offset[i]:offset[i + 1]``, its (h, w) patches row by row. Checksums do not reach attributes
-and variable-length data, so the text of the index has a fixed length, and ``checksum`` is the SHA-256 of the other
-attributes.
+The rows of image i are ``offset[i]:offset[i + 1]``, its (h, w) patches row by row. All text has a fixed length, because
+no checksum reaches variable-length data, and HDF5 walks in circles where that is damaged. ``checksum`` is the SHA-256
+of the other attributes.
 
 A shard appears under its name only when it is whole: it is written as ``NAME.h5.part``, synced and renamed. Images
 are known by the SHA-256 of their bytes: :class:`StoreWriter` tells which are done, :func:`plan` cuts the others into
@@ -21,6 +21,7 @@ shard, each path with its own copy of the rows.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -29,11 +30,12 @@ import os
 import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -260,25 +262,8 @@ class StoreWriter:
         """
         if self._lock is None:
             raise StoreError("a StoreWriter writes inside its with block: `with StoreWriter(folder, job) as writer:`")
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
-            raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
-        image = _shard_image(self.folder / f"{name}.h5", self.job, records, artifact, dtype)
-        target = self.folder / f"{name}.h5"
-        part = self.folder / f"{name}.h5.part"
-        try:
-            with open(part, "wb") as file:
-                file.write(image)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, target)
-            _sync_folder(self.folder)
-        except OSError as error:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise StoreError(
-                f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "
-                "before it are safe; make room and run the same command again"
-            ) from error
+        image = shard_file(name, self.job, records, artifact, dtype)
+        target = commit_shard(self.folder, name, image, allowed=self._lock.check)
         self.done.update(record.sha256 for record in records)
         return target
 
@@ -291,6 +276,53 @@ class StoreWriter:
                     "choose another output folder"
                 )
             yield shard
+
+
+def shard_file(
+    name: str,
+    job: Job,
+    records: Sequence[Record],
+    artifact: np.ndarray | Tensor | None = None,
+    dtype: str = "float16",
+) -> bytes:
+    """The bytes of a shard's file, the same wherever they are made; see :meth:`StoreWriter.write`."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
+        raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
+    return _shard_image(Path(f"{name}.h5"), job, records, artifact, dtype)
+
+
+def commit_shard(
+    folder: Path, name: str, image: bytes, part: str = "", allowed: Callable[[], None] = lambda: None
+) -> Path:
+    """Puts a shard's bytes into a folder whole or not at all; the caller holds the store's lock, or is its helper.
+
+    Args:
+        folder: of the store.
+        name: of the shard.
+        image: from :func:`shard_file`.
+        part: goes into the name of the unfinished file, where several processes may write the same shard.
+        allowed: called before the shard takes its name; an OSError leaves it out.
+
+    Raises:
+        StoreError: the folder cannot be written, or the disk is full.
+    """
+    target, unfinished = folder / f"{name}.h5", folder / f"{name}{part}.h5.part"
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(image)
+            file.flush()
+            os.fsync(file.fileno())
+        allowed()
+        os.replace(unfinished, target)
+        _sync_folder(folder)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "
+            "before it are safe; make room and run the same command again"
+        ) from error
+    return target
 
 
 class _Lock:
@@ -324,6 +356,11 @@ class _Lock:
                 ) from error
             log.info("waiting for process %s, which is writing to %s", holder, folder)
             fcntl.lockf(self.fd, fcntl.LOCK_EX)
+
+    def check(self) -> None:
+        """That it is still the folder's: one that was moved or made anew may have another writer by now."""
+        if not os.path.samestat(os.fstat(self.fd), os.stat(os.path.join(self.key, "writer.lock"))):
+            raise OSError(errno.ESTALE, "the folder was moved or made anew while it was written to")
 
     def release(self) -> None:
         del self._held[self.key]
@@ -433,7 +470,8 @@ def _write_attributes(file: h5py.File, job: Job) -> None:
     attributes = {**job.attributes(), "version": dvt.__version__}
     attributes["checksum"] = _sha256(_canonical(attributes))
     for name, text in attributes.items():
-        file.attrs.create(name, text, dtype=h5py.string_dtype())
+        value = text.encode()
+        file.attrs.create(name, value, dtype=h5py.string_dtype("utf-8", max(1, len(value))))
 
 
 def _write_index(group: h5py.Group, records: Sequence[Record], grids: np.ndarray, offset: np.ndarray) -> None:
@@ -676,7 +714,7 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(path: str | Path) -> Iterator[None]:
     """Whatever h5py raises on a damaged file becomes a StoreError that names it and says what to do."""
     try:
         yield
@@ -727,36 +765,76 @@ def _read_shard(path: Path) -> _Shard:
     A file from elsewhere can point into other files, or announce arrays that fill the memory; nothing is read before
     its links, layout, filters and stored size have been looked at.
     """
-    with _opened(path) as file:
-        attributes = _read_attributes(file, path)
-        _check_links(file)
-        index = {name: _trusted(file, f"index/{name}", rank) for name, rank in _INDEX_RANKS.items()}
-        columns = {name: dataset[:] for name, dataset in index.items()}
-        _check_index(columns, index["path"].dtype)
-        terms = tuple(name for name in TERMS if name in file["tokens"])
-        tokens = [_trusted(file, f"tokens/{term}", 2) for term in terms]
-        channels = tokens[0].shape[1] if tokens else 0
-        count, rows = len(columns["path"]), int(columns["offset"][-1])
-        _require(channels > 0 and all(d.shape == (rows, channels) for d in tokens), "the tokens do not fit the index")
-        prefix = _trusted(file, "tokens/prefix", 3) if "prefix" in file["tokens"] else None
-        fits = prefix is None or (prefix.shape[0], prefix.shape[2]) == (count, channels)
-        _require(fits, "the prefix does not fit the index")
-        shared = _trusted(file, "artifact", 3) if "artifact" in file else None
-        one_grid = shared is None or bool((columns["grid"] == shared.shape[:2]).all() and shared.shape[2] == channels)
-        _require(one_grid, "the shared artifact does not fit the grids")
-        kinds = {d.dtype for d in (*tokens, prefix, shared) if d is not None}
-        _require(len(kinds) == 1 and kinds <= {np.dtype("<f2"), np.dtype("<f4")}, f"the tokens are of type {kinds}")
-        return _Shard(
-            path,
-            attributes,
-            Job.from_attributes(attributes),
-            **columns,
-            terms=terms,
-            channels=channels,
-            prefix=0 if prefix is None else prefix.shape[1],
-            shared=shared is not None,
-            dtype=kinds.pop().name,
-        )
+    with _opened(path) as file, open(path, "rb") as source:
+        return _checked(file, path, source)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a job needs to know of a shard to go on.
+
+    Args:
+        job: that made it.
+        sha256s: of its images' files.
+        grid: of the artifact that its images share, if any.
+        artifact: (h, w, C) that its images share, if there is one and it was asked for.
+    """
+
+    job: Job
+    sha256s: list[str]
+    grid: Size | None
+    artifact: np.ndarray | None
+
+
+def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardIndex:
+    """The index of a shard that lies elsewhere, read with the same suspicion; little more than that is fetched.
+
+    Args:
+        source: its file, seekable.
+        name: for messages.
+        artifact: read the one that its images share too.
+
+    Raises:
+        StoreError: it is damaged, or of another schema.
+    """
+    with _damage(name), h5py.File(source, "r") as file:
+        shard = _checked(file, Path(name), source)
+        values = file["artifact"][:] if shard.shared and artifact else None
+        return ShardIndex(shard.job, shard.sha256s(), file["artifact"].shape[:2] if shard.shared else None, values)
+
+
+def _checked(file: h5py.File, path: Path, source: BinaryIO) -> _Shard:
+    """The index of the file that `source` reads too."""
+    attributes = _read_attributes(file, path, source)
+    _check_links(file)
+    trusted = partial(_trusted, file, source.seek(0, os.SEEK_END))
+    index = {name: trusted(f"index/{name}", rank) for name, rank in _INDEX_RANKS.items()}
+    columns = {name: dataset[:] for name, dataset in index.items()}
+    _check_index(columns, index["path"].dtype)
+    terms = tuple(name for name in TERMS if name in file["tokens"])
+    tokens = [trusted(f"tokens/{term}", 2) for term in terms]
+    channels = tokens[0].shape[1] if tokens else 0
+    count, rows = len(columns["path"]), int(columns["offset"][-1])
+    _require(channels > 0 and all(d.shape == (rows, channels) for d in tokens), "the tokens do not fit the index")
+    prefix = trusted("tokens/prefix", 3) if "prefix" in file["tokens"] else None
+    fits = prefix is None or (prefix.shape[0], prefix.shape[2]) == (count, channels)
+    _require(fits, "the prefix does not fit the index")
+    shared = trusted("artifact", 3) if "artifact" in file else None
+    one_grid = shared is None or bool((columns["grid"] == shared.shape[:2]).all() and shared.shape[2] == channels)
+    _require(one_grid, "the shared artifact does not fit the grids")
+    kinds = {d.dtype for d in (*tokens, prefix, shared) if d is not None}
+    _require(len(kinds) == 1 and kinds <= {np.dtype("<f2"), np.dtype("<f4")}, f"the tokens are of type {kinds}")
+    return _Shard(
+        path,
+        attributes,
+        Job.from_attributes(attributes),
+        **columns,
+        terms=terms,
+        channels=channels,
+        prefix=0 if prefix is None else prefix.shape[1],
+        shared=shared is not None,
+        dtype=kinds.pop().name,
+    )
 
 
 _INDEX_RANKS = {"path": 1, "sha256": 1, "size": 2, "grid": 2, "offset": 1}
@@ -767,14 +845,16 @@ def _require(condition: bool, otherwise: str) -> None:
         raise ValueError(otherwise)  # _damage names the shard
 
 
-def _read_attributes(file: h5py.File, path: Path) -> dict[str, str]:
+def _read_attributes(file: h5py.File, path: Path, source: BinaryIO) -> dict[str, str]:
     if "schema" not in file.attrs:
         raise StoreError(f"{str(path)!r} is not a feature store: it has no attribute 'schema'")
+    if any(file.attrs.get_id(name).dtype == object for name in file.attrs):
+        _check_heaps(source)
     schema = _text(file, "schema")
     if schema != SCHEMA:
         raise StoreError(
             f"{str(path)!r} is of schema {schema[:80]!r}; this version of dvt reads {SCHEMA!r}. "
-            "Update dvt, or make the store again"
+            f"Update dvt; or if this one wrote it, {_REMEDY}"
         )
     attributes = {name: _text(file, name) for name in _TEXT}
     _require(_text(file, "checksum") == _sha256(_canonical(attributes)), "the attributes do not match their checksum")
@@ -783,10 +863,30 @@ def _read_attributes(file: h5py.File, path: Path) -> dict[str, str]:
 
 def _text(file: h5py.File, name: str) -> str:
     attribute = file.attrs.get_id(name)
-    _require(attribute.shape == () and h5py.check_string_dtype(attribute.dtype) is not None, f"{name} is not text")
+    kind = h5py.check_string_dtype(attribute.dtype)
+    _require(attribute.shape == () and kind is not None, f"{name} is not text")
+    _require((kind.length or 0) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
     text = file.attrs[name]
-    _require(isinstance(text, str) and len(text) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
+    text = text if isinstance(text, str) else bytes(text).decode()
+    _require(len(text) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
     return text
+
+
+def _check_heaps(source: BinaryIO) -> None:
+    """That the variable-length text of a shard from before attributes had a fixed length can be read.
+
+    HDF5 never comes back from a heap with an object of size 0, such as zeros leave it.
+    """
+    source.seek(0)
+    content = source.read()
+    for heap in re.finditer(rb"GCOL\x01", content):
+        at, end = heap.start() + 16, heap.start() + int.from_bytes(content[heap.start() + 8 :][:8], "little")
+        _require(at < end <= len(content), "its heap of text has another size")
+        while end - at >= 16:
+            number, size = (int.from_bytes(content[at + i : at + i + n], "little") for i, n in ((0, 2), (8, 8)))
+            step = 16 + -(-size // 8) * 8 if number else size  # the free space's size includes its own header
+            _require(16 <= step <= end - at, "its heap of text is not whole")
+            at += step
 
 
 def _check_links(file: h5py.File) -> None:
@@ -797,7 +897,7 @@ def _check_links(file: h5py.File) -> None:
             _require(isinstance(group.get(name, getlink=True), h5py.HardLink), f"{name!r} links out of its place")
 
 
-def _trusted(file: h5py.File, name: str, rank: int) -> h5py.Dataset:
+def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
     """A dataset that lies in this very file, whole, in plain checksummed chunks: what it announces is what it holds."""
     dataset = file[name]
     _require(isinstance(dataset, h5py.Dataset), f"/{name} is not a dataset")
@@ -806,11 +906,12 @@ def _trusted(file: h5py.File, name: str, rank: int) -> h5py.Dataset:
     _require(layout.get_layout() == h5py.h5d.CHUNKED, f"/{name} may hold data from outside the shard: no chunks")
     checksum_only = layout.get_nfilters() == 1 and layout.get_filter(0)[0] == h5py.h5z.FILTER_FLETCHER32
     _require(checksum_only, f"/{name} has other filters than the checksum")
+    _require(dataset.dtype.kind in "iSf", f"/{name} is of type {dataset.dtype}")  # variable lengths can be any length
     _require(dataset.ndim == rank and dataset.size > 0, f"/{name} has the shape {dataset.shape}")
     pieces = [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
     stored = int(np.prod(pieces, dtype=object) * (np.prod(dataset.chunks, dtype=object) * dataset.dtype.itemsize + 4))
     _require(dataset.id.get_storage_size() == stored, f"/{name} is not stored whole")
-    _require(stored <= os.path.getsize(file.filename), f"/{name} announces more than the file holds")
+    _require(stored <= size, f"/{name} announces more than the file holds")
     return dataset
 
 

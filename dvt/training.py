@@ -39,6 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
+from dvt.files import whole_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -281,6 +282,8 @@ class _Run:
 
     def run(self, batches, validate, on_checkpoint, progress) -> Trained:
         config, main, stopped = self.config, self.accelerator.is_main_process, False
+        if main:
+            _prune(self.folder, config.keep)  # a process that was killed may have left one too many
         self.model.train()
         with self._prefetch(batches) as queue:
             while self.step < config.steps and not stopped:
@@ -405,6 +408,7 @@ class _Run:
                 _write(target, tensors, about)
                 _prune(self.folder, self.config.keep)
             except (OSError, SafetensorError) as error:
+                shutil.rmtree(target.with_name(f"{target.name}.part"), ignore_errors=True)
                 raise WeightsError(
                     f"cannot write the checkpoint {str(target)!r}: {error}; the ones before it are whole. Make room "
                     "and run the same command again"
@@ -502,21 +506,26 @@ class _Log:
             self.columns += new
             self._rewrite()
         else:
-            with open(self.path, "a", newline="") as file:
-                csv.DictWriter(file, self.columns).writerow(row)
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(row)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write {str(self.path)!r}: {error.strerror or error}; make room and run the same command "
+                    "again, which goes on from the last checkpoint"
+                ) from error
 
     def sync(self) -> None:
         """Rows before a checkpoint must be on the disk before it is."""
         _sync(self.path)
 
     def _rewrite(self) -> None:
-        part = self.path.with_suffix(".csv.part")
-        with open(part, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        _sync(part)
-        os.replace(part, self.path)
+        with whole_file(self.path) as part:
+            with open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+            _sync(part)
 
 
 def _read_rows(path: Path) -> list[Row]:

@@ -79,8 +79,15 @@ def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
     """Views (V, 3, H', W') of an image (3, H, W): whole-pixel boxes (V, 4) cut out, resized, then mirrored."""
     if image.ndim != 3:
         raise ShapeError(f"an image has shape (3, H, W), got {tuple(image.shape)}")
-    views = torch.stack([resize(image[:, y0:y1, x0:x1], size) for x0, y0, x1, y1 in pixels.tolist()])
-    return torch.where(flips.to(views.device)[:, None, None, None], views.flip(-1), views)
+    # Boxes and flips lie on the CPU, so that nothing here waits for a GPU.
+    views = (resize(image[:, y0:y1, x0:x1], size) for x0, y0, x1, y1 in pixels.tolist())
+    return torch.stack([view.flip(-1) if flip else view for view, flip in zip(views, flips.tolist(), strict=True)])
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Values on a device. A copy from memory that is not pinned would wait for all that the GPU has still to do."""
+    from_host = device.type == "cuda" and not values.is_cuda
+    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
 class Views:
@@ -107,12 +114,14 @@ class Views:
         boxes, self.flips = draw_boxes(self.config, torch.Generator().manual_seed(self.config.seed))
         self.pixels = grids.boxes_to_pixels(boxes, shape)
         self.boxes = grids.boxes_from_pixels(self.pixels, shape)
+        self._placed = upload(self.boxes.to(centres.dtype), centres.device), upload(self.flips, centres.device)
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        boxes, flips = self._placed
         for start in range(0, len(self), self.config.batch):
             part = slice(start, start + self.config.batch)
             images = cut(self.image, self.pixels[part], self.flips[part], self.size)
-            yield images, grids.view_to_image(self.centres, self.boxes[part], self.flips[part]).to(images.device)
+            yield images, grids.view_to_image(self.centres, boxes[part], flips[part]).to(images.device)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +24,9 @@ from torch import Tensor
 from dvt.backbones import Backbone
 from dvt.errors import ImageError, NonFiniteError
 from dvt.grids import Size
-from dvt.images import file_sha256, image_size
+from dvt.images import size_and_sha256
 from dvt.pipeline import SharedEquations, add_equations, checked_input_size, tree_sum
+from dvt.profile import Profile
 from dvt.store import FeatureStore, Job, Record, Shard, StoreWriter, plan
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class Summary:
         extraction_seconds: in views and the backbone.
         fitting_seconds: in the solver.
         shards: shards written now.
+        profile: where the time went.
     """
 
     done: int = 0
@@ -59,6 +62,7 @@ class Summary:
     extraction_seconds: float = 0.0
     fitting_seconds: float = 0.0
     shards: int = 0
+    profile: Profile = field(default_factory=Profile)
 
     def add(self, made: Made) -> None:
         """Count a shard."""
@@ -67,6 +71,7 @@ class Summary:
         self.extraction_seconds += made.extraction_seconds
         self.fitting_seconds += made.fitting_seconds
         self.shards += bool(made.records)
+        self.profile.add(made.profile)
 
 
 @dataclass
@@ -78,16 +83,24 @@ class Made:
         records: of its images that could be used.
         failed: (path, reason) of the others.
         artifact: (h, w, C) that its images share, if any.
-        extraction_seconds: in views and the backbone.
-        fitting_seconds: in the solver.
+        profile: where the time went; `wall` since the shard before was handed out.
     """
 
     shard: Shard
     records: list[Record] = field(default_factory=list)
     failed: list[Failure] = field(default_factory=list)
     artifact: Tensor | None = None
-    extraction_seconds: float = 0.0
-    fitting_seconds: float = 0.0
+    profile: Profile = field(default_factory=Profile)
+
+    @property
+    def extraction_seconds(self) -> float:
+        """In views and the backbone."""
+        return self.profile.of("views", "backbone")
+
+    @property
+    def fitting_seconds(self) -> float:
+        """In the solver."""
+        return self.profile.of("solve")
 
 
 class Work(ABC):
@@ -122,14 +135,17 @@ class Work(ABC):
         Raises:
             ImageError: it cannot be read, or is too large.
         """
-        size = image_size(path)
-        return str(path), file_sha256(path), self.backbone.grid(checked_input_size(self.backbone, size))
+        size, sha256 = size_and_sha256(path)
+        return str(path), sha256, self.backbone.grid(checked_input_size(self.backbone, size))
 
     @abstractmethod
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
-    ) -> Iterator[Made]:
+    ) -> Generator[Made, None, None]:
         """Each shard, which comes with the artifact that its images share if any, computed; tick after every image.
+
+        Shards may be taken from another thread, and before those in front of them are handed out: they must not wait
+        for these. A caller that does not read to the end closes the iterator, or its threads live on.
 
         Raises:
             ConfigError: the memory is too small.
@@ -182,13 +198,15 @@ def run(
         DvtError: what `work` raises.
     """
     progress, summary = progress or (lambda what, done, total: None), Summary()
+    start = time.perf_counter()
     with StoreWriter(out, work.job, wait=wait) as writer:
         if started:
             started(work.job)
-        images = list(_listed(work, paths, summary, progress))
+        with summary.profile.timed("look"):
+            images = list(_listed(work, paths, summary, progress))
         summary.skipped = sum(sha256 in writer.done for _, sha256, _ in images)
         committed = {path.stem for path in writer.folder.glob("*.h5")}
-        shards = shards_left(images, writer.done, committed, work)
+        shards = shards_left(images, writer.done, committed, work.job, work.shard_images)
         total, done = sum(len(shard.images) for shard in shards), 0
 
         def tick() -> None:
@@ -196,12 +214,16 @@ def run(
             done += 1
             progress(work.job.config["verb"], done, total)
 
-        artifacts = _Artifacts(work, images, out if writer.done else None)
-        _save(writer, work.make(((shard, artifacts.of(shard)) for shard in shards), tick), summary)
+        artifacts = _Artifacts(work, images, out if writer.done else None, summary.profile)
+        with closing(work.make(((shard, artifacts.of(shard)) for shard in shards), tick)) as making:
+            _save(writer, making, summary)
+    summary.profile.wall = time.perf_counter() - start
     return summary
 
 
-def shards_left(images: Sequence[Planned], done: set[str], committed: set[str], work: Work) -> list[Shard]:
+def shards_left(
+    images: Sequence[Planned], done: set[str], committed: set[str], job: Job, shard_images: int
+) -> list[Shard]:
     """The shards to make; where an image could not be used in an earlier run, the cuts are still where they were.
 
     Such an image is missing in its shard, and so not done; among the images left it would move all cuts behind it.
@@ -210,13 +232,14 @@ def shards_left(images: Sequence[Planned], done: set[str], committed: set[str], 
         images: all of the job.
         done: hashes of the images in the store.
         committed: names of the store's shards.
-        work: gives the job and the size of a shard.
+        job: as :func:`dvt.store.plan` takes it.
+        shard_images: images a shard.
     """
-    whole = plan(images, work.shard_images, work.job, by_grid=True)
+    whole = plan(images, shard_images, job, by_grid=True)
     tried = {image[:2] for shard in whole if shard.name in committed for image in shard.images}
     left = [image for image in images if image[1] not in done]
     parts = ([image for image in left if (image[:2] in tried) == again] for again in (False, True))
-    return [shard for part in parts for shard in plan(part, work.shard_images, work.job, by_grid=True)]
+    return [shard for part in parts for shard in plan(part, shard_images, job, by_grid=True)]
 
 
 def artifact_images(images: Sequence[Planned], grid: Size, count: int) -> list[Planned]:
@@ -245,8 +268,8 @@ def as_stored(artifact: Tensor) -> Tensor:
 class _Artifacts:
     """The shared artifact of each grid shape: from the store of a job that goes on, else fitted when first needed."""
 
-    def __init__(self, work: Work, images: Sequence[Planned], resumed: str | Path | None):
-        self.work, self.images = work, images
+    def __init__(self, work: Work, images: Sequence[Planned], resumed: str | Path | None, profile: Profile):
+        self.work, self.images, self.profile = work, images, profile
         stored = stored_artifacts(FeatureStore(resumed)) if work.shared_images and resumed is not None else {}
         self.found: dict[Size, Tensor | None] = {**stored}
 
@@ -254,8 +277,9 @@ class _Artifacts:
         grid = shard.images[0][2]
         if self.work.shared_images and grid not in self.found:
             first = artifact_images(self.images, grid, self.work.shared_images)
-            total = tree_sum((self.work.equations(image) for image in first), add_equations)
-            self.found[grid] = None if total is None else as_stored(self.work.solve(total))
+            with self.profile.timed("artifact"):
+                total = tree_sum((self.work.equations(image) for image in first), add_equations)
+                self.found[grid] = None if total is None else as_stored(self.work.solve(total))
         return self.found.get(grid)
 
 
@@ -269,15 +293,23 @@ def _listed(work: Work, paths: Sequence[str | Path], summary: Summary, progress:
 
 def _save(writer: StoreWriter, shards: Iterable[Made], summary: Summary) -> None:
     """Writes each shard while the next one is computed; at most one waits to be written."""
-    saving: Future[Path] | None = None
+    saving: Future[Profile] | None = None
     with ThreadPoolExecutor(1) as saver:
         for made in shards:
             if saving is not None:
-                saving.result()
-            saving = saver.submit(writer.write, made.shard.name, made.records, made.artifact) if made.records else None
+                summary.profile.add(saving.result())
+            saving = saver.submit(_written, writer, made) if made.records else None
             summary.add(made)
         if saving is not None:
-            saving.result()
+            summary.profile.add(saving.result())
+
+
+def _written(writer: StoreWriter, made: Made) -> Profile:
+    profile = Profile()
+    with profile.timed("write"):
+        path = writer.write(made.shard.name, made.records, made.artifact)
+    profile.written_bytes = path.stat().st_size
+    return profile
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 from torch.nn import functional
@@ -33,7 +33,7 @@ from dvt.analysis.priors.diffusion import (
     karras_sigmas,
 )
 from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
-from dvt.checkpoints import load_state, save_state
+from dvt.checkpoints import State, check_state, load_state, save_state
 from dvt.errors import ConfigError, ShapeError, WeightsError
 from dvt.grids import Size
 
@@ -330,9 +330,7 @@ class Prior(nn.Module):
         super().__init__()
         self.config, self.card = config, dict[str, Any]()
         # Built without values, so that only _reset draws numbers, and from the generator given.
-        with torch.device("meta"):
-            self.head = ImageHead(config) if config.head == "image" else TokenHead(config)
-        self.head.to_empty(device="cpu")
+        self.head = _planned_head(config).to_empty(device="cpu")
         _reset(self.head, generator)
         self.embed = _embedder(config, generator)
 
@@ -420,24 +418,56 @@ class Prior(nn.Module):
         """
         try:
             with safe_open(str(path), "pt") as file:
-                about: Mapping[str, Any] = json.loads((file.metadata() or {}).get(_KEY, "{}"))
+                about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        except (OSError, SafetensorError, ValueError) as error:
+        except Exception as error:  # of the header's JSON, of types that torch lacks, ...
             raise WeightsError(f"cannot read a prior from {str(path)!r}: {error}") from error
+        about = about if isinstance(about, dict) else {}
+        settings, card = about.get("config"), about.get("card")
         known = {field.name for field in fields(PriorConfig)}
-        if about.get("schema") != SCHEMA or not set(about["config"]) <= known:
+        if about.get("schema") != SCHEMA or not isinstance(settings, dict) or not set(settings) <= known:
             raise WeightsError(f"{str(path)!r} holds no prior of {SCHEMA}; train one with this version")
-        prior = cls(PriorConfig(**about["config"]), torch.Generator().manual_seed(0))
+        if not isinstance(card, dict):
+            raise WeightsError(f"{str(path)!r} does not tell where its prior comes from; train one with this version")
+        prior = cls(_checked(settings, state, str(path)), torch.Generator().manual_seed(0))
         load_state(prior, state, str(path))
-        prior.card = about["card"]
+        prior.card = card
         return prior.eval()
 
 
-def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbedder | None:
+def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorConfig:
+    """The config of a file, which the file's tensors fit: nothing larger than the file is built."""
+    try:
+        config = PriorConfig(**settings)
+        if max(config.depth, config.width, config.heads) > sum(value.nbytes for value in state.values()):
+            raise ConfigError("the file is too small for it")  # even the plan could take for ever
+        planned = nn.ModuleDict({"head": _planned_head(config)})
+        if (embedder := _planned_embedder(config)) is not None:
+            planned["embed"] = embedder
+        check_state(planned, state, source)
+    except WeightsError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise WeightsError(f"{source} describes a prior that cannot be made: {error}; train one again") from error
+    return config
+
+
+def _planned_head(config: PriorConfig) -> Any:
+    """The trunk and its head on the device "meta"."""
+    with torch.device("meta"):
+        return ImageHead(config) if config.head == "image" else TokenHead(config)
+
+
+def _planned_embedder(config: PriorConfig) -> ConditionEmbedder | None:
     if config.condition_dim is None:
         return None
     with torch.device("meta"):
-        embedder = ConditionEmbedder(config.condition_dim, config.width, config.condition_grid)
+        return ConditionEmbedder(config.condition_dim, config.width, config.condition_grid)
+
+
+def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbedder | None:
+    if (embedder := _planned_embedder(config)) is None:
+        return None
     embedder.to_empty(device="cpu")
     _reset(embedder, generator)
     return embedder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
@@ -74,9 +74,34 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
         with safe_open(str(path), "pt") as file:
             names = json.loads((file.metadata() or {})["images"])
         held = load_file(path)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        target = Target(**prior.card["target"])
+        _check_held(held, names, prior, target)
+    except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
-    return Run(prior, Target(**prior.card["target"]), held, names)
+    return Run(prior, target, held, names)
+
+
+def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Target) -> None:
+    """That what a run keeps fits its prior, and holds numbers."""
+    config, count = prior.config, len(names)
+    told = prior.card["condition"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("it names no images")
+    wanted = {"maps": (count, *config.grid, config.token_dim), "pictures": (count, 3, None, None)}
+    wanted |= {"training_features": (None, None), "held_out_features": (None, None)}
+    if config.condition_dim is not None:
+        cells = math.prod(config.condition_grid) if config.condition_grid else None
+        wanted["conditions"] = (count, None if told == "both" else cells, config.condition_dim)
+    for name, shape in wanted.items():
+        value = held[name]
+        same = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+        if not same or not value.numel() or not value.isfinite().all():
+            raise ValueError(f"{name} is {tuple(value.shape)} instead of {shape}, or holds NaN")
+    if target.kind != "latents":  # whose VAE is read when it is needed
+        made = target.decode(held["maps"][:1].float())
+        fits = target.kind == "features" or made.shape[1:] == held["pictures"].shape[1:]
+        if not fits or made.shape[0] != 1 or not made.isfinite().all():
+            raise ValueError(f"the target {target.kind!r} of patch {target.patch} does not fit them")
 
 
 # --- sampling

@@ -61,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
     except DvtError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2
+    except OSError as error:  # a place or a disk of the user's, where nothing below says more
+        where = "" if error.filename is None else f"{str(error.filename)!r}: "
+        errors.print(f"[bold red]error:[/] {escape(where + (error.strerror or str(error)))}")
+        return 2
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on where it was")
         return 1

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 import dvt
 from dvt.errors import ConfigError
+from dvt.files import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -165,9 +166,8 @@ def writable(path: Path) -> Path:
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    with whole_file(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def quiet_unless_first(console: Console) -> Console:

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json
-from dvt.extract import ExtractConfig, extract_images
+from dvt.cli.common import DenoiserOptions, plain, progress_bar
+from dvt.cli.jobs import JobOptions, print_job, run_job
+from dvt.extract import ExtractConfig, Extraction
 from dvt.images import find_images
 from dvt.store_tools import export_store, merge_stores
 
 
 @dataclass(frozen=True)
-class Extract(DenoiserOptions):
+class Extract(JobOptions, DenoiserOptions):
     """Write the tokens of images, raw and with --denoiser also denoised, to a feature store.
 
     The same command again computes what is missing and nothing else.
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively), globs, or a .txt list of paths."""
-    out: Path
-    """Folder of the feature store."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward pass."""
     batch: int = 32
@@ -38,10 +33,6 @@ class Extract(DenoiserOptions):
     """Images a shard; a killed run loses at most the shard in hand and the one being written."""
     workers: int | None = None
     """Threads that read and decode images; the processor's cores, at most 16, if not given."""
-    strict: bool = False
-    """Stop at the first image that cannot be read."""
-    wait: bool = True
-    """Wait for another writer of the same store, instead of refusing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,43 +95,16 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
+    behind = "" if command.denoiser is None else " and its denoiser"
+    console.print(f"{escape(command.backbone)}{behind}: {len(paths)} images")
+    with progress_bar(console) as bar:
+        summary, seconds = run_job(command, partial(_extraction, command, config), paths, settings, bar)
+    return (2 if summary.failed else 0), print_job(console, command, summary, seconds)
+
+
+def _extraction(command: Extract, config: ExtractConfig) -> Extraction:
     backbone = command.load()
-    denoiser = command.load_denoiser(backbone)
-    behind = "" if denoiser is None else f" and its denoiser ({denoiser.config.kind}, strength {denoiser.strength:g})"
-    console.print(f"{escape(backbone.name)}{behind}: {len(paths)} images")
-    start = time.perf_counter()
-    with progress_bar(console) as progress:
-        summary = extract_images(
-            backbone,
-            paths,
-            command.out,
-            config,
-            denoiser,
-            strict=command.strict,
-            wait=command.wait,
-            started=lambda job: save_json(command.out / "config.json", {"job": job.attributes(), **settings}),
-            progress=progress,
-        )
-    result = {**dataclasses.asdict(summary), "seconds": time.perf_counter() - start, "store": str(command.out)}
-    del result["fitting_seconds"]  # nothing is fitted
-    _print_summary(console, result)
-    return (2 if summary.failed else 0), result
-
-
-def _print_summary(console: Console, result: dict[str, Any]) -> None:
-    table = Table("", "", show_header=False)
-    table.add_row("images done", str(result["done"]))
-    table.add_row("skipped, already in the store", str(result["skipped"]))
-    table.add_row("failed", str(len(result["failed"])))
-    table.add_row("shards written", str(result["shards"]))
-    table.add_row("seconds in extraction", f"{result['extraction_seconds']:.1f}")
-    if result["done"]:
-        table.add_row("images a second", f"{result['done'] / result['extraction_seconds']:.1f}")
-    table.add_row("seconds in all", f"{result['seconds']:.1f}")
-    console.print(table)
-    console.print(f"store: {escape(result['store'])}")
-    for path, reason in result["failed"]:
-        console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
+    return Extraction(backbone, config, command.load_denoiser(backbone), strict=command.strict)
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:

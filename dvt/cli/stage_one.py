@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,15 +18,16 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.common import BackboneOptions, plain, progress_bar, save_json
-from dvt.decompose import denoise_images
+from dvt.cli.common import plain, progress_bar
+from dvt.cli.jobs import JobOptions, print_job, run_job
+from dvt.decompose import Denoising
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
-from dvt.images import find_images
+from dvt.files import whole_file
+from dvt.images import find_images, is_url
 from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
 from dvt.views import ViewConfig
-from dvt.work import Summary
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +38,12 @@ SCORED_IMAGES = 100
 
 
 @dataclass(frozen=True)
-class Denoise(BackboneOptions):
+class Denoise(JobOptions):
     """Split each image's features into a semantic field, an artifact and a residual; write a store and pictures.
 
     The same command again computes what is missing and nothing else.
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively), globs, or a .txt list of paths."""
-    out: Path
-    """Folder of the feature store; pictures go to its folder pictures."""
     seed: int = 0
     """Seed of the views and the solver."""
     views: int = 48
@@ -67,13 +67,13 @@ class Denoise(BackboneOptions):
     keep_terms: bool = False
     """Also store the artifact and the residual."""
     pictures: bool = True
-    """Draw a picture for each image."""
+    """Draw a picture for each image, in OUT/pictures; not with --ray."""
     shard_images: int = 16
-    """Images a shard; a killed run loses at most the shard in hand."""
-    strict: bool = False
-    """Stop at the first image that cannot be read."""
-    wait: bool = True
-    """Wait for another writer of the same store, instead of refusing."""
+    """Images a shard; a killed run loses at most the shards in hand and the one being written."""
+    solve_images: int | None = None
+    """Images solved together; 8 on a GPU, 1 on a CPU, if not given."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Let the backbone go on with the next images while some are solved; "auto" does so on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -104,39 +104,53 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
     if command.upsample < 1:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
+    if command.upsample > 1 and command.ray is not None:
+        raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
     if command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
-    pictures = (command.out / "pictures").resolve()  # of an earlier run, where OUT lies among the images
-    paths = [path for path in find_images(command.images) if pictures not in path.resolve().parents]
+    # Of an earlier run, where OUT lies among the images. Not Path.resolve, which stops at a symlink to itself.
+    pictures = Path(os.path.realpath(Path(command.out) / "pictures"))
+    paths = [
+        path
+        for path in find_images(command.images)
+        if is_url(path) or pictures not in Path(os.path.realpath(path)).parents
+    ]
     settings = plain(command, command="denoise", images=paths)
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    backbone = command.load()
-    console.print(f"{escape(backbone.name)}: {len(paths)} images, {command.views} views, {command.solver} solver")
-    start = time.perf_counter()
-    with progress_bar(console) as progress:
-        summary = denoise_images(
-            backbone,
-            paths,
-            command.out,
-            config,
-            keep_terms=command.keep_terms,
-            shard_images=command.shard_images,
-            strict=command.strict,
-            wait=command.wait,
-            started=lambda job: save_json(command.out / "config.json", {"job": job.attributes(), **settings}),
-            progress=progress,
-            each=_Writer(command, paths),
+    console.print(f"{escape(command.backbone)}: {len(paths)} images, {command.views} views, {command.solver} solver")
+    each = None if command.ray is not None else _Writer(command, paths)
+    with progress_bar(console) as bar:
+        summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
+    rows = [
+        ("seconds in extraction", f"{summary.extraction_seconds:.1f}"),
+        ("seconds in fitting", f"{summary.fitting_seconds:.1f}"),
+    ]
+    known = summary.done + summary.skipped > 0 and not is_url(command.out)
+    position = _position(Path(command.out)) if known else {}
+    for term, score in position.items():
+        text = f"{score['value']:.3f}   (shuffled positions {score['low']:.3f} to {score['high']:.3f})"
+        rows.append((f"position decodability R², {term}", text))
+    result = print_job(console, command, summary, seconds, rows)
+    if position and summary.done + summary.skipped == 1:
+        console.print(
+            "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
         )
-    result = _result(summary, command.out, time.perf_counter() - start)
-    _print_summary(console, result)
-    if summary.done + summary.skipped:
-        console.print(f"store: {escape(str(command.out))}")
-    for path, reason in summary.failed:
-        console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
-    return (2 if summary.failed else 0), result
+    return (2 if summary.failed else 0), {**result, **({"position": position} if known else {})}
+
+
+def _denoising(command: Denoise, config: DenoiseConfig, each: _Writer | None) -> Denoising:
+    return Denoising(
+        command.load(),
+        config,
+        keep_terms=command.keep_terms,
+        shard_images=command.shard_images,
+        strict=command.strict,
+        profile=command.profile,
+        each=each,
+    )
 
 
 def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
@@ -161,7 +175,7 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
     photos = Path(dvt.__file__).parent / "data" / "photos"
     job = Denoise(
         images=(str(photos),),
-        out=command.out,
+        out=str(command.out),
         backbone=DEMO_MODEL,
         weights="demo",
         views=command.views,
@@ -184,31 +198,34 @@ def _config(command: Denoise) -> DenoiseConfig:
         shared_artifact=command.shared_artifact,
         shared_images=command.shared_images,
         dtype=command.dtype,
+        solve_images=command.solve_images,
+        overlap={"auto": None, "on": True, "off": False}[command.overlap],
     )
 
 
 class _Writer:
     """Writes an image's picture and finer features next to the store."""
 
-    def __init__(self, command: Denoise, paths: list[Path]):
-        self.command = command
-        stems = [path.stem for path in paths]
-        self.names = {
-            path: stem if stems.count(stem) == 1 else f"{stem}-{number}"
-            for number, (path, stem) in enumerate(zip(paths, stems, strict=True))
-        }
+    def __init__(self, command: Denoise, paths: Sequence[Path | str]):
+        self.command, self.out = command, Path(command.out)
+        stems = Counter(Path(path).stem for path in paths)
+        self.names: dict[Path, str] = {}
+        for number, path in enumerate(map(Path, paths)):
+            name = path.stem if stems[path.stem] == 1 else f"{path.stem}-{number}"
+            while name != path.stem and name in stems:
+                name += "-"
+            self.names[path] = name
 
     def __call__(self, path: Path, pixels: torch.Tensor, result: Denoised) -> None:
         name = self.names[path]
         if self.command.pictures:
-            self._picture(self.command.out / "pictures" / f"{name}.png", pixels, result)
+            self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
-            self._upsampled(self.command.out / "upsampled" / f"{name}.npy", result)
+            self._upsampled(self.out / "upsampled" / f"{name}.npy", result)
 
     def _picture(self, target: Path, pixels: torch.Tensor, result: Denoised) -> None:
         from dvt.analysis.pictures import decomposition_figure, save
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         parts = result.decomposition.to("cpu")
         residual = parts.residual if parts.residual.any() else None
         save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
@@ -216,19 +233,9 @@ class _Writer:
     def _upsampled(self, target: Path, result: Denoised) -> None:
         import numpy as np
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         values = result.upsampled(self.command.upsample).cpu().numpy()
-        part = target.with_name(f"{target.name}.part")
-        with open(part, "wb") as file:
+        with whole_file(target) as part, open(part, "wb") as file:
             np.save(file, values.astype(np.float16) if abs(values).max() < 65504 else values)
-        part.replace(target)
-
-
-def _result(summary: Summary, out: Path, seconds: float) -> dict[str, Any]:
-    result = {**dataclasses.asdict(summary), "seconds": seconds, "store": str(out)}
-    if summary.done + summary.skipped:
-        result["position"] = _position(out)
-    return result
 
 
 def _position(store: Path) -> dict[str, dict[str, float]]:
@@ -245,21 +252,3 @@ def _position(store: Path) -> dict[str, dict[str, float]]:
             generator = torch.Generator().manual_seed(0)
             scores[term] = dataclasses.asdict(with_null(position_decodability, tokens, generator))
     return scores
-
-
-def _print_summary(console: Console, result: dict[str, Any]) -> None:
-    table = Table("", "", show_header=False)
-    table.add_row("images done", str(result["done"]))
-    table.add_row("skipped, already in the store", str(result["skipped"]))
-    table.add_row("failed", str(len(result["failed"])))
-    table.add_row("seconds in extraction", f"{result['extraction_seconds']:.1f}")
-    table.add_row("seconds in fitting", f"{result['fitting_seconds']:.1f}")
-    table.add_row("seconds in all", f"{result['seconds']:.1f}")
-    for term, score in result.get("position", {}).items():
-        text = f"{score['value']:.3f}   (shuffled positions {score['low']:.3f} to {score['high']:.3f})"
-        table.add_row(f"position decodability R², {term}", text)
-    console.print(table)
-    if result.get("position") and result["done"] + result["skipped"] == 1:
-        console.print(
-            "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
-        )

@@ -1,5 +1,7 @@
 """The trunk, its two heads and the targets: known answers, causality, what the condition reaches."""
 
+import dataclasses
+import json
 import math
 import sys
 
@@ -394,6 +396,30 @@ def test_other_files_are_refused(tmp_path):
         Prior.load(path)
     make().save(path)
     path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="cannot read"):
+        Prior.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 1 << 40}, "too small for it"),  # refused before the memory is taken
+        ({"depth": 10**12}, "too small for it"),
+        ({"width": "8"}, "cannot be made"),
+        ({"heads": None}, "cannot be made"),
+        (None, "holds no prior"),
+    ],
+)
+def test_a_prior_that_cannot_be_made_is_refused(tmp_path, changes, words):
+    from safetensors.torch import save_file
+
+    path, prior = tmp_path / "prior.safetensors", make(order="raster", head="token")
+    config = None if changes is None else dataclasses.asdict(prior.config) | changes
+    about = json.dumps({"schema": "dvt-prior/1", "config": config, "card": {}})
+    save_file(prior.state_dict(), path, {"dvt": about})
+    with pytest.raises(WeightsError, match=words):
+        Prior.load(path)
+    save_file(prior.state_dict(), path, {"dvt": "[" * 100_000})
     with pytest.raises(WeightsError, match="cannot read"):
         Prior.load(path)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.prior import Prior
@@ -263,6 +264,26 @@ def test_a_run_that_is_missing_or_damaged_is_named(images, backbone, tmp_path):
         sample_prior(tmp_path / "run", device="cpu")
     with pytest.raises(ConfigError, match="at least 1"):
         sample_prior(tmp_path / "run", images=0, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["maps", "pictures", "conditions"])
+@pytest.mark.parametrize("change", [lambda v: v[:, :1], lambda v: v[:0], lambda v: v * float("nan"), lambda v: v[0, 0]])
+def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_factory, name, change):
+    folder = tmp_path_factory.getbasetemp() / "held-out-run"
+    if not folder.exists():
+        train_tiny(images, backbone, folder)
+    path = folder / "held_out.safetensors"
+    content = path.read_bytes()
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, path, metadata)
+    try:
+        with pytest.raises(WeightsError, match=r"held_out\.safetensors"):
+            open_run(folder, "cpu")
+    finally:
+        path.write_bytes(content)
 
 
 # --- bad input

@@ -3,6 +3,8 @@
 import os
 import pickle
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dvt import families
 from dvt.backbones import _backbone, _check_single_scale, load_backbone, wrap
 from dvt.catalogue import SMALLEST, family_table, try_size
+from dvt.checkpoints import load_state, read_state
 from dvt.errors import BackboneError, ShapeError, WeightsError
 from dvt.tokens import Tokens
 
@@ -633,3 +636,49 @@ def test_documentation_lists_every_family():
 def test_table_is_what_timm_has_now():
     found = {row.family: (row.architectures, row.smallest, "yes" if row.supported else "no") for row in family_table()}
     assert found == documented()
+
+
+def _archived(path, change):
+    """The archive of torch.save at a path, compressed, with another file in it."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    folder = next(iter(entries)).split("/")[0]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if change == "compressed" else zipfile.ZIP_STORED) as new:
+        for name, content in entries.items():
+            new.writestr(name, content)
+        if change == "script":
+            new.writestr(f"{folder}/constants.pkl", b"\x80\x02).")
+
+
+@pytest.mark.parametrize(("change", "words"), [("compressed", "a compressed archive"), ("script", "TorchScript")])
+def test_archives_that_torch_save_does_not_write_are_refused(tmp_path, change, words):
+    torch.save({"weight": torch.zeros(1 << 20)}, tmp_path / "a.pth")
+    assert read_state(tmp_path / "a.pth")["weight"].shape == (1 << 20,)
+    _archived(tmp_path / "a.pth", change)
+    with pytest.raises(WeightsError, match=words):
+        read_state(tmp_path / "a.pth")
+
+
+def test_tar_files_are_refused(tmp_path):
+    """torch read them with weights_only, and before torch 2.6 not safely."""
+    (tmp_path / "x").write_bytes(b"x")
+    with tarfile.open(tmp_path / "a.pth", "w") as archive:
+        for name in ("storages", "tensors", "pickle"):
+            archive.add(tmp_path / "x", name)
+    with pytest.raises(WeightsError, match="a tar file"):
+        read_state(tmp_path / "a.pth")
+
+
+def test_a_file_that_holds_itself_ends(tmp_path):
+    content = {"epoch": 3}
+    content["model"] = content["state_dict"] = content
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(WeightsError, match="no named tensors"):
+        read_state(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("values", [torch.ones(1).expand(4, 4), torch.ones(4, 4).to_sparse(), torch.ones(4, 4) * 1j])
+def test_tensors_that_are_no_plain_arrays_are_refused(values):
+    linear = torch.nn.Linear(4, 4, bias=False)
+    with pytest.raises(WeightsError, match="no plain arrays of real numbers: weight"):
+        load_state(linear, {"weight": values}, "it")

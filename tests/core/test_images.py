@@ -1,5 +1,6 @@
 """Finding, measuring and reading images; every bad file is made here."""
 
+import hashlib
 import io
 import os
 import resource
@@ -11,13 +12,23 @@ import warnings
 import zlib
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
 
 from dvt.errors import ImageError
-from dvt.images import MAX_PIXELS, SUFFIXES, file_sha256, find_images, image_size, load_image
+from dvt.images import (
+    MAX_PIXELS,
+    SUFFIXES,
+    file_sha256,
+    find_images,
+    find_sources,
+    image_size,
+    load_image,
+    size_and_sha256,
+)
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 
@@ -133,6 +144,26 @@ def test_what_cannot_be_found_is_an_error(tree, make, words):
 def _list(root: Path, content: bytes) -> Path:
     (root / "l.txt").write_bytes(content)
     return root / "l.txt"
+
+
+def test_two_links_to_a_folder_above_are_no_endless_way(tree):
+    plain = find_images([f"{tree}/**/*"])
+    for name in ("one", "two"):  # glob alone goes through each of 2 ** 40 ways
+        (tree / name).symlink_to(tree, target_is_directory=True)
+    for pattern in ("**", "**/*", "**/**/*", "**/", "*/**/**/*"):
+        found = find_images([f"{tree}/{pattern}"])
+        assert {os.path.realpath(path) for path in found} == {os.path.realpath(path) for path in plain}, pattern
+
+
+def test_lines_and_patterns_of_any_length(tmp_path):
+    (tmp_path / "list.txt").write_text("# " + "x" * 70_000 + "\n")
+    with pytest.raises(ImageError, match="line 1 takes more than 64 KB"):
+        find_images([tmp_path / "list.txt"])
+    with pytest.raises(ImageError, match="cannot be used as a pattern") as caught:
+        find_images([f"{tmp_path}/" + "*/" * 3000])
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ImageError, match="no images"):
+        find_images([f"{tmp_path}/*\0"])
 
 
 def test_an_empty_folder_says_what_was_given(tmp_path):
@@ -481,3 +512,91 @@ def test_random_damage_raises_nothing_else(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert file_sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# -- URLs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """fsspec's file system in memory with pictures in it, and the bytes of one."""
+    files = fsspec.filesystem("memory")
+    Image.new("RGB", (30, 20), (9, 80, 200)).save(tmp_path / "image.png")
+    content = (tmp_path / "image.png").read_bytes()
+    for name in ("a.png", "deep/b.PNG", "deep/.hidden.png", ".cache/c.png", "notes.md"):
+        files.pipe_file(f"/bucket/{name}", content)
+    yield files, content
+    files.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("memory://bucket", ["a.png", "deep/b.PNG"]),
+        ("memory://bucket/deep/", ["deep/b.PNG"]),
+        ("memory://bucket/*.png", ["a.png"]),
+        ("memory://bucket/**/*.[pP]*", ["a.png", "deep/b.PNG"]),
+        ("memory://bucket/d*", ["deep/b.PNG"]),
+        ("memory:///bucket/notes.md", ["notes.md"]),
+    ],
+)
+def test_urls_stand_for_what_paths_would(bucket, spec, expected):
+    assert find_sources([spec]) == [f"memory:///bucket/{name}" for name in expected]
+
+
+def test_lists_hold_urls_and_lists_behind_urls_hold_names_beside_them(bucket, tmp_path):
+    files, _ = bucket
+    (tmp_path / "list.txt").write_text("image.png\nmemory:///bucket/a.png\n# memory://bucket/none.png\n")
+    assert find_sources([tmp_path / "list.txt"]) == [tmp_path / "image.png", "memory:///bucket/a.png"]
+    files.pipe_file("/bucket/deep/list.txt", b"b.PNG\nmemory:///bucket/a.png\n/image.png\n")
+    files.pipe_file("/bucket/deep/image.png", b"")
+    expected = ["memory:///bucket/a.png", "memory:///bucket/deep/b.PNG", "memory:///bucket/deep/image.png"]
+    assert find_sources(["memory:///bucket/deep/list.txt"]) == expected
+    with pytest.raises(ImageError, match="is a URL"):
+        find_images([tmp_path / "list.txt"])
+
+
+def test_an_image_behind_a_url_is_the_image(bucket, tmp_path):
+    _, content = bucket
+    for url in ("memory://bucket/a.png", f"file://{tmp_path}/image.png"):
+        assert image_size(url) == (20, 30) and file_sha256(url) == hashlib.sha256(content).hexdigest()
+        assert size_and_sha256(url) == (image_size(url), file_sha256(url))
+        assert torch.equal(load_image(url), load_image(tmp_path / "image.png"))
+        with pytest.raises(ImageError, match="bytes changed"):
+            load_image(url, "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("memory://bucket/none.png", "none.png"),
+        ("memory://bucket/deep", "deep"),
+        ("nothing://bucket/a.png", "not known"),
+        ("gs://bucket/a.png", "pip install"),
+        ("http://127.0.0.1:9/a.png", "127.0.0.1"),
+    ],
+)
+def test_a_url_that_cannot_be_read_is_an_image_error(bucket, url, reason, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # whether it is installed or not
+    with pytest.raises(ImageError, match=reason) as caught:
+        load_image(url)
+    assert url in str(caught.value)
+    if url.startswith(("nothing", "gs")) or "none" in url:
+        with pytest.raises(ImageError):
+            find_sources([url])
+
+
+def test_too_large_an_object_is_not_fetched(bucket, monkeypatch):
+    monkeypatch.setattr("dvt.images.MAX_BYTES", 50)
+    with pytest.raises(ImageError, match="the most that is fetched"):
+        load_image("memory://bucket/a.png")
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", lambda *args, **rest: {"size": None})
+    with pytest.raises(ImageError, match="the most that is fetched"):  # nor one that does not tell its size
+        load_image("memory://bucket/a.png")
+
+
+def test_a_folder_whose_name_looks_like_a_protocol_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s3:" / "a").mkdir(parents=True)
+    Image.new("RGB", (3, 2)).save("s3:/a/b.png")
+    assert find_images(["s3:/a/b.png"]) == [Path("s3:/a/b.png")] and image_size("s3:/a/b.png") == (2, 3)

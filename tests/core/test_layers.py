@@ -16,7 +16,7 @@ FOLDERS = {"dvt": "dvt", "fields": "dvt.fields", "denoiser": "dvt.denoiser", "an
 SIBLINGS = ("dvt.fields", "dvt.denoiser", "dvt.analysis")
 
 # Lower layers never import higher ones.
-BASE = {"errors", "grids"}
+BASE = {"errors", "files", "grids"}
 CORE = {
     "tokens",
     "images",
@@ -27,9 +27,22 @@ CORE = {
     "catalogue",
     "store",
     "store_tools",
+    "target",
     "training",
 }
-TOP = {"pipeline", "work", "decompose", "extract", "cluster", "cli", "mmseg", "__main__"}
+TOP = {
+    "pipeline",
+    "profile",
+    "overlap",
+    "work",
+    "decompose",
+    "extract",
+    "cluster",
+    "ray_pool",
+    "cli",
+    "mmseg",
+    "__main__",
+}
 
 ONLY_IN = {
     "h5py": {"dvt.store"},

@@ -102,6 +102,19 @@ def test_denoise_is_the_solver_on_the_views(tiny_backbone, photo):
         torch.testing.assert_close(term, expected.terms()[name], atol=1e-6, rtol=1e-6)
 
 
+def test_views_can_be_read_again_and_keep_no_batch(tiny_backbone, photo):
+    views = TokenViews(tiny_backbone, photo, CONFIG.views)
+    with pytest.raises(RuntimeError, match="read the first batch"):
+        _ = views.whole
+    first = list(views)
+    seconds, again = views.seconds, list(views)
+    assert 0 < seconds < views.seconds and len(first) == len(again) == 2
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+    assert torch.equal(views.whole.patches[0], first[0][0][0])
+    assert views.whole.patches.untyped_storage().nbytes() == 6 * 6 * 64 * 4
+
+
 def test_what_depends_on_position_alone_goes_to_the_artifact(make_tiny_backbone, photo):
     """A pattern added to the tokens by position ends in the artifact, up to its mean, and not in the field."""
     backbone = make_tiny_backbone()

@@ -230,9 +230,9 @@ def test_every_dataset_has_a_checksum_and_text_is_short(tmp_path):
         file.visititems(
             lambda name, item: found.update({name: item.fletcher32}) if isinstance(item, h5py.Dataset) else None
         )
-        assert file.attrs["schema"] == SCHEMA == "dvt-features/1"
+        assert file.attrs["schema"].decode() == SCHEMA == "dvt-features/1"
         kinds = [h5py.check_string_dtype(file.attrs.get_id(name).dtype) for name in file.attrs]
-        assert all(kind.length is None for kind in kinds)
+        assert all(0 < kind.length < 1 << 16 for kind in kinds)
         assert {"schema", "backbone", "weights_sha256", "layer", "stride", "size", "version", "config"} <= set(
             file.attrs
         )
@@ -798,7 +798,7 @@ def never_written(file: h5py.File, folder: Path) -> None:
 
 
 def forged_config(file: h5py.File, folder: Path) -> None:
-    file.attrs["config"] = file.attrs["config"].replace('"seed":0', '"seed":1')
+    file.attrs["config"] = file.attrs["config"].decode().replace('"seed":0', '"seed":1')
 
 
 def number_for_text(file: h5py.File, folder: Path) -> None:
@@ -877,3 +877,44 @@ def test_the_hostile_files_start_from_a_good_one(tmp_path):
         replace(file, "index/grid")
         file["index/size"][0] = (7, 7)
     assert FeatureStore(tmp_path).record(0).size == (7, 7) and issubclass(StoreError, DvtError)
+
+
+ZEROED = """
+import sys
+from dvt.errors import StoreError
+from dvt.store import FeatureStore
+try:
+    FeatureStore(sys.argv[1])
+except StoreError as error:
+    print(error)
+"""
+
+
+def test_a_zeroed_heap_of_an_older_shard_does_not_hang(tmp_path):
+    """Attributes once had no fixed length; HDF5 reads such text from a heap, and walks for ever in a damaged one."""
+    with StoreWriter(tmp_path, JOB) as writer:
+        path = writer.write("one", [record(0)])
+    assert b"GCOL" not in path.read_bytes()
+    with h5py.File(path, "r+") as file:
+        texts = {name: file.attrs[name].decode() for name in file.attrs}
+        for name, text in texts.items():
+            del file.attrs[name]
+            file.attrs.create(name, text, dtype=h5py.string_dtype())
+    assert FeatureStore(path).attrs == {name: text for name, text in texts.items() if name != "checksum"}
+    content = bytearray(path.read_bytes())
+    heap = content.index(b"GCOL") + 16
+    for start in (heap, heap + 16 + 8 * -(-int.from_bytes(content[heap + 8 : heap + 16], "little") // 8)):
+        path.write_bytes(content[:start] + bytes(64) + content[start + 64 :])
+        command = [sys.executable, "-c", ZEROED, str(path)]
+        assert "heap of text is not whole" in subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.mark.parametrize("name", ["index/path", "index/grid", "tokens/raw"])
+def test_other_types_are_refused_before_they_are_read(tmp_path, name):
+    with StoreWriter(tmp_path, JOB) as writer:
+        path = writer.write("one", [record(0)])
+    with h5py.File(path, "r+") as file:
+        shape, kind = file[name].shape, np.dtype([("a", "<f2"), ("b", "<i8")])
+        replace(file, name, data=np.ones(shape, kind))
+    with pytest.raises(StoreError, match=f"/{name} is of type "):
+        FeatureStore(path)

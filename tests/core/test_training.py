@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
@@ -417,6 +418,48 @@ def test_a_damaged_checkpoint_is_refused_and_deleting_it_helps(tmp_path, name):
     file.parent.rmdir()
     train(Net(), loss, batches, config(steps=20, log_every=20), tmp_path)
     assert bytes_of(tmp_path, 20) == before
+
+
+def _nan(tensors):
+    next(value for name, value in tensors.items() if value.is_floating_point()).view(-1)[0] = math.nan
+
+
+def _broadcast(tensors):
+    """One number where there were many, which copy_ would spread over all of them."""
+    name = next(name for name, value in tensors.items() if value.numel() > 1)
+    tensors[name] = tensors[name].flatten()[:1].clone()
+
+
+@pytest.mark.parametrize("change", [_nan, _broadcast])
+@pytest.mark.parametrize("name", ["model", "ema", "optimizer"])
+def test_a_checkpoint_with_other_values_is_refused(tmp_path, whole, name, change):
+    shutil.copytree(whole[0], tmp_path / "run")
+    file = tmp_path / "run" / "step-00000040" / f"{name}.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(WeightsError, match=r"step-00000040.*damaged"):
+        train(Net(), loss, batches, config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, "[]", "{}", '{"step": 40, "config": 1, "settings": {}}', '{"step": 1e999}', '{"step": 30}'],
+)
+def test_a_state_of_something_else_is_refused(tmp_path, whole, content):
+    shutil.copytree(whole[0], tmp_path / "run")
+    (tmp_path / "run" / "step-00000040" / "state.json").write_text(content)
+    with pytest.raises(WeightsError, match=r"step-00000040.*damaged"):
+        train(Net(), loss, batches, config(), tmp_path / "run")
+
+
+def test_a_damaged_log_loses_only_its_damaged_rows(tmp_path, whole):
+    shutil.copytree(whole[0], tmp_path / "run")
+    log = tmp_path / "run" / "log.csv"
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join([*lines[:3], b"\xb2,\xff,x,y,z\n", lines[3].replace(b".", b"x"), *lines[4:]]))
+    done = train(Net(), loss, batches, config(), tmp_path / "run")
+    assert done.history == [row for i, row in enumerate(whole[1].history) if i != 2]
 
 
 def test_half_a_row_of_the_log_is_cut(tmp_path, whole):

@@ -158,6 +158,12 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
         ({"feature_dim": "32"}, "cannot make"),
         ({"grid": 4}, "cannot make"),
         ({"strength": 3}, "strength must lie"),
+        ({"feature_dim": 32.0}, "cannot make"),
+        ({"mlp_ratio": float("inf")}, "cannot make"),
+        # Larger than the file: refused before the memory is taken, or the search for a divisor takes a year.
+        ({"feature_dim": 1_000_000_000_000_000_003}, "too small for it"),
+        ({"depth": 10**12}, "too small for it"),
+        ({"grid": [1 << 20, 1 << 20]}, "of another shape"),
     ],
 )
 def test_a_description_that_cannot_be_made_is_refused(tmp_path, config, message):
@@ -168,6 +174,13 @@ def test_a_description_that_cannot_be_made_is_refused(tmp_path, config, message)
         Denoiser.from_pretrained(edited(path, config=good | config))
     with pytest.raises(WeightsError, match="cannot make"):
         Denoiser.from_pretrained(edited(path, config={}))
+
+
+def test_a_description_a_hundred_thousand_deep_is_refused(tmp_path):
+    path = tmp_path / "d.safetensors"
+    save_file({"x": torch.zeros(1)}, path, {"dvt": "[" * 100_000})
+    with pytest.raises(WeightsError, match="damaged"):
+        Denoiser.from_pretrained(path)
 
 
 def test_weights_that_do_not_fit_or_are_not_finite_are_refused(tmp_path):

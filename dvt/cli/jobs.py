@@ -1,0 +1,140 @@
+"""What `dvt denoise` and `dvt extract` share: images in, a feature store out, in this process or on a Ray cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dvt.cli.common import BackboneOptions, save_json
+from dvt.errors import ConfigError
+from dvt.images import is_url
+from dvt.work import Progress, Summary, Work, run
+
+
+@dataclass(frozen=True)
+class JobOptions(BackboneOptions):
+    """Options of every command that makes a feature store of images."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, URLs such as s3://bucket/folder, or a .txt list of these."""
+    out: str
+    """Folder of the feature store; with --ray also a URL."""
+    strict: bool = dataclasses.field(default=False, kw_only=True)
+    """Stop at the first image that cannot be read."""
+    wait: bool = dataclasses.field(default=True, kw_only=True)
+    """Wait for another writer of the same store, instead of refusing."""
+    profile: bool = dataclasses.field(default=False, kw_only=True)
+    """Print where the time went."""
+    ray: str | None = dataclasses.field(default=None, kw_only=True)
+    """Run on a Ray cluster: "auto", HOST:PORT or ray://HOST:PORT, or "local" to start one on this machine."""
+    ray_workers: int | None = dataclasses.field(default=None, kw_only=True)
+    """Workers on the cluster; one a GPU, or one a CPU core where there are no GPUs, if not given."""
+    ray_threads: int = dataclasses.field(default=1, kw_only=True)
+    """Threads of each worker on CPUs; another number may change the last bits of tokens."""
+
+
+def run_job(
+    command: JobOptions,
+    make_work: Callable[[], Work],
+    paths: Sequence[Path | str],
+    settings: dict[str, Any],
+    bar: Progress,
+) -> tuple[Summary, float]:
+    """What the job did, and its seconds.
+
+    Args:
+        command: its options.
+        make_work: picklable where the command has --ray.
+        paths: of the images.
+        settings: to save beside the shards as soon as the store is known to be this job's.
+        bar: of :func:`dvt.cli.common.progress_bar`.
+
+    Raises:
+        ConfigError: a URL as the store without --ray.
+    """
+    start = time.perf_counter()
+
+    def started(job: Any) -> None:
+        save_settings(command.out, {"job": job.attributes(), **settings})
+
+    if command.ray is not None:
+        from dvt import cluster
+
+        runner = partial(
+            cluster.run,
+            make_work,
+            address=command.ray,
+            workers=command.ray_workers,
+            threads=command.ray_threads,
+            device=command.device,
+        )
+    elif is_url(command.out):
+        raise ConfigError(
+            f"the store {command.out!r} is a URL; give --ray too (--ray local needs no cluster), or a folder"
+        )
+    else:
+        runner = partial(run, make_work())
+    summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)
+    return summary, time.perf_counter() - start
+
+
+def save_settings(out: str, content: dict[str, Any]) -> None:
+    """config.json beside the shards."""
+    if is_url(out):
+        from dvt.target import Target
+
+        Target(out).put("config.json", (json.dumps(content, indent=1) + "\n").encode())
+    else:
+        save_json(Path(out) / "config.json", content)
+
+
+def print_job(
+    console: Console, command: JobOptions, summary: Summary, seconds: float, rows: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """Print what a job did, and return it for JSON; `rows` are added to the table."""
+    result = {**dataclasses.asdict(summary), "seconds": seconds, "store": command.out}
+    table = Table("", "", show_header=False)
+    table.add_row("images done", str(summary.done))
+    table.add_row("skipped, already in the store", str(summary.skipped))
+    table.add_row("failed", str(len(summary.failed)))
+    table.add_row("shards written", str(summary.shards))
+    if summary.done:
+        table.add_row("images a second", f"{summary.done / seconds:.2f}")
+    table.add_row("seconds in all", f"{seconds:.1f}")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    if command.profile:
+        _print_profile(console, summary)
+    if summary.done + summary.skipped:
+        console.print(f"store: {escape(command.out)}")
+    for path, reason in summary.failed:
+        console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
+    return result
+
+
+def _print_profile(console: Console, summary: Summary) -> None:
+    profile = summary.profile
+    table = Table("stage", "seconds", "of all", "its threads busy", title="where the time went")
+    for stage, seconds, share, busy in profile.rows():
+        table.add_row(stage, f"{seconds:.2f}", f"{share:.0%}", f"{busy:.0%}" if busy else "-")
+    console.print(table)
+    backbone = profile.of("backbone")
+    if profile.flops and backbone:
+        console.print(f"backbone: {profile.flops / 1e12:.3g} TFLOP at {profile.flops / backbone / 1e9:.0f} GFLOP/s")
+    console.print(
+        f"read {profile.read_bytes / 1e6:.1f} MB of images, wrote {profile.written_bytes / 1e6:.1f} MB of shards"
+    )
+    if profile.wall:
+        console.print(profile.bound())
