@@ -4,8 +4,9 @@ python benchmarks/overlap.py --threads 1 --rounds 5
 
 "sequential" solves one image after the other in the thread that runs the backbone; "overlap" runs the backbone in a
 thread of its own; "groups" also solves several images together. Rounds alternate, so that all meet the same machine,
-whose load is printed: two busy threads take more of a machine that others use too. Sections: the bundled ViT on the
-processor; a stand-in for a backbone on a device of its own; ViT-B/14 at 518 pixels where there is a GPU. The last line of the output is one JSON object.
+whose load is given: two busy threads take more of a machine that others use too. Sections: the bundled ViT on the
+processor; a stand-in for a backbone on a device of its own; ViT-B/14 at 518 pixels where there is a GPU. The last line
+of the output is one JSON object.
 """
 
 from __future__ import annotations
