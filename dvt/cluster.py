@@ -98,6 +98,8 @@ def run(
         raise ConfigError(f"workers is {workers} and threads is {threads}; both must be 1 or more")
     target = Target(str(out) if is_url(str(out)) else os.path.abspath(out))
     with connected(address, workers, threads) as ray:
+        if address == "local" and device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
+            raise ConfigError(f"device {device!r} cannot be used: this machine has no GPU; take 'auto' or 'cpu'")
         try:
             arguments = (ray.put(make_work), target, threads, os.getcwd())
             with Pool(ray, _Actor, arguments, workers, threads, device) as pool:

@@ -40,7 +40,7 @@ Views = tuple[Tensor, Tensor]
 
 def denoise_images(
     backbone: Backbone,
-    paths: Sequence[Path],
+    paths: Sequence[str | Path],
     out: str | Path,
     config: DenoiseConfig,
     *,

@@ -298,7 +298,8 @@ def brief(error: BaseException) -> str:
     """The part of Ray's long messages that says what happened."""
     text = " ".join(str(error).split())
     found = text.find("The actor ", 1)
-    return text[max(found, 0) :][:300] or type(error).__name__
+    text = text[max(found, 0) :] or type(error).__name__
+    return text if len(text) < 500 else f"{text[:240]} ... {text[-240:]}"
 
 
 @contextmanager
@@ -334,7 +335,10 @@ def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
         ray.shutdown()
 
 
-_ADDRESSES = "give 'local', 'auto' on a node of a cluster, HOST:PORT or ray://HOST:PORT"
+_ADDRESSES = (
+    "give 'local', 'auto' on a node of a cluster, HOST:PORT or ray://HOST:PORT; if the cluster asks for a token, set "
+    "RAY_AUTH_MODE=token here too"
+)
 
 
 def _knock(address: str) -> None:

@@ -14,7 +14,7 @@ from rich.markup import escape
 from dvt.cli.common import DenoiserOptions, plain, progress_bar
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.extract import ExtractConfig, Extraction
-from dvt.images import find_images
+from dvt.images import find_sources
 from dvt.store_tools import export_store, merge_stores
 
 
@@ -90,7 +90,7 @@ class Store:
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
     config = ExtractConfig(command.dtype, command.batch, command.shard_images, command.workers)
-    paths = find_images(command.images)
+    paths = find_sources(command.images)
     settings = plain(command, command="extract", images=paths)
     if command.dry_run:
         console.print_json(data=settings)

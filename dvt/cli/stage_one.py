@@ -24,7 +24,7 @@ from dvt.decompose import Denoising
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
 from dvt.files import whole_file
-from dvt.images import find_images, is_url
+from dvt.images import find_sources, is_url
 from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
 from dvt.views import ViewConfig
@@ -113,7 +113,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     pictures = Path(os.path.realpath(Path(command.out) / "pictures"))
     paths = [
         path
-        for path in find_images(command.images)
+        for path in find_sources(command.images)
         if is_url(path) or pictures not in Path(os.path.realpath(path)).parents
     ]
     settings = plain(command, command="denoise", images=paths)

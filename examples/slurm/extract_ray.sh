@@ -12,6 +12,8 @@
 #SBATCH --requeue
 set -euo pipefail
 export RAY_USAGE_STATS_ENABLED=0
+# Only this job may use its Ray (from version 2.52 on; older ones ask nobody).
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(openssl rand -hex 32)
 
 images=$1 out=$2
 shift 2
