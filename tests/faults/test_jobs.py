@@ -145,7 +145,7 @@ def test_two_trainings_of_one_file(train_command, tmp_path, dvt_command):
     for name in ("whole", "out"):
         (tmp_path / name).mkdir()
     dvt_command(train_command(tmp_path / "whole" / "d.safetensors"))
-    pauses = {"at": "step-*.part", "nth": 2, "do": ["sleep", 2]}
+    pauses = {"at": "step-*.part", "nth": 2, "do": ["sleep", 6]}
     first = dvt_command.start(train_command(tmp_path / "out" / "d.safetensors"), pauses)
     wait_until(lambda: list((tmp_path / "out" / "d.run").glob("step-????????")))
     refused = dvt_command(train_command(tmp_path / "out" / "d.safetensors"), expect=2)
