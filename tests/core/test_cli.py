@@ -169,3 +169,46 @@ def test_another_jobs_folder_is_refused_and_kept(photos, tmp_path):
     refused = dvt("denoise", photos, *WITH, "--out", "out", "--seed", 1, cwd=tmp_path, expect=2)
     assert "seed" in refused.stderr
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+
+
+def tokens_of(store, term):
+    return {path: store.read(i, term).tobytes() for i, path in enumerate(store.images)}
+
+
+def test_a_cluster_of_this_machine_makes_the_store_of_one_process(photos, tmp_path):
+    """Behind a URL too, with the settings beside the shards; pictures are not drawn there."""
+    pytest.importorskip("ray")
+    dvt("denoise", photos, *WITH, "--out", "here", "--no-pictures", cwd=tmp_path)
+    there = (tmp_path / "there").as_uri()
+    done = dvt("denoise", photos, *WITH, "--out", there, "--ray", "local", "--ray-workers", 1, "--json", cwd=tmp_path)
+    result = json.loads(done.stdout)
+    assert (result["done"], result["failed"], result["store"]) == (3, [], there)
+    stores = [FeatureStore(tmp_path / name) for name in ("here", "there")]
+    for term in ("raw", "semantic"):
+        assert tokens_of(stores[0], term) == tokens_of(stores[1], term)
+    assert sorted(p.name for p in (tmp_path / "there").iterdir()) == sorted(
+        p.name for p in (tmp_path / "here").iterdir() if p.name != "writer.lock"
+    )
+    assert json.loads((tmp_path / "there" / "config.json").read_text())["job"]["backbone"] == "vit_tiny_patch16_224"
+
+
+def test_a_url_needs_a_cluster_to_be_written_to(photos, tmp_path):
+    url = (tmp_path / "out").as_uri()
+    done = dvt("denoise", photos, *WITH, "--out", url, cwd=tmp_path, expect=2)
+    assert "is a URL" in done.stderr and "--ray" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos"]
+
+
+@pytest.mark.parametrize("command", [("denoise", "--no-pictures"), ("extract",)])
+def test_images_behind_urls_and_a_profile(photos, tmp_path, command):
+    (tmp_path / "list.txt").write_text("".join(f"{path.as_uri()}\n" for path in sorted(photos.iterdir())))
+    options = WITH if command[0] == "denoise" else WITH[:-2]
+    done = dvt(*command, "list.txt", *options, "--out", "out", "--profile", cwd=tmp_path)
+    assert "where the time went" in done.stdout and "bounds this run" in done.stdout
+    assert FeatureStore(tmp_path / "out").images == [path.as_uri() for path in sorted(photos.iterdir())]
+
+
+def test_the_version_is_told(tmp_path):
+    import dvt as package
+
+    assert dvt("--version", cwd=tmp_path).stdout == f"dvt {package.__version__}\n"
