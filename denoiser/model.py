@@ -47,13 +47,14 @@ class Denoiser(nn.Module, Shared):
         self.card: dict[str, Any] = {}
         self.strength = config.strength
         # Built without values, so that only `reset` draws numbers, and from the generator given.
-        self.body: Any = self._plan(config).body
+        body: Any = self._plan(config)["body"]
+        self.body = body
         self.to_empty(device="cpu")
         with torch.no_grad():
-            self.body.reset(generator)
+            body.reset(generator)
 
     @staticmethod
-    def _plan(config: DenoiserConfig) -> nn.Module:
+    def _plan(config: DenoiserConfig) -> nn.ModuleDict:
         with torch.device("meta"):
             return nn.ModuleDict({"body": ({"block": Blocks} | BODIES)[config.kind](config)})
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -133,7 +134,7 @@ class Denoising(Work):
             for group, streams in feed:
                 made = group[0].made
                 with nullcontext() if stream is None else torch.cuda.stream(stream):
-                    self._solve([image for image in group if image.read is not None], streams)
+                    self._solve([image for image in group if image.read >= 0], streams)
                     for image in group:
                         made.records += self._records(image, tick)
                         image.pixels = image.views = image.result = None
@@ -192,7 +193,7 @@ class Denoising(Work):
         image.read_seconds = time.perf_counter() - start
 
     def _sources(self, group: list[_Image]) -> list[_Source]:
-        return [_Source(self, image) for image in group if image.read is not None]
+        return [_Source(self, image) for image in group if image.read >= 0]
 
     def batches(self, image: _Image) -> Iterator[Batch]:
         """An image's views through the backbone; again from the beginning when called again."""
@@ -298,13 +299,13 @@ class _Image:
     made: Made
     copies: list[Planned]
     last: bool  # of its shard
-    read: int | None = None  # the copy that could be read
-    pixels: Tensor | None = None
+    read: int = -1  # which copy could be read
+    pixels: Any = None  # (3, H, W), from then on until its views are made
     size: Size = (0, 0)
     bytes: int = 0
     read_seconds: float = 0.0
     errors: dict[int, Exception] = field(default_factory=dict)  # of copies that could not be read, by number
-    views: TokenViews | None = None
+    views: Any = None  # TokenViews, from then on until it is solved
     result: Denoised | Exception | None = None
 
     @property

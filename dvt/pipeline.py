@@ -253,7 +253,7 @@ def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], c
 
     Each image keeps a field of its own; their reduced equations for the artifact add up.
     """
-    parts = (equations(backbone, image, config) for image in images)
+    parts: Iterable[SharedEquations | None] = (equations(backbone, image, config) for image in images)
     if (total := tree_sum(parts, add_equations)) is None:
         raise ImageError("no image was given; a shared artifact needs at least one")
     return LinearSolver(config.linear).solve_shared(*total)

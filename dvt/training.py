@@ -717,8 +717,8 @@ def _load_moments(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) 
     groups = optimizer.state_dict()["param_groups"]
     # Numbered as torch does it; some have no moments, because they never had a gradient.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for number, values in state.items():
-        parameter, step = parameters[number], torch.zeros(())
+    for index, values in state.items():
+        parameter, step = parameters[index], torch.zeros(())
         _check_same(values, {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 

@@ -87,7 +87,10 @@ def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Targe
     told = prior.card["condition"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError("it names no images")
-    wanted = {"maps": (count, *config.grid, config.token_dim), "pictures": (count, 3, None, None)}
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "maps": (count, *config.grid, config.token_dim),
+        "pictures": (count, 3, None, None),
+    }
     wanted |= {"training_features": (None, None), "held_out_features": (None, None)}
     if config.condition_dim is not None:
         cells = math.prod(config.condition_grid) if config.condition_grid else None

@@ -116,7 +116,7 @@ def print_job(
         table.add_row(*row)
     console.print(table)
     if command.profile:
-        _print_profile(console, summary)
+        _print_profile(console, summary, "" if command.ray is None else ", in all workers together")
     if summary.done + summary.skipped:
         console.print(f"store: {escape(command.out)}")
     for path, reason in summary.failed:
@@ -124,9 +124,9 @@ def print_job(
     return result
 
 
-def _print_profile(console: Console, summary: Summary) -> None:
+def _print_profile(console: Console, summary: Summary, where: str) -> None:
     profile = summary.profile
-    table = Table("stage", "seconds", "of all", "its threads busy", title="where the time went")
+    table = Table("stage", "seconds", "of all", "its threads busy", title=f"where the time went{where}")
     for stage, seconds, share, busy in profile.rows():
         table.add_row(stage, f"{seconds:.2f}", f"{share:.0%}", f"{busy:.0%}" if busy else "-")
     console.print(table)

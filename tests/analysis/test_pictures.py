@@ -166,7 +166,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path):
             target.write_bytes(b"half")
             raise OSError("disk full")
 
-    with pytest.raises(ConfigError, match="disk full.*make room"):
+    with pytest.raises(ConfigError, match=r"disk full.*make room"):
         pictures.save(Broken(), path)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
