@@ -3,11 +3,7 @@
 import hashlib
 import json
 import os
-import random
-import signal
-import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 import dvt
 from dvt.cli import main
@@ -363,55 +358,6 @@ def test_a_shard_that_cannot_be_written_ends_the_run_with_its_reason(tiny_backbo
 
     with pytest.raises(StoreError, match="cannot write"):
         extract_images(tiny_backbone, images_of(folder), tmp_path / "out", SMALL, progress=block)
-
-
-RUN = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from dvt.backbones import load_backbone
-from dvt.denoiser import Denoiser
-from dvt.extract import ExtractConfig, extract_images
-weights, denoiser, folder, out = sys.argv[1:]
-backbone = load_backbone("test_vit", weights=weights, size=96)
-denoiser = Denoiser.from_pretrained(denoiser)
-print("ready", flush=True)
-config = ExtractConfig(batch=2, shard_images=4, workers=2)
-extract_images(backbone, sorted(Path(folder).iterdir()), out, config, denoiser)
-"""
-
-
-def test_a_killed_run_ends_with_the_same_tokens(make_tiny_backbone, tmp_path, photo):
-    backbone, denoiser = make_tiny_backbone(), make_denoiser()
-    folder = save_photos(tmp_path / "in", photo, 36)
-    broken(folder)
-    weights = tmp_path / "weights.safetensors"
-    save_file({name: value.contiguous() for name, value in backbone.model.state_dict().items()}, weights)
-    denoiser.save_pretrained(tmp_path / "denoiser.safetensors")
-    start = time.perf_counter()
-    extract_images(backbone, images_of(folder), tmp_path / "undisturbed", SMALL, denoiser)
-    seconds = time.perf_counter() - start
-    expected = contents(tmp_path / "undisturbed")
-
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"kills are drawn with seed {seed}; the run takes {seconds:.2f} s")
-    moments, committed = random.Random(seed), 0
-    arguments = [sys.executable, "-c", RUN, weights, tmp_path / "denoiser.safetensors", folder, tmp_path / "out"]
-    for _ in range(2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(moments.uniform(0.2, 0.8) * seconds)
-            process.send_signal(signal.SIGKILL)
-        shards = sorted((tmp_path / "out").glob("*.h5"))
-        assert len(shards) >= committed  # nothing committed is lost
-        committed = len(shards)
-        if shards:
-            assert not FeatureStore(tmp_path / "out").verify()
-    print(f"{committed} of {len(shards_of(tmp_path / 'undisturbed'))} shards were committed before the last run")
-    summary = extract_images(backbone, images_of(folder), tmp_path / "out", SMALL, denoiser)
-    assert summary.done + summary.skipped == 36
-    assert contents(tmp_path / "out") == expected and shards_of(tmp_path / "out") == shards_of(tmp_path / "undisturbed")
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------

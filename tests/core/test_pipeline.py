@@ -1,19 +1,12 @@
-"""Stage one end to end on a tiny backbone: laws, the store, bad images, resume, and kills."""
+"""Stage one end to end on a tiny backbone: laws, the store, bad images and resume."""
 
 import hashlib
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from dvt.decompose import denoise_images
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
@@ -359,66 +352,3 @@ def test_a_shared_artifact_needs_images_of_one_grid(tiny_backbone, folder):
         shared_artifact(tiny_backbone, images_of(folder), SHARED)
     with pytest.raises(ImageError, match="at least one"):
         shared_artifact(tiny_backbone, [], SHARED)
-
-
-# -- kills ------------------------------------------------------------------------------------------------------------
-
-RUN = """
-import sys, torch
-from pathlib import Path
-torch.set_num_threads(1)
-from dvt.backbones import load_backbone
-from dvt.fields import LinearConfig
-from dvt.decompose import denoise_images
-from dvt.pipeline import DenoiseConfig
-from dvt.views import ViewConfig
-weights, folder, out, shared = sys.argv[1:]
-backbone = load_backbone("test_vit", weights=weights, size=96)
-config = DenoiseConfig(
-    views=ViewConfig(count=7, batch=4),
-    linear=LinearConfig(resolution=12, smoothness=0.05),
-    shared_artifact=shared == "shared",
-)
-print("ready", flush=True)
-denoise_images(backbone, sorted(Path(folder).iterdir()), out, config, shard_images=2)
-"""
-
-
-@pytest.mark.parametrize("config", [CONFIG, SHARED])
-def test_a_killed_run_ends_with_the_same_tokens(make_tiny_backbone, tmp_path, pixels, config):
-    backbone = make_tiny_backbone()
-    (tmp_path / "in").mkdir()
-    for number in range(12):
-        Image.fromarray(pixels[20 * number : 20 * number + 120, 100:220]).save(tmp_path / "in" / f"{number:02}.png")
-    weights = tmp_path / "weights.safetensors"
-    save_file({name: value.contiguous() for name, value in backbone.model.state_dict().items()}, weights)
-    paths = images_of(tmp_path / "in")
-    start = time.perf_counter()
-    denoise_images(backbone, paths, tmp_path / "undisturbed", config, shard_images=2)
-    seconds = time.perf_counter() - start
-    expected = contents(tmp_path / "undisturbed")
-
-    seed = random.SystemRandom().randrange(10**6)
-    print(f"kills are drawn with seed {seed}; the run takes {seconds:.2f} s")
-    moments = random.Random(seed)
-    arguments = [sys.executable, "-c", RUN, weights, tmp_path / "in", tmp_path / "out"]
-    arguments += ["shared" if config.shared_artifact else "own"]
-    committed = 0
-    for _ in range(2):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
-            assert process.stdout.readline() == b"ready\n"
-            time.sleep(moments.uniform(0, 0.8 * seconds))
-            process.send_signal(signal.SIGKILL)
-        shards = sorted((tmp_path / "out").glob("*.h5"))
-        assert len(shards) >= committed  # nothing committed is lost
-        committed = len(shards)
-        if shards:
-            assert not FeatureStore(tmp_path / "out").verify()
-    print(f"{committed} of 6 shards were committed before the last run")
-    summary = denoise_images(backbone, paths, tmp_path / "out", config, shard_images=2)
-    assert summary.done == 12 - 2 * committed and summary.skipped == 2 * committed
-    assert contents(tmp_path / "out") == expected
-    assert [p.name for p in sorted((tmp_path / "out").glob("*.h5*"))] == [
-        p.name for p in sorted((tmp_path / "undisturbed").glob("*.h5"))
-    ]
