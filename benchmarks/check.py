@@ -230,6 +230,8 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write the recorded ratios anew")
     parser.add_argument("--recorded", type=Path, default=RECORDED, help="the recorded ratios")
     options = parser.parse_args()
+    if missing := [str(path) for path in options.results if not path.is_file()]:
+        parser.error(f"there is no {', '.join(missing)}; `make bench` writes bench.jsonl")
     if options.record:
         outcome = record(options.results, options.recorded)
     elif len(options.results) == 1:

@@ -94,9 +94,15 @@ def run(
         StoreError: the target cannot be written, or holds another job's tokens.
         DvtError: what `make_work` raises.
     """
-    if threads < 1 or (workers is not None and workers < 1):
-        raise ConfigError(f"workers is {workers} and threads is {threads}; both must be 1 or more")
+    for name, value in {"workers": workers, "threads": threads}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"the number of {name} of the cluster is {value}; it must be 1 or more")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}; on a cluster it is 'auto', 'cpu' or 'cuda': a worker sees one GPU")
+    if not callable(make_work) or isinstance(images, (str, Path)):
+        raise ConfigError("make_work must be a function that makes the work, and images a list of paths")
     target = Target(str(out) if is_url(str(out)) else os.path.abspath(out))
+    target.check()
     with connected(address, workers, threads) as ray:
         if address == "local" and device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
             raise ConfigError(f"device {device!r} cannot be used: this machine has no GPU; take 'auto' or 'cpu'")

@@ -87,7 +87,10 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
     found = find_sources(specs)
     for path in found:
         if isinstance(path, str):
-            raise ImageError(f"{path!r} is a URL; only `dvt extract` and `dvt denoise` take URLs: give a local file")
+            raise ImageError(
+                f"{path!r} is a URL; only `dvt extract` and `dvt denoise` (in Python, find_sources) take URLs: give a "
+                "local file"
+            )
     return [Path(path) for path in found]
 
 
@@ -214,11 +217,13 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
             raise
         except (RecursionError, ValueError, re.error) as error:  # thousands of folders deep, or a NUL byte
             raise ImageError(f"{_short(spec)} cannot be used as a pattern of paths: {error}") from error
-        for match in matches:
-            if os.path.isdir(match):
-                yield from _walk(match)
-            elif _is_image_name(match):
-                yield match
+        found = [m for match in matches for m in (_walk(match) if os.path.isdir(match) else [match])]
+        images = [match for match in found if _is_image_name(match)]
+        if lists and not images:  # in a list, a pattern may stand for what is still to come
+            raise ImageError(
+                f"no images found in {_short(spec)}; give image files, folders, globs or a .txt list of paths"
+            )
+        yield from images
     else:
         raise ImageError(f"{_short(spec)} does not exist; give image files, folders, globs or a .txt list of paths")
 
@@ -365,7 +370,10 @@ def _fetching(url: str) -> Iterator[None]:
     except ImageError:
         raise
     except ImportError as error:
-        raise _error(url, f"a package is missing ({error}); s3:// needs `pip install s3fs`, gs:// gcsfs") from error
+        raise _error(
+            url,
+            f"a package is missing ({error}); https:// needs `pip install aiohttp requests`, s3:// s3fs, gs:// gcsfs",
+        ) from error
     except Exception as error:  # each file system has its own errors
         raise _error(url, error) from error
 

@@ -51,8 +51,8 @@ class Profile:
     >>> profile.rows()[1]
     ('backbone', 7.0, 0.7, 0.7)
     >>> print(profile.bound())
-    backbone bounds this run: busy 70% of 10.0 s; the backbone stood still 2.0 s (20%): 0.0 s for images, 1.0 s for
-    the solver
+    backbone bounds this run: busy 70% of 10.0 s; the backbone stood still 2.0 s (20%), 1.0 s of it for the solver and
+    what follows
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
@@ -107,10 +107,11 @@ class Profile:
         slowest = max(STAGES, key=self.busy)
         still = max(0.0, self.wall - self.of("views", "backbone"))
         share = still / (self.wall or 1.0)
+        waits = {"images": "wait_images", "the solver and what follows": "wait_solver"}
+        parts = [f"{self.of(wait):.1f} s of it for {what}" for what, wait in waits.items() if self.of(wait) >= 0.05]
         return (
             f"{slowest} bounds this run: busy {self.busy(slowest):.0%} of {self.wall:.1f} s; the backbone stood still "
-            f"{still:.1f} s ({share:.0%}): {self.of('wait_images'):.1f} s for images, {self.of('wait_solver'):.1f} s "
-            "for the solver"
+            f"{still:.1f} s ({share:.0%}){''.join(f', {part}' for part in parts)}"
         )
 
 

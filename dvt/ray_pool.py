@@ -235,7 +235,9 @@ class Pool:
             self._end(worker)
             self.workers.remove(worker)
             self.failures += 1
-            if self.failures >= _GREETINGS and not any(other.node for other in self.workers):
+            # What the caller's function raises by itself is its own; a worker that dies may have met a bad node.
+            tries = _GREETINGS if isinstance(error, _Died) else 2
+            if self.failures >= tries and not any(other.node for other in self.workers):
                 if isinstance(error, _Died):
                     raise ConfigError(
                         f"workers die while they make their work ready, {self.failures} in a row: {error.reason}"

@@ -225,7 +225,8 @@ class StoreWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(self.folder, self.wait)
         except OSError as error:
-            raise StoreError(f"cannot write to the store {str(self.folder)!r}: {error.strerror or error}") from error
+            reason = "it is a file, not a folder" if self.folder.is_file() else error.strerror or error
+            raise StoreError(f"cannot write to the store {str(self.folder)!r}: {reason}") from error
         try:
             for part in self.folder.glob("*.h5.part"):  # under the lock: whoever was writing it is dead
                 part.unlink()

@@ -34,6 +34,16 @@ class Target:
         """Whether it is a URL."""
         return is_url(self.place)
 
+    def check(self) -> None:
+        """That there is a file system for the URL, before hours of work.
+
+        Raises:
+            StoreError: fsspec does not know it, or a package is missing.
+        """
+        if self.remote:
+            with self._files("write to"):
+                pass
+
     def put_shard(self, name: str, content: bytes) -> None:
         """A shard, whole or not at all.
 

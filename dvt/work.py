@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone
-from dvt.errors import ImageError, NonFiniteError
+from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.grids import Size
-from dvt.images import size_and_sha256
+from dvt.images import is_url, size_and_sha256
 from dvt.pipeline import SharedEquations, add_equations, checked_input_size, tree_sum
 from dvt.profile import Profile
 from dvt.store import FeatureStore, Job, Record, Shard, StoreWriter, plan
@@ -194,9 +194,11 @@ def run(
         progress: called with (what, done, total) after every image.
 
     Raises:
+        ConfigError: `paths` is one path, or `out` a URL.
         StoreError: the folder cannot be written, or holds another job's tokens.
         DvtError: what `work` raises.
     """
+    check_run(paths, out)
     progress, summary = progress or (lambda what, done, total: None), Summary()
     start = time.perf_counter()
     with StoreWriter(out, work.job, wait=wait) as writer:
@@ -219,6 +221,21 @@ def run(
             _save(writer, making, summary)
     summary.profile.wall = time.perf_counter() - start
     return summary
+
+
+def check_run(paths: Sequence[str | Path], out: str | Path) -> None:
+    """That this process can run a job with these.
+
+    Raises:
+        ConfigError: one path instead of several, or a URL as the store.
+    """
+    if isinstance(paths, (str, Path)):
+        raise ConfigError(f"paths is {str(paths)!r}, one path; give a list, such as find_images({str(paths)!r})")
+    if is_url(str(out)):
+        raise ConfigError(
+            f"the store {str(out)!r} is a URL, which a run in one process does not write to; give a folder, or a Ray "
+            "cluster by --ray ('local' starts one here), dvt.cluster.run in Python"
+        )
 
 
 def shards_left(

@@ -257,6 +257,10 @@ class _Views:
 
     def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:
         for tokens, coords in views:
+            if not (isinstance(tokens, Tensor) and isinstance(coords, Tensor)):
+                raise ShapeError(
+                    f"views are batches of two tensors, (tokens, coords), got {type(tokens)} and {type(coords)}"
+                )
             if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
                 raise ShapeError(
                     f"a batch of views has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; "
@@ -265,7 +269,7 @@ class _Views:
             self.shape = self.shape or tuple(tokens.shape[1:])
             if tuple(tokens.shape[1:]) != self.shape:
                 raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
-            self._finite.append(torch.isfinite(tokens.sum()))
+            self._finite.append(torch.isfinite(tokens.sum() + coords.sum().to(tokens)))
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
 
     def _check(self) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from dvt.cli.common import BackboneOptions, save_json
 from dvt.errors import ConfigError
 from dvt.images import is_url
-from dvt.work import Progress, Summary, Work, run
+from dvt.work import Progress, Summary, Work, check_run, run
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,10 @@ def run_job(
             threads=command.ray_threads,
             device=command.device,
         )
-    elif is_url(command.out):
-        raise ConfigError(
-            f"the store {command.out!r} is a URL; give --ray too (--ray local needs no cluster), or a folder"
-        )
+    elif command.ray_workers is not None:
+        raise ConfigError(f"--ray-workers {command.ray_workers} is for --ray ADDRESS, which is missing")
     else:
+        check_run(paths, command.out)  # before the model is loaded
         runner = partial(run, make_work())
     summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)
     return summary, time.perf_counter() - start

@@ -80,7 +80,7 @@ class Denoise(JobOptions):
 class Inspect:
     """Show what a feature store holds."""
 
-    store: tyro.conf.Positional[Path]
+    store: tyro.conf.Positional[str]
     """A folder of shards, or one shard."""
     verify: bool = False
     """Read everything through its checksums and name damaged shards."""
@@ -155,6 +155,8 @@ def _denoising(command: Denoise, config: DenoiseConfig, each: _Writer | None) ->
 
 def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt inspect`: 0 when the store is fine, 2 when it is not one or is damaged."""
+    if is_url(command.store):
+        raise ConfigError(f"{command.store!r} is a URL; stores are read from folders: copy it to one first")
     damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
     summary = {} if damaged else FeatureStore(command.store).summary()
     table = Table("", "value", title=escape(str(command.store)), show_header=False)
