@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
@@ -44,6 +45,9 @@ COMMANDS: dict[str, tuple[type, Run]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if arguments == ["--version"]:
         sys.stdout.write(f"dvt {dvt.__version__}\n")
         return 0

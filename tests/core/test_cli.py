@@ -212,3 +212,12 @@ def test_the_version_is_told(tmp_path):
     import dvt as package
 
     assert dvt("--version", cwd=tmp_path).stdout == f"dvt {package.__version__}\n"
+
+
+def test_names_that_are_no_text_are_told_with_escapes(photos, tmp_path):
+    with open(os.path.join(os.fsencode(photos), b"\xff.png"), "wb") as file:
+        file.write(b"no image")
+    done = dvt("extract", photos, *WITH[:-2], "--out", "out", cwd=tmp_path, expect=2)
+    assert r"\udcff.png" in done.stdout and len(FeatureStore(tmp_path / "out")) == 3
+    process = subprocess.run([sys.executable, "-m", "dvt.cli", b"\xff"], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
