@@ -180,6 +180,8 @@ def _command(arguments: list[str], log: str, faults: list[dict]) -> None:
         file = os.open(log, os.O_WRONLY)
         os.dup2(file, 1)
         os.dup2(file, 2)
+        # As a process of its own would have them: the parent's streams know what their own files can do.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115  for as long as it lives
         for fault in faults:
             _harm(fault, log)
         try:
