@@ -28,7 +28,7 @@ from dvt.overlap import Ahead, InTurn
 from dvt.pipeline import DenoiseConfig, Denoised, SharedEquations, TokenViews, equations, out_of_memory
 from dvt.profile import Profile
 from dvt.store import Job, Record, Shard
-from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, log, reading_threads, run
+from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, job_of, log, reading_threads, run
 
 ALL_TERMS = ("raw", "semantic", "artifact", "residual")
 _GROUP = 8  # images that a GPU solves together: the solver's many small operations then cost little more than one's
@@ -85,14 +85,7 @@ def denoise_images(
 def denoise_job(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
     """The store's job: everything that the tokens depend on."""
     terms = list(ALL_TERMS if keep_terms else ALL_TERMS[:2])
-    return Job(
-        backbone=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        stride=backbone.stride,
-        size=backbone.image_size,
-        config={"verb": "denoise", "terms": terms, **config.numbers()},
-    )
+    return job_of(backbone, {"verb": "denoise", "terms": terms, **config.numbers()})
 
 
 class Denoising(Work):

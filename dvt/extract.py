@@ -27,7 +27,7 @@ from dvt.pipeline import autocast, in_halves
 from dvt.profile import Laps, Profile
 from dvt.store import Job, Record, Shard
 from dvt.views import resize
-from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, reading_threads, run
+from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, job_of, reading_threads, run
 
 if TYPE_CHECKING:
     from dvt.denoiser import Denoiser
@@ -114,14 +114,7 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: Denoiser | 
             "weights_sha256": weights_sha256(denoiser),
             **asdict(replace(denoiser.config, strength=denoiser.strength)),
         }
-    return Job(
-        backbone=backbone.name,
-        weights_sha256=backbone.weights_sha256,
-        layer=backbone.layer,
-        stride=backbone.stride,
-        size=backbone.image_size,
-        config=settings,
-    )
+    return job_of(backbone, settings)
 
 
 class Extraction(Work):

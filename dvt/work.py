@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,6 +101,18 @@ class Made:
     def fitting_seconds(self) -> float:
         """In the solver."""
         return self.profile.of("solve")
+
+
+def job_of(backbone: Backbone, settings: dict[str, Any]) -> Job:
+    """The store's job: a backbone, and the other settings that the tokens depend on."""
+    return Job(
+        backbone=backbone.name,
+        weights_sha256=backbone.weights_sha256,
+        layer=backbone.layer,
+        stride=backbone.stride,
+        size=backbone.image_size,
+        config=settings,
+    )
 
 
 class Work(ABC):
