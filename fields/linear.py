@@ -12,6 +12,7 @@ from torch import Tensor
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.decomposition import Fit
+from dvt.fields.defects import Defect
 from dvt.fields.equations import NormalEquations, solve_artifact
 from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
@@ -112,10 +113,14 @@ class LinearSolver:
 
     Args:
         config: settings; the defaults choose resolution and smoothness from the data.
+        defect: what outlier tokens of the backbone have in common, from
+            :func:`dvt.fields.defects.defect_direction` over many images; such tokens get no weight. Without it one is
+            looked for in each image alone. Only with `config.robust`.
     """
 
-    def __init__(self, config: LinearConfig | None = None):
+    def __init__(self, config: LinearConfig | None = None, defect: Defect | None = None):
         self.config = config or LinearConfig()
+        self.defect = defect
 
     def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> LinearFit:
         """Fit one image.
@@ -150,7 +155,7 @@ class LinearSolver:
         """
         if not views:
             return []
-        run = _Run(self.config, views, artifact)
+        run = _Run(self.config, views, artifact, self.defect)
         fits: dict[int, LinearFit] = {}
         for resolution, images in run.pilot.groups().items():
             smoothness = [run.pilot.smoothness[image] for image in images]
@@ -179,7 +184,7 @@ class LinearSolver:
 
         :meth:`solve_shared` solves the sums.
         """
-        run = _Run(self.config, [views], None)
+        run = _Run(self.config, [views], None, self.defect)
         schur, rhs = run.equations[run.pilot.resolution[0]].artifact_equations(run.pilot.smoothness[0])
         return schur[0], rhs[0]
 
@@ -191,7 +196,13 @@ class LinearSolver:
 class _Run:
     """One pass over the views of some images: the pilot's choices and the sums."""
 
-    def __init__(self, config: LinearConfig, views: Sequence[Iterable[Batch]], artifact: Tensor | None):
+    def __init__(
+        self,
+        config: LinearConfig,
+        views: Sequence[Iterable[Batch]],
+        artifact: Tensor | None,
+        defect: Defect | None,
+    ):
         self.config = config
         shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)
         images: list[_Views] = []
@@ -209,7 +220,7 @@ class _Run:
         self.grid: Size = (shape[0], shape[1])
         self.dtype = like.dtype
         self.known = None if artifact is None else artifact.flatten(0, 1)
-        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known)
+        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known, defect)
         if self.known is None and seen == {1}:
             self.known = like.new_zeros(positions, channels)
         self.equations = {

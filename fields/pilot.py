@@ -17,6 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dvt import grids
+from dvt.fields.defects import Defect, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
 
@@ -45,6 +46,7 @@ class Pilot:
         grid: (h, w) of a view, n = h w.
         config: resolution and smoothness may be None; they are chosen then.
         known: (n, C) artifact of all images, or None to fit one to each.
+        defect: of the backbone, or None to look for one in each image.
 
     Attributes:
         resolution, smoothness: lists, of each image, as given or chosen, by the squared error on held-out views.
@@ -52,9 +54,15 @@ class Pilot:
     """
 
     def __init__(
-        self, heads: Sequence[list[tuple[Tensor, Tensor]]], grid: Size, config: LinearConfig, known: Tensor | None
+        self,
+        heads: Sequence[list[tuple[Tensor, Tensor]]],
+        grid: Size,
+        config: LinearConfig,
+        known: Tensor | None,
+        defect: Defect | None = None,
     ):
         self.config = config
+        self.defect = defect
         self.mix = _mix(heads[0][0][0], config.seed)
         self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
         self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
@@ -63,9 +71,11 @@ class Pilot:
         artifact = None if known is None else self.sketch(known)
         if artifact is None and self.tokens.shape[1] == 1:
             artifact = torch.zeros_like(self.tokens[0, 0])
-        self._token_weights = self.tokens.new_ones(self.tokens.shape[:3])
+        self._screen = self._make_screen(heads) if config.robust else None
+        self._screened = self.tokens.new_ones(self.tokens.shape[:3]) if self._screen is None else self._screen.first
+        self._token_weights = self._screened
         self.resolution, self.smoothness, self.error = self._choose(grid, artifact)
-        left = self._fit(artifact)
+        left = self._without_defect(self._fit(artifact))
         # (B, rows, columns, 1) the norm that a fit usually leaves of a token near each node, at least the median.
         local = _local(left[..., None], near_nodes, 2)
         self.usual = local.clamp_min(_median(left)[:, None, None]).view(-1, *nodes, 1)
@@ -74,6 +84,17 @@ class Pilot:
         """(..., C) tokens or nodes mixed into (..., S)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
+
+    def _make_screen(self, heads: Sequence[list[tuple[Tensor, Tensor]]]) -> Screen:
+        if self.defect is None:
+            return Screen(self.tokens, known=False)
+        along = [torch.cat([self.defect.along(tokens) for tokens, _ in head]) for head in heads]
+        return Screen(torch.stack(along)[..., None].to(self.tokens), known=True)
+
+    def _without_defect(self, left: Tensor) -> Tensor:
+        """What a fit leaves of the tokens (B, V, n, ...), and nothing of a defect's: its neighbours are not judged by it."""
+        keep = self._screened.view(*self._screened.shape, *(1,) * (left.ndim - 3))
+        return left * keep
 
     def groups(self) -> dict[Size, list[int]]:
         """The numbers of the images that have each resolution."""
@@ -96,12 +117,16 @@ class Pilot:
 
     def weights(self, image: int, tokens: Tensor, coords: Tensor) -> Tensor:
         """Robust weights (V, n) of an image's tokens (V, n, C); all 1 where the pilot leaves nothing."""
-        coords = coords.to(self.tokens)
+        coords, sketched = coords.to(self.tokens), self.sketch(tokens)
         field, artifact = self.fields[image]
-        left = _left(self.sketch(tokens)[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
+        left = _left(sketched[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
         usual = self.usual[image]
         weights = geman_mcclure(left.norm(dim=-1), grids.sample(usual, coords)[..., 0], self.config.cutoff)
-        return torch.where(usual.any(), weights, 1)
+        weights = torch.where(usual.any(), weights, 1)
+        if self._screen is None:
+            return weights
+        measured = sketched if self.defect is None else self.defect.along(tokens)[..., None].to(sketched)
+        return weights * self._screen.weights(image, measured)
 
     def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
         """Half the squared difference of what F and G (all channels) leave of two tokens at almost one image point.
@@ -164,11 +189,12 @@ class Pilot:
     def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
         """Robust weights (B, V, n) of all tokens, from a plain fit of some views."""
         fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
-        odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
+        odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
         # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
         usual = _local(odd[..., None], self._near, 2).view_as(odd).clamp_min(median)
-        self._token_weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
+        weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
+        self._token_weights = weights * self._screened
 
     def _oddity(self, left: Tensor) -> Tensor:
         """(B, V, n) distance of what is left of a token from the median of its neighbours in the image.
