@@ -12,7 +12,7 @@ from torch import Tensor
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.decomposition import Fit
-from dvt.fields.defects import Defect
+from dvt.fields.defects import Defect, Gate
 from dvt.fields.equations import NormalEquations, solve_artifact
 from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
@@ -66,7 +66,8 @@ class LinearFit(Fit):
     Args:
         nodes: (rows, columns, C) the field's values.
         artifact: (h, w, C).
-        residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map.
+        residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map for tokens of a defect; None without one.
+        gate: tells these tokens; h of all others is zero.
         noise: mean squared norm of the part of a token that other views of the same point do not share.
         error: mean squared norm of what F and G leave of a token of a view that was not fitted: noise and F's error.
         config: the settings, with resolution and smoothness as chosen.
@@ -79,6 +80,7 @@ class LinearFit(Fit):
     noise: float
     error: float
     config: LinearConfig
+    gate: Gate | None = None
 
     def semantic(self, coords: Tensor) -> Tensor:
         """F (..., C) at image coordinates (..., 2)."""
@@ -86,9 +88,9 @@ class LinearFit(Fit):
 
     def residual(self, raw: Tensor) -> Tensor:
         """h (..., C) of raw tokens (..., C)."""
-        if self.residual_map is None:
+        if self.residual_map is None or self.gate is None:
             return torch.zeros_like(raw)
-        return (raw - self.residual_mean) @ self.residual_map
+        return self.gate(raw) * ((raw - self.residual_mean) @ self.residual_map)
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
         """The variance-weighted share of F, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
@@ -101,6 +103,8 @@ class LinearFit(Fit):
         left = (raw - self.artifact - self.residual(raw) - self.semantic(coords)).square().sum(-1, keepdim=True)
         typical = left.median().clamp_min(torch.finfo(left.dtype).tiny)
         inlier = geman_mcclure(left.sqrt(), typical.sqrt(), self.config.cutoff)
+        if self.gate is not None:
+            inlier = inlier * (1 - self.gate(raw))
         floor = max(self.error, torch.finfo(left.dtype).tiny)
         both = ((inlier * left).sum() / inlier.sum()).clamp_min(floor)
         return 1 - inlier * (1 - (self.noise / both).clamp(0, 1))
@@ -177,6 +181,7 @@ class LinearSolver:
             noise=noise,
             error=run.pilot.error[image],
             config=replace(self.config, resolution=min(resolution), smoothness=smoothness),
+            gate=run.pilot.gate(image),
         )
 
     def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:

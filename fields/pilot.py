@@ -17,7 +17,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dvt import grids
-from dvt.fields.defects import Defect, Screen
+from dvt.fields.defects import Defect, Gate, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
 
@@ -34,6 +34,8 @@ SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 5
 # Tokens at nearby image points, the token itself among them.
 NEIGHBOURS = 9
+# Times that the pilot's weights are found, each from a fit with the last ones.
+REWEIGHTS = 2
 # The smoothness at which weights and the artifact are found, before one is chosen.
 MIDDLE = 0.1
 
@@ -87,9 +89,17 @@ class Pilot:
 
     def _make_screen(self, heads: Sequence[list[tuple[Tensor, Tensor]]]) -> Screen:
         if self.defect is None:
-            return Screen(self.tokens, known=False)
+            return Screen(self.tokens, self._near)
         along = [torch.cat([self.defect.along(tokens) for tokens, _ in head]) for head in heads]
-        return Screen(torch.stack(along)[..., None].to(self.tokens), known=True)
+        return Screen(torch.stack(along)[..., None].to(self.tokens), None)
+
+    def gate(self, image: int) -> Gate | None:
+        """What tells a token of the defect by itself, or None."""
+        if self._screen is None:
+            return None
+        per_size = self._screen.per_size[image]
+        along = self.mix @ per_size.to(self.mix) if self.defect is None else self.defect.direction / self.defect.size
+        return Gate(along, float(self._screen.middle[image])) if along.any() else None
 
     def _without_defect(self, left: Tensor) -> Tensor:
         """What a fit leaves of the tokens (B, V, n, ...), and nothing of a defect's: its neighbours are not judged by it."""
@@ -165,7 +175,7 @@ class Pilot:
         if not held.any():
             return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
         fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
-        if config.robust:
+        for _ in range(REWEIGHTS if config.robust else 0):
             self._reweigh(fitted, artifact, middle)
         equations = self._equations(fitted, middle)
         _, artifact = equations.solve(MIDDLE, artifact, config.ridge)
@@ -187,7 +197,7 @@ class Pilot:
         return (left.square().sum(-1) * weights).sum((-2, -1)) / weights.sum((-2, -1))
 
     def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
-        """Robust weights (B, V, n) of all tokens, from a plain fit of some views."""
+        """Robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
         fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
         odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
