@@ -131,8 +131,8 @@ class LinearSolver:
 
         Args:
             views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)); read once.
-            artifact: (h, w, C) a known G, for example one that many images share; only F and h are fitted then.
-                With a single view nothing tells F from G, and G is zero.
+            artifact: (h, w, C) a known G, for example one that many images share, which is centred first; only F and
+                h are fitted then. With a single view nothing tells F from G, and G is zero.
 
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.
@@ -150,7 +150,7 @@ class LinearSolver:
         Args:
             views: for each image its batches, as in :meth:`fit`; grid, channels and the number of views, as far as
                 the pilot looks at them, are the same for all.
-            artifact: (h, w, C) a known G, for all of them.
+            artifact: (h, w, C) a known G, for all of them, as in :meth:`fit`.
 
         Raises:
             ShapeError: images or batches disagree in grid, channels or number of views, or with the artifact.
@@ -224,7 +224,7 @@ class _Run:
         positions, channels = shape[0] * shape[1], shape[2]
         self.grid: Size = (shape[0], shape[1])
         self.dtype = like.dtype
-        self.known = None if artifact is None else artifact.flatten(0, 1)
+        self.known = None if artifact is None else _centred(artifact.flatten(0, 1))
         self.pilot = Pilot([image.head for image in images], self.grid, config, self.known, defect)
         if self.known is None and seen == {1}:
             self.known = like.new_zeros(positions, channels)
@@ -245,6 +245,11 @@ class _Run:
             equations.add(tokens[None], coords[None], weights[None] if weights is not None and config.robust else None)
             if config.residual and weights is not None:
                 self.outliers[image].add(tokens, coords, weights)
+
+
+def _centred(artifact: Tensor) -> Tensor:
+    """(n, C) with mean zero over positions: the constant is F's, whatever a known artifact holds."""
+    return artifact - artifact.mean(0, dtype=torch.float64).to(artifact)
 
 
 class _Views:
