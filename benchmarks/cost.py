@@ -41,6 +41,7 @@ from dvt.extract import ExtractConfig, extract_images
 from dvt.fields import LinearSolver
 from dvt.images import find_images, image_size, load_image
 from dvt.pipeline import DenoiseConfig, TokenViews
+from dvt.profile import flop_counter
 from dvt.store import Job, Record, StoreWriter, plan
 from dvt.views import ViewConfig, resize
 from tables import described_machine, photographs, table
@@ -89,7 +90,7 @@ def counted_vit(name: str, size: int) -> int:
     """FLOPs of one image in timm's model, counted without weights."""
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         net.forward_features(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops()
 

@@ -26,7 +26,7 @@ from dvt.grids import Size
 from dvt.images import is_url, load_image
 from dvt.overlap import Ahead, InTurn
 from dvt.pipeline import DenoiseConfig, Denoised, SharedEquations, TokenViews, equations, out_of_memory
-from dvt.profile import Profile
+from dvt.profile import Profile, flop_counter
 from dvt.store import Job, Record, Shard
 from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, job_of, log, reading_threads, run
 
@@ -203,9 +203,7 @@ class Denoising(Work):
         batches, grid = iter(views), (views.coords.shape[0], views.coords.shape[1])
         if not self.profile or grid in self._flops:
             return batches
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             first = next(batches)
         self._flops[grid] = counter.get_total_flops() / len(first[0])
         return chain([first], batches)

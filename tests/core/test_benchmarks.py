@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from dvt.fields.planted import Planted, PlantedConfig
+from dvt.profile import flop_counter
 from dvt.store import Job, Record, StoreWriter
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -46,7 +46,7 @@ def test_closed_formula_is_what_the_counter_finds(name, size, vit):
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True).eval()
         images = torch.empty(1, 3, *size)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         net.forward_features(images)
     grid = (size[0] // vit.patch, size[1] // vit.patch)
     assert vit.flops(grid) == pytest.approx(counter.get_total_flops(), rel=0.02)
