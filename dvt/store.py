@@ -24,6 +24,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import logging
 import os
@@ -289,7 +290,7 @@ def shard_file(
     """The bytes of a shard's file, the same wherever they are made; see :meth:`StoreWriter.write`."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
         raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
-    return _shard_image(Path(f"{name}.h5"), job, records, artifact, dtype)
+    return _shard_image(job, records, artifact, dtype)
 
 
 def commit_shard(
@@ -425,9 +426,7 @@ def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | No
     return sorted(terms), channels
 
 
-def _shard_image(
-    target: Path, job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str
-) -> bytes:
+def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str) -> bytes:
     """The bytes of a shard's file.
 
     They are made in memory and written by the caller, because HDF5 leaves a broken handle behind when a disk is full.
@@ -440,12 +439,11 @@ def _shard_image(
     shared = None if artifact is None else _array(artifact)
     if _largest(records, shared) >= _FLOAT16_LIMIT:
         dtype = "float32"
-    # Version 1.10's format has checksums on its metadata too, and older libraries can read it.
-    options = {"driver": "core", "backing_store": False, "block_size": 16 << 20, "libver": ("v110", "v110")}
-    with h5py.File(os.fsencode(target), "w", rdcc_nbytes=4 * _CHUNK_BYTES, **options) as file:
+    content = io.BytesIO()
+    with _new_file(content) as file:
         _write_attributes(file, job)
-        _write_index(file.create_group("index"), records, grids, offset)
-        tokens = file.create_group("tokens")
+        _write_index(_new_group(file, "index"), records, grids, offset)
+        tokens = _new_group(file, "tokens")
         for term in terms:
             rows = _dataset(tokens, term, (int(offset[-1]), channels), dtype, int(grids.prod(1).max()))
             for record, start, stop in zip(records, offset, offset[1:], strict=False):
@@ -457,8 +455,27 @@ def _shard_image(
                     prefix[i] = _array(record.prefix, dtype)
         if shared is not None:
             _dataset(file, "artifact", shared.shape, dtype, len(shared))[:] = _array(shared, dtype)
-        file.flush()
-        return file.id.get_file_image()
+    return content.getvalue()
+
+
+def _new_file(content: io.BytesIO) -> h5py.File:
+    """Open an empty HDF5 file in memory, whose bytes depend on what is written and not on the time.
+
+    Version 1.10's format has checksums on its metadata too, and older libraries can read it. The bytes are complete
+    once the file is closed: HDF5 1.14's image of an open one (H5Fget_file_image) has a wrong checksum.
+    """
+    access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_cache(0, 521, 4 * _CHUNK_BYTES, 0.75)  # h5py's numbers, except for the size
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, content)
+    creation.set_obj_track_times(False)  # h5py's own File has this from 3.15 on
+    return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
+
+
+def _new_group(file: h5py.File, name: str) -> h5py.Group:
+    creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    creation.set_obj_track_times(False)
+    return h5py.Group(h5py.h5g.create(file.id, name.encode(), gcpl=creation))
 
 
 def _largest(records: Sequence[Record], artifact: np.ndarray | None) -> float:
