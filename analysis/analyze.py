@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from dvt.analysis import metrics, scores
-from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics import scores
+from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
-from dvt.analysis.viewer import Arrays, Shown
 from dvt.errors import ConfigError, ImageError
 from dvt.grids import Size
 from dvt.images import load_image
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -33,7 +35,6 @@ log = logging.getLogger(__name__)
 Denoise = Callable[[Tokens], Tokens]
 Decompose = Callable[[Tensor], Mapping[str, Tensor]]
 Source: TypeAlias = "FeatureStore | Decompose | None"
-Progress = Callable[[str, int, int], None]
 ImageLike = str | Path | Tensor
 
 _TERMS = ("semantic", "artifact", "residual")
@@ -198,7 +199,7 @@ class _Watch:
         entered: list[Any] = []
 
         def before(*_: object) -> None:
-            entered.append(self.measuring("forward", backbone.mean.device))
+            entered.append(self.measuring("forward", backbone.device))
             entered[-1].__enter__()
 
         def after(*_: object) -> None:
@@ -268,7 +269,7 @@ class _Run:
         layered = set(spread(count, config.layer_images))
         shared, shifted = spread(count, config.share_images), spread(count, config.shift_images)
         for number, image in enumerate(sample):
-            pixels = read_pixels(image).to(self.backbone.mean.device)
+            pixels = read_pixels(image).to(self.backbone.device)
             size = self.backbone.input_size((pixels.shape[1], pixels.shape[2]))
             whole = resize(pixels, size)
             layers = self.layers if number in layered | shown else self.layers[:1]
@@ -344,7 +345,7 @@ class _Run:
 
     def _read_greys(self) -> None:
         size = self.backbone.image_size
-        greys = torch.tensor(scores.GREYS, device=self.backbone.mean.device)[:, None, None, None].expand(-1, 3, *size)
+        greys = torch.tensor(scores.GREYS, device=self.backbone.device)[:, None, None, None].expand(-1, 3, *size)
         for key, tokens in self._variants(greys, self.layers).items():
             self._at(*key).greys = list(tokens.patches.cpu())
         if self.decompose is not None:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis import scores
-from dvt.analysis.analyze import Decompose, Denoise, ImageLike, Progress, quiet, read_pixels, spread
-from dvt.analysis.metrics import log_norm_outliers
-from dvt.analysis.nulls import Score, matched_noise
-from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.analyze import Decompose, Denoise, ImageLike, quiet, read_pixels, spread
+from dvt.analysis.metrics import log_norm_outliers, scores
+from dvt.analysis.metrics.nulls import Score, matched_noise
+from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
 from dvt.errors import ConfigError, ImageError
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -252,7 +252,7 @@ def diagnose(
         (progress or quiet)(f"doctor {backbone.name}", done + 1, len(chosen))
     seconds = None
     if decompose is not None:
-        pixels, start = read_pixels(given[chosen[0]]).to(backbone.mean.device), time.perf_counter()
+        pixels, start = read_pixels(given[chosen[0]]).to(backbone.device), time.perf_counter()
         decompose(pixels)
         seconds = _settled(backbone) - start
     return exam.conclude(seconds)
@@ -271,7 +271,7 @@ class _Exam:
     @torch.no_grad()
     def add(self, pixels: Tensor, seed: int) -> None:
         """Look at one image (3, H, W)."""
-        pixels = pixels.to(self.backbone.mean.device)
+        pixels = pixels.to(self.backbone.device)
         image = resize(pixels, self.backbone.input_size((pixels.shape[1], pixels.shape[2])))
         for name, tokens in self._all(image[None], timed=True).items():
             self.whole[name].append(tokens.to("cpu"))
@@ -403,8 +403,8 @@ def _centred(maps: Tensor) -> Tensor:
 
 def _settled(backbone: Backbone) -> float:
     """The time when the device has done what it was told."""
-    if backbone.mean.device.type == "cuda":
-        torch.cuda.synchronize(backbone.mean.device)
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
     return time.perf_counter()
 
 

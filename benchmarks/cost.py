@@ -36,12 +36,13 @@ import dvt
 from cost_model import Fleet, Machine, Size, Vit
 from dvt.backbones import Backbone, load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
-from dvt.denoiser.distill import denoiser_loss
-from dvt.extract import ExtractConfig, extract_images
+from dvt.denoiser.train import denoiser_loss
 from dvt.fields import LinearSolver
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import TokenViews
 from dvt.images import find_images, image_size, load_image
-from dvt.pipeline import DenoiseConfig, TokenViews
-from dvt.profile import flop_counter
+from dvt.jobs.extract import ExtractConfig, extract_images
+from dvt.jobs.profile import flop_counter
 from dvt.store import Job, Record, StoreWriter, plan
 from dvt.views import ViewConfig, resize
 from tables import described_machine, photographs, table

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from dvt.analysis import position_decodability, position_mic, with_null
 from dvt.backbones import Backbone, load_backbone
 from dvt.fields import Fit, LinearConfig, LinearSolver, NeuralConfig, NeuralSolver
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import TokenViews, denoise_image
 from dvt.fields.planted import Planted, PlantedConfig, relative_error
 from dvt.images import load_image
-from dvt.pipeline import DenoiseConfig, TokenViews, denoise_image
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
 from tables import table

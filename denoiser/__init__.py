@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dvt.denoiser.attach import FeatureMaps as FeatureMaps
     from dvt.denoiser.attach import denoised_backbone as denoised_backbone
-    from dvt.denoiser.backbone import BackboneTraining as BackboneTraining
-    from dvt.denoiser.backbone import distill_backbone as distill_backbone
-    from dvt.denoiser.backbone import read_card as read_card
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
-    from dvt.denoiser.distill import DenoiserTraining as DenoiserTraining
-    from dvt.denoiser.distill import train_denoiser as train_denoiser
+    from dvt.denoiser.distill.job import BackboneTraining as BackboneTraining
+    from dvt.denoiser.distill.job import distill_backbone as distill_backbone
+    from dvt.denoiser.distill.job import read_card as read_card
+    from dvt.denoiser.distill.student import with_registers as with_registers
     from dvt.denoiser.folding import fold as fold
     from dvt.denoiser.folding import fold_after as fold_after
     from dvt.denoiser.folding import fold_into as fold_into
@@ -21,20 +20,21 @@ if TYPE_CHECKING:
     from dvt.denoiser.published import PUBLISHED as PUBLISHED
     from dvt.denoiser.published import published_backbone_state as published_backbone_state
     from dvt.denoiser.published import published_file as published_file
-    from dvt.denoiser.student import with_registers as with_registers
+    from dvt.denoiser.train import DenoiserTraining as DenoiserTraining
+    from dvt.denoiser.train import train_denoiser as train_denoiser
     from dvt.denoiser.variants import fit_linear as fit_linear
     from dvt.denoiser.variants import fit_subtract as fit_subtract
 
 # Loaded when first asked for: the denoiser needs timm.
 _HOME = {
-    "BackboneTraining": "dvt.denoiser.backbone",
+    "BackboneTraining": "dvt.denoiser.distill.job",
     "Denoiser": "dvt.denoiser.model",
     "DenoiserConfig": "dvt.denoiser.config",
-    "DenoiserTraining": "dvt.denoiser.distill",
+    "DenoiserTraining": "dvt.denoiser.train",
     "FeatureMaps": "dvt.denoiser.attach",
     "PUBLISHED": "dvt.denoiser.published",
     "denoised_backbone": "dvt.denoiser.attach",
-    "distill_backbone": "dvt.denoiser.backbone",
+    "distill_backbone": "dvt.denoiser.distill.job",
     "fit_linear": "dvt.denoiser.variants",
     "fit_subtract": "dvt.denoiser.variants",
     "fold": "dvt.denoiser.folding",
@@ -42,9 +42,9 @@ _HOME = {
     "fold_into": "dvt.denoiser.folding",
     "published_backbone_state": "dvt.denoiser.published",
     "published_file": "dvt.denoiser.published",
-    "read_card": "dvt.denoiser.backbone",
-    "train_denoiser": "dvt.denoiser.distill",
-    "with_registers": "dvt.denoiser.student",
+    "read_card": "dvt.denoiser.distill.job",
+    "train_denoiser": "dvt.denoiser.train",
+    "with_registers": "dvt.denoiser.distill.student",
 }
 
 __all__ = list(_HOME)

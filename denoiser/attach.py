@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dvt import families, grids
-from dvt.backbones import Backbone, weights_sha256
+from dvt import grids
+from dvt.backbones import Backbone, families, weights_sha256
 from dvt.denoiser.model import Denoiser
 from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
@@ -97,20 +97,13 @@ def denoised_backbone(denoiser: Denoiser, backbone: Backbone, force: bool = Fals
     result = Backbone(
         _Pair(backbone.model, copy.deepcopy(denoiser)),
         _PairTokens(backbone._tokens),
-        **{name: getattr(backbone, name) for name in _BACKBONE_FIELDS},
-        mean=tuple(backbone.mean.flatten().tolist()),
-        std=tuple(backbone.std.flatten().tolist()),
+        backbone.spec,
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
     )
-    device = backbone.mean.device
-    result.model.denoiser.to(device)
+    result.model.denoiser.to(backbone.device)
     result.mean, result.std = backbone.mean.clone(), backbone.std.clone()
     return result
-
-
-_BACKBONE_FIELDS = (
-    *("name", "patch_size", "stride", "image_size", "fixed_size"),
-    *("feature_dim", "num_prefix_tokens", "layer", "num_layers"),
-)
 
 
 class _Pair(nn.Module):

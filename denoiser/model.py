@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -11,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dvt.backbones import weights_sha256
 from dvt.denoiser.bodies import BODIES
 from dvt.denoiser.config import DenoiserConfig, check_strength
 from dvt.denoiser.sharing import Shared
@@ -72,6 +74,11 @@ class Denoiser(nn.Module, Shared):
     def strength(self, value: float) -> None:
         check_strength(value)
         self._strength = float(value)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its output depends on, as plain JSON values: the hash of its weights, its settings and its strength."""
+        return {"weights_sha256": weights_sha256(self), **asdict(replace(self.config, strength=self.strength))}
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
         """raw + strength (denoised - raw).

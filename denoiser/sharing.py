@@ -14,7 +14,7 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dvt.checkpoints import State, check_state, load_state, save_state
+from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.denoiser.config import DenoiserConfig
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError

@@ -11,6 +11,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 
@@ -82,12 +83,6 @@ def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
     # Boxes and flips lie on the CPU, so that nothing here waits for a GPU.
     views = (resize(image[:, y0:y1, x0:x1], size) for x0, y0, x1, y1 in pixels.tolist())
     return torch.stack([view.flip(-1) if flip else view for view, flip in zip(views, flips.tolist(), strict=True)])
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Values on a device. A copy from memory that is not pinned would wait for all that the GPU has still to do."""
-    from_host = device.type == "cuda" and not values.is_cuda
-    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 
 
 class Views:

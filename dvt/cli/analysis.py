@@ -15,8 +15,9 @@ from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
 from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json, writable
 from dvt.errors import ConfigError
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import denoise_image
 from dvt.images import find_images
-from dvt.pipeline import DenoiseConfig, denoise_image
 from dvt.store import FeatureStore
 from dvt.views import ViewConfig
 
@@ -157,7 +158,7 @@ def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
 
 def report(command: Report, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt report`: 0 when the page is written."""
-    from dvt.analysis.report import write_report
+    from dvt.analysis.page.report import write_report
 
     path = write_report(command.folder, command.out)
     size = path.stat().st_size

@@ -87,7 +87,7 @@ class DenoiserOptions(BackboneOptions):
             return None
         denoiser = Denoiser.from_pretrained(self.denoiser)
         denoiser.check_fits(backbone, self.force)
-        return denoiser.to(backbone.mean.device).eval()
+        return denoiser.to(backbone.device).eval()
 
     def token_function(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | None:
         """The same as a function of Tokens, as analyses take it."""

@@ -20,12 +20,13 @@ from rich.table import Table
 import dvt
 from dvt.cli.common import plain, progress_bar
 from dvt.cli.jobs import JobOptions, print_job, run_job
-from dvt.decompose import Denoising
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import DecomposedImage
+from dvt.fields.images import DecomposeWork
 from dvt.files import whole_file
 from dvt.images import find_sources, is_url
-from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
 from dvt.views import ViewConfig
 
@@ -141,15 +142,15 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     return (2 if summary.failed else 0), {**result, **({"position": position} if known else {})}
 
 
-def _denoising(command: Denoise, config: DenoiseConfig, each: _Writer | None) -> Denoising:
-    return Denoising(
+def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> DecomposeWork:
+    return DecomposeWork(
         command.load(),
         config,
         keep_terms=command.keep_terms,
         shard_images=command.shard_images,
         strict=command.strict,
         profile=command.profile,
-        each=each,
+        on_image=on_image,
     )
 
 
@@ -218,21 +219,21 @@ class _Writer:
                 name += "-"
             self.names[path] = name
 
-    def __call__(self, path: Path, pixels: torch.Tensor, result: Denoised) -> None:
+    def __call__(self, path: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         name = self.names[path]
         if self.command.pictures:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
             self._upsampled(self.out / "upsampled" / f"{name}.npy", result)
 
-    def _picture(self, target: Path, pixels: torch.Tensor, result: Denoised) -> None:
+    def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save
 
         parts = result.decomposition.to("cpu")
         residual = parts.residual if parts.residual.any() else None
         save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
 
-    def _upsampled(self, target: Path, result: Denoised) -> None:
+    def _upsampled(self, target: Path, result: DecomposedImage) -> None:
         import numpy as np
 
         values = result.upsampled(self.command.upsample).cpu().numpy()

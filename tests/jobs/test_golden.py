@@ -41,9 +41,9 @@ def subtraction():
 
 def run_jobs(folder):
     """Each job's digest, shards and a sample of its tokens, by name."""
-    from dvt.decompose import denoise_images
-    from dvt.extract import ExtractConfig, extract_images
-    from dvt.pipeline import DenoiseConfig
+    from dvt.fields.config import DenoiseConfig
+    from dvt.fields.images import denoise_images
+    from dvt.jobs.extract import ExtractConfig, extract_images
     from dvt.views import ViewConfig
 
     backbone = dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64)
