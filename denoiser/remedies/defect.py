@@ -40,8 +40,8 @@ def fit_defect(
     """Find the direction in which outlier tokens leave the others, and the limit beyond which a token is one.
 
     The direction is the leading one of the outliers' unit vectors about the mean of the other tokens, over all images;
-    its median angle with them is in the card ("angle", degrees; SINDER measures 5.5 in DINOv2). The limit lies half-way
-    between the other tokens' median along it and the outliers' tenth percentile, and at least 5 robust sigmas away.
+    its median angle with them is in the card ("angle", degrees; SINDER measures 5.5 in DINOv2). The limit lies 5 robust
+    sigmas of the other tokens beyond their median along it, or where a thousandth of them lies, whichever is farther.
 
     Args:
         maps: (h, w, C) raw token maps of several images, of any grids; kept in memory.
@@ -162,7 +162,7 @@ def _bounds(along: Tensor, rest: Tensor, chosen: Tensor, name: str) -> Tensor:
     inner, outer = along[~chosen], along[chosen]
     centre = inner.median()
     sigma = 1.4826 * (inner - centre).abs().median()
-    limit = torch.maximum(centre + 5 * sigma, (centre + outer.quantile(0.1)) / 2)
+    limit = torch.maximum(centre + 5 * sigma, torch.quantile(inner, 0.999) if len(inner) < 1 << 24 else centre)
     if (outer > limit).double().mean() < 0.5:
         raise BackboneError(
             f"the direction does not tell the outliers of {name} from its other tokens: only "
