@@ -8,10 +8,11 @@ from dvt.errors import ConfigError
 from dvt.grids import Size
 
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
-#: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact; "defect",
-#: removal of one direction from the tokens that are outliers along it.
-KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract", "defect")
-#: Kinds that act inside a model and not on its tokens: "registers", test-time registers.
+#: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
+KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
+#: Remedies of norm outliers, which leave all other tokens as they are: "defect", removal of one direction from the tokens
+#: that lie far along it; "registers", test-time registers, which act inside the model and not on its tokens.
+OUTLIER_KINDS = ("defect", "registers")
 INSIDE = ("registers",)
 
 #: Channels of an attention head where the number of heads is not given (Denoising ViT, stage 2).
@@ -23,7 +24,7 @@ class DenoiserConfig:
     """What a denoiser is made of.
 
     Args:
-        kind: one of :data:`KINDS` or :data:`INSIDE`.
+        kind: one of :data:`KINDS` or :data:`OUTLIER_KINDS`.
         feature_dim: C, channels of a token.
         grid: (h, w) of the stored position embedding or artifact; for tokens of another grid it is resampled.
         num_heads: attention heads of a block; None means C / 64, at least 1, lowered until it divides C.
@@ -53,8 +54,8 @@ class DenoiserConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, *INSIDE):
-            known = ", ".join((*KINDS, *INSIDE))
+        if self.kind not in (*KINDS, *OUTLIER_KINDS):
+            known = ", ".join((*KINDS, *OUTLIER_KINDS))
             raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
         object.__setattr__(self, "grid", tuple(self.grid))
         if len(self.grid) != 2 or min(self.grid) < 1:

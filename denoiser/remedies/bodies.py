@@ -12,7 +12,7 @@ from dvt.errors import BackboneError
 class Defect(nn.Module):
     """Along a unit direction d, tokens beyond a limit are put back to where the others are; these stay as they are.
 
-    With a = (x - mean)'d, a token with a > limit becomes mean + centre d + scale (x - mean - a d).
+    With a = (x - mean)'d, a token with |a - centre| > limit becomes mean + centre d + scale (x - mean - a d).
     """
 
     mean: Tensor
@@ -35,7 +35,7 @@ class Defect(nn.Module):
         centred = patches - self.mean
         along = (centred @ self.direction)[..., None]
         mended = self.mean + centre * self.direction + scale * (centred - along * self.direction)
-        return torch.where(along > limit, mended, patches)
+        return torch.where((along - centre).abs() > limit, mended, patches)
 
 
 class Registers(nn.Module):

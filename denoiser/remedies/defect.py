@@ -77,13 +77,13 @@ def fit_defect(
     denoiser = Denoiser(DenoiserConfig("defect", values.shape[1], (1, 1)))
     for held, value in ((denoiser.body.mean, mean), (denoiser.body.direction, unit), (denoiser.body.bounds, bounds)):
         held.copy_(value)
-    caught = float((along[chosen] > bounds[0]).double().mean())
+    beyond = (along - bounds[1]).abs() > bounds[0]
     denoiser.card = {
         "angle": float(cosines.median().clamp(-1, 1).acos().rad2deg()),
         "direction": "pooled over outliers" if own else "given",
         "outliers_before": float(chosen.double().mean()),
-        "outliers_beyond_the_limit": caught,
-        "others_beyond_the_limit": float((along[~chosen] > bounds[0]).double().mean()),
+        "outliers_beyond_the_limit": float(beyond[chosen].double().mean()),
+        "others_beyond_the_limit": float(beyond[~chosen].double().mean()),
     }
     return denoiser.eval()
 
@@ -159,15 +159,15 @@ def _checked_direction(direction: Tensor, away: Tensor, chosen: Tensor) -> Tenso
 
 def _bounds(along: Tensor, rest: Tensor, chosen: Tensor, name: str) -> Tensor:
     """(limit, centre, scale) of the removal."""
-    inner, outer = along[~chosen], along[chosen]
-    centre = inner.median()
-    sigma = 1.4826 * (inner - centre).abs().median()
-    limit = torch.maximum(centre + 5 * sigma, torch.quantile(inner, 0.999) if len(inner) < 1 << 24 else centre)
-    if (outer > limit).double().mean() < 0.5:
+    centre = along[~chosen].median()
+    far = (along - centre).abs()
+    own = far[~chosen].sort().values
+    limit = torch.maximum(5 * 1.4826 * own[len(own) // 2], own[int(0.999 * (len(own) - 1))])
+    caught = float((far[chosen] > limit).double().mean())
+    if caught < 0.5:
         raise BackboneError(
-            f"the direction does not tell the outliers of {name} from its other tokens: only "
-            f"{(outer > limit).double().mean():.0%} of them lie beyond 5 sigmas along it. Nothing was changed; take "
-            "registers, or dvt denoise"
+            f"the direction does not tell the outliers of {name} from its other tokens: only {caught:.0%} of them lie "
+            "beyond 5 sigmas along it. Nothing was changed; take registers, or dvt denoise"
         )
     sizes = rest.norm(dim=-1)
     scale = sizes[~chosen].median() / sizes[chosen].median().clamp(min=1e-12)

@@ -351,6 +351,24 @@ def test_no_defect_is_found_where_there_is_none():
         fit_defect([])
 
 
+def test_a_defect_denoiser_keeps_the_laws_of_every_kind(tmp_path):
+    maps, _, masks, _ = defective()
+    denoiser = fit_defect(maps)
+    full = denoiser(maps)
+    torch.testing.assert_close(torch.compile(denoiser, backend="eager", fullgraph=True)(maps), full)
+    exported = torch.export.export(denoiser, (maps,)).module()
+    torch.testing.assert_close(exported(maps), full)
+    half = denoiser(maps.bfloat16())
+    assert half.dtype == torch.bfloat16 and (half.float() - full).abs().mean() < 0.02
+    assert torch.equal(half[~masks], maps.bfloat16()[~masks])
+    denoiser.save_pretrained(tmp_path / "defect.safetensors")
+    assert torch.equal(Denoiser.from_pretrained(tmp_path / "defect.safetensors")(maps), full)
+    denoiser.strength = 0.5
+    torch.testing.assert_close(denoiser(maps), (maps + full) / 2)
+    fresh = Denoiser(DenoiserConfig("defect", 32, (1, 1)))
+    assert torch.equal(fresh(maps), maps)
+
+
 def test_the_remedy_defect_mends_a_model_whose_neurons_make_it():
     backbone, clean = ill()
     denoiser = fit_remedy("defect", load_backbone("test_vit", backbone.model.state_dict(), layer=3, size=SIZE), pictures())
