@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dvt.denoiser.published import published_file as published_file
     from dvt.denoiser.remedies.defect import fit_defect as fit_defect
     from dvt.denoiser.remedies.defect import predict_defect as predict_defect
-    from dvt.denoiser.remedies.job import RemedyConfig as RemedyConfig
+    from dvt.denoiser.remedies.config import RemedyConfig as RemedyConfig
     from dvt.denoiser.remedies.job import fit_remedies as fit_remedies
     from dvt.denoiser.remedies.job import fit_remedy as fit_remedy
     from dvt.denoiser.remedies.noise import fit_insid3 as fit_insid3
@@ -43,7 +43,7 @@ _HOME = {
     "DenoiserTraining": "dvt.denoiser.distill",
     "FeatureMaps": "dvt.denoiser.attach",
     "PUBLISHED": "dvt.denoiser.published",
-    "RemedyConfig": "dvt.denoiser.remedies.job",
+    "RemedyConfig": "dvt.denoiser.remedies.config",
     "denoised_backbone": "dvt.denoiser.attach",
     "distill_backbone": "dvt.denoiser.backbone",
     "fit_defect": "dvt.denoiser.remedies.defect",

@@ -3,54 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone
 from dvt.denoiser.model import Denoiser
+from dvt.denoiser.remedies.config import REMEDIES, WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.denoiser.remedies.defect import fit_defect, predict_defect
 from dvt.denoiser.remedies.noise import fit_insid3, fit_noise, noise_maps
 from dvt.denoiser.remedies.outliers import ImageLike, Outliers, Progress, block_norms, find_outliers, inputs
 from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
-
-Remedy = Literal["registers", "defect", "noise", "insid3", "rasa"]
-REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
-#: Those that look at noise images alone.
-WITHOUT_IMAGES = ("noise", "insid3")
-
-
-@dataclass(frozen=True)
-class RemedyConfig:
-    """How the remedies are found.
-
-    Args:
-        noise_images: images of noise, for noise and insid3.
-        rank: directions that insid3 removes at most.
-        rounds: of rasa at most, each of two directions.
-        neurons: that registers take over at most.
-        predicted: take the direction of the defect from the weights and only its limit from the images.
-        seed: of the noise images.
-    """
-
-    noise_images: int = 16
-    rank: int = 8
-    rounds: int = 8
-    neurons: int = 64
-    predicted: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        low = {name: getattr(self, name) for name in ("rank", "rounds", "neurons") if getattr(self, name) < 1}
-        if low or self.noise_images < 2:
-            raise ConfigError(
-                f"rank, rounds and neurons must be at least 1 and noise_images at least 2, got {low or self.noise_images}"
-            )
-
 
 def fit_remedy(
     remedy: Remedy,

@@ -377,7 +377,8 @@ def test_the_remedy_defect_mends_a_model_whose_neurons_make_it():
         same = (raw - well).norm(dim=-1) < 0.05 * well.norm(dim=-1)
         after = denoiser(raw)
         assert 0.8 < same.double().mean() < 1 and torch.equal(after[same], raw[same])
-        assert after.norm(dim=-1).max() <= bound_of(well.norm(dim=-1).flatten())
+        # Neurons that fire a little make tokens just below the bound, which are taken for healthy.
+        assert after.norm(dim=-1).max() <= 1.1 * bound_of(well.norm(dim=-1).flatten()) < raw.norm(dim=-1).max() / 5
 
 
 # -------------------------------------------------------------------------------------- artifact from noise images
