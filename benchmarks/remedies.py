@@ -49,7 +49,7 @@ def main() -> None:
     ways["fit_linear (waves)"] = fit_linear(backbone(squares(p, backbone)).patches[0] for p in fit)
     ways["raw - shared G"] = fit_subtract([shared])
     rows = measured(backbone, test, ways, shared, options.windows)
-    table(f"{len(test)} photographs, windows of {backbone.image_size}", rows)
+    table(f"{len(test)} photographs, windows of {backbone.image_size}", [shown(row) for row in rows])
     cards = {name: plain(denoiser) for name, denoiser in remedies.items()}
     print(json.dumps({"rows": rows, "refused": refused, "cards": cards, "machine": described_machine()}))
 
@@ -73,17 +73,17 @@ def measured(
     found = []
     for name, way in ways.items():
         tokens = [each.with_patches(way(each.patches)) for each in raw]
-        position = scores.position_r2(tokens, torch.Generator().manual_seed(0))
+        position = scores.position_r2(tokens, torch.Generator().manual_seed(0), 5)
         subtracted = interval([cosine(t.patches[0], r.patches[0] - shared) for t, r in zip(tokens, raw, strict=True)])
         faithful = interval([cosine(t.patches[0], target) for t, target in zip(tokens, targets, strict=True)])
         found.append(
             {
                 "tokens": name,
-                "position R2": told(position.value, position.low, position.high),
-                "its null": f"{position.null:.2f}" if position.null is not None else "-",
-                "cosine to raw - shared G": pm(subtracted),
-                "cosine to direct": pm(faithful),
-                "outliers": f"{float(log_norm_outliers(tokens).mean()):.4f}",
+                "position R2": [position.value, position.low, position.high],
+                "its null": position.null,
+                "cosine to raw - shared G": subtracted,
+                "cosine to direct": faithful,
+                "outliers": float(log_norm_outliers(tokens).mean()),
             }
         )
     return found
@@ -142,14 +142,15 @@ def plain(denoiser: Denoiser) -> dict[str, Any]:
     return {key: value for key, value in denoiser.card.items() if key != "weights_sha256"}
 
 
-def told(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its intervals as text."""
 
+    def text(value: Any) -> Any:
+        if isinstance(value, dict):
+            return f"{value['mean']:.3f} +- {value['half']:.3f}"
+        return f"{value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}]" if isinstance(value, list) else value
 
-def pm(found: dict[str, float]) -> str:
-    return f"{found['mean']:.3f} +- {found['half']:.3f}"
+    return {key: text(value) for key, value in row.items()}
 
 
 if __name__ == "__main__":

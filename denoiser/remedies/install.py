@@ -162,7 +162,7 @@ class _Appending:
             raise BackboneError("a model with test-time registers takes no attention mask: its register must be seen")
         x, *rest = args
         if self.first:
-            x = torch.cat((x, x.new_zeros(len(x), 1, x.shape[2])), dim=1)
+            x = torch.cat((x, torch.zeros_like(x[:, :1])), dim=1)
         if (rope := options.get("rope")) is not None:  # sines and cosines, (..., n, 2 d)
             still = torch.cat((torch.zeros_like(rope[..., :1, ::2]), torch.ones_like(rope[..., :1, ::2])), dim=-1)
             options = options | {"rope": torch.cat((rope, still), dim=-2)}

@@ -17,6 +17,7 @@ from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
 
+
 def fit_remedy(
     remedy: Remedy,
     backbone: Backbone,
@@ -110,9 +111,7 @@ def _insid3(
     return fit_insid3(_noise_maps(backbone, config), config.rank)
 
 
-def _rasa(
-    backbone: Backbone, images: Sequence[ImageLike], config: RemedyConfig, progress: Progress | None
-) -> Denoiser:
+def _rasa(backbone: Backbone, images: Sequence[ImageLike], config: RemedyConfig, progress: Progress | None) -> Denoiser:
     return fit_rasa(_maps(backbone, images, progress), config.rounds)
 
 

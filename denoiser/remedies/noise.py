@@ -21,9 +21,7 @@ _BEYOND_CHANCE = 2.0
 
 
 @torch.no_grad()
-def noise_maps(
-    backbone: Backbone, count: int = 16, generator: torch.Generator | None = None
-) -> Iterator[Tensor]:
+def noise_maps(backbone: Backbone, count: int = 16, generator: torch.Generator | None = None) -> Iterator[Tensor]:
     """The tokens (h, w, C) of images of noise, at the backbone's own size.
 
     Args:

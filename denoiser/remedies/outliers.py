@@ -81,7 +81,9 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
     return Outliers(tuple(masks), block, bounds[block], rising, shares[block])
 
 
-def block_norms(backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None) -> list[list[Tensor]]:
+def block_norms(
+    backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None
+) -> list[list[Tensor]]:
     """The norms (n,) of patch tokens after each block up to the backbone's layer, of each image.
 
     A wrapped model has its own tokens only.

@@ -20,14 +20,15 @@ logger = logging.getLogger(__name__)
 _NOTHING = 0.02
 
 
-def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1e-4) -> Denoiser:
+def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Denoiser:
     """Removal of the directions from which linear probes read (x, y), one probe after the other (RASA-like).
 
     Each round fits a ridge probe to what the rounds before have left and removes its two weight directions. It ends
-    early when the probe's R^2, adjusted for the number of channels, falls below .02. Where the signal of position is
-    strong its weights are small and lie elsewhere: then :func:`~dvt.denoiser.variants.fit_linear`, which removes what
-    position predicts instead of what predicts position, needs fewer directions. Layout of the photographs (sky above)
-    counts as position.
+    early when the probe's R^2, adjusted for the number of channels, falls below .02. The penalty must be large: a probe
+    without one reads position along directions where tokens hardly vary, and many rounds leave the artifact in place (on
+    the bundled ViT 32 directions leave an R^2 of .93 at a ridge of 1e-4, 8 none at a ridge of 1). What is no linear
+    function of (x, y) stays in any case: :func:`~dvt.denoiser.variants.fit_linear` removes waves too. The layout of the
+    photographs (sky above) counts as position.
 
     Args:
         maps: (h, w, C) raw token maps of several images, of any grids; read once.
@@ -69,7 +70,11 @@ def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1e-4) -> De
 
 def _rounds(covariance: Tensor, channels: int, rounds: int, ridge: float, count: int) -> tuple[Tensor, list[float]]:
     """(directions (C, n), adjusted R^2 before each round and after the last)."""
-    within, across, places = covariance[:channels, :channels], covariance[:channels, channels:], covariance[channels:, channels:]
+    within, across, places = (
+        covariance[:channels, :channels],
+        covariance[:channels, channels:],
+        covariance[channels:, channels:],
+    )
     penalty = ridge * within.diagonal().mean() * torch.eye(channels).to(within)
     directions, read = within[:, :0], []
     while True:

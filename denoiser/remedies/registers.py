@@ -114,9 +114,7 @@ class _Shares:
         return high
 
 
-def _ranked(
-    backbone: Backbone, images: Sequence[ImageLike], found: Outliers, progress: Progress | None
-) -> Tensor:
+def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: Outliers, progress: Progress | None) -> Tensor:
     """(D * blocks, 2) pairs (block, neuron), those that write most at the outliers first."""
     model = timm_model(backbone)
     layers, prefix = mlp_outputs(model)[: found.rising + 1], families.prefix_tokens(model)

@@ -85,7 +85,15 @@ def compared(
     options += [f"--{name}={value}" for name in ("layer", "stride", "size") if (value := _changed(command, name))]
     lines = {
         name: shlex.join(
-            ["dvt", "remedy", name, *([] if name in WITHOUT_IMAGES else given), *options, "--out", f"{name}.safetensors"]
+            [
+                "dvt",
+                "remedy",
+                name,
+                *([] if name in WITHOUT_IMAGES else given),
+                *options,
+                "--out",
+                f"{name}.safetensors",
+            ]
         )
         for name in found
     }
