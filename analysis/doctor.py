@@ -126,7 +126,7 @@ class Diagnosis:
 
     @property
     def nearest(self) -> str | None:
-        """Of denoisers that do not remove enough, the one that leaves the smallest share at the position, if any does."""
+        """Of denoisers that do not remove enough, the one that leaves least at the position, if it is less than half."""
         least = min(self.treated, key=lambda each: each.share, default=None)
         return least.name if self.kind == "position" and least and least.share < self.own.value / 2 else None
 
@@ -180,8 +180,8 @@ class Diagnosis:
         }
         if self.shared is None and self.remedy == "per image":
             texts["per image"] = (
-                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could be "
-                "subtracted from them, one image does not tell: give ten or more."
+                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
+                "be subtracted from them, one image does not tell: give ten or more."
             )
         advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that brings it below its threshold."]
         if self.shared is not None and self.remedy != "denoiser":

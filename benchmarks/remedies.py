@@ -45,7 +45,7 @@ def main() -> None:
         print(f"{name}: {reason}")
     shared = shared_artifact(backbone, fit)
     ways: dict[str, Callable[[Tensor], Tensor]] = {"raw": lambda patches: patches}
-    ways |= {name: denoiser for name, denoiser in remedies.items()}
+    ways |= dict(remedies)
     ways["fit_linear (waves)"] = fit_linear(backbone(squares(p, backbone)).patches[0] for p in fit)
     ways["raw - shared G"] = fit_subtract([shared])
     rows = measured(backbone, test, ways, shared, options.windows)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from dvt.denoiser.published import PUBLISHED as PUBLISHED
     from dvt.denoiser.published import published_backbone_state as published_backbone_state
     from dvt.denoiser.published import published_file as published_file
+    from dvt.denoiser.remedies.config import RemedyConfig as RemedyConfig
     from dvt.denoiser.remedies.defect import fit_defect as fit_defect
     from dvt.denoiser.remedies.defect import predict_defect as predict_defect
-    from dvt.denoiser.remedies.config import RemedyConfig as RemedyConfig
     from dvt.denoiser.remedies.job import fit_remedies as fit_remedies
     from dvt.denoiser.remedies.job import fit_remedy as fit_remedy
     from dvt.denoiser.remedies.noise import fit_insid3 as fit_insid3

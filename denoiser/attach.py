@@ -421,8 +421,8 @@ def _check_name(denoiser: Denoiser, model: Any, force: bool) -> None:
     name, made_for = _names(denoiser, model)
     if name and made_for != name and not force:
         raise BackboneError(
-            f"these registers are neurons of {made_for}, and are to be attached to {name}: find those of this model, or "
-            "force it (force=True) where you know that they agree"
+            f"these registers are neurons of {made_for}, and are to be attached to {name}: find those of this model, "
+            "or force it (force=True) where you know that they agree"
         )
 
 

@@ -10,8 +10,8 @@ from dvt.grids import Size
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
 #: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
 KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
-#: Remedies of norm outliers, which leave all other tokens as they are: "defect", removal of one direction from the tokens
-#: that lie far along it; "registers", test-time registers, which act inside the model and not on its tokens.
+#: Remedies of norm outliers: "defect", removal of one direction from the tokens that lie far along it, all others stay
+#: as they are; "registers", test-time registers, which act inside the model and not on its tokens.
 OUTLIER_KINDS = ("defect", "registers")
 INSIDE = ("registers",)
 

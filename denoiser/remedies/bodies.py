@@ -59,7 +59,7 @@ class Registers(nn.Module):
         )
 
     def move(self, hidden: Tensor, block: int, prefix: int, strength: float = 1.0) -> Tensor:
-        """Activations (B, P + n + 1, D) of a block's MLP, those of the neurons moved from the n patches to the last token.
+        """Activations (B, P + n + 1, D) of a block's MLP, its neurons' moved from the n patches to the last token.
 
         The last token gets the activation of the largest magnitude (arXiv 2506.08010 takes the largest; GELU has no
         large negative ones), the patches 0, and prefix tokens keep theirs. A strength s moves the share s.

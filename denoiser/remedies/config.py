@@ -37,5 +37,6 @@ class RemedyConfig:
         low = {name: getattr(self, name) for name in ("rank", "rounds", "neurons") if getattr(self, name) < 1}
         if low or self.noise_images < 2:
             raise ConfigError(
-                f"rank, rounds and neurons must be at least 1 and noise_images at least 2, got {low or self.noise_images}"
+                "rank, rounds and neurons must be at least 1 and noise_images at least 2, got "
+                f"{low or self.noise_images}"
             )

@@ -1,7 +1,7 @@
 """The defect direction: outlier tokens of all images lie along one direction, which is removed from them.
 
-Source: SINDER (arXiv 2407.16826), which finds the direction in DINOv2's weights and fine-tunes them. Here it is projected
-away from the tokens that lie far along it, and nothing is trained.
+Source: SINDER (arXiv 2407.16826), which finds the direction in DINOv2's weights and fine-tunes them. Here it is
+projected away from the tokens that lie far along it, and nothing is trained.
 """
 
 from __future__ import annotations

@@ -103,8 +103,8 @@ def mlp_outputs(model: nn.Module) -> list[nn.Linear]:
     if type(inner).__name__ not in FAMILIES or not found or not all(isinstance(each, nn.Linear) for each in found):
         raise BackboneError(
             f"{type(inner).__name__} has no MLP whose neurons could be moved to a test-time register: that takes a "
-            f"timm model of {', '.join(FAMILIES)} whose blocks end in an MLP (fc1, fc2). For other models take a remedy "
-            "of the tokens: defect, noise, insid3 or rasa"
+            f"timm model of {', '.join(FAMILIES)} whose blocks end in an MLP (fc1, fc2). For other models take a "
+            "remedy of the tokens: defect, noise, insid3 or rasa"
         )
     return cast("list[nn.Linear]", found)
 

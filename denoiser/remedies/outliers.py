@@ -72,8 +72,8 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
     if shares[block] < SHARE:
         raise BackboneError(
             f"{name} has no norm outliers to remove: at most {shares[block]:.3%} of its tokens, over {len(norms)} "
-            f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {SHARE:.2%} and more. "
-            "Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
+            f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {SHARE:.2%} and "
+            "more. Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
         )
     own = found[block]
     rising = next(i for i, each in enumerate(found) if (each & own).sum() >= 0.9 * own.sum())

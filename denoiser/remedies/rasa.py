@@ -25,8 +25,8 @@ def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Den
 
     Each round fits a ridge probe to what the rounds before have left and removes its two weight directions. It ends
     early when the probe's R^2, adjusted for the number of channels, falls below .02. The penalty must be large: a probe
-    without one reads position along directions where tokens hardly vary, and many rounds leave the artifact in place (on
-    the bundled ViT 32 directions leave an R^2 of .93 at a ridge of 1e-4, 8 none at a ridge of 1). What is no linear
+    without one reads position along directions where tokens hardly vary, and many rounds leave the artifact in place
+    (on the bundled ViT 32 directions leave an R^2 of .93 at a ridge of 1e-4, 8 none at a ridge of 1). What is no linear
     function of (x, y) stays in any case: :func:`~dvt.denoiser.variants.fit_linear` removes waves too. The layout of the
     photographs (sky above) counts as position.
 

@@ -1,7 +1,7 @@
 """Test-time registers: the few MLP neurons that make the outlier tokens, found over some images.
 
-Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010), which ranks neurons by their mean activation
-at the outliers. How many are taken, and up to which block, is found from the outliers here [ours].
+Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010), which ranks neurons by their mean
+activation at the outliers. How many are taken, and up to which block, is found from the outliers here [ours].
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 class FindRemedy(BackboneOptions):
     """Find a denoiser without training: one of the remedies that `dvt doctor --remedies` compares.
 
-    registers and defect are against tokens of outlying norm, noise, insid3 and rasa against artifacts of position. noise
-    and insid3 need no images. The file is used like a trained denoiser, by --denoiser.
+    registers and defect are against tokens of outlying norm, noise, insid3 and rasa against artifacts of position.
+    noise and insid3 need no images. The file is used like a trained denoiser, by --denoiser.
     """
 
     remedy: tyro.conf.Positional[Remedy]
@@ -74,8 +74,8 @@ def compared(
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Each remedy of a backbone as the doctor takes it, the command that makes it, and of the others why there is none.
 
-    They are found on every second image, so that the doctor does not judge on these alone; a single image is too few for
-    remedies that claim something about all.
+    They are found on every second image, so that the doctor does not judge on these alone; a single image is too few
+    for remedies that claim something about all.
     """
     from dvt.denoiser.remedies.job import fit_remedies
 

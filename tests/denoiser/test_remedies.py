@@ -25,7 +25,7 @@ from dvt.denoiser import (
     noise_maps,
     predict_defect,
 )
-from dvt.denoiser.remedies.outliers import bound_of
+from dvt.denoiser.remedies.outliers import bound_of, entering
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 
@@ -72,17 +72,14 @@ def written_direction(channels):
 
 
 def ill(places=PLACES, size=300.0, share=0.02, name="test_vit", seed=0):
-    """(backbone, the same healthy): each neuron fires on a share of the tokens of the pictures and writes a long vector."""
+    """(backbone, the same healthy): each neuron fires on a share of the pictures' tokens and writes a long vector."""
     backbone, clean = healthy(name, seed), healthy(name, seed)
     for number, (block, neuron) in enumerate(places):
         mlp = backbone.model.blocks[block].mlp
-        entered = []
-        handle = mlp.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
-        for picture in pictures():
-            backbone(picture[None])
-        handle.remove()
+        with entering([mlp]) as seen:
+            backbone(torch.stack(pictures()))
         reads = noise(backbone.feature_dim, seed=70 + number)
-        response = torch.cat([each[0, backbone.num_prefix_tokens :] for each in entered]) @ reads
+        response = seen[0][:, backbone.num_prefix_tokens :].flatten(0, 1) @ reads
         threshold, spread = response.quantile(1 - share), response.std()
         mlp.fc1.weight.data[neuron] = 10 * reads / spread
         mlp.fc1.bias.data[neuron] = -10 * threshold / spread
@@ -253,7 +250,7 @@ def test_registers_say_where_they_do_not_fit(registers):
     backbone, denoiser = registers
     plain = dvt.wrap(torch.nn.Conv2d(3, 64, 16, 16), lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="plain")
     for wrong in (lambda: fit_registers(plain, pictures()), lambda: denoised_backbone(denoiser, plain, force=True)):
-        with pytest.raises(BackboneError, match="wrapped model.*take a remedy of its tokens"):
+        with pytest.raises(BackboneError, match=r"wrapped model.*take a remedy of its tokens"):
             wrong()
     mixer = load_backbone("mixer_s32_224", pretrained=False)
     with pytest.raises(BackboneError, match=r"MlpMixer has no MLP whose neurons.*defect, noise, insid3 or rasa"):
