@@ -126,7 +126,7 @@ class Diagnosis:
 
     @property
     def nearest(self) -> str | None:
-        """Of denoisers that do not remove enough, the one that leaves least at the position, if it is less than half."""
+        """Of denoisers that do not remove enough, the one that leaves least at the position, if less than half."""
         least = min(self.treated, key=lambda each: each.share, default=None)
         return least.name if self.kind == "position" and least and least.share < self.own.value / 2 else None
 

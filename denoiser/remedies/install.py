@@ -54,7 +54,8 @@ def with_test_time_registers(denoiser: Denoiser, model: nn.Module) -> nn.Module:
             f"{len(layers)} blocks of {layers[0].in_features} neurons: find the registers of this model "
             "(dvt remedy registers)"
         )
-    clean = shared_copy(inner, derived(Registered, type(inner)))
+    base: Any = type(inner)
+    clean = shared_copy(inner, derived(Registered, base))
     clean.registers = denoiser
     clean.option_names = tuple(signature(inner.forward_intermediates).parameters)[1:]
     clean.blocks = _hooked(inner.blocks, denoiser, families.prefix_tokens(inner))
@@ -188,7 +189,7 @@ def _hooked(blocks: nn.Module, denoiser: Denoiser, prefix: int) -> nn.Module:
         copied = result._modules[name] = shared_copy(block)
         copied.register_forward_pre_hook(_Appending(denoiser, number == 0), with_kwargs=True)
         if (denoiser.body.places[:, 0] == number).any():
-            copied.mlp = shared_copy(block.mlp)
-            copied.mlp.fc2 = shared_copy(block.mlp.fc2)
+            copied.mlp = shared_copy(cast(Any, block).mlp)
+            copied.mlp.fc2 = shared_copy(cast(Any, block).mlp.fc2)
             copied.mlp.fc2.register_forward_pre_hook(_Moving(denoiser, number, prefix))
     return result

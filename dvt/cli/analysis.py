@@ -122,7 +122,9 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
         console.print_json(data=settings)
         return 0, settings
     backbone = command.load()
-    variants, commands, refused = _variants(command, backbone), {}, {}
+    variants = _variants(command, backbone)
+    commands: dict[str, str] = {}
+    refused: dict[str, str] = {}
     with progress_bar(console) as progress:
         if command.remedies:
             found, commands, refused = compared(command, backbone, paths, command.images, progress)
