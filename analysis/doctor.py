@@ -126,9 +126,12 @@ class Diagnosis:
 
     @property
     def nearest(self) -> str | None:
-        """Of denoisers that do not remove enough, the one that leaves least at the position, if less than half."""
-        least = min(self.treated, key=lambda each: each.share, default=None)
-        return least.name if self.kind == "position" and least and least.share < self.own.value / 2 else None
+        """Of denoisers that do not remove enough, the one that leaves least of the artifact, if less than half."""
+        if not self.treated or self.kind not in ("position", "norm outliers"):
+            return None
+        size, raw = ("share", self.own) if self.kind == "position" else ("outliers", self.outliers)
+        least = min(self.treated, key=lambda each: getattr(each, size))
+        return least.name if getattr(least, size) < raw.value / 2 else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON, and the page."""
@@ -176,7 +179,8 @@ class Diagnosis:
             "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
             "cannot remove it. For many images train a denoiser on that store: `dvt train STORE`.",
             "denoiser": "A trained denoiser: `dvt denoise` some hundred images, `dvt train STORE`; a map that is "
-            "subtracted cannot see norm outliers. Or a backbone with registers.",
+            "subtracted cannot see norm outliers. Or a backbone with registers, which `dvt remedy registers` adds "
+            "without training; `dvt doctor --remedies` compares.",
         }
         if self.shared is None and self.remedy == "per image":
             texts["per image"] = (

@@ -477,6 +477,25 @@ def test_the_bundled_model_has_no_outliers_and_says_so():
         assert denoiser.attach(backbone).forward_features(noise(1, 3, 224, 224)).isfinite().all()
 
 
+def test_the_doctor_names_the_remedy_of_planted_outliers():
+    from dvt.analysis import DoctorConfig, diagnose
+
+    ill_model, _ = ill()
+    backbone = load_backbone("test_vit", ill_model.model.state_dict(), layer=3, size=SIZE)
+    found, refused = fit_remedies(backbone, pictures(), RemedyConfig(noise_images=4))
+    assert {"registers", "defect"} <= set(found) and not {"registers", "defect"} & set(refused)
+    ways = {
+        "registers": denoised_backbone(found["registers"], backbone),
+        "defect": lambda tokens: tokens.with_patches(found["defect"](tokens.patches)),
+    }
+    commands = {name: f"dvt remedy {name} photos" for name in ways}
+    page = diagnose(backbone, pictures(seed=4), ways, DoctorConfig(windows=4), commands=commands)
+    registers, defect = page.treated
+    assert page.kind == "norm outliers" and page.outliers.value > 0.01
+    assert registers.outliers == 0 and defect.outliers < 0.005
+    assert page.best in ways and page.command == commands[page.best] and page.command in str(page)
+
+
 def test_remedies_are_refused_in_plain_words():
     backbone = stand_in(0.5)
     with pytest.raises(ConfigError, match="there is no remedy 'cure'; it must be one of registers, defect"):
