@@ -72,6 +72,7 @@ def attach(denoiser: Denoiser, model: Backbone | nn.Module, layer: int = -1, for
         model = model.model
     if denoiser.config.kind == "registers":
         _check_name(denoiser, model, force)
+        _warn_weights(denoiser, model, families.core(model))
         return with_test_time_registers(denoiser, model)
     if families.scales(model) != 1 or not hasattr(families.core(model), "blocks"):
         raise BackboneError(
@@ -397,17 +398,23 @@ def _check_card(denoiser: Denoiser, model: Any, inner: Any, layer: int, force: b
         )
     name, made_for = _names(denoiser, model)
     own_layer = denoiser.card.get("layer", layer)
+    _warn_weights(denoiser, model, inner)
+    if not force and (own_layer != layer or (name and made_for != name)):
+        raise BackboneError(
+            f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "
+            f"{name}: train one for it, or force it (force=True) where you know that they agree"
+        )
+
+
+def _warn_weights(denoiser: Denoiser, model: Any, inner: Any) -> None:
+    """Say it where a card tells that a denoiser was made for other weights of the same architecture."""
+    name, made_for = _names(denoiser, model)
     expected = denoiser.card.get("weights_sha256")
     if expected and name == made_for and weights_sha256(model) != expected:
         logger.warning(
             "the weights of this %s are not those that the denoiser was made for (a position embedding resampled to "
             "another size is enough to differ); untrained or fine-tuned weights need a denoiser of their own",
             type(inner).__name__,
-        )
-    if not force and (own_layer != layer or (name and made_for != name)):
-        raise BackboneError(
-            f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "
-            f"{name}: train one for it, or force it (force=True) where you know that they agree"
         )
 
 

@@ -246,6 +246,14 @@ def test_other_families_take_registers_and_a_register_that_takes_nothing_changes
     assert (raw.patches - clean.patches).norm() < 0.05 * raw.patches.norm()
 
 
+def test_registers_of_other_weights_are_warned_of(registers, caplog):
+    backbone, denoiser = registers
+    denoiser.attach(backbone.model)
+    assert not caplog.text
+    denoiser.attach(healthy(seed=5).model)
+    assert "not those that the denoiser was made for" in caplog.text
+
+
 def test_registers_say_where_they_do_not_fit(registers):
     backbone, denoiser = registers
     plain = dvt.wrap(torch.nn.Conv2d(3, 64, 16, 16), lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="plain")
