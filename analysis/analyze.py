@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Denoise = Callable[[Tokens], Tokens]
+#: A function of the raw tokens, or another backbone of the same images.
+Denoise: TypeAlias = "Callable[[Tokens], Tokens] | Backbone"
 Decompose = Callable[[Tensor], Mapping[str, Tensor]]
 Source: TypeAlias = "FeatureStore | Decompose | None"
 ImageLike = str | Path | Tensor
@@ -109,8 +110,8 @@ def analyze(
         backbone: one, or several to compare; its device is used.
         images: paths, or images (3, H, W) in [0, 1]; an (N, 3, H, W) tensor too.
         config: settings.
-        variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer; with several backbones
-            a sequence of such mappings, one each.
+        variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer, or a backbone of the same
+            shapes whose inside was changed; with several backbones a sequence of such mappings, one each.
         semantic: where the terms come from: a store that ``dvt denoise`` wrote (the sample is then taken from the
             images that it holds, known by their paths), or a function from an image (3, H, W) in [0, 1] to its terms
             {"semantic": (h, w, C), "artifact": ..., "residual": ...}, of which any may be missing; with several
@@ -298,7 +299,7 @@ class _Run:
         own = self.layers[0]
         for name, denoise in self.variants.items():
             with self.watch.measuring("denoisers", images.device):
-                found[own, name] = _checked(denoise(found[own, "raw"]), found[own, "raw"], name)
+                found[own, name] = _checked(treated(denoise, images, found[own, "raw"]), found[own, "raw"], name)
         return found
 
     def _forward(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tokens]:
@@ -480,6 +481,16 @@ def _checked(tokens: Tokens, raw: Tokens, name: str) -> Tokens:
         given, wanted = tuple(tokens.patches.shape), tuple(raw.patches.shape)
         raise ConfigError(f"the variant {name!r} made {given} of patches {wanted}; it must keep the shape")
     return tokens.to(torch.float32)
+
+
+def treated(denoise: Denoise, images: Tensor, raw: Tokens) -> Tokens:
+    """Tokens of images (B, 3, H, W) as a denoiser makes them of the raw ones, or another backbone by itself."""
+    from dvt.backbones import Backbone  # with timm, which nothing else here needs
+
+    if not isinstance(denoise, Backbone):
+        return denoise(raw)
+    with torch.no_grad():
+        return denoise(images)
 
 
 def quiet(what: str, done: int, total: int) -> None:

@@ -20,6 +20,16 @@ if TYPE_CHECKING:
     from dvt.denoiser.published import PUBLISHED as PUBLISHED
     from dvt.denoiser.published import published_backbone_state as published_backbone_state
     from dvt.denoiser.published import published_file as published_file
+    from dvt.denoiser.remedies.config import RemedyConfig as RemedyConfig
+    from dvt.denoiser.remedies.defect import fit_defect as fit_defect
+    from dvt.denoiser.remedies.defect import predict_defect as predict_defect
+    from dvt.denoiser.remedies.job import fit_remedies as fit_remedies
+    from dvt.denoiser.remedies.job import fit_remedy as fit_remedy
+    from dvt.denoiser.remedies.noise import fit_insid3 as fit_insid3
+    from dvt.denoiser.remedies.noise import fit_noise as fit_noise
+    from dvt.denoiser.remedies.noise import noise_maps as noise_maps
+    from dvt.denoiser.remedies.rasa import fit_rasa as fit_rasa
+    from dvt.denoiser.remedies.registers import fit_registers as fit_registers
     from dvt.denoiser.train import DenoiserTraining as DenoiserTraining
     from dvt.denoiser.train import train_denoiser as train_denoiser
     from dvt.denoiser.variants import fit_linear as fit_linear
@@ -33,13 +43,23 @@ _HOME = {
     "DenoiserTraining": "dvt.denoiser.train",
     "FeatureMaps": "dvt.denoiser.attach",
     "PUBLISHED": "dvt.denoiser.published",
+    "RemedyConfig": "dvt.denoiser.remedies.config",
     "denoised_backbone": "dvt.denoiser.attach",
     "distill_backbone": "dvt.denoiser.distill.job",
+    "fit_defect": "dvt.denoiser.remedies.defect",
+    "fit_insid3": "dvt.denoiser.remedies.noise",
     "fit_linear": "dvt.denoiser.variants",
+    "fit_noise": "dvt.denoiser.remedies.noise",
+    "fit_rasa": "dvt.denoiser.remedies.rasa",
+    "fit_registers": "dvt.denoiser.remedies.registers",
+    "fit_remedies": "dvt.denoiser.remedies.job",
+    "fit_remedy": "dvt.denoiser.remedies.job",
     "fit_subtract": "dvt.denoiser.variants",
     "fold": "dvt.denoiser.folding",
     "fold_after": "dvt.denoiser.folding",
     "fold_into": "dvt.denoiser.folding",
+    "noise_maps": "dvt.denoiser.remedies.noise",
+    "predict_defect": "dvt.denoiser.remedies.defect",
     "published_backbone_state": "dvt.denoiser.published",
     "published_file": "dvt.denoiser.published",
     "read_card": "dvt.denoiser.distill.job",

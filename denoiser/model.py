@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dvt.backbones import weights_sha256
 from dvt.denoiser.bodies import BODIES
-from dvt.denoiser.config import DenoiserConfig, check_strength
+from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.sharing import Shared
 from dvt.errors import ShapeError
 
@@ -101,6 +101,8 @@ class Denoiser(nn.Module, Shared):
             )
         if self.strength == 0:
             return patches
+        if self.config.kind in INSIDE:
+            return self.body(patches)  # which says where it belongs
         dtype = next(t.dtype for t in (*self.parameters(), *self.buffers()))
         denoised = self.body(patches.to(dtype), self._prefix(patches, prefix)).to(patches.dtype)
         return denoised if self.strength == 1 else patches + self.strength * (denoised - patches)
