@@ -223,12 +223,12 @@ def test_a_denoiser_lies_behind_registers_but_not_in_front(registers):
     artifact.body.artifact.copy_(noise(10, 10, backbone.feature_dim))
     image = pictures(1)[0][None]
     both = artifact.attach(denoiser.attach(backbone))
-    features = both.forward_features(mended._normalise(image))
+    features = both.forward_features(mended.normalise(image))
     torch.testing.assert_close(features[:, 1:].unflatten(1, (10, 11)), artifact(mended(image).patches))
     file = io.BytesIO()
     torch.save(both, file)
     file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False).forward_features(mended._normalise(image)), features)
+    assert torch.equal(torch.load(file, weights_only=False).forward_features(mended.normalise(image)), features)
     for taken in (artifact.attach(backbone), denoiser.attach(backbone)):
         with pytest.raises(BackboneError, match="already"):
             denoiser.attach(taken)
