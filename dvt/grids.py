@@ -345,3 +345,18 @@ def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
     """
     first, last = centres[0, 0].to(maps), centres[-1, -1].to(maps)
     return sample(maps, (coords.to(maps) - first) / (last - first))
+
+
+def lattice_centres(grid: Size, period: Size) -> Tensor:
+    """(h, w, 2) centres of the patches of a window whose mirrored image repeats itself after a period of steps.
+
+    The inverse of :func:`lattice`, for a window at offset 0.
+
+    >>> lattice_centres((2, 2), (4, 4))[0].tolist()
+    [[0.25, 0.25], [0.75, 0.25]]
+    """
+    sides = []
+    for count, length in zip(grid, period, strict=True):
+        places = torch.arange(count, dtype=torch.float64)
+        sides.append(0.5 + (places - (count - 1) / 2) * 2 / length)
+    return torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"), dim=-1).float()

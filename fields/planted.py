@@ -119,6 +119,8 @@ class PlantedBackboneConfig:
         patch: pixels of a patch, in both directions.
         size: input size in pixels that images' shorter sides are resized to.
         artifact: root mean square of G; 0 plants none.
+        context: share of F's size that comes from attention over all patches of a view, so that F changes with what
+            else the view shows; 0 lets a patch's own pixels decide alone.
         noise: root mean square of what neither content nor position tells alone; it is the same for the same pixels
             at the same position.
         outliers: share of the flattest fifth of the patches that carry a high norm; 0 plants none.
@@ -131,6 +133,7 @@ class PlantedBackboneConfig:
     patch: int = 16
     size: int = 224
     artifact: float = 0.65
+    context: float = 0.0
     noise: float = 0.0
     outliers: float = 0.0
     flicker: bool = False
@@ -138,10 +141,10 @@ class PlantedBackboneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.artifact, self.noise, self.outlier_norm) < 0 or not 0 <= self.outliers <= 1:
+        if min(self.artifact, self.context, self.noise, self.outlier_norm) < 0 or not 0 <= self.outliers <= 1:
             raise ConfigError(
-                f"artifact ({self.artifact}), noise ({self.noise}) and outlier_norm ({self.outlier_norm}) must be 0 or "
-                f"more, and outliers ({self.outliers}) a share in [0, 1]"
+                f"artifact ({self.artifact}), context ({self.context}), noise ({self.noise}) and outlier_norm "
+                f"({self.outlier_norm}) must be 0 or more, and outliers ({self.outliers}) a share in [0, 1]"
             )
 
 
@@ -149,7 +152,8 @@ class PlantedBackbone(Backbone):
     """A backbone whose tokens are F(pixels of the patch) + G(position) + noise + h(outliers), each of them known.
 
     F is two layers of random filters on a patch's own pixels, so it changes with the scale and the mirroring of a
-    view, and not with a shift by whole patches.
+    view, and not with a shift by whole patches; with `context`, a layer of random attention follows, and a shift changes
+    it through what the view shows besides.
 
     Args:
         image: (3, H, W) in [0, 1], the photograph on which amplitudes are measured.
@@ -207,13 +211,16 @@ class _PlantedNet(nn.Module):
         self.register_buffer("phases", 2 * torch.pi * torch.rand(config.channels, generator=generator))
         for name in ("scale", "flat_below", "mean_norm"):
             self.register_buffer(name, torch.ones(()))
+        square = (2, config.channels, config.channels)
+        self.register_buffer("attention", torch.randn(square, generator=generator) / config.channels**0.5)
         self._artifacts: dict[Size, Tensor] = {}
 
     @torch.no_grad()
     def calibrate(self, images: Tensor) -> None:
         """Give F unit variance on these images, and outliers the flattest fifth of their patches."""
-        field = self.semantic(images)
-        self.scale /= (field - field.mean((0, 1, 2))).square().mean().sqrt()
+        for _ in range(4 if self.config.context else 1):  # attention is not linear in the scale
+            field = self.semantic(images)
+            self.scale /= (field - field.mean((0, 1, 2))).square().mean().sqrt()
         self.mean_norm.copy_(self.semantic(images).norm(dim=-1).mean())
         self.flat_below.copy_(self._patches(images).std(-1).quantile(0.2))
 
@@ -227,7 +234,15 @@ class _PlantedNet(nn.Module):
 
     def semantic(self, images: Tensor) -> Tensor:
         response = nnf.conv2d(images, self.filters, stride=self.config.patch).movedim(1, -1)
-        return self.scale * (nnf.gelu(response) @ self.mix)
+        local = self.scale * (nnf.gelu(response) @ self.mix)
+        return local if self.config.context == 0 else local + self.config.context * self._attend(local)
+
+    def _attend(self, local: Tensor) -> Tensor:
+        """(B, h, w, C) random self-attention over a view's patches, of about the size of `local`."""
+        tokens = nnf.layer_norm(local, local.shape[-1:]).flatten(1, 2)
+        key, value = self.attention
+        logits = 2 * (tokens @ key) @ tokens.mT / tokens.shape[-1] ** 0.5
+        return ((logits.softmax(-1) @ tokens) @ value).view_as(local)
 
     def artifact(self, grid: Size) -> Tensor:
         if grid not in self._artifacts:
