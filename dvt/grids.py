@@ -360,3 +360,14 @@ def lattice_centres(grid: Size, period: Size) -> Tensor:
         places = torch.arange(count, dtype=torch.float64)
         sides.append(0.5 + (places - (count - 1) / 2) * 2 / length)
     return torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"), dim=-1).float()
+
+
+def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
+    """(rows * columns,) a group 0 ... groups - 1 for each content patch of a mirrored image, by lot but always the same.
+
+    Patches of one block of side x side go together, and a patch goes with its mirror images.
+    """
+    rows, columns = (mirrored(torch.arange(length), length // 2) // side for length in period)
+    block = (rows[:, None] * (int(columns.max()) + 1) + columns).flatten()
+    lot = torch.randperm(int(block.max()) + 1, generator=torch.Generator().manual_seed(0))
+    return lot[block] % groups

@@ -26,7 +26,8 @@ class ViewConfig:
     Args:
         count: random crops an image.
         shifts: shifted windows an image.
-        reach: the farthest that a window is shifted, as a share of the image's sides.
+        reach: the farthest that a window is shifted, as a share of the image's sides. At 1 every content is as likely
+            at every position, so what a window's content does to its tokens does not pass for an artifact.
         scale: smallest and largest share of the image's area that a view shows.
         ratio: smallest and largest aspect ratio of a view, relative to the whole image's.
         flip: probability that a view is mirrored left to right.
@@ -36,7 +37,7 @@ class ViewConfig:
 
     count: int = 48
     shifts: int = 0
-    reach: float = 0.5
+    reach: float = 1.0
     scale: tuple[float, float] = (0.1, 0.5)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5

@@ -29,14 +29,14 @@ class ShiftConfig:
         ridge: on the artifact, relative to the mean diagonal of its equations.
         alarm: the rate of false alarms of the test for an artifact: without one, all but so many images come out as
             they went in. 1 does without the test.
-        groups: of windows that the test compares; its least p-value is 2^(1 - groups).
+        groups: of content that the test compares; its least p-value is 2^(1 - groups).
         average: the share of F, the average over windows, in the estimate, against raw - G.
     """
 
     ridge: float = 1e-6
     alarm: float = 0.01
     groups: int = 8
-    average: float = 1.0
+    average: float = 0.5
 
     def __post_init__(self) -> None:
         if self.ridge <= 0 or not 0 <= self.average <= 1:
@@ -109,8 +109,8 @@ class ShiftSolver:
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.
             NonFiniteError: a token is NaN or infinite.
-            ConfigError: there is no view, a view is no shifted window, the grid has one row or column, or the windows
-                are too few to test for an artifact.
+            ConfigError: there is no view, a view is no shifted window, the grid has one row or column, or too few
+                patches to test for an artifact.
         """
         run = _Run(self, views, artifact)
         known = None
