@@ -36,17 +36,18 @@ class SignTest:
         groups: K; the least p-value is 2^(1-K).
 
     Raises:
-        ConfigError: the grid is too small for so many groups.
+        ConfigError: the grid has fewer patches than there are groups.
     """
 
     def __init__(self, grid: Size, period: Size, channels: int, like: Tensor, groups: int = 8):
         self.grid, self.period = grid, period
-        self.group = grids.lattice_blocks(period, BLOCK, groups).to(like.device)
-        if len(self.group.unique()) < groups:
+        if grid[0] * grid[1] < groups:
             raise ConfigError(
-                f"a grid of {grid[0]} x {grid[1]} patches has too few blocks of {BLOCK} x {BLOCK} to test for an "
-                f"artifact in {groups} groups; lower groups, or do without the test (alarm=1)"
+                f"a grid of {grid[0]} x {grid[1]} has too few patches to test for an artifact in {groups} groups; "
+                "lower groups, or do without the test (alarm=1)"
             )
+        blocks = (grids.lattice_blocks(period, side, groups) for side in (BLOCK, 1))
+        self.group = next(group for group in blocks if len(group.unique()) == groups).to(like.device)
         width = min(SKETCH, channels)
         basis = torch.randn(channels, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.mix = torch.linalg.qr(basis).Q.to(like)
