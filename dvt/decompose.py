@@ -25,7 +25,15 @@ from dvt.fields import Decomposition, Fit, LinearSolver
 from dvt.grids import Size
 from dvt.images import is_url, load_image
 from dvt.overlap import Ahead, InTurn
-from dvt.pipeline import DenoiseConfig, Denoised, SharedEquations, TokenViews, equations, out_of_memory
+from dvt.pipeline import (
+    DenoiseConfig,
+    Denoised,
+    SharedEquations,
+    TokenViews,
+    closed_form,
+    equations,
+    out_of_memory,
+)
 from dvt.profile import Profile
 from dvt.store import Job, Record, Shard
 from dvt.work import THREADS, Made, Planned, Progress, Summary, Work, ahead, job_of, log, reading_threads, run
@@ -282,7 +290,7 @@ class Denoising(Work):
 
     def solve(self, equations: SharedEquations) -> Tensor:
         """The artifact (h, w, C) that many images share, from the sum of their equations."""
-        return LinearSolver(self.config.linear).solve_shared(*equations)
+        return closed_form(self.config).solve_shared(*equations)
 
 
 @dataclass(eq=False)

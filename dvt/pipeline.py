@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,16 +17,20 @@ from dvt import grids
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError
 from dvt.fields import Decomposition, Fit, LinearConfig, LinearSolver, NeuralConfig, NeuralSolver
+from dvt.fields.shifts import ShiftConfig, ShiftSolver
 from dvt.grids import Size
 from dvt.images import load_image
 from dvt.profile import Laps
 from dvt.tokens import Tokens
-from dvt.views import ViewConfig, Views, upload
+from dvt.views import Shifts, ViewConfig, Views, product_views, upload
 
 log = logging.getLogger(__name__)
 
 # More patches than this take gigabytes of attention; only a very long or thin image has them.
 MAX_PATCHES = 16_384
+
+#: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
+ENSEMBLED_SMOOTHNESS = 1.0
 
 #: One image's share, or that of several, of a shared artifact's equations, (n, n) and (n, C), and its grid (h, w).
 SharedEquations = tuple[tuple[Tensor, Tensor], Size]
@@ -38,10 +42,13 @@ class DenoiseConfig:
     """How stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
 
     Args:
-        views: how views are drawn.
+        views: how views are drawn; the other products take `product_views(product)`.
+        product: "removed" (this image's tokens without the artifact, from shifted windows), "ensembled" (the field over
+            scales, from crops) or "blend" (between the two, from crops).
         solver: "linear" (closed form, the default) or "neural" (gradient fitting, as in the paper).
         linear: settings of the linear solver.
         neural: settings of the neural solver.
+        shifts: settings of the solver of shifted windows.
         shared_artifact: fit one artifact for all images of a grid shape, instead of one each.
         shared_images: images that the shared artifact is fitted on, the first ones in order of their paths.
         dtype: of the backbone's forward pass; fitting is always done in float32 or better.
@@ -51,9 +58,11 @@ class DenoiseConfig:
     """
 
     views: ViewConfig = field(default_factory=ViewConfig)
+    product: Literal["blend", "removed", "ensembled"] = "blend"
     solver: Literal["linear", "neural"] = "linear"
     linear: LinearConfig = field(default_factory=LinearConfig)
     neural: NeuralConfig = field(default_factory=NeuralConfig)
+    shifts: ShiftConfig = field(default_factory=ShiftConfig)
     shared_artifact: bool = False
     shared_images: int = 32
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -63,6 +72,16 @@ class DenoiseConfig:
     def __post_init__(self) -> None:
         if self.solver not in ("linear", "neural"):
             raise ConfigError(f"solver is {self.solver!r}; it must be 'linear' or 'neural'")
+        if self.product not in ("blend", "removed", "ensembled"):
+            raise ConfigError(f"product is {self.product!r}; it must be 'blend', 'removed' or 'ensembled'")
+        if (self.views.kind == "shifts") != (self.product == "removed"):
+            kind = "shifts" if self.product == "removed" else "crops"
+            raise ConfigError(
+                f"the product {self.product!r} is made of {kind}, and the views are {self.views.kind}; draw them with "
+                f"ViewConfig(kind={kind!r})"
+            )
+        if self.product == "removed" and self.solver != "linear":
+            raise ConfigError("the product 'removed' has a closed form only; leave --solver at linear")
         if self.shared_artifact and self.solver != "linear":
             raise ConfigError("a shared artifact is fitted by the linear solver only; leave --solver at linear")
         if self.shared_images < 1:
@@ -73,7 +92,9 @@ class DenoiseConfig:
     def numbers(self) -> dict[str, Any]:
         """The settings that the tokens depend on, for the job's hash: not the other solver's."""
         settings = asdict(self)
-        settings.pop("neural" if self.solver == "linear" else "linear")
+        for name in ("linear", "neural", "shifts"):
+            if name != ("shifts" if self.product == "removed" else self.solver):
+                settings.pop(name)
         settings["views"].pop("batch")
         for name in ("solve_images", "overlap"):
             settings.pop(name)
@@ -81,8 +102,19 @@ class DenoiseConfig:
             settings.pop("shared_images")
         return settings
 
-    def make_solver(self) -> LinearSolver | NeuralSolver:
+    @classmethod
+    def of(cls, product: Literal["blend", "removed", "ensembled"], count: int | None = None, **settings) -> DenoiseConfig:
+        """The settings recommended for a product, with another number of views or other settings where given."""
+        views = product_views(product) if product != "blend" else ViewConfig()
+        return cls(views=views if count is None else replace(views, count=count), product=product, **settings)
+
+    def make_solver(self) -> LinearSolver | NeuralSolver | ShiftSolver:
         """The solver that these settings describe."""
+        if self.product == "removed":
+            return ShiftSolver(self.shifts)
+        if self.product == "ensembled" and self.solver == "linear":
+            smoothness = ENSEMBLED_SMOOTHNESS if self.linear.smoothness is None else self.linear.smoothness
+            return LinearSolver(replace(self.linear, blend=False, smoothness=smoothness))
         return LinearSolver(self.linear) if self.solver == "linear" else NeuralSolver(self.neural)
 
 
@@ -104,7 +136,8 @@ class TokenViews:
                 f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
                 f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
             )
-        self.views = Views(upload(image, self.device), size, self.coords, config)
+        draw = Shifts if config.kind == "shifts" else Views
+        self.views = draw(upload(image, self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
         self.laps = Laps(self.device)
         self._whole: Tokens | None = None
@@ -256,15 +289,20 @@ def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], c
     parts: Iterable[SharedEquations | None] = (equations(backbone, image, config) for image in images)
     if (total := tree_sum(parts, add_equations)) is None:
         raise ImageError("no image was given; a shared artifact needs at least one")
-    return LinearSolver(config.linear).solve_shared(*total)
+    return closed_form(config).solve_shared(*total)
 
 
 def equations(backbone: Backbone, image: str | Path | Tensor, config: DenoiseConfig) -> SharedEquations:
     """One image's share of the equations of an artifact that many images have in common."""
     pixels = image if isinstance(image, Tensor) else load_image(image)
     views = TokenViews(backbone, pixels, config.views, config.dtype)
-    parts = LinearSolver(config.linear).artifact_equations(views)
+    parts = closed_form(config).artifact_equations(views)
     return parts, views.whole.grid
+
+
+def closed_form(config: DenoiseConfig) -> LinearSolver | ShiftSolver:
+    """The solver that finds shared artifacts: of shifted windows where the product is made of them."""
+    return ShiftSolver(config.shifts) if config.product == "removed" else LinearSolver(config.linear)
 
 
 def add_equations(first: SharedEquations | None, second: SharedEquations | None) -> SharedEquations | None:

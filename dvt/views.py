@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -20,12 +21,11 @@ class ViewConfig:
     """How the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
 
     Two kinds: crops show parts of the image, enlarged; shifts are windows at its own scale, moved by whole patches
-    over the image mirrored at its borders (ours). The whole image always comes first, in addition; then the shifts,
-    then the crops.
+    over the image mirrored at its borders (ours). The whole image always comes first, in addition.
 
     Args:
-        count: random crops an image.
-        shifts: shifted windows an image.
+        count: views an image, beside the whole one.
+        kind: "crops", to which `scale`, `ratio` and `flip` belong, or "shifts", to which `reach` belongs.
         reach: the farthest that a window is shifted, as a share of the image's sides. At 1 every content is as likely
             at every position, so what a window's content does to its tokens does not pass for an artifact.
         scale: smallest and largest share of the image's area that a view shows.
@@ -36,7 +36,7 @@ class ViewConfig:
     """
 
     count: int = 48
-    shifts: int = 0
+    kind: Literal["crops", "shifts"] = "crops"
     reach: float = 1.0
     scale: tuple[float, float] = (0.1, 0.5)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -45,11 +45,10 @@ class ViewConfig:
     batch: int = 16
 
     def __post_init__(self) -> None:
-        if min(self.count, self.shifts) < 0 or self.batch < 1:
-            raise ConfigError(
-                f"crops and shifts must be 0 or more and the batch 1 or more, got {self.count}, {self.shifts} and "
-                f"{self.batch}"
-            )
+        if self.kind not in ("crops", "shifts"):
+            raise ConfigError(f"kind is {self.kind!r}; views are 'crops' or 'shifts', all of one kind")
+        if self.count < 0 or self.batch < 1:
+            raise ConfigError(f"views must be 0 or more and the batch 1 or more, got {self.count} and {self.batch}")
         if not 0 < self.reach <= 1:
             raise ConfigError(f"reach is {self.reach}; windows are shifted by a share in (0, 1] of the image's sides")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -58,6 +57,16 @@ class ViewConfig:
             raise ConfigError(f"ratio must satisfy 0 < smallest <= largest, got {self.ratio}")
         if not 0 <= self.flip <= 1:
             raise ConfigError(f"flip is a probability between 0 and 1, got {self.flip}")
+
+
+def product_views(product: Literal["removed", "ensembled"]) -> ViewConfig:
+    """The views that a product of stage one is best made of, at equal forward passes (benchmarks/products.py).
+
+    "removed" takes 16 shifts; "ensembled" 48 small crops, which show the image enlarged.
+    """
+    if product == "removed":
+        return ViewConfig(16, "shifts")
+    return ViewConfig(48, scale=(0.05, 0.3))
 
 
 def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -122,10 +131,10 @@ class Shifts:
         image: (3, H, W) in [0, 1], on the device where windows are to be cut.
         size: (H', W') of a window: the model input, to which the image is resized.
         centres: (h, w, 2) patch centres of the image, at least 2 x 2.
-        config: `shifts`, `reach`, `seed` and `batch` count here.
+        config: `count`, `reach`, `seed` and `batch` are read.
 
     Attributes:
-        offsets: (1 + shifts, 2) in steps, down and to the right.
+        offsets: (1 + count, 2) in steps, down and to the right.
     """
 
     def __init__(self, image: Tensor, size: Size, centres: Tensor, config: ViewConfig):
@@ -133,7 +142,7 @@ class Shifts:
         self.image = resize(image, size)
         grid = (centres.shape[0], centres.shape[1])
         generator = torch.Generator().manual_seed(config.seed)
-        self.offsets = grids.draw_offsets(grid, config.shifts, config.reach, generator)
+        self.offsets = grids.draw_offsets(grid, config.count, config.reach, generator)
         _, period = grids.lattice(centres[None])
         self.step = (2 / period[0], 2 / period[1])
         self._pixels = self.offsets * torch.tensor([round(a * b) for a, b in zip(self.step, size, strict=True)])
@@ -142,7 +151,8 @@ class Shifts:
         return len(self.offsets)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for offsets, pixels in zip(*(all_.split(self.config.batch) for all_ in (self.offsets, self._pixels)), strict=True):
+        batches = (each.split(self.config.batch) for each in (self.offsets, self._pixels))
+        for offsets, pixels in zip(*batches, strict=True):
             windows = torch.stack([cut_window(self.image, (row, column)) for row, column in pixels.tolist()])
             yield windows, grids.offset_coords(self.centres, offsets, self.step)
 

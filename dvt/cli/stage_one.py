@@ -27,7 +27,6 @@ from dvt.files import whole_file
 from dvt.images import find_sources, is_url
 from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
-from dvt.views import ViewConfig
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +45,10 @@ class Denoise(JobOptions):
 
     seed: int = 0
     """Seed of the views and the solver."""
-    views: int = 48
-    """Random views an image, beside the whole image; the paper takes 768."""
+    product: Literal["blend", "removed", "ensembled"] = "blend"
+    """Each image's own tokens without the artifact, the field over scales, or a blend of both."""
+    views: int | None = None
+    """Views an image, beside the whole image; 16 if not given where the product is removed, else 48 (paper: 768)."""
     batch: int = 16
     """Views a forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -106,7 +107,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
     if command.upsample > 1 and command.ray is not None:
         raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
-    if command.views < 1:
+    if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     # Of an earlier run, where OUT lies among the images. Not Path.resolve, which stops at a symlink to itself.
@@ -120,7 +121,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    console.print(f"{escape(command.backbone)}: {len(paths)} images, {command.views} views, {command.solver} solver")
+    views = f"{config.views.count} {config.views.kind}"
+    console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
@@ -192,8 +194,10 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _config(command: Denoise) -> DenoiseConfig:
+    views = DenoiseConfig.of(command.product, command.views).views
     return DenoiseConfig(
-        views=ViewConfig(count=command.views, seed=command.seed, batch=command.batch),
+        views=dataclasses.replace(views, seed=command.seed, batch=command.batch),
+        product=command.product,
         solver=command.solver,
         linear=dataclasses.replace(command.linear, seed=command.seed),
         neural=dataclasses.replace(command.neural, seed=command.seed),

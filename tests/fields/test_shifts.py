@@ -127,7 +127,7 @@ def test_one_window_has_no_artifact():
 def test_the_artifact_of_a_planted_backbone_is_removed_and_nothing_else_is(photo, artifact, goal, noise):
     backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=24, artifact=artifact, context=noise))
     size = backbone.input_size((512, 512))
-    windows = Shifts(photo, size, backbone.centres(size), ViewConfig(count=0, shifts=16))
+    windows = Shifts(photo, size, backbone.centres(size), ViewConfig(16, "shifts"))
     views = [(backbone(images).patches, coords) for images, coords in windows]
     fit = ShiftSolver().fit(views)
     parts = fit.decompose(views[0][0][0], backbone.centres(size))
