@@ -287,10 +287,15 @@ def lattice(coords: Tensor) -> tuple[Tensor, Size]:
     first = (1 - steps * count) / 2
     index = (coords - first) / steps
     offsets, period = index[:, 0, 0].round(), 2 / steps
+    if (steps > 0).all() and (period - period.round()).abs().max() > 0.01:
+        raise ConfigError(
+            "a mirrored image does not repeat itself on this grid of patches: shifted windows need a stride that "
+            "divides twice the input's sides, and views at the image's own scale"
+        )
     whole = offsets[:, None, None] + torch.stack(
         torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1
     )
-    if (steps <= 0).any() or (index - whole).abs().max() > 0.01 or (period - period.round()).abs().max() > 0.01:
+    if (steps <= 0).any() or (index - whole).abs().max() > 0.01:
         raise ConfigError(
             "a view is no window of the image's own scale, unmirrored and shifted by whole patches: views of mixed "
             "kinds, or crops, cannot be solved as shifts; draw them with ViewConfig(kind='shifts')"
