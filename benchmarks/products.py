@@ -51,11 +51,14 @@ def summary(scores: Scores, base: str) -> list[dict[str, Any]]:
     rows = []
     for name, values in scores.items():
         own, gain = interval(values), interval([a - b for a, b in zip(values, scores[base], strict=True)])
-        rows.append({"estimate": name, "mean": own["mean"], "+-": own["half"], "gain": gain["mean"], "of +-": gain["half"]})
+        row = {"estimate": name, "mean": own["mean"], "+-": own["half"]}
+        rows.append(row | {"gain": gain["mean"], "of +-": gain["half"]})
     return rows
 
 
-def estimates(backbone: Backbone, pixels: Tensor, dtype: str, designs: dict[str, DenoiseConfig]) -> Iterator[tuple[str, Tensor, float]]:
+def estimates(
+    backbone: Backbone, pixels: Tensor, dtype: str, designs: dict[str, DenoiseConfig]
+) -> Iterator[tuple[str, Tensor, float]]:
     """(name, map (h, w, C), seconds) of each design, raw and both terms of the first before it."""
     for name, config in designs.items():
         start = time.perf_counter()
@@ -176,7 +179,8 @@ def shift_target(backbone: Backbone, pixels: Tensor, corner: list[int], shared: 
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
             tokens = backbone(windows).patches.float() - shared
         for (down, right), each in zip(part.tolist(), tokens, strict=True):
-            rows, columns = slice(max(0, down), min(height, height + down)), slice(max(0, right), min(width, width + right))
+            rows = slice(max(0, down), min(height, height + down))
+            columns = slice(max(0, right), min(width, width + right))
             total[rows, columns] += each[max(0, -down) : height - max(0, down), max(0, -right) : width - max(0, right)]
             count[rows, columns] += 1
     return total / count

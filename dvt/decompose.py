@@ -21,7 +21,7 @@ from torch import Tensor
 
 from dvt.backbones import Backbone
 from dvt.errors import ImageError, NonFiniteError
-from dvt.fields import Decomposition, Fit, LinearSolver
+from dvt.fields import Decomposition, Fit
 from dvt.grids import Size
 from dvt.images import is_url, load_image
 from dvt.overlap import Ahead, InTurn

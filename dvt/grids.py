@@ -368,7 +368,7 @@ def lattice_centres(grid: Size, period: Size) -> Tensor:
 
 
 def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
-    """(rows * columns,) a group 0 ... groups - 1 for each content patch of a mirrored image, by lot but always the same.
+    """(rows * columns,) a group 0 ... groups - 1 for each content patch of a mirrored image, by a fixed lot.
 
     Patches of one block of side x side go together, and a patch goes with its mirror images.
     """

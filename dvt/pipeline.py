@@ -103,7 +103,9 @@ class DenoiseConfig:
         return settings
 
     @classmethod
-    def of(cls, product: Literal["blend", "removed", "ensembled"], count: int | None = None, **settings) -> DenoiseConfig:
+    def of(
+        cls, product: Literal["blend", "removed", "ensembled"], count: int | None = None, **settings: Any
+    ) -> DenoiseConfig:
         """The settings recommended for a product, with another number of views or other settings where given."""
         views = product_views(product) if product != "blend" else ViewConfig()
         return cls(views=views if count is None else replace(views, count=count), product=product, **settings)

@@ -152,8 +152,8 @@ class PlantedBackbone(Backbone):
     """A backbone whose tokens are F(pixels of the patch) + G(position) + noise + h(outliers), each of them known.
 
     F is two layers of random filters on a patch's own pixels, so it changes with the scale and the mirroring of a
-    view, and not with a shift by whole patches; with `context`, a layer of random attention follows, and a shift changes
-    it through what the view shows besides.
+    view, and not with a shift by whole patches; with `context`, a layer of random attention follows, and a shift
+    changes it through what the view shows besides.
 
     Args:
         image: (3, H, W) in [0, 1], the photograph on which amplitudes are measured.
@@ -229,8 +229,8 @@ class _PlantedNet(nn.Module):
             images = images.float()
             field = self.semantic(images)
             artifact = self.artifact((field.shape[1], field.shape[2])).to(field)
-            tokens = field + artifact + self._noise(field)
-            return tokens + self.config.outlier_norm * self.mean_norm * self.outliers(images)[..., None] * self.direction
+            outlier = self.config.outlier_norm * self.mean_norm * self.direction
+            return field + artifact + self._noise(field) + self.outliers(images)[..., None] * outlier
 
     def semantic(self, images: Tensor) -> Tensor:
         response = nnf.conv2d(images, self.filters, stride=self.config.patch).movedim(1, -1)

@@ -109,7 +109,7 @@ def test_images_that_are_solved_together_and_the_shared_artifact_agree_with_one(
 
 
 def test_offsets_in_another_order_find_nothing():
-    tokens, coords, field, artifact = problem(windows=24, noise=0.1)
+    tokens, coords, field, _ = problem(windows=24, noise=0.1)
     wrong = coords[torch.randperm(len(coords), generator=generator(1))]
     right = ShiftSolver(EXACT).fit([(tokens, coords)])
     lost = ShiftSolver(EXACT).fit([(tokens, wrong)])
@@ -154,5 +154,5 @@ def test_bad_windows_are_refused_with_what_to_do():
     with pytest.raises(ConfigError, match="too few patches"):
         ShiftSolver().fit([problem(grid=(2, 3))[:2]])
     assert ShiftSolver().fit([problem(grid=(3, 4))[:2]]).found
-    with pytest.raises(ConfigError, match="alarm is 0.001"):
+    with pytest.raises(ConfigError, match=r"alarm is 0\.001"):
         ShiftConfig(alarm=0.001)
