@@ -20,7 +20,7 @@ from dvt.fields.decomposition import Decomposition, Fit
 from dvt.images import load_image
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
-from dvt.views import ViewConfig, Views
+from dvt.views import Shifts, ViewConfig, Views
 
 
 class TokenViews:
@@ -41,7 +41,8 @@ class TokenViews:
                 f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
                 f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
             )
-        self.views = Views(upload(image, self.device), size, self.coords, config)
+        draw = Shifts if config.kind == "shifts" else Views
+        self.views = draw(upload(image, self.device), size, self.coords, config)
         self.dtype = getattr(torch, dtype)
         self.timer = StageTimer(self.device)
         self._whole: Tokens | None = None

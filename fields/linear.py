@@ -243,6 +243,7 @@ class _Views:
     def __init__(self, views: Iterable[Batch], shape: tuple[int, ...], count: int):
         self.shape = shape
         self._finite: list[Tensor] = []
+        self._outside: list[Tensor] = []
         self.head, self._rest = _take(self._read(views), count)
         self.seen = sum(len(tokens) for tokens, _ in self.head)
         if not self.seen:
@@ -270,13 +271,20 @@ class _Views:
             if tuple(tokens.shape[1:]) != self.shape:
                 raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
             self._finite.append(torch.isfinite(tokens.sum() + coords.sum().to(tokens)))
+            self._outside.append(((coords - 0.5).abs() > 0.5 + 1e-4).any())
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
 
     def _check(self) -> None:
         # Reading a batch's answer waits for the GPU: it is done for many batches at once.
         if self._finite and not torch.stack(self._finite).all():
             raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
+        if self._outside and torch.stack(self._outside).any():
+            raise ConfigError(
+                "a view lies beyond the image, as shifted windows do: the field over scales takes crops alone; draw "
+                "views with ViewConfig(kind='crops'), or solve shifts by ShiftSolver"
+            )
         self._finite.clear()
+        self._outside.clear()
 
 
 def _take(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:

@@ -12,7 +12,6 @@ from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import TokenViews
-from dvt.fields.linear import LinearSolver
 from dvt.grids import Size
 from dvt.images import load_image
 from dvt.jobs.reduction import Reduction, tree_sum
@@ -25,7 +24,7 @@ SharedEquations = tuple[tuple[Tensor, Tensor], Size]
 
 
 class SharedArtifact(Reduction):
-    """The artifact that explains the first images of a grid shape best, by the linear solver.
+    """The artifact that explains the first images of a grid shape best, in closed form.
 
     Each image keeps a field of its own; their reduced equations for the artifact add up.
 
@@ -49,7 +48,7 @@ class SharedArtifact(Reduction):
     def equations(self, pixels: Tensor) -> SharedEquations:
         """Make the share of an image (3, H, W)."""
         views = TokenViews(self.backbone, pixels, self.config.views, self.config.dtype)
-        left, right = LinearSolver(self.config.linear).artifact_equations(views)
+        left, right = self.config.closed_form().artifact_equations(views)
         return (left.cpu(), right.cpu()), views.whole.grid
 
     @staticmethod
@@ -68,7 +67,7 @@ class SharedArtifact(Reduction):
         """Solve the sum for the artifact (h, w, C)."""
         (left, right), grid = total
         device = self.backbone.device
-        return LinearSolver(self.config.linear).solve_shared((left.to(device), right.to(device)), grid)
+        return self.config.closed_form().solve_shared((left.to(device), right.to(device)), grid)
 
 
 def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], config: DenoiseConfig) -> Tensor:

@@ -28,7 +28,6 @@ from dvt.fields.images import DecomposeWork
 from dvt.files import whole_file
 from dvt.images import find_sources, is_url
 from dvt.store import FeatureStore, damaged_shards
-from dvt.views import ViewConfig
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +46,11 @@ class Denoise(JobOptions):
 
     seed: int = 0
     """Seed of the views and the solver."""
-    views: int = 48
-    """Random views an image, beside the whole image; the paper takes 768."""
+    product: Literal["removed", "ensembled", "blend"] | None = None
+    """removed: each image's own tokens without the artifact; ensembled: the field over scales, which labels like;
+    blend: between the two. If not given, removed, or ensembled with the neural solver."""
+    views: int | None = None
+    """Views an image, beside the whole image; if not given, 16 where the product is removed, else 48 (paper: 768)."""
     batch: int = 16
     """Views a forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -107,7 +109,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
     if command.upsample > 1 and command.ray is not None:
         raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
-    if command.views < 1:
+    if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     # Of an earlier run, where OUT lies among the images. Not Path.resolve, which stops at a symlink to itself.
@@ -121,7 +123,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    console.print(f"{escape(command.backbone)}: {len(paths)} images, {command.views} views, {command.solver} solver")
+    views = f"{config.views.count} {config.views.kind}"
+    console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
@@ -193,8 +196,10 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _config(command: Denoise) -> DenoiseConfig:
+    chosen = DenoiseConfig(views=command.views, product=command.product, solver=command.solver)  # type: ignore[arg-type]
     return DenoiseConfig(
-        views=ViewConfig(count=command.views, seed=command.seed, batch=command.batch),
+        views=dataclasses.replace(chosen.views, seed=command.seed, batch=command.batch),
+        product=chosen.product,
         solver=command.solver,
         linear=dataclasses.replace(command.linear, seed=command.seed),
         neural=dataclasses.replace(command.neural, seed=command.seed),

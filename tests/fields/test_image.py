@@ -13,6 +13,7 @@ from dvt.fields import LinearConfig, LinearSolver, NeuralConfig
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import TokenViews, denoise, denoise_image
 from dvt.fields.images import denoise_images
+from dvt.fields.planted import PlantedBackbone, PlantedBackboneConfig, relative_error
 from dvt.fields.shared import shared_artifact
 from dvt.grids import grid_centres, resample
 from dvt.images import load_image
@@ -354,3 +355,42 @@ def test_a_shared_artifact_needs_images_of_one_grid(tiny_backbone, folder):
         shared_artifact(tiny_backbone, images_of(folder), SHARED)
     with pytest.raises(ImageError, match="at least one"):
         shared_artifact(tiny_backbone, [], SHARED)
+
+
+# Products --------------------------------------------------------------------------------------------------------
+
+
+def test_a_product_takes_views_of_its_kind():
+    with pytest.raises(ConfigError, match=r"'removed' is made of shifts, and the views are crops"):
+        DenoiseConfig(product="removed")
+    with pytest.raises(ConfigError, match=r"'ensembled' is made of crops, and the views are shifts"):
+        DenoiseConfig(product="ensembled", views=ViewConfig(kind="shifts"))
+    with pytest.raises(ConfigError, match="closed form only"):
+        DenoiseConfig(product="removed", solver="neural")
+    assert (
+        DenoiseConfig(product="removed").views.kind == "shifts"
+        and DenoiseConfig(product="ensembled", views=7).views.count == 7
+    )
+
+
+def test_shifted_windows_are_refused_by_the_field_over_scales(tiny_backbone):
+    views = TokenViews(tiny_backbone, torch.rand(3, 96, 128), ViewConfig(8, "shifts"))
+    with pytest.raises(ConfigError, match="lies beyond the image"):
+        DenoiseConfig().make_solver().fit(views)
+
+
+def test_removed_keeps_an_image_without_artifact_to_the_bit_and_ensembled_is_the_field(photo):
+    backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, artifact=0, noise=0.3))
+    parts = denoise(backbone, photo, DenoiseConfig(product="removed"))
+    assert torch.equal(parts.semantic, parts.raw) and parts.artifact.abs().max() == 0
+    parts = denoise(backbone, photo, DenoiseConfig(product="ensembled", views=12))
+    assert torch.equal(parts.semantic, parts.field)
+
+
+def test_a_shared_artifact_of_shifts_is_the_planted_one(photo):
+    backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, noise=0.1))
+    config = DenoiseConfig(product="removed")
+    found = shared_artifact(backbone, [photo, photo.flip(1), 1 - photo], config)
+    assert relative_error(found, backbone.artifact((8, 8))) < 0.1
+    given = denoise(backbone, photo, config, found)
+    torch.testing.assert_close(given.artifact, found, atol=1e-5, rtol=0)

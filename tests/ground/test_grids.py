@@ -281,3 +281,49 @@ def test_sampled_pixels_of_a_smooth_image_are_its_values():
     # PyTorch's cubic moves a ramp by up to a tenth of a pixel between pixel centres.
     torch.testing.assert_close(grids.sample_pixels(image, coords), expected, atol=0.12 / 40, rtol=0)
     assert grids.sample_pixels(image, torch.full((1, 1, 2), 5.0)).flatten()[:2].tolist() == image[:2, -1, -1].tolist()
+
+
+# Shifted windows -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [16, 8, 4])
+def test_the_lattice_is_the_inverse_of_offset_coords(stride):
+    size, offsets = (64, 96), torch.tensor([[0, 0], [3, -7], [-20, 41]])
+    centres = grids.patch_centres(size, (16, 16), (stride, stride))
+    coords = grids.offset_coords(centres, offsets, (stride / 64, stride / 96))
+    assert coords[0].equal(centres)
+    found, period = grids.lattice(coords)
+    assert found.tolist() == offsets.tolist() and period == (128 // stride, 192 // stride)
+    torch.testing.assert_close(grids.lattice_centres(centres.shape[:2], period), centres)
+
+
+def test_the_lattice_refuses_a_stride_on_which_mirrored_images_do_not_repeat():
+    with pytest.raises(ConfigError, match="stride"):
+        grids.lattice(grids.patch_centres((64, 64), (16, 16), (12, 12))[None])
+
+
+def test_tokens_of_one_content_patch_have_one_index():
+    offsets, period, grid = torch.tensor([[0, 0], [1, 2], [-8, 10]]), (8, 10), (4, 5)
+    first, moved, around = grids.lattice_index(grid, offsets, period).view(3, *grid)
+    assert torch.equal(first[1:, 2:], moved[:3, :3]) and torch.equal(first, around)
+
+
+def test_offsets_spread_evenly_and_begin_with_the_image():
+    offsets = grids.draw_offsets((10, 20), 21, 1.0, torch.Generator().manual_seed(0))
+    assert offsets[0].tolist() == [0, 0] and offsets.shape == (22, 2)
+    rows, columns = offsets[1:].sort(0).values.unbind(1)
+    assert (rows.float() - torch.linspace(-10, 10, 21)).abs().max() <= 1
+    assert (columns.float() - torch.linspace(-20, 20, 21)).abs().max() <= 2
+
+
+def test_an_image_smaller_than_a_window_is_refused():
+    with pytest.raises(ShapeError, match="20 x 40 pixels holds no window of 32 x 32"):
+        grids.window_corners((20, 40), (32, 32), (16, 16))
+
+
+def test_values_between_patch_centres_are_bilinear_and_the_border_goes_on():
+    centres = grids.patch_centres((64, 96), (16, 16), (8, 8))
+    values = 3 * centres - 1
+    inner = 0.2 + 0.6 * torch.rand(50, 2, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(grids.sample_centres(values, inner, centres), 3 * inner - 1, atol=1e-5, rtol=0)
+    assert torch.allclose(grids.sample_centres(values, torch.tensor([[-3.0, 9.0]]), centres), values[-1, 0])

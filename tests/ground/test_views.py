@@ -9,7 +9,7 @@ from scipy import stats
 
 from dvt import grids
 from dvt.errors import ConfigError, ShapeError
-from dvt.views import ViewConfig, Views, cut, draw_boxes, resize
+from dvt.views import Shifts, ViewConfig, Views, cut, cut_window, draw_boxes, resize
 
 
 def coordinate_image(height, width):
@@ -176,3 +176,40 @@ def test_resize_stays_in_range_and_keeps_constants():
 def test_settings_out_of_range_are_refused(bad):
     with pytest.raises(ConfigError, match=r"must|probability"):
         ViewConfig(**bad)
+
+
+# Shifts ----------------------------------------------------------------------------------------------------------
+
+
+def shifts(size=(64, 96), stride=16, count=12, **settings):
+    image = torch.rand(3, *size, generator=torch.Generator().manual_seed(0))
+    centres = grids.patch_centres(size, (16, 16), (stride, stride))
+    return image, Shifts(image, size, centres, ViewConfig(count, "shifts", batch=5, **settings))
+
+
+def test_the_first_window_is_the_image_and_all_are_pieces_of_the_mirrored_one():
+    image, windows = shifts()
+    pictures, coords = (torch.cat(part) for part in zip(*windows, strict=True))
+    assert len(windows) == len(pictures) == 13 and torch.equal(pictures[0], image)
+    wide = torch.cat((image.flip(-1), image, image.flip(-1)), -1)
+    tiled = torch.cat((wide.flip(-2), wide, wide.flip(-2)), -2)
+    for picture, where, (down, right) in zip(pictures, coords, windows.offsets.tolist(), strict=True):
+        top, left = 64 + 16 * down, 96 + 16 * right
+        assert torch.equal(picture, tiled[:, top : top + 64, left : left + 96])
+        torch.testing.assert_close(where, coords[0] + torch.tensor([right / 6, down / 4]))
+
+
+def test_windows_of_overlapping_patches_move_by_the_stride():
+    image, windows = shifts(stride=8)
+    down, right = windows.offsets[1].tolist()
+    picture = next(iter(windows))[0][1]
+    assert torch.equal(picture, cut_window(image, (8 * down, 8 * right)))
+
+
+def test_settings_of_shifts_are_checked():
+    with pytest.raises(ConfigError, match="'crops' or 'shifts', all of one kind"):
+        ViewConfig(kind="both")
+    with pytest.raises(ConfigError, match="reach is 0"):
+        ViewConfig(kind="shifts", reach=0)
+    with pytest.raises(ConfigError, match="2 x 2"):
+        shifts(size=(16, 96))
