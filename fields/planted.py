@@ -16,7 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dvt import grids
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, BackboneSpec
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
@@ -164,23 +164,13 @@ class PlantedBackbone(Backbone):
         config = config or PlantedBackboneConfig()
         net = _PlantedNet(config)
         patch, size = (config.patch,) * 2, grids.fit_size((config.size,) * 2, config.size, (config.patch,) * 2)
-        super().__init__(
-            net,
-            lambda model, images: Tokens.of(model(images)),
-            name="planted",
-            patch_size=patch,
-            stride=patch,
-            image_size=size,
-            feature_dim=config.channels,
-            num_prefix_tokens=0,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-        )
-        net.calibrate(self._normalise(resize(image, self.input_size((image.shape[1], image.shape[2])))[None]))
+        spec = BackboneSpec("planted", patch, stride=patch, image_size=size, feature_dim=config.channels)
+        super().__init__(net, lambda model, images: Tokens.of(model(images)), spec, mean=(0.5,) * 3, std=(0.5,) * 3)
+        net.calibrate(self.normalise(resize(image, self.input_size((image.shape[1], image.shape[2])))[None]))
 
     def semantic(self, images: Tensor) -> Tensor:
         """F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
-        return self.model.semantic(self._normalise(images))
+        return self.model.semantic(self.normalise(images))
 
     def artifact(self, grid: Size) -> Tensor:
         """G (h, w, C), mean zero over positions."""
@@ -188,7 +178,7 @@ class PlantedBackbone(Backbone):
 
     def outliers(self, images: Tensor) -> Tensor:
         """(B, h, w) bool, which patches of images (B, 3, H, W) in [0, 1] carry an outlier."""
-        return self.model.outliers(self._normalise(images))
+        return self.model.outliers(self.normalise(images))
 
 
 class _PlantedNet(nn.Module):

@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,7 @@ def _finished(
     pool: Pool, leaves: Sequence[tuple[ImageEntry]], hello: Hello, progress: Progress
 ) -> Iterator[tuple[Size, Tensor | None]]:
     # No core is asked for: the actors hold all of them, and a sum is over in milliseconds.
-    adder = pool.ray.remote(num_cpus=0, max_retries=-1)(hello.add)
+    adder = pool.ray.remote(num_cpus=0, max_retries=-1)(_added)
     parts = pool.ordered("part", leaves)
 
     def ticked(group: Iterable[tuple[int, Any]]) -> Iterator[Any]:
@@ -196,11 +197,15 @@ def _finished(
             yield None if isinstance(part, Lost) else part  # reported when its own turn comes
 
     groups = groupby(parts, key=lambda part: leaves[part[0]][0].grid)
-    totals = [(grid, tree_sum(ticked(group), adder.remote)) for grid, group in groups]
+    totals = [(grid, tree_sum(ticked(group), partial(adder.remote, hello.add))) for grid, group in groups]
     for number, artifact in pool.map("finish", [(total,) for _, total in totals]):
         if isinstance(artifact, Lost):
             raise ConfigError(f"the artifact of grid {totals[number][0]} could not be made: {artifact.reason}")
         yield totals[number][0], artifact
+
+
+def _added(add: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
+    return add(first, second)
 
 
 # -- where the shards go ----------------------------------------------------------------------------------------------

@@ -303,7 +303,9 @@ def test_callbacks_see_every_image_once(tiny_backbone, folder, tmp_path):
         tmp_path / "out",
         CONFIG,
         progress=lambda *call: calls.append(call),
-        each=lambda path, pixels, result: seen.append((path, tuple(pixels.shape), result.decomposition.raw.shape[:2])),
+        on_image=lambda path, pixels, result: seen.append(
+            (path, tuple(pixels.shape), result.decomposition.raw.shape[:2])
+        ),
     )
     assert calls == [("look", n, 5) for n in range(1, 6)] + [("denoise", n, 5) for n in range(1, 6)]
     assert [path for path, *_ in seen] == images_of(folder)
@@ -362,21 +364,27 @@ def test_a_shared_artifact_needs_images_of_one_grid(tiny_backbone, folder):
 
 def test_a_product_takes_views_of_its_kind():
     with pytest.raises(ConfigError, match=r"'removed' is made of shifts, and the views are crops"):
-        DenoiseConfig(product="removed")
+        DenoiseConfig(product="removed", views=ViewConfig())
     with pytest.raises(ConfigError, match=r"'ensembled' is made of crops, and the views are shifts"):
         DenoiseConfig(product="ensembled", views=ViewConfig(kind="shifts"))
     with pytest.raises(ConfigError, match="closed form only"):
         DenoiseConfig(product="removed", solver="neural")
+    with pytest.raises(ConfigError, match="must be one of removed, ensembled, blend"):
+        DenoiseConfig(product="clean")
+    with pytest.raises(ConfigError, match="views must be 0 or more"):
+        DenoiseConfig(views=-1)
+    assert DenoiseConfig().product == "removed" and DenoiseConfig().views == ViewConfig(16, "shifts")
+    assert DenoiseConfig(product="ensembled", views=7).views.count == 7
+    assert DenoiseConfig(views=ViewConfig(7)).product == "blend"
     assert (
-        DenoiseConfig(product="removed").views.kind == "shifts"
-        and DenoiseConfig(product="ensembled", views=7).views.count == 7
+        DenoiseConfig(solver="neural").product == "ensembled" and DenoiseConfig(solver="neural").views == ViewConfig()
     )
 
 
 def test_shifted_windows_are_refused_by_the_field_over_scales(tiny_backbone):
     views = TokenViews(tiny_backbone, torch.rand(3, 96, 128), ViewConfig(8, "shifts"))
     with pytest.raises(ConfigError, match="lies beyond the image"):
-        DenoiseConfig().make_solver().fit(views)
+        DenoiseConfig(product="ensembled").make_solver().fit(views)
 
 
 def test_removed_keeps_an_image_without_artifact_to_the_bit_and_ensembled_is_the_field(photo):

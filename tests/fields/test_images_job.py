@@ -358,7 +358,7 @@ def test_what_is_raised_anywhere_ends_the_run(
 @pytest.mark.parametrize("shards", [0, 1])
 def test_a_reader_that_goes_leaves_no_thread(tiny_backbone, folder, tmp_path, shards):
     work = DecomposeWork(tiny_backbone, replace(CONFIG, overlap=True), shard_images=1)
-    images = [work.look(path) for path in images_of(folder)]
+    images = [work.index_image(path) for path in images_of(folder)]
     plan = [(shard, None) for shard in shards_left(images, set(), set(), work.job, work.shard_images)]
 
     def run():
@@ -413,7 +413,7 @@ def test_the_profile_of_a_run_adds_up(tiny_backbone, folder, tmp_path, overlap):
         tmp_path / "out",
         replace(CONFIG, overlap=overlap),
         profile=True,
-        each=lambda *_: time.sleep(0.02),
+        on_image=lambda *_: time.sleep(0.02),
     )
     wall, profile = time.perf_counter() - start, summary.profile
     assert 0.8 * wall < profile.wall <= wall

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import dvt.denoiser.export as export_module
+import dvt.backbones.export as export_module
 from dvt.backbones import load_backbone, wrap
 from dvt.backbones.export import TOLERANCE, ExportConfig, Exported, export
 from dvt.denoiser import Denoiser, DenoiserConfig

@@ -587,7 +587,7 @@ def test_a_url_that_cannot_be_read_is_an_image_error(bucket, url, reason, monkey
 
 
 def test_too_large_an_object_is_not_fetched(bucket, monkeypatch):
-    monkeypatch.setattr("dvt.images.MAX_BYTES", 50)
+    monkeypatch.setattr("dvt.images.urls.MAX_BYTES", 50)
     with pytest.raises(ImageError, match="the most that is fetched"):
         load_image("memory://bucket/a.png")
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", lambda *args, **rest: {"size": None})

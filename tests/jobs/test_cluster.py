@@ -457,6 +457,7 @@ import os, time
 import ray, torch
 from dvt.backbones import load_backbone
 from dvt.fields.images import DecomposeWork
+from dvt.fields.shared import SharedArtifact
 from dvt.fields import LinearConfig
 from dvt.fields.config import DenoiseConfig
 from dvt.views import ViewConfig
@@ -479,14 +480,18 @@ class Slow(DecomposeWork):
             self.note(shard.name)
             yield from super().make([(shard, artifact)], tick)
 
-    def equations(self, image):
+class SlowSums(SharedArtifact):
+    def part(self, image):
         if self.during == "sums":
             self.note("equations")
-        return super().equations(image)
+        return super().part(image)
 
 def work(weights, notes):
-    made = Slow(load_backbone("test_vit", weights=torch.load(weights), size=96), CONFIG, shard_images=1)
+    backbone = load_backbone("test_vit", weights=torch.load(weights), size=96)
+    made = Slow(backbone, CONFIG, shard_images=1)
     made.notes, made.during = notes, os.environ["DURING"]
+    made.reduction = SlowSums(backbone, CONFIG)
+    made.reduction.note, made.reduction.during = made.note, made.during
     return made
 
 def make(notes):

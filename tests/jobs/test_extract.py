@@ -315,7 +315,7 @@ def test_an_image_that_can_be_decoded_after_all_is_added(tiny_backbone, folder, 
             raise ImageError("not yet")
         return load_image(path, sha256)
 
-    monkeypatch.setattr("dvt.jobs.extract.load_image", load)
+    monkeypatch.setattr("dvt.jobs.intake.load_image", load)
     assert len(extract_images(tiny_backbone, images_of(folder), tmp_path / "out", SMALL).failed) == 1
     monkeypatch.undo()
     summary = extract_images(tiny_backbone, images_of(folder), tmp_path / "out", SMALL)
