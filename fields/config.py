@@ -95,15 +95,15 @@ class DenoiseConfig:
         object.__setattr__(self, "views", views if given is None else replace(views, count=given))
 
     def _check_product(self) -> None:
+        if self.product == "removed" and self.solver != "linear":
+            raise ConfigError(
+                "the product 'removed' has a closed form only; leave --solver at linear, or take --product ensembled"
+            )
         if (self.views.kind == "shifts") != (self.product == "removed"):
             kind = "shifts" if self.product == "removed" else "crops"
             raise ConfigError(
                 f"the product {self.product!r} is made of {kind}, and the views are {self.views.kind}; draw them with "
                 f"ViewConfig(kind={kind!r}), or give their number alone"
-            )
-        if self.product == "removed" and self.solver != "linear":
-            raise ConfigError(
-                "the product 'removed' has a closed form only; leave --solver at linear, or take --product ensembled"
             )
 
     def job_settings(self) -> dict[str, Any]:
