@@ -117,10 +117,11 @@ def counted_linear(views: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
 
 def closed_linear(channels: int, grid: Size, views: int) -> float:
     """The formula's share that the counter sees: products, not triangular solves."""
-    solves = model.pilot_solves(grid, min(views, model.PILOT_VIEWS) * grid[0] * grid[1])
+    looked = min(views, model.PILOT_VIEWS) * grid[0] * grid[1]
+    solves = model.pilot_solves(grid, looked)
     solves.append(model.Solve(solves[0].nodes, channels, grid[0] * grid[1], True))
     dense = views * grid[0] * grid[1] * 2 * channels * (channels + 2 * model.SKETCH + 1)
-    return sum(solve.products for solve in solves) + dense
+    return sum(solve.products for solve in solves) + dense + model.screen_products(looked)
 
 
 def flops(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,14 +1,13 @@
-"""How stage one is done: which product, from which views, by which solver."""
+"""How stage one is done: which product, from which views, by which solver, and the settings of each solver."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dvt.errors import ConfigError
-from dvt.fields.linear import LinearConfig, LinearSolver
-from dvt.fields.neural import NeuralConfig, NeuralSolver
-from dvt.fields.shifts import ShiftConfig, ShiftSolver
+from dvt.fields.encodings import EncodingKind, GridLayout
 from dvt.views import ViewConfig
 
 Product = Literal["removed", "ensembled", "blend"]
@@ -20,8 +19,161 @@ PRODUCT_VIEWS: dict[str, ViewConfig] = {
     "blend": ViewConfig(count=48),
 }
 
-#: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
-ENSEMBLED_SMOOTHNESS = 1.0
+#: Counts what changes the estimators' numbers, so that a store never mixes two of them: 2 since outliers are screened.
+ESTIMATOR = 2
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Settings of the linear solver.
+
+    Args:
+        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
+        smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
+        ridge: gamma on the artifact, relative to the number of tokens a position.
+        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
+        cutoff: residual norm at which a token's weight is a quarter, in medians.
+        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
+        residual_ridge: its ridge, relative to the mean variance of a channel.
+        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
+        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
+        seed: of the pilot's random projection.
+    """
+
+    resolution: int | None = None
+    smoothness: float | None = None
+    ridge: float = 1e-4
+    robust: bool = True
+    cutoff: float = 5.0
+    residual: bool = True
+    residual_ridge: float = 1e-2
+    blend: bool = True
+    pilot_views: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and not 2 <= self.resolution <= 1024:
+            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
+        if self.smoothness is not None and not self.smoothness > 0:
+            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
+        if self.ridge < 0 or self.residual_ridge < 0:
+            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
+        if not self.cutoff > 0 or self.pilot_views < 2:
+            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
+
+
+@dataclass(frozen=True)
+class NeuralConfig:
+    """Settings of the neural solver; the defaults are the paper's.
+
+    Args:
+        levels: grids of the field's encoding.
+        base: nodes along a side of the coarsest grid.
+        finest: nodes along a side of the finest grid.
+        channels: values a node and level; 1, 2, 4 or 8.
+        hash_entries: most nodes that a level stores, a power of two.
+        steps: gradient steps; the artifact is frozen and the residual starts after half of them.
+        tokens_per_step: tokens drawn for each step, with replacement.
+        lr: Adam's learning rate after the warm-up, per standard deviation of the tokens.
+        final_lr: learning rate of the last step; a cosine leads to it.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        weight_decay: times each parameter, added to its gradient (Adam's L2, not AdamW's), as in the paper's code.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        residual_weight: weight of the residual predictor's squared error.
+        sparsity: weight of the residual's mean absolute value.
+        residual: whether there is a residual term.
+        seed: of the initial values and of the drawn tokens.
+        encoding: "torch", "tinycudann", or "auto": tinycudann where it is installed and there is a GPU.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    levels: int = 16
+    base: int = 16
+    finest: int = 1024
+    channels: int = 8
+    hash_entries: int = 2**20
+    steps: int = 25_000
+    tokens_per_step: int = 2048
+    lr: float = 0.01
+    final_lr: float = 0.001
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+    weight_decay: float = 1e-5
+    warmup: float = 0.1
+    residual_weight: float = 0.1
+    sparsity: float = 0.02
+    residual: bool = True
+    seed: int = 0
+    encoding: EncodingKind = "auto"
+
+    def __post_init__(self) -> None:
+        self.layout  # noqa: B018  its own checks
+        checks = {
+            "steps": self.steps >= 2,
+            "tokens_per_step": self.tokens_per_step >= 1,
+            "lr": 0 < self.lr < math.inf,
+            "final_lr": 0 <= self.final_lr <= self.lr,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": 0 < self.eps < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "residual_weight": 0 <= self.residual_weight < math.inf,
+            "sparsity": 0 <= self.sparsity < math.inf,
+            "encoding": self.encoding in ("auto", "torch", "tinycudann"),
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
+
+    @property
+    def layout(self) -> GridLayout:
+        """The sizes of the field's encoding."""
+        return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
+
+        >>> config = NeuralConfig(steps=101, warmup=0.0)
+        >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)
+        (0.01, 0.0055, 0.001)
+        """
+        warm = int(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        share = (step - warm) / max(self.steps - 1 - warm, 1)
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """Settings of the two-way solver.
+
+    Args:
+        ridge: on the artifact, relative to the mean diagonal of its equations.
+        alarm: the rate of false alarms of the test for an artifact: without one, all but so many images come out as
+            they went in. 1 does without the test.
+        groups: of content that the test compares; its least p-value is 2^(1 - groups).
+        average: the share of F, the average over windows, in the estimate, against raw - G.
+    """
+
+    ridge: float = 1e-6
+    alarm: float = 0.01
+    groups: int = 8
+    average: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.ridge <= 0 or not 0 <= self.average <= 1:
+            raise ConfigError(f"ridge ({self.ridge}) must be positive and average ({self.average}) lie in [0, 1]")
+        if not 2 <= self.groups <= 16:
+            raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
+        if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:
+            raise ConfigError(
+                f"alarm is {self.alarm}; with {self.groups} groups a rate from {2.0 ** (1 - self.groups):.2g} to 1 can "
+                "be kept: raise it, or the number of groups"
+            )
 
 
 @dataclass(frozen=True)
@@ -107,11 +259,8 @@ class DenoiseConfig:
             )
 
     def job_settings(self) -> dict[str, Any]:
-        """List the settings that the tokens depend on, for the job's hash: not those of the other solvers.
-
-        A blend's are those of the first release, whose stores are continued.
-        """
-        settings = asdict(self)
+        """List the settings that the tokens depend on, for the job's hash: not those of the other solvers."""
+        settings = {**asdict(self), "estimator": ESTIMATOR}
         taken = "shifts" if self.product == "removed" else self.solver
         for name in {"linear", "neural", "shifts"} - {taken}:
             settings.pop(name)
@@ -120,23 +269,6 @@ class DenoiseConfig:
             settings.pop(name)
         if not self.shared_artifact:
             settings.pop("shared_images")
-        if self.product == "blend":
-            settings.pop("product")
         for name in ("kind", "reach") if self.product != "removed" else ("scale", "ratio", "flip"):
             settings["views"].pop(name)
         return settings
-
-    def make_solver(self) -> LinearSolver | NeuralSolver | ShiftSolver:
-        """Make the solver that these settings describe."""
-        if self.solver == "neural":
-            return NeuralSolver(self.neural)
-        return self.closed_form()
-
-    def closed_form(self) -> LinearSolver | ShiftSolver:
-        """Make the closed-form solver of the product's views, which also finds shared artifacts."""
-        if self.product == "removed":
-            return ShiftSolver(self.shifts)
-        if self.product == "ensembled":
-            smoothness = ENSEMBLED_SMOOTHNESS if self.linear.smoothness is None else self.linear.smoothness
-            return LinearSolver(replace(self.linear, blend=False, smoothness=smoothness))
-        return LinearSolver(self.linear)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,10 +17,16 @@ from dvt.devices import autocast, upload
 from dvt.errors import ImageError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
+from dvt.fields.linear import LinearSolver
+from dvt.fields.neural import NeuralSolver
+from dvt.fields.shifts import ShiftSolver
 from dvt.images import load_image
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
 from dvt.views import Shifts, ViewConfig, Views
+
+#: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
+ENSEMBLED_SMOOTHNESS = 1.0
 
 
 class TokenViews:
@@ -137,9 +143,24 @@ def denoise_image(
     pixels = image if isinstance(image, Tensor) else load_image(image)
     views = TokenViews(backbone, pixels, config.views, config.dtype)
     start = time.perf_counter()
-    fit = config.make_solver().fit(views, artifact)
+    fit = make_solver(config).fit(views, artifact)
     decomposition = fit.decompose(views.whole.patches[0], views.coords)
     if views.device.type == "cuda":
         torch.cuda.current_stream(views.device).synchronize()
     seconds, extraction = time.perf_counter() - start, views.seconds
     return DecomposedImage(decomposition, views.whole.prefix[0], fit, extraction, seconds - extraction)
+
+
+def make_solver(config: DenoiseConfig) -> LinearSolver | NeuralSolver | ShiftSolver:
+    """Make the solver that settings describe."""
+    return NeuralSolver(config.neural) if config.solver == "neural" else closed_form(config)
+
+
+def closed_form(config: DenoiseConfig) -> LinearSolver | ShiftSolver:
+    """Make the closed-form solver of a product's views, which also finds shared artifacts."""
+    if config.product == "removed":
+        return ShiftSolver(config.shifts)
+    if config.product == "ensembled":
+        smoothness = ENSEMBLED_SMOOTHNESS if config.linear.smoothness is None else config.linear.smoothness
+        return LinearSolver(replace(config.linear, blend=False, smoothness=smoothness))
+    return LinearSolver(config.linear)

@@ -24,7 +24,7 @@ from dvt.devices import out_of_memory
 from dvt.errors import ImageError, NonFiniteError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
-from dvt.fields.image import DecomposedImage, TokenViews
+from dvt.fields.image import DecomposedImage, TokenViews, make_solver
 from dvt.fields.shared import SharedArtifact
 from dvt.grids import Size
 from dvt.jobs.ahead import ahead, reading_threads
@@ -240,7 +240,7 @@ class DecomposeWork(Work):
 
     def _fits(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None) -> list[Fit | Exception]:
         """The images' fits; where one cannot be used, or memory is too small for all, each is solved by itself."""
-        solver = self.config.make_solver()
+        solver = make_solver(self.config)
         try:
             return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
         except (ImageError, NonFiniteError) as error:

@@ -11,51 +11,14 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.config import LinearConfig
 from dvt.fields.decomposition import Fit
+from dvt.fields.defects import Defect, Gate
 from dvt.fields.equations import NormalEquations, solve_artifact
 from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
 
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """Settings of the linear solver.
-
-    Args:
-        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
-        smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
-        ridge: gamma on the artifact, relative to the number of tokens a position.
-        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
-        cutoff: residual norm at which a token's weight is a quarter, in medians.
-        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
-        residual_ridge: its ridge, relative to the mean variance of a channel.
-        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
-        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
-        seed: of the pilot's random projection.
-    """
-
-    resolution: int | None = None
-    smoothness: float | None = None
-    ridge: float = 1e-4
-    robust: bool = True
-    cutoff: float = 5.0
-    residual: bool = True
-    residual_ridge: float = 1e-2
-    blend: bool = True
-    pilot_views: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.resolution is not None and not 2 <= self.resolution <= 1024:
-            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
-        if self.smoothness is not None and not self.smoothness > 0:
-            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
-        if self.ridge < 0 or self.residual_ridge < 0:
-            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
-        if not self.cutoff > 0 or self.pilot_views < 2:
-            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
 
 
 @dataclass(frozen=True)
@@ -65,7 +28,8 @@ class LinearFit(Fit):
     Args:
         nodes: (rows, columns, C) the field's values.
         artifact: (h, w, C).
-        residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map.
+        residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map for tokens of a defect; None without one.
+        gate: tells these tokens; h of all others is zero.
         noise: mean squared norm of the part of a token that other views of the same point do not share.
         error: mean squared norm of what F and G leave of a token of a view that was not fitted: noise and F's error.
         config: the settings, with resolution and smoothness as chosen.
@@ -78,6 +42,7 @@ class LinearFit(Fit):
     noise: float
     error: float
     config: LinearConfig
+    gate: Gate | None = None
 
     def semantic(self, coords: Tensor) -> Tensor:
         """F (..., C) at image coordinates (..., 2)."""
@@ -85,9 +50,9 @@ class LinearFit(Fit):
 
     def residual(self, raw: Tensor) -> Tensor:
         """h (..., C) of raw tokens (..., C)."""
-        if self.residual_map is None:
+        if self.residual_map is None or self.gate is None:
             return torch.zeros_like(raw)
-        return (raw - self.residual_mean) @ self.residual_map
+        return self.gate(raw) * ((raw - self.residual_mean) @ self.residual_map)
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
         """The variance-weighted share of F, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
@@ -100,6 +65,8 @@ class LinearFit(Fit):
         left = (raw - self.artifact - self.residual(raw) - self.semantic(coords)).square().sum(-1, keepdim=True)
         typical = left.median().clamp_min(torch.finfo(left.dtype).tiny)
         inlier = geman_mcclure(left.sqrt(), typical.sqrt(), self.config.cutoff)
+        if self.gate is not None:
+            inlier = inlier * (1 - self.gate(raw))
         floor = max(self.error, torch.finfo(left.dtype).tiny)
         both = ((inlier * left).sum() / inlier.sum()).clamp_min(floor)
         return 1 - inlier * (1 - (self.noise / both).clamp(0, 1))
@@ -112,18 +79,22 @@ class LinearSolver:
 
     Args:
         config: settings; the defaults choose resolution and smoothness from the data.
+        defect: what outlier tokens of the backbone have in common, from
+            :func:`dvt.fields.defects.defect_direction` over many images; such tokens get no weight. Without it one is
+            looked for in each image alone. Only with `config.robust`.
     """
 
-    def __init__(self, config: LinearConfig | None = None):
+    def __init__(self, config: LinearConfig | None = None, defect: Defect | None = None):
         self.config = config or LinearConfig()
+        self.defect = defect
 
     def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> LinearFit:
         """Fit one image.
 
         Args:
             views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)); read once.
-            artifact: (h, w, C) a known G, for example one that many images share; only F and h are fitted then.
-                With a single view nothing tells F from G, and G is zero.
+            artifact: (h, w, C) a known G, for example one that many images share, which is centred first; only F and
+                h are fitted then. With a single view nothing tells F from G, and G is zero.
 
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.
@@ -141,7 +112,7 @@ class LinearSolver:
         Args:
             views: for each image its batches, as in :meth:`fit`; grid, channels and the number of views, as far as
                 the pilot looks at them, are the same for all.
-            artifact: (h, w, C) a known G, for all of them.
+            artifact: (h, w, C) a known G, for all of them, as in :meth:`fit`.
 
         Raises:
             ShapeError: images or batches disagree in grid, channels or number of views, or with the artifact.
@@ -150,7 +121,7 @@ class LinearSolver:
         """
         if not views:
             return []
-        run = _Run(self.config, views, artifact)
+        run = _Run(self.config, views, artifact, self.defect)
         fits: dict[int, LinearFit] = {}
         for resolution, images in run.pilot.groups().items():
             smoothness = [run.pilot.smoothness[image] for image in images]
@@ -172,6 +143,7 @@ class LinearSolver:
             noise=noise,
             error=run.pilot.error[image],
             config=replace(self.config, resolution=min(resolution), smoothness=smoothness),
+            gate=run.pilot.gate(image),
         )
 
     def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -179,7 +151,7 @@ class LinearSolver:
 
         :meth:`solve_shared` solves the sums.
         """
-        run = _Run(self.config, [views], None)
+        run = _Run(self.config, [views], None, self.defect)
         schur, rhs = run.equations[run.pilot.resolution[0]].artifact_equations(run.pilot.smoothness[0])
         return schur[0], rhs[0]
 
@@ -191,7 +163,13 @@ class LinearSolver:
 class _Run:
     """One pass over the views of some images: the pilot's choices and the sums."""
 
-    def __init__(self, config: LinearConfig, views: Sequence[Iterable[Batch]], artifact: Tensor | None):
+    def __init__(
+        self,
+        config: LinearConfig,
+        views: Sequence[Iterable[Batch]],
+        artifact: Tensor | None,
+        defect: Defect | None,
+    ):
         self.config = config
         shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)
         images: list[_Views] = []
@@ -208,8 +186,8 @@ class _Run:
         positions, channels = shape[0] * shape[1], shape[2]
         self.grid: Size = (shape[0], shape[1])
         self.dtype = like.dtype
-        self.known = None if artifact is None else artifact.flatten(0, 1)
-        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known)
+        self.known = None if artifact is None else _centred(artifact.flatten(0, 1))
+        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known, defect)
         if self.known is None and seen == {1}:
             self.known = like.new_zeros(positions, channels)
         self.equations = {
@@ -229,6 +207,16 @@ class _Run:
             equations.add(tokens[None], coords[None], weights[None] if weights is not None and config.robust else None)
             if config.residual and weights is not None:
                 self.outliers[image].add(tokens, coords, weights)
+
+
+def _centred(artifact: Tensor) -> Tensor:
+    """(n, C) with mean zero over positions: the constant is F's, whatever a known artifact holds.
+
+    One that is centred already, to rounding, stays as it is: what is subtracted is what was given, bit for bit.
+    """
+    mean = artifact.mean(0, dtype=torch.float64).to(artifact)
+    rounding = 10 * torch.finfo(torch.float16).eps * artifact.abs().amax(0)
+    return torch.where((mean.abs() <= rounding).all(), artifact, artifact - mean)
 
 
 class _Views:

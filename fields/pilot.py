@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,11 +16,10 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dvt import grids
+from dvt.fields.config import LinearConfig
+from dvt.fields.defects import Defect, Gate, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
-
-if TYPE_CHECKING:
-    from dvt.fields.linear import LinearConfig
 
 # Random projections that stand for all channels.
 SKETCH = 32
@@ -33,6 +31,8 @@ SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 HELD_OUT = 5
 # Tokens at nearby image points, the token itself among them.
 NEIGHBOURS = 9
+# Times that the pilot's weights are found, each from a fit with the last ones.
+REWEIGHTS = 2
 # The smoothness at which weights and the artifact are found, before one is chosen.
 MIDDLE = 0.1
 
@@ -45,6 +45,7 @@ class Pilot:
         grid: (h, w) of a view, n = h w.
         config: resolution and smoothness may be None; they are chosen then.
         known: (n, C) artifact of all images, or None to fit one to each.
+        defect: of the backbone, or None to look for one in each image.
 
     Attributes:
         resolution, smoothness: lists, of each image, as given or chosen, by the squared error on held-out views.
@@ -52,9 +53,15 @@ class Pilot:
     """
 
     def __init__(
-        self, heads: Sequence[list[tuple[Tensor, Tensor]]], grid: Size, config: LinearConfig, known: Tensor | None
+        self,
+        heads: Sequence[list[tuple[Tensor, Tensor]]],
+        grid: Size,
+        config: LinearConfig,
+        known: Tensor | None,
+        defect: Defect | None = None,
     ):
         self.config = config
+        self.defect = defect
         self.mix = _mix(heads[0][0][0], config.seed)
         self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
         self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
@@ -63,9 +70,11 @@ class Pilot:
         artifact = None if known is None else self.sketch(known)
         if artifact is None and self.tokens.shape[1] == 1:
             artifact = torch.zeros_like(self.tokens[0, 0])
-        self._token_weights = self.tokens.new_ones(self.tokens.shape[:3])
+        self._screen = self._make_screen(heads) if config.robust else None
+        self._screened = self.tokens.new_ones(self.tokens.shape[:3]) if self._screen is None else self._screen.first
+        self._token_weights = self._screened
         self.resolution, self.smoothness, self.error = self._choose(grid, artifact)
-        left = self._fit(artifact)
+        left = self._without_defect(self._fit(artifact))
         # (B, rows, columns, 1) the norm that a fit usually leaves of a token near each node, at least the median.
         local = _local(left[..., None], near_nodes, 2)
         self.usual = local.clamp_min(_median(left)[:, None, None]).view(-1, *nodes, 1)
@@ -74,6 +83,25 @@ class Pilot:
         """(..., C) tokens or nodes mixed into (..., S)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
+
+    def _make_screen(self, heads: Sequence[list[tuple[Tensor, Tensor]]]) -> Screen:
+        if self.defect is None:
+            return Screen(self.tokens, self._near)
+        along = [torch.cat([self.defect.along(tokens) for tokens, _ in head]) for head in heads]
+        return Screen(torch.stack(along)[..., None].to(self.tokens), None)
+
+    def gate(self, image: int) -> Gate | None:
+        """What tells a token of the defect by itself, or None."""
+        if self._screen is None:
+            return None
+        per_size = self._screen.per_size[image]
+        along = self.mix @ per_size.to(self.mix) if self.defect is None else self.defect.direction / self.defect.size
+        return Gate(along, float(self._screen.middle[image])) if along.any() else None
+
+    def _without_defect(self, left: Tensor) -> Tensor:
+        """Set to zero what a fit leaves (B, V, n, ...) of a defect's tokens: their neighbours are not judged by it."""
+        keep = self._screened.view(*self._screened.shape, *(1,) * (left.ndim - 3))
+        return left * keep
 
     def groups(self) -> dict[Size, list[int]]:
         """The numbers of the images that have each resolution."""
@@ -96,12 +124,16 @@ class Pilot:
 
     def weights(self, image: int, tokens: Tensor, coords: Tensor) -> Tensor:
         """Robust weights (V, n) of an image's tokens (V, n, C); all 1 where the pilot leaves nothing."""
-        coords = coords.to(self.tokens)
+        coords, sketched = coords.to(self.tokens), self.sketch(tokens)
         field, artifact = self.fields[image]
-        left = _left(self.sketch(tokens)[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
+        left = _left(sketched[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
         usual = self.usual[image]
         weights = geman_mcclure(left.norm(dim=-1), grids.sample(usual, coords)[..., 0], self.config.cutoff)
-        return torch.where(usual.any(), weights, 1)
+        weights = torch.where(usual.any(), weights, 1)
+        if self._screen is None:
+            return weights
+        measured = sketched if self.defect is None else self.defect.along(tokens)[..., None].to(sketched)
+        return weights * self._screen.weights(image, measured)
 
     def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
         """Half the squared difference of what F and G (all channels) leave of two tokens at almost one image point.
@@ -140,7 +172,7 @@ class Pilot:
         if not held.any():
             return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
         fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
-        if config.robust:
+        for _ in range(REWEIGHTS if config.robust else 0):
             self._reweigh(fitted, artifact, middle)
         equations = self._equations(fitted, middle)
         _, artifact = equations.solve(MIDDLE, artifact, config.ridge)
@@ -162,13 +194,14 @@ class Pilot:
         return (left.square().sum(-1) * weights).sum((-2, -1)) / weights.sum((-2, -1))
 
     def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
-        """Robust weights (B, V, n) of all tokens, from a plain fit of some views."""
+        """Robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
         fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
-        odd = self._oddity(_left(self.tokens, self.coords, *fit, resolution))
+        odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
         # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
         usual = _local(odd[..., None], self._near, 2).view_as(odd).clamp_min(median)
-        self._token_weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
+        weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
+        self._token_weights = weights * self._screened
 
     def _oddity(self, left: Tensor) -> Tensor:
         """(B, V, n) distance of what is left of a token from the median of its neighbours in the image.

@@ -34,6 +34,11 @@ class PlantedConfig:
         artifact: root mean square of G.
         noise: standard deviation of the noise on every token and channel.
         outliers: share of tokens that carry a content-dependent high-norm h; 0 plants none.
+        outlier_rate: share of the flattest content that carries them; `outliers` / `outlier_rate` of all is flat.
+        outlier_cells: None draws them anew in every view; a number fixes them to content: so many cells along each side
+            of the image are outliers in every view, or in none.
+        outlier_spread: how far an outlier's direction is turned from the common one, as the tangent of the angle; large
+            numbers leave none in common.
         outlier_norm: norm of such an h relative to the mean norm of the field's tokens.
         blur: standard deviation of the field's filters, as a share of the image; about half a patch of a small view.
         seed: seed of filters, artifact, noise and outliers.
@@ -45,6 +50,9 @@ class PlantedConfig:
     artifact: float = 0.65
     noise: float = 0.05
     outliers: float = 0.0
+    outlier_rate: float = 0.2
+    outlier_cells: int | None = None
+    outlier_spread: float = 0.0
     outlier_norm: float = 4.0
     blur: float = 0.02
     seed: int = 0
@@ -92,12 +100,30 @@ class Planted:
             yield tokens + self._outliers(coords, generator), coords
 
     def _outliers(self, coords: Tensor, generator: torch.Generator) -> Tensor:
-        """h*: on some of the tokens whose content is flattest; which of them differs from view to view."""
-        field = self.truth(coords)
-        norm = field.norm(dim=-1)
-        chosen = (norm < self._flat_below) & (torch.rand(norm.shape, generator=generator) < 0.2)
-        size = self.config.outlier_norm * self._mean_norm * (0.75 + 0.5 * torch.rand(norm.shape, generator=generator))
-        return (chosen * size)[..., None] * self._outlier_direction
+        """h*: on some of the tokens whose content is flattest; which of them differs from view to view, or not."""
+        norm = self.truth(coords).norm(dim=-1)
+        drawn, size = (torch.rand(norm.shape, generator=generator) for _ in range(2))
+        chosen = (norm < self._flat_below) & (self._fixed(coords, drawn) < self.config.outlier_rate)
+        size = self.config.outlier_norm * self._mean_norm * (0.75 + 0.5 * size)
+        return (chosen * size)[..., None] * self._directions(norm.shape, generator)
+
+    def _fixed(self, coords: Tensor, drawn: Tensor) -> Tensor:
+        """A random number in [0, 1] for each token: its own, or its content's cell's."""
+        cells = self.config.outlier_cells
+        if cells is None:
+            return drawn
+        table = torch.rand(cells, cells, generator=torch.Generator().manual_seed(self.config.seed + 2))
+        x, y = (coords * cells).long().clamp(0, cells - 1).unbind(-1)
+        return table[y, x]
+
+    def _directions(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """The outliers' directions, (C,) or (..., C)."""
+        common, spread = self._outlier_direction, self.config.outlier_spread
+        if not spread:
+            return common
+        turn = torch.randn(*shape, len(common), generator=generator)
+        turn = nnf.normalize(turn - (turn @ common)[..., None] * common, dim=-1)
+        return nnf.normalize(common + spread * turn, dim=-1)
 
     @property
     def _mean_norm(self) -> float:
@@ -105,9 +131,13 @@ class Planted:
 
     @property
     def _flat_below(self) -> float:
-        """The norm below which a fifth of the chosen tokens gives the share of outliers asked for."""
+        """The norm below which `outlier_rate` of the tokens gives the share of outliers asked for."""
         norms = self._map.norm(dim=-1).flatten()
-        return float(norms.quantile(min(1.0, self.config.outliers / 0.2))) if self.config.outliers else 0.0
+        return (
+            float(norms.quantile(min(1.0, self.config.outliers / self.config.outlier_rate)))
+            if self.config.outliers
+            else 0.0
+        )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.fields.config import DenoiseConfig
-from dvt.fields.image import TokenViews
+from dvt.fields.image import TokenViews, closed_form
 from dvt.grids import Size
 from dvt.images import load_image
 from dvt.jobs.reduction import Reduction, tree_sum
@@ -48,7 +48,7 @@ class SharedArtifact(Reduction):
     def equations(self, pixels: Tensor) -> SharedEquations:
         """Make the share of an image (3, H, W)."""
         views = TokenViews(self.backbone, pixels, self.config.views, self.config.dtype)
-        left, right = self.config.closed_form().artifact_equations(views)
+        left, right = closed_form(self.config).artifact_equations(views)
         return (left.cpu(), right.cpu()), views.whole.grid
 
     @staticmethod
@@ -67,7 +67,7 @@ class SharedArtifact(Reduction):
         """Solve the sum for the artifact (h, w, C)."""
         (left, right), grid = total
         device = self.backbone.device
-        return self.config.closed_form().solve_shared((left.to(device), right.to(device)), grid)
+        return closed_form(self.config).solve_shared((left.to(device), right.to(device)), grid)
 
 
 def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], config: DenoiseConfig) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.config import ShiftConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.equations import solve_artifact
 from dvt.fields.gate import SignTest
@@ -19,35 +20,6 @@ from dvt.grids import Size
 Batch = tuple[Tensor, Tensor]
 #: Robust weights (V, n) of tokens (V, n, C) at coordinates (V, n, 2).
 Weigh = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class ShiftConfig:
-    """Settings of the two-way solver.
-
-    Args:
-        ridge: on the artifact, relative to the mean diagonal of its equations.
-        alarm: the rate of false alarms of the test for an artifact: without one, all but so many images come out as
-            they went in. 1 does without the test.
-        groups: of content that the test compares; its least p-value is 2^(1 - groups).
-        average: the share of F, the average over windows, in the estimate, against raw - G.
-    """
-
-    ridge: float = 1e-6
-    alarm: float = 0.01
-    groups: int = 8
-    average: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.ridge <= 0 or not 0 <= self.average <= 1:
-            raise ConfigError(f"ridge ({self.ridge}) must be positive and average ({self.average}) lie in [0, 1]")
-        if not 2 <= self.groups <= 16:
-            raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
-        if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:
-            raise ConfigError(
-                f"alarm is {self.alarm}; with {self.groups} groups a rate from {2.0 ** (1 - self.groups):.2g} to 1 can "
-                "be kept: raise it, or the number of groups"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
 from dvt.fields import LinearConfig, LinearSolver, NeuralConfig
 from dvt.fields.config import DenoiseConfig
-from dvt.fields.image import TokenViews, denoise, denoise_image
+from dvt.fields.image import TokenViews, denoise, denoise_image, make_solver
 from dvt.fields.images import denoise_images
 from dvt.fields.planted import PlantedBackbone, PlantedBackboneConfig, relative_error
 from dvt.fields.shared import shared_artifact
@@ -156,7 +156,16 @@ def test_a_path_is_as_good_as_pixels(tiny_backbone, folder):
 
 def test_a_known_artifact_is_subtracted_as_it_is(tiny_backbone, photo):
     known = torch.randn(6, 6, 64, generator=torch.Generator().manual_seed(0))
+    known -= known.mean((0, 1))
     assert torch.equal(denoise(tiny_backbone, photo, CONFIG, known).artifact, known)
+
+
+def test_a_known_artifact_is_centred_so_that_its_mean_stays_in_the_field(tiny_backbone, photo):
+    known = torch.randn(6, 6, 64, generator=torch.Generator().manual_seed(0))
+    known -= known.mean((0, 1))
+    centred, moved = (denoise(tiny_backbone, photo, CONFIG, each) for each in (known, known + 3))
+    torch.testing.assert_close(moved.artifact, centred.artifact, atol=1e-5, rtol=0)
+    torch.testing.assert_close(moved.semantic, centred.semantic, atol=1e-4, rtol=0)
 
 
 def test_upsampling_keeps_the_means_of_cells_and_the_fields_detail(tiny_backbone, photo):
@@ -384,7 +393,7 @@ def test_a_product_takes_views_of_its_kind():
 def test_shifted_windows_are_refused_by_the_field_over_scales(tiny_backbone):
     views = TokenViews(tiny_backbone, torch.rand(3, 96, 128), ViewConfig(8, "shifts"))
     with pytest.raises(ConfigError, match="lies beyond the image"):
-        DenoiseConfig(product="ensembled").make_solver().fit(views)
+        make_solver(DenoiseConfig(product="ensembled")).fit(views)
 
 
 def test_removed_keeps_an_image_without_artifact_to_the_bit_and_ensembled_is_the_field(photo):

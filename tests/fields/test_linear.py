@@ -143,14 +143,16 @@ def test_a_weight_of_two_is_the_token_twice_and_of_zero_is_its_absence():
         torch.testing.assert_close(one, other, atol=1e-9, rtol=0)
 
 
-def test_a_known_artifact_is_kept_and_the_field_is_the_dense_one_beside_it():
+@pytest.mark.parametrize("offset", [0.0, 100.0])
+def test_a_known_artifact_is_kept_but_for_its_mean_and_the_field_is_the_dense_one_beside_it(offset):
     tokens, coords = problem(3)
-    known = randn(4, 3, 4, 5)
-    fit = LinearSolver(FIXED).fit([(tokens, coords)], known)
-    a, _, y = dense_parts(tokens - known, coords, (6, 8))
+    centred = randn(4, 3, 4, 5)
+    centred -= centred.mean((0, 1))
+    fit = LinearSolver(FIXED).fit([(tokens, coords)], centred + offset * randn(5, 5))
+    a, _, y = dense_parts(tokens - centred, coords, (6, 8))
     differences = np.sqrt(0.05) * dense_differences((6, 8))
     expected = scipy.linalg.lstsq(np.vstack((a, differences)), np.vstack((y, np.zeros((len(differences), 5)))))[0]
-    assert torch.equal(fit.artifact, known)
+    torch.testing.assert_close(fit.artifact, centred, atol=1e-12, rtol=0)
     np.testing.assert_allclose(fit.nodes.reshape(-1, 5), expected, atol=1e-6)
 
 

@@ -52,8 +52,12 @@ def run_jobs(folder):
     jobs = {
         "extract": lambda out: extract_images(backbone, names, out, ExtractConfig(shard_images=2)),
         "extract denoised": lambda out: extract_images(backbone, names, out, denoiser=subtraction()),
-        "denoise": lambda out: denoise_images(
+        "denoise blend": lambda out: denoise_images(
             backbone, names, out, DenoiseConfig(views=views, linear=linear), keep_terms=True
+        ),
+        "denoise removed": lambda out: denoise_images(backbone, names, out, DenoiseConfig(views=6)),
+        "denoise ensembled": lambda out: denoise_images(
+            backbone, names, out, DenoiseConfig(product="ensembled", views=views, linear=linear)
         ),
         "denoise shared": lambda out: denoise_images(
             backbone, names, out, DenoiseConfig(views=views, linear=linear, shared_artifact=True)

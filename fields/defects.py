@@ -1,0 +1,247 @@
+"""Outlier tokens that a defect makes: one direction, all or nothing, far longer than what content gives (ours).
+
+A defect is looked for in the tokens alone, before anything is fitted, because a fit that holds it already no longer
+tells it from content. Long tokens are not enough: real content of high contrast has them too. Two more things set a
+defect apart. Its tokens point one way, and there is nothing between them and the others, while content, seen in views
+of many scales, takes all values between a high and a low one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+
+# Robust standard deviations of the logarithm of the norm beyond which a token is a candidate.
+SIGMAS = 2.5
+# Cosine to the common direction from which a candidate is of the defect: its own content turns it away a little.
+ALIGNED = 0.8
+# Tokens whose length along the direction lies in this range, in defects' lengths, lie in the gap.
+GAP = (0.3, 0.6)
+# Most tokens in the gap, for each token of the defect: photographs' content has .2 to .9, planted defects under .1.
+IN_GAP = 0.1
+# Least size of a defect, in the median length of tokens less what is ordinary.
+LARGE = 1.5
+# Where a token counts as the defect's, in defects' lengths: in the gap.
+CUT = 0.5
+# Refinements of the direction, each by the tokens that the last one aligned.
+ROUNDS = 3
+# Fewest tokens of a defect.
+FEWEST = 8
+# Neighbours that a token is held against, and the shares of longest differences among which a direction is sought.
+PARTNERS = 3
+TOPS = (0.003, 0.01, 0.03, 0.1)
+# Least share of these that must point one way.
+CONCERTED = 0.5
+# Views from which a median over them stands for what a position holds.
+FEWEST_VIEWS = 5
+# Standard deviations of a normal variable in one median absolute deviation.
+_MAD_TO_SIGMA = 1.4826
+
+
+@dataclass(frozen=True)
+class Defect:
+    """What outlier tokens have in common, in all images of a backbone.
+
+    Args:
+        direction: (C,) of unit length.
+        size: how far along it the median outlier lies from an ordinary token, in the tokens' unit.
+        images: how many images it was found in.
+        share: of all tokens that carry it.
+
+    Source: SINDER (arXiv 2407.16826): DINOv2's defect has one direction, within 5.5 degrees, in all images.
+    """
+
+    direction: Tensor
+    size: float
+    images: int = 1
+    share: float = float("nan")
+
+    def __post_init__(self) -> None:
+        if self.direction.ndim != 1 or abs(float(self.direction.double().norm()) - 1) > 1e-3:
+            raise ShapeError(
+                f"a defect's direction is a (C,) vector of length 1, got shape {tuple(self.direction.shape)} and "
+                f"length {float(self.direction.double().norm()):.4g}; divide it by its length"
+            )
+        if not 0 < self.size < float("inf"):
+            raise ConfigError(f"a defect's size is {self.size}; it must be positive and finite")
+
+    def along(self, tokens: Tensor) -> Tensor:
+        """(...) lengths along the direction of tokens (..., C), in sizes."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        return tokens.to(dtype) @ self.direction.to(tokens.device, dtype) / self.size
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Tells a token of a defect from the token alone.
+
+    Args:
+        along: (C,) direction over size.
+        middle: its product with an ordinary token.
+    """
+
+    along: Tensor
+    middle: float
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """(..., 1) 1 for a token (..., C) of the defect and 0 for others."""
+        along = raw @ self.along.to(raw) - self.middle
+        return (along >= CUT).to(raw)[..., None]
+
+
+def defect_direction(maps: Iterable[Tensor], fewest_images: int = 2) -> Defect | None:
+    """Find the direction that the outlier tokens of many images share.
+
+    Args:
+        maps: token maps (h, w, C) or (B, h, w, C) of different images; grids may differ. All are held in memory:
+            some dozens of images are plenty.
+        fewest_images: images that must have tokens of the defect; in a single one, content could look like it.
+
+    Returns:
+        The defect, or None where the images show none: too few of them, or tokens that fill the gap beneath it.
+
+    Raises:
+        ShapeError: a map is not (h, w, C) or (B, h, w, C), or C differs.
+        NonFiniteError: a token is NaN or infinite.
+    """
+    images = [image for each in maps for image in _images(each)]
+    if len({image.shape[-1] for image in images}) > 1:
+        raise ShapeError(f"maps have different feature sizes {sorted({image.shape[-1] for image in images})}")
+    if not images:
+        return None
+    tokens = torch.cat([image - image.median(0).values for image in images])
+    owner = torch.cat([torch.full((len(image),), number) for number, image in enumerate(images)])
+    direction, size, found, member = common_direction(tokens)
+    with_it = int(owner[member.cpu()].unique().numel())
+    if not found or with_it < fewest_images:
+        return None
+    return Defect(direction, float(size), with_it, float(member.float().mean()))
+
+
+def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The direction of the long tokens of a set, and whether it is a defect's.
+
+    Args:
+        tokens: (N, C) less what is ordinary at their place.
+
+    Returns:
+        direction (C,), size (), found () bool, and member (N,) bool: the tokens that are long and point there.
+    """
+    log = tokens.norm(dim=-1).clamp_min(torch.finfo(tokens.dtype).tiny).log()
+    middle = log.median()
+    long = log > middle + SIGMAS * _MAD_TO_SIGMA * (log - middle).abs().median()
+    direction, member = _aligned(tokens[None], long[None])
+    along = tokens @ direction[0]
+    size = along[member[0]].median() if member.any() else along.new_tensor(float("nan"))
+    share, count = along / size, member.sum()
+    between = ((share > GAP[0]) & (share < GAP[1])).sum()
+    large = size >= LARGE * log.exp().median()
+    return direction[0], size, large & (count >= FEWEST) & (between <= IN_GAP * count), member[0]
+
+
+def direction_of_jumps(tokens: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The direction along which tokens of almost one image point differ, all or nothing, in each of B images.
+
+    Content changes little between such tokens, and where it does, some tokens lie between its two values.
+
+    Args:
+        tokens: (B, N, S) less what is ordinary at their position.
+        near: (B, N, k) numbers of each token's nearest ones, the first of them itself.
+
+    Returns:
+        direction (B, S), size (B,) and found (B,) bool. Nothing here waits for a GPU.
+    """
+    first = torch.arange(tokens.shape[1], device=near.device)[:, None]
+    other = near[..., 1 : 1 + PARTNERS]
+    one = first.expand_as(other).flatten(1)
+    pair = torch.stack((one, other.flatten(1)))
+    ends = torch.stack([tokens.gather(1, each[..., None].expand(-1, -1, tokens.shape[-1])) for each in pair])
+    # From the shorter to the longer: a defect adds.
+    jumps = ends[0] - ends[1]
+    jumps = jumps * torch.where(ends[0].norm(dim=-1) < ends[1].norm(dim=-1), -1, 1)[..., None]
+    length = jumps.norm(dim=-1)
+    descending = length.sort(dim=-1, descending=True).values
+    trials = [_trial(ends, jumps, length > descending[:, int(share * (length.shape[1] - 1)), None]) for share in TOPS]
+    directions, sizes, blurred = (torch.stack(part) for part in zip(*trials, strict=True))
+    best = torch.where(sizes >= LARGE * tokens.norm(dim=-1).median(-1).values, blurred, torch.inf).min(0)
+    image = torch.arange(len(tokens), device=tokens.device)
+    return directions[best.indices, image], sizes[best.indices, image], best.values <= IN_GAP
+
+
+def _trial(ends: Tensor, jumps: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) that ends in the gap; inf for none."""
+    direction, member = _aligned(jumps, long)
+    size = _median((jumps @ direction[..., None])[..., 0], member)
+    low, high = torch.einsum("ebnc,bc->ebn", ends, direction).sort(dim=0).values
+    # The defects' own length: jumps between two of them, and such as content makes, are left out.
+    size = _median(high, (low < CUT * size[:, None]) & (high >= CUT * size[:, None]))
+    low, high = low / size[:, None], high / size[:, None]
+    across = (low < CUT) & (high >= CUT)
+    blurred = across & ((low > GAP[0]) | (high < GAP[1]))
+    enough = (across.sum(-1) >= FEWEST) & (member.sum(-1) >= CONCERTED * long.sum(-1))
+    return direction, size, torch.where(enough, blurred.sum(-1) / across.sum(-1), torch.inf)
+
+
+def _median(values: Tensor, chosen: Tensor) -> Tensor:
+    """(B,) median of the chosen ones of (B, N) values; NaN for none."""
+    return values.masked_fill(~chosen, float("nan")).nanmedian(-1).values
+
+
+def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
+    """The direction (B, C) that most long ones of (B, N, C) share, and which (B, N) do."""
+    unit = nnf.normalize(vectors, dim=-1)
+    chosen = unit * long[..., None]
+    direction = torch.linalg.eigh(chosen.mT @ chosen).eigenvectors[..., -1]
+    sign = torch.where((chosen @ direction[..., None]).sum((1, 2)) < 0, -1, 1)
+    direction, member = direction * sign[:, None], long
+    for _ in range(ROUNDS):
+        member = long & ((unit @ direction[..., None])[..., 0] > ALIGNED)
+        direction = nnf.normalize(torch.einsum("bn,bnc->bc", member.to(vectors), vectors), dim=-1)
+    return direction, member
+
+
+class Screen:
+    """Weights of 0 for the tokens of a defect, known or found in the first views of B images, and of 1 for others.
+
+    What is ordinary at a position is the median over the views there: an artifact of the position is no defect.
+
+    Args:
+        first: (B, V, n, S) the first views' tokens, sketched; with a known defect (B, V, n, 1) lengths along it.
+        near: (B, V n, k) each token's nearest ones; None if the defect is known.
+    """
+
+    def __init__(self, first: Tensor, near: Tensor | None):
+        over = first if first.shape[1] >= FEWEST_VIEWS else first.flatten(1, 2)[:, :, None]
+        self._ordinary = over.median(1, keepdim=True).values
+        if near is None:
+            self.per_size = first.new_ones(len(first), 1)
+        else:
+            direction, size, found = direction_of_jumps((first - self._ordinary).flatten(1, 2), near)
+            # Where there is none, no token lies along nothing.
+            self.per_size = torch.where(found[:, None], direction / size[:, None], 0)
+        self.first = self._of(first - self._ordinary, self.per_size[:, None])
+        self.middle = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size).flatten(1).median(1).values
+
+    def weights(self, image: int, tokens: Tensor) -> Tensor:
+        """(V, n) weights of an image's tokens (V, n, S), as in `first`."""
+        return self._of(tokens - self._ordinary[image], self.per_size[image])
+
+    @staticmethod
+    def _of(tokens: Tensor, per_size: Tensor) -> Tensor:
+        return ((tokens * per_size[..., None, :]).sum(-1) < CUT).to(tokens)
+
+
+def _images(tokens: Tensor) -> list[Tensor]:
+    """The (h w, C) float32 tokens of each image of a map or a batch of maps."""
+    if tokens.ndim not in (3, 4) or tokens.numel() == 0:
+        raise ShapeError(f"a token map is (h, w, C) or (B, h, w, C) and not empty, got {tuple(tokens.shape)}")
+    if not tokens.isfinite().all():
+        raise NonFiniteError("a token map holds NaN or infinity; compute it again, or use --dtype float32")
+    batch = tokens if tokens.ndim == 4 else tokens[None]
+    return [*batch.detach().float().flatten(1, 2)]
