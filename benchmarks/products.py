@@ -30,7 +30,7 @@ from torch import Tensor
 import dvt
 from dvt import grids
 from dvt.backbones import Backbone, load_backbone
-from dvt.fields.config import DenoiseConfig
+from dvt.fields.config import DenoiseConfig, ShiftConfig
 from dvt.fields.equations import solve_artifact
 from dvt.fields.image import TokenViews, denoise_image
 from dvt.fields.planted import PlantedBackbone, PlantedBackboneConfig, relative_error
@@ -74,7 +74,7 @@ def estimates(
 
 
 DESIGNS = {
-    "blend, 49": DenoiseConfig(),
+    "blend, 49": DenoiseConfig(product="blend"),
     "removed, 17": DenoiseConfig(product="removed"),
     "removed, 49": DenoiseConfig(product="removed", views=48),
     "ensembled, 49": DenoiseConfig(product="ensembled"),
@@ -119,11 +119,55 @@ def planted_errors(config: PlantedBackboneConfig, pixels: Tensor) -> tuple[dict[
     lost = ShiftSolver().fit([(tokens, wrong)])
     errors = {
         "raw": relative_error(raw, truth),
-        "blend": relative_error(denoise_image(backbone, pixels, DenoiseConfig()).decomposition.semantic, truth),
+        "blend": relative_error(
+            denoise_image(backbone, pixels, DenoiseConfig(product="blend")).decomposition.semantic, truth
+        ),
         "removed": relative_error(fit.decompose(raw, views.coords).semantic, truth),
         "shuffled": relative_error(lost.decompose(raw, views.coords).semantic, truth),
     }
     return errors, fit.found
+
+
+# -- outliers ---------------------------------------------------------------------------------------------------------
+
+
+def outliers(options: argparse.Namespace) -> dict[str, Any]:
+    """Errors of tokens that are no outliers themselves, beside outliers on a share of the flat fifth of the patches."""
+    files = pick(sorted(options.natural.glob("*.jpg")), options.planted)
+    kinds = [(0.0, False), *((share, flicker) for flicker in (False, True) for share in (0.2, 0.5, 0.8))]
+    scores: dict[tuple[float, bool], list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for seed, path in enumerate(files):
+        pixels = load_image(path)
+        for share, flicker in kinds:
+            config = PlantedBackboneConfig(context=0.5, noise=0.1, outliers=share, flicker=flicker, seed=seed)
+            scores[share, flicker].append(outlier_errors(config, pixels))
+    rows = []
+    for (share, flicker), found in scores.items():
+        row: dict[str, Any] = {"of the flat fifth": share, "kind": "flickering" if flicker else "persistent"}
+        for name in found[0]:
+            clean = [each[name] for each in scores[0.0, False]]
+            values, ratios = [each[name] for each in found], [e[name] / c for e, c in zip(found, clean, strict=True)]
+            each = interval(values)
+            row |= {name: each["mean"], f"{name} +-": each["half"]}
+            if name != "raw":
+                row |= {f"{name} / clean, worst": max(ratios)}
+        rows.append(row)
+    table(f"Planted outliers, {len(files)} photographs and seeds: relative errors of the other tokens", rows)
+    return {"rows": rows}
+
+
+def outlier_errors(config: PlantedBackboneConfig, pixels: Tensor) -> dict[str, float]:
+    """Relative errors by estimate of the tokens that are no outliers in the whole image."""
+    backbone = PlantedBackbone(pixels, config)
+    views = TokenViews(backbone, pixels, DenoiseConfig().views)
+    batches = list(views)
+    whole, raw = views.views.image[None], views.whole.patches[0]
+    truth, plain = backbone.semantic(whole)[0], ~backbone.outliers(whole)[0]
+    errors = {"raw": relative_error(raw[plain][None], truth[plain][None])}
+    for name, robust in (("removed", True), ("removed, not robust", False)):
+        fit = ShiftSolver(ShiftConfig(robust=robust)).fit(batches)
+        errors[name] = relative_error(fit.decompose(raw, views.coords).semantic[plain][None], truth[plain][None])
+    return errors
 
 
 # -- faithful ---------------------------------------------------------------------------------------------------------
@@ -260,7 +304,7 @@ def majority(segments: Tensor, grid: grids.Size) -> Tensor:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"planted": planted, "faithful": faithful, "labels": labels}
+SECTIONS = {"planted": planted, "outliers": outliers, "faithful": faithful, "labels": labels}
 
 
 def main() -> None:

@@ -157,16 +157,24 @@ class ShiftConfig:
             they went in. 1 does without the test.
         groups: of content that the test compares; its least p-value is 2^(1 - groups).
         average: the share of F, the average over windows, in the estimate, against raw - G.
+        robust: weigh outlier tokens down; in the estimate, F stands for them where other windows show their content.
+        sigmas: robust standard deviations of the logarithm of a token's length beyond which it gets no weight.
+        cutoff: norm of what F and G leave of a token at which its weight is a quarter, in medians.
     """
 
     ridge: float = 1e-6
     alarm: float = 0.01
     groups: int = 8
     average: float = 0.5
+    robust: bool = True
+    sigmas: float = 2.5
+    cutoff: float = 5.0
 
     def __post_init__(self) -> None:
         if self.ridge <= 0 or not 0 <= self.average <= 1:
             raise ConfigError(f"ridge ({self.ridge}) must be positive and average ({self.average}) lie in [0, 1]")
+        if not (self.sigmas > 0 and self.cutoff > 0):
+            raise ConfigError(f"sigmas ({self.sigmas}) and cutoff ({self.cutoff}) must be positive")
         if not 2 <= self.groups <= 16:
             raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
         if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:

@@ -62,7 +62,7 @@ class Pilot:
     ):
         self.config = config
         self.defect = defect
-        self.mix = _mix(heads[0][0][0], config.seed)
+        self.mix = mix_channels(heads[0][0][0], config.seed)
         self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
         self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
         nodes = node_resolution(grid, 2 * min(grid) + 1)
@@ -297,7 +297,7 @@ def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
     return near, near_nodes
 
 
-def _mix(tokens: Tensor, seed: int) -> Tensor:
+def mix_channels(tokens: Tensor, seed: int) -> Tensor:
     """(C, S) orthonormal columns, scaled so that the squared length of a token is kept on average."""
     channels = tokens.shape[-1]
     width = min(SKETCH, channels)

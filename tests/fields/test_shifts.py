@@ -11,7 +11,7 @@ from dvt.fields.twoway import TwoWay
 from dvt.views import Shifts, ViewConfig, resize
 
 GRID, CHANNELS = (5, 6), 3
-EXACT = ShiftConfig(ridge=1e-10, alarm=1, average=1)
+EXACT = ShiftConfig(ridge=1e-10, alarm=1, average=1, robust=False)
 
 
 def generator(seed=0):
@@ -156,3 +156,52 @@ def test_bad_windows_are_refused_with_what_to_do():
     assert ShiftSolver().fit([problem(grid=(3, 4))[:2]]).found
     with pytest.raises(ConfigError, match=r"alarm is 0\.001"):
         ShiftConfig(alarm=0.001)
+
+
+# -- outliers ---------------------------------------------------------------------------------------------------------
+
+
+def planted_errors(photo, seed, robust=True, **outliers):
+    """Relative errors of the tokens that are no outliers in this view, and of G; and the share of outliers."""
+    config = PlantedBackboneConfig(channels=32, size=160, context=0.5, noise=0.1, seed=seed, **outliers)
+    backbone = PlantedBackbone(photo, config)
+    size = backbone.input_size((photo.shape[1], photo.shape[2]))
+    image = resize(photo, size)
+    views = Shifts(photo, size, backbone.centres(size), ViewConfig(16, "shifts", seed=seed))
+    batches = [(backbone(images).patches, coords) for images, coords in views]
+    fit = ShiftSolver(ShiftConfig(robust=robust)).fit(batches)
+    found = fit.decompose(batches[0][0][0], batches[0][1][0]).semantic
+    truth, plain = backbone.semantic(image[None])[0], ~backbone.outliers(image[None])[0]
+    artifact = relative_error(fit.artifact, backbone.artifact(backbone.grid(size)))
+    return relative_error(found[plain][None], truth[plain][None]), artifact, 1 - float(plain.float().mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("flicker", [False, True])
+def test_outliers_change_neither_the_artifact_nor_other_tokens(photo, seed, share, flicker):
+    clean, artifact, _ = planted_errors(photo, seed)
+    dirty, found, outliers = planted_errors(photo, seed, outliers=share, flicker=flicker)
+    assert dirty <= 1.3 * clean and found <= 1.3 * artifact + 0.01
+    if flicker and outliers > 0.02:  # content's own outliers fall out of the two-way model by themselves
+        off, _, _ = planted_errors(photo, seed, robust=False, outliers=share, flicker=flicker)
+        assert off > 2 * clean
+
+
+def test_robust_weights_cost_a_clean_image_little(photo):
+    for seed in range(3):
+        (with_them, artifact, _), (without, plain, _) = (
+            planted_errors(photo, seed, robust=each) for each in (True, False)
+        )
+        assert with_them <= 1.05 * without and artifact <= 1.1 * plain
+
+
+def test_an_outlier_is_replaced_by_what_other_windows_show_there(photo):
+    tokens, coords, field, _ = problem(noise=0.05, channels=24, windows=40)
+    tokens[0, 2, 2] += 30
+    fit = ShiftSolver(ShiftConfig(alarm=1)).fit([(tokens, coords)])
+    found = fit.decompose(tokens[0], coords[0]).semantic
+    assert (found[2, 2] - field[0, 2, 2]).norm() < 0.1 * field[0, 2, 2].norm()
+    plain = ShiftSolver(ShiftConfig(alarm=1, robust=False)).fit([(tokens, coords)])
+    spoilt = plain.decompose(tokens[0], coords[0]).semantic[2, 2]
+    assert (spoilt - field[0, 2, 2]).norm() > field[0, 2, 2].norm()
