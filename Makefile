@@ -21,7 +21,7 @@ test-all: $(VENV)/.installed-test
 	$(PYTEST) $(ARGS)
 
 test-mmseg: $(MMSEG)/.installed
-	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/analysis/test_mmseg.py $(ARGS)
+	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/denoiser/test_mmseg.py $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check

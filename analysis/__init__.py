@@ -5,7 +5,6 @@ Everything here is light to import: plotting and learning libraries are loaded b
 
 from dvt.analysis.analyze import AnalyzeConfig, analyze
 from dvt.analysis.doctor import Diagnosis, DoctorConfig, diagnose
-from dvt.analysis.information import mic
 from dvt.analysis.metrics import (
     BlankResponse,
     NormOutliers,
@@ -17,11 +16,12 @@ from dvt.analysis.metrics import (
     position_mic,
     shift_stability,
 )
-from dvt.analysis.nulls import Score, matched_noise, shuffled, with_null
+from dvt.analysis.metrics.information import mic
+from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, with_null
+from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.pictures import choose_points, decomposition_figure, pca_colours, save, similarity
-from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
 from dvt.analysis.results import Report
-from dvt.analysis.scores import METRICS, Row
 
 __all__ = [
     "METRICS",

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from dvt.analysis import metrics, scores
-from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics import scores
+from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
-from dvt.analysis.viewer import Arrays, Shown
 from dvt.errors import ConfigError, ImageError
 from dvt.grids import Size
 from dvt.images import load_image
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -30,10 +32,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Denoise = Callable[[Tokens], Tokens]
+#: A function of the raw tokens, or another backbone of the same images.
+Denoise: TypeAlias = "Callable[[Tokens], Tokens] | Backbone"
 Decompose = Callable[[Tensor], Mapping[str, Tensor]]
 Source: TypeAlias = "FeatureStore | Decompose | None"
-Progress = Callable[[str, int, int], None]
 ImageLike = str | Path | Tensor
 
 _TERMS = ("semantic", "artifact", "residual")
@@ -108,8 +110,8 @@ def analyze(
         backbone: one, or several to compare; its device is used.
         images: paths, or images (3, H, W) in [0, 1]; an (N, 3, H, W) tensor too.
         config: settings.
-        variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer; with several backbones
-            a sequence of such mappings, one each.
+        variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer, or a backbone of the same
+            shapes whose inside was changed; with several backbones a sequence of such mappings, one each.
         semantic: where the terms come from: a store that ``dvt denoise`` wrote (the sample is then taken from the
             images that it holds, known by their paths), or a function from an image (3, H, W) in [0, 1] to its terms
             {"semantic": (h, w, C), "artifact": ..., "residual": ...}, of which any may be missing; with several
@@ -198,7 +200,7 @@ class _Watch:
         entered: list[Any] = []
 
         def before(*_: object) -> None:
-            entered.append(self.measuring("forward", backbone.mean.device))
+            entered.append(self.measuring("forward", backbone.device))
             entered[-1].__enter__()
 
         def after(*_: object) -> None:
@@ -268,7 +270,7 @@ class _Run:
         layered = set(spread(count, config.layer_images))
         shared, shifted = spread(count, config.share_images), spread(count, config.shift_images)
         for number, image in enumerate(sample):
-            pixels = read_pixels(image).to(self.backbone.mean.device)
+            pixels = read_pixels(image).to(self.backbone.device)
             size = self.backbone.input_size((pixels.shape[1], pixels.shape[2]))
             whole = resize(pixels, size)
             layers = self.layers if number in layered | shown else self.layers[:1]
@@ -297,7 +299,7 @@ class _Run:
         own = self.layers[0]
         for name, denoise in self.variants.items():
             with self.watch.measuring("denoisers", images.device):
-                found[own, name] = _checked(denoise(found[own, "raw"]), found[own, "raw"], name)
+                found[own, name] = _checked(treated(denoise, images, found[own, "raw"]), found[own, "raw"], name)
         return found
 
     def _forward(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tokens]:
@@ -344,7 +346,7 @@ class _Run:
 
     def _read_greys(self) -> None:
         size = self.backbone.image_size
-        greys = torch.tensor(scores.GREYS, device=self.backbone.mean.device)[:, None, None, None].expand(-1, 3, *size)
+        greys = torch.tensor(scores.GREYS, device=self.backbone.device)[:, None, None, None].expand(-1, 3, *size)
         for key, tokens in self._variants(greys, self.layers).items():
             self._at(*key).greys = list(tokens.patches.cpu())
         if self.decompose is not None:
@@ -479,6 +481,16 @@ def _checked(tokens: Tokens, raw: Tokens, name: str) -> Tokens:
         given, wanted = tuple(tokens.patches.shape), tuple(raw.patches.shape)
         raise ConfigError(f"the variant {name!r} made {given} of patches {wanted}; it must keep the shape")
     return tokens.to(torch.float32)
+
+
+def treated(denoise: Denoise, images: Tensor, raw: Tokens) -> Tokens:
+    """Tokens of images (B, 3, H, W) as a denoiser makes them of the raw ones, or another backbone by itself."""
+    from dvt.backbones import Backbone  # with timm, which nothing else here needs
+
+    if not isinstance(denoise, Backbone):
+        return denoise(raw)
+    with torch.no_grad():
+        return denoise(images)
 
 
 def quiet(what: str, done: int, total: int) -> None:

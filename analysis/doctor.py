@@ -6,7 +6,7 @@ import math
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis import scores
-from dvt.analysis.analyze import Decompose, Denoise, ImageLike, Progress, quiet, read_pixels, spread
-from dvt.analysis.metrics import log_norm_outliers
-from dvt.analysis.nulls import Score, matched_noise
-from dvt.analysis.positions import PositionMeans, PositionShare, torus_windows
+from dvt.analysis.analyze import Decompose, Denoise, ImageLike, quiet, read_pixels, spread, treated
+from dvt.analysis.metrics import log_norm_outliers, scores
+from dvt.analysis.metrics.nulls import Score, matched_noise
+from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
 from dvt.errors import ConfigError, ImageError
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -93,7 +93,8 @@ class Diagnosis:
         kind: "none", "position", "norm outliers" or "both".
         remedy: "none", "subtract" (one map for all images), "per image" (``dvt denoise``, or a denoiser trained on
             that) or "denoiser" (a trained one).
-        best: which of the denoisers given does best, or None.
+        best: which of the denoisers given does best, or None; `command` makes it, or else the :attr:`nearest`, where
+            that is known.
         strength: of the remedy, in [0, 1]: the least that brings the position share below its threshold.
         shared, own: share of variance at the position: the same in all images, and within each, with their nulls.
         outliers: share of norm outliers with its null; `outlier_images` of the images have one.
@@ -121,6 +122,16 @@ class Diagnosis:
     images: int
     config: DoctorConfig
     warnings: tuple[str, ...] = field(default=())
+    command: str | None = None
+
+    @property
+    def nearest(self) -> str | None:
+        """Of denoisers that do not remove enough, the one that leaves least of the artifact, if less than half."""
+        if not self.treated or self.kind not in ("position", "norm outliers"):
+            return None
+        size, raw = ("share", self.own) if self.kind == "position" else ("outliers", self.outliers)
+        least = min(self.treated, key=lambda each: getattr(each, size))
+        return least.name if getattr(least, size) < raw.value / 2 else None
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON, and the page."""
@@ -153,7 +164,8 @@ class Diagnosis:
         lines.append(
             f"  tokens with outlier norms              {_told(self.outliers, 4)}, artifact from {limit.outliers:g}"
         )
-        lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
+        if self.images > 1:
+            lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
         if self.layout is not None:
             lines.append(f"  position R2 with the artifact removed  {_told(self.layout)}: their layout")
         return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
@@ -167,8 +179,14 @@ class Diagnosis:
             "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
             "cannot remove it. For many images train a denoiser on that store: `dvt train STORE`.",
             "denoiser": "A trained denoiser: `dvt denoise` some hundred images, `dvt train STORE`; a map that is "
-            "subtracted cannot see norm outliers. Or a backbone with registers.",
+            "subtracted cannot see norm outliers. Or a backbone with registers, which `dvt remedy registers` adds "
+            "without training; `dvt doctor --remedies` compares.",
         }
+        if self.shared is None and self.remedy == "per image":
+            texts["per image"] = (
+                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
+                "be subtracted from them, one image does not tell: give ten or more."
+            )
         advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that brings it below its threshold."]
         if self.shared is not None and self.remedy != "denoiser":
             advice.append(f"One map for all images would leave a position share of {_left(self.own, self.shared):.3f}.")
@@ -183,7 +201,10 @@ class Diagnosis:
                 f"what it gives resembles the content by a cosine of {each.kept:.2f}"
             )
         if self.treated and self.best is None:
-            lines.append("  None of the denoisers given removes enough.")
+            least = f" {self.nearest} leaves least." if self.nearest else ""
+            lines.append(f"  None of the denoisers given removes enough.{least}")
+        if self.command is not None:
+            lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}: {self.command}")
         return "\n".join(lines)
 
     def _costs(self) -> str:
@@ -216,6 +237,7 @@ def diagnose(
     denoisers: Mapping[str, Denoise] | None = None,
     config: DoctorConfig | None = None,
     *,
+    commands: Mapping[str, str] | None = None,
     decompose: Decompose | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
@@ -227,8 +249,9 @@ def diagnose(
     Args:
         backbone: its own layer is looked at, on its device.
         images: paths, or images (3, H, W) in [0, 1]; ten or more are better.
-        denoisers: by name, each from Tokens to Tokens, to be tried and timed.
+        denoisers: by name, each from Tokens to Tokens, or a backbone whose inside was changed; to be tried and timed.
         config: thresholds.
+        commands: how to get a denoiser, by its name; the page ends with that of the best one.
         decompose: one image's terms, as in :func:`dvt.analysis.analyze.analyze`; tried once, for its time.
         progress: called with (what, done, total) after every image.
 
@@ -252,10 +275,12 @@ def diagnose(
         (progress or quiet)(f"doctor {backbone.name}", done + 1, len(chosen))
     seconds = None
     if decompose is not None:
-        pixels, start = read_pixels(given[chosen[0]]).to(backbone.mean.device), time.perf_counter()
+        pixels, start = read_pixels(given[chosen[0]]).to(backbone.device), time.perf_counter()
         decompose(pixels)
         seconds = _settled(backbone) - start
-    return exam.conclude(seconds)
+    found = exam.conclude(seconds)
+    taken = found.best or found.nearest
+    return replace(found, command=(commands or {}).get(taken or ""))
 
 
 class _Exam:
@@ -271,7 +296,7 @@ class _Exam:
     @torch.no_grad()
     def add(self, pixels: Tensor, seed: int) -> None:
         """Look at one image (3, H, W)."""
-        pixels = pixels.to(self.backbone.mean.device)
+        pixels = pixels.to(self.backbone.device)
         image = resize(pixels, self.backbone.input_size((pixels.shape[1], pixels.shape[2])))
         for name, tokens in self._all(image[None], timed=True).items():
             self.whole[name].append(tokens.to("cpu"))
@@ -290,13 +315,14 @@ class _Exam:
         found = {"raw": self.backbone(images).to(torch.float32)}
         ends = {"raw": _settled(self.backbone)}
         for name, denoise in self.denoisers.items():
-            found[name] = denoise(found["raw"]).to(torch.float32)
+            found[name] = treated(denoise, images, found["raw"]).to(torch.float32)
             if found[name].patches.shape != found["raw"].patches.shape:
                 raise ConfigError(f"the denoiser {name!r} changed the shape of the tokens; it must keep it")
             ends[name] = _settled(self.backbone)
         if timed:
             for name, end in ends.items():
-                self.seconds[name].append(end - start)
+                whole = self.seconds["raw"][-1] if isinstance(self.denoisers.get(name), torch.nn.Module) else 0.0
+                self.seconds[name].append(max(end - start - whole, 0.0))  # another backbone runs by itself
                 start = end
         return found
 
@@ -403,8 +429,8 @@ def _centred(maps: Tensor) -> Tensor:
 
 def _settled(backbone: Backbone) -> float:
     """The time when the device has done what it was told."""
-    if backbone.mean.device.type == "cuda":
-        torch.cuda.synchronize(backbone.mean.device)
+    if backbone.device.type == "cuda":
+        torch.cuda.synchronize(backbone.device)
     return time.perf_counter()
 
 

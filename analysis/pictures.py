@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.nulls import token_maps
+from dvt.analysis.metrics.nulls import token_maps
 from dvt.errors import ShapeError
 from dvt.files import whole_file
 from dvt.tokens import Tokens

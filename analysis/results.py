@@ -7,7 +7,8 @@ A folder holds, schema ``dvt-report/1``,
     table.txt  table.md  table.csv
     position.png  norms.png  pca.png  layers.png
 
-``rows`` are the fields of :class:`dvt.analysis.scores.Row`. The index has four lists, each entry naming its array:
+``rows`` are the fields of :class:`dvt.analysis.metrics.scores.Row`. The index has four lists, each entry naming its
+array:
 
     jpegs       {array, image}: uint8 bytes of a JPEG of each image shown; `image` counts in `images`
     maps        {array, image, backbone, layer, variant, scale}: int8 (h, w, D), times `scale` the token map without
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 
 import dvt
-from dvt.analysis.scores import METRICS, Row
+from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 
@@ -199,7 +200,7 @@ class Report:
         Raises:
             ConfigError: the folder cannot be written.
         """
-        from dvt.analysis.plots import save_plots
+        from dvt.analysis.page.plots import save_plots
 
         folder = Path(folder)
         data = io.BytesIO()

@@ -36,11 +36,13 @@ import dvt
 from cost_model import Fleet, Machine, Size, Vit
 from dvt.backbones import Backbone, load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
-from dvt.denoiser.distill import denoiser_loss
-from dvt.extract import ExtractConfig, extract_images
+from dvt.denoiser.train import denoiser_loss
 from dvt.fields import LinearSolver
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import TokenViews
 from dvt.images import find_images, image_size, load_image
-from dvt.pipeline import DenoiseConfig, TokenViews
+from dvt.jobs.extract import ExtractConfig, extract_images
+from dvt.jobs.profile import flop_counter
 from dvt.store import Job, Record, StoreWriter, plan
 from dvt.views import ViewConfig, resize
 from tables import described_machine, photographs, table
@@ -89,7 +91,7 @@ def counted_vit(name: str, size: int) -> int:
     """FLOPs of one image in timm's model, counted without weights."""
     with torch.device("meta"):
         net = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), flop_counter() as counter:
         net.forward_features(torch.empty(1, 3, size, size, device="meta"))
     return counter.get_total_flops()
 
@@ -115,10 +117,11 @@ def counted_linear(views: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
 
 def closed_linear(channels: int, grid: Size, views: int) -> float:
     """The formula's share that the counter sees: products, not triangular solves."""
-    solves = model.pilot_solves(grid, min(views, model.PILOT_VIEWS) * grid[0] * grid[1])
+    looked = min(views, model.PILOT_VIEWS) * grid[0] * grid[1]
+    solves = model.pilot_solves(grid, looked)
     solves.append(model.Solve(solves[0].nodes, channels, grid[0] * grid[1], True))
     dense = views * grid[0] * grid[1] * 2 * channels * (channels + 2 * model.SKETCH + 1)
-    return sum(solve.products for solve in solves) + dense
+    return sum(solve.products for solve in solves) + dense + model.screen_products(looked)
 
 
 def flops(options: argparse.Namespace) -> dict[str, Any]:
@@ -230,7 +233,7 @@ def measured_denoise(backbone: Backbone, photos: list[Path]) -> tuple[float, flo
     """Processor seconds, and the solver's share of the time."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
-        summary = dvt.denoise_images(backbone, photos, Path(folder) / "s", DenoiseConfig())
+        summary = dvt.denoise_images(backbone, photos, Path(folder) / "s", DenoiseConfig(product="blend"))
         spent = time.process_time() - start
     return spent, summary.fitting_seconds / (summary.fitting_seconds + summary.extraction_seconds)
 

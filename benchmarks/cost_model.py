@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 Size = tuple[int, int]
 
 SKETCH, NEIGHBOURS, FINEST, SMOOTHNESSES, PILOT_VIEWS = 32, 9, 112, 6, 64  # of fields/pilot.py and LinearConfig
+PARTNERS, TRIALS = 3, 4  # of fields/defects.py: jumps of a token, and shares of the longest that are tried
 HALF = 2  # bytes of a stored number
 
 
@@ -207,7 +208,12 @@ def pilot_solves(grid: Size, tokens: int) -> list[Solve]:
     first, *others = resolutions(grid, tokens)
     n = grid[0] * grid[1]
     known = [Solve(first, SKETCH, n, False, SMOOTHNESSES), *(Solve(nodes, SKETCH, n, False) for nodes in others)]
-    return [Solve(first, SKETCH, n, True)] * 3 + known
+    return [Solve(first, SKETCH, n, True)] * 4 + known  # two for the weights, one for G, and the last fit
+
+
+def screen_products(looked: int) -> float:
+    """FLOPs of the search for a defect: for each trial, the jumps' second moment and ten products with a direction."""
+    return 2.0 * TRIALS * PARTNERS * looked * SKETCH * (SKETCH + 10)
 
 
 def linear(channels: int, grid: Size, views: int, batch: int = 1) -> dict[str, Work]:
@@ -220,7 +226,7 @@ def linear(channels: int, grid: Size, views: int, batch: int = 1) -> dict[str, W
     tokens, looked = views * n, min(views, PILOT_VIEWS) * n
     solves = pilot_solves(grid, looked)
     pilot = Work(
-        single=2.0 * looked * channels * sketch,
+        single=2.0 * looked * channels * sketch + screen_products(looked),
         traffic=looked * (NEIGHBOURS * sketch * 12 + 14 * sketch * 40),
         selected=looked * (sketch + 2),
         points=looked,

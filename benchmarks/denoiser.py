@@ -26,16 +26,7 @@ from dvt.analysis import position_decodability, with_null
 from dvt.backbones import load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
 from dvt.denoiser.attach import attach
-from dvt.denoiser.distill import (
-    FITTED,
-    DenoiserTraining,
-    InMemory,
-    Pairs,
-    batches_of,
-    denoiser_loss,
-    evaluate,
-    split,
-)
+from dvt.denoiser.train import FITTED, DenoiserTraining, InMemory, Pairs, batches_of, denoiser_loss, evaluate, split
 from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens

@@ -29,9 +29,9 @@ from torch import Tensor
 
 import dvt
 from dvt.backbones import Backbone, load_backbone
-from dvt.extract import ExtractConfig, extract_images
+from dvt.devices import autocast
 from dvt.images import find_images, image_size, load_image
-from dvt.pipeline import autocast
+from dvt.jobs.extract import ExtractConfig, extract_images
 from dvt.store import FeatureStore
 from dvt.views import resize
 from tables import table
@@ -80,7 +80,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         }
         for name in runs
     ]
-    table(f"{len(paths)} images, {options.backbone}, {backbone.mean.device}, medians of {options.rounds} rounds", rows)
+    table(f"{len(paths)} images, {options.backbone}, {backbone.device}, medians of {options.rounds} rounds", rows)
     over_loop = {"median": rows[1]["extract_over_it"], "rounds": ratios(seconds["loop"], seconds["extract"])}
     print(f"  extract over the bare loop: {over_loop['median']:.3f}, target {TARGET}")
     return {"rows": rows, "over_loop": over_loop, "over_forward": ratios(seconds["forward"], seconds["extract"])}
@@ -110,7 +110,7 @@ def load(backbone: Backbone, path: Path) -> Tensor:
 @torch.no_grad()
 def forward(backbone: Backbone, batches: list[Tensor], dtype: str) -> None:
     """timm's own forward pass over normalised batches, and nothing else."""
-    device = backbone.mean.device
+    device = backbone.device
     for images in batches:
         with autocast(device, getattr(torch, dtype)):
             backbone.model.forward_features((images.to(device) - backbone.mean) / backbone.std)

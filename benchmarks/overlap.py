@@ -26,10 +26,10 @@ from torch.nn.functional import avg_pool2d
 
 import dvt
 from dvt.backbones import Backbone, load_backbone, wrap
-from dvt.decompose import denoise_images
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.images import denoise_images
 from dvt.images import find_images
-from dvt.pipeline import DenoiseConfig
-from dvt.profile import Profile
+from dvt.jobs.profile import Profile
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
 from tables import described_machine, photographs, table
@@ -58,7 +58,7 @@ def compare(backbone: Backbone, paths: Sequence[Path], config: dict[str, Any], r
                 processor[name].append(time.process_time() - start_cpu)
                 profiles[name].append(profile)
     rows = [row(name, len(paths), seconds, processor[name], profiles[name]) for name in WAYS]
-    table(f"{len(paths)} images of {config['views'].count} views, {backbone.name}, {backbone.mean.device}", rows)
+    table(f"{len(paths)} images of {config['views'].count} views, {backbone.name}, {backbone.device}", rows)
     for name, found in profiles.items():
         print(f"  {name}: {found[-1].bound()}")
     return {"rows": rows, "load": [load, os.getloadavg()[0]], "flops_per_view": flops(profiles["sequential"][-1])}

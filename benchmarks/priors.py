@@ -41,8 +41,10 @@ from dvt.analysis.priors.sampling import held_out_loss
 from dvt.analysis.priors.seen import square
 from dvt.analysis.priors.targets import Target
 from dvt.backbones import Backbone
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import denoise
+from dvt.fields.shared import shared_artifact
 from dvt.images import find_images, load_image
-from dvt.pipeline import DenoiseConfig, denoise, shared_artifact
 from dvt.training import TrainingConfig
 from dvt.views import ViewConfig, resize
 from tables import interval, table

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 import dvt
-from dvt.analysis.datasets import pick
 from dvt.analysis.probes import HeadConfig, ProbeConfig, ProbeReport, prepare, run_probe
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
+from dvt.analysis.probes.datasets import pick
 from dvt.analysis.probes.features import (
     averaged_tokens,
     cached_tokens,
@@ -37,10 +37,11 @@ from dvt.analysis.probes.features import (
 from dvt.analysis.probes.table import make_rows
 from dvt.analysis.probes.variants import Variant
 from dvt.backbones import Backbone, load_backbone
-from dvt.decompose import denoise_images
 from dvt.denoiser import Denoiser, fit_linear, fit_subtract
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import denoise_image
+from dvt.fields.images import denoise_images
 from dvt.images import find_images, load_image
-from dvt.pipeline import DenoiseConfig, denoise_image
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig

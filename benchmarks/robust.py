@@ -119,9 +119,7 @@ def runs_of(seed: int, images: dict[str, Tensor], kinds: Sequence[str]) -> list[
         clean[name], found = timed(replace(run, estimator="robust"), SOLVERS["robust"], problem)
         runs += [found, timed(replace(run, estimator="not robust"), SOLVERS["not robust"], problem)[1]]
     for kind in kinds:
-        problems = {
-            name: Problem(image, PlantedConfig(seed=seed, **KINDS[kind])) for name, image in images.items()
-        }
+        problems = {name: Problem(image, PlantedConfig(seed=seed, **KINDS[kind])) for name, image in images.items()}
         for name, problem in problems.items():
             # Over images, and not this one: what a backbone's defect would be known from.
             others = [each.batches[0][0][:4] for other, each in problems.items() if other != name]

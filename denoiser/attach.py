@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache
 from inspect import signature
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dvt import families, grids
-from dvt.backbones import Backbone, weights_sha256
+from dvt.backbones import Backbone, families, weights_sha256
+from dvt.denoiser.derived import derived, grid_of, reduced, shared_copy, stride_of
 from dvt.denoiser.model import Denoiser
+from dvt.denoiser.remedies.install import registered_backbone, with_test_time_registers
 from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
@@ -40,7 +41,7 @@ def attach(denoiser: Denoiser, model: Backbone | nn.Module, layer: int = -1, for
     once. Models without a final norm have them denoised either way, and XCiT's, whose class attention changes patches
     too, are the final ones. With an earlier layer the tokens of that block are
     replaced in what ``forward_intermediates`` returns, not in what later blocks read; ``norm=True`` norms the
-    denoised ones.
+    denoised ones. Test-time registers (the kind "registers") act inside the model and change all of its layers.
 
     Args:
         denoiser: made for this model and layer; it is not copied.
@@ -68,6 +69,10 @@ def attach(denoiser: Denoiser, model: Backbone | nn.Module, layer: int = -1, for
         layer = _backbone_layer(model, layer)
         denoiser.check_fits(model, force)
         model = model.model
+    if denoiser.config.kind == "registers":
+        _check_name(denoiser, model, force)
+        _warn_weights(denoiser, model, families.core(model))
+        return with_test_time_registers(denoiser, model)
     if families.scales(model) != 1 or not hasattr(families.core(model), "blocks"):
         raise BackboneError(
             f"{type(model).__name__} is not a single-scale timm model: a denoiser is attached to those; for a backbone "
@@ -80,7 +85,7 @@ def attach(denoiser: Denoiser, model: Backbone | nn.Module, layer: int = -1, for
     clean = _denoised(inner, denoiser, layer)
     if inner is model:
         return clean
-    outer = _shared_copy(model, type(model))
+    outer = shared_copy(model)
     outer.encoder = clean
     return outer
 
@@ -94,23 +99,18 @@ def denoised_backbone(denoiser: Denoiser, backbone: Backbone, force: bool = Fals
         BackboneError: the denoiser was made for another backbone, layer or feature size.
     """
     denoiser.check_fits(backbone, force)
+    if denoiser.config.kind == "registers":
+        return registered_backbone(denoiser, backbone)
     result = Backbone(
         _Pair(backbone.model, copy.deepcopy(denoiser)),
         _PairTokens(backbone._tokens),
-        **{name: getattr(backbone, name) for name in _BACKBONE_FIELDS},
-        mean=tuple(backbone.mean.flatten().tolist()),
-        std=tuple(backbone.std.flatten().tolist()),
+        backbone.spec,
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
     )
-    device = backbone.mean.device
-    result.model.denoiser.to(device)
+    result.model.denoiser.to(backbone.device)
     result.mean, result.std = backbone.mean.clone(), backbone.std.clone()
     return result
-
-
-_BACKBONE_FIELDS = (
-    *("name", "patch_size", "stride", "image_size", "fixed_size"),
-    *("feature_dim", "num_prefix_tokens", "layer", "num_layers"),
-)
 
 
 class _Pair(nn.Module):
@@ -150,7 +150,7 @@ class FeatureMaps(nn.Module):
         infos = [dict(families.core(model).feature_info[i]) for i in self.indices]
         for info in infos:
             info["num_chs"] = info.get("num_chs_norm", info["num_chs"]) if norm else info["num_chs"]
-            info["reduction"] = _stride(model)[0]
+            info["reduction"] = stride_of(model)[0]
         self.feature_info = FeatureInfo(infos)
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -243,7 +243,7 @@ class Denoised(nn.Module):
         return {*own(), *extra}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _blank, (_base(type(self)),), self.__dict__.copy()
+        return reduced(self)
 
     def _asked(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """The options of ``forward_intermediates`` by name; where timm's models have them differs by position."""
@@ -301,11 +301,7 @@ class Denoised(nn.Module):
                 "a model with a denoiser takes images (B, 3, H, W), because a denoiser needs whole token maps; "
                 f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
-        patch = families.patch_size(self)
-        size = x.shape[2], x.shape[3]
-        if getattr(families.embedding(self), "dynamic_img_pad", False):
-            size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
-        return grids.grid_shape(size, patch, _stride(self))
+        return grid_of(self, x)
 
 
 def _answer(
@@ -340,16 +336,6 @@ def _first(patches: Tensor) -> Tensor:
     return patches.permute(0, 3, 1, 2).contiguous()
 
 
-def _stride(model: families.Model) -> Size:
-    """Pixels between patches: fewer than the patch where a backbone was loaded with a stride."""
-    patch = families.patch_size(model)
-    embed = families.embedding(model)
-    layer = embed[0] if isinstance(embed, nn.Sequential) else getattr(embed, "proj", None)
-    if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0) and layer.kernel_size == patch:
-        return layer.stride[0], layer.stride[1]
-    return patch
-
-
 def _taken(count: int, indices: int | Sequence[int] | None) -> list[int]:
     """The blocks that timm means by `indices`: None is all, a number the last so many, negative ones count back."""
     if indices is None or isinstance(indices, int):
@@ -370,46 +356,11 @@ def _denoised(model: nn.Module, denoiser: Denoiser, layer: int) -> nn.Module:
     base: Any = type(model)
     if issubclass(base, Denoised):
         raise BackboneError(f"this {base.__name__} has a denoiser already; attach the other one to the timm model")
-    clean = cast(Denoised, _shared_copy(model, _derived(base)))
+    clean = cast(Denoised, shared_copy(model, derived(Denoised, base)))
     clean.denoiser, clean.denoised_layer = denoiser, layer
     clean.block_prefix = families.block_prefix_tokens(model) > 0
     clean.option_names = tuple(signature(cast(Any, model).forward_intermediates).parameters)[1:]
     return clean
-
-
-@cache
-def _derived(base: Any) -> type[nn.Module]:
-    """`base` with :class:`Denoised` before it, under its own name, because families go by that."""
-
-    def method(name: str) -> Callable[..., Any]:
-        own = getattr(Denoised, name)
-
-        @wraps(getattr(base, name))  # its signature says which options the family has
-        def call(self: Any, *args: Any, **options: Any) -> Any:
-            return own(self, *args, **options)
-
-        return call
-
-    methods = {name: method(name) for name in ("forward", "forward_features", "forward_intermediates")}
-    return type(base.__name__, (Denoised, base), {"__module__": base.__module__, "__doc__": base.__doc__, **methods})
-
-
-def _base(derived: type[nn.Module]) -> type[nn.Module]:
-    return derived.__mro__[derived.__mro__.index(Denoised) + 1]
-
-
-def _blank(base: Any) -> nn.Module:
-    """A module without content, which unpickling fills."""
-    derived = _derived(base)
-    return derived.__new__(derived)
-
-
-def _shared_copy(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A module of another class with the same submodules and parameters; changes of its own leave `model` alone."""
-    result = kind.__new__(kind)
-    containers = (dict, list, set)
-    result.__dict__.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in model.__dict__.items()})
-    return result
 
 
 def _backbone_layer(backbone: Backbone, layer: int) -> int:
@@ -437,9 +388,19 @@ def _check_card(denoiser: Denoiser, model: Any, inner: Any, layer: int, force: b
             f"this denoiser takes tokens of {denoiser.feature_dim} channels, layer {layer} of {type(inner).__name__} "
             f"gives {channels}; no option makes them fit: train a denoiser for this model"
         )
-    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
-    made_for = str(denoiser.card.get("backbone") or name).partition(".")[0]
+    name, made_for = _names(denoiser, model)
     own_layer = denoiser.card.get("layer", layer)
+    _warn_weights(denoiser, model, inner)
+    if not force and (own_layer != layer or (name and made_for != name)):
+        raise BackboneError(
+            f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "
+            f"{name}: train one for it, or force it (force=True) where you know that they agree"
+        )
+
+
+def _warn_weights(denoiser: Denoiser, model: Any, inner: Any) -> None:
+    """Say it where a card tells that a denoiser was made for other weights of the same architecture."""
+    name, made_for = _names(denoiser, model)
     expected = denoiser.card.get("weights_sha256")
     if expected and name == made_for and weights_sha256(model) != expected:
         logger.warning(
@@ -447,10 +408,20 @@ def _check_card(denoiser: Denoiser, model: Any, inner: Any, layer: int, force: b
             "another size is enough to differ); untrained or fine-tuned weights need a denoiser of their own",
             type(inner).__name__,
         )
-    if not force and (own_layer != layer or (name and made_for != name)):
+
+
+def _names(denoiser: Denoiser, model: Any) -> tuple[str, str]:
+    """The architecture of a timm model, and the one that a denoiser was made for where its card tells."""
+    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
+    return name, str(denoiser.card.get("backbone") or name).partition(".")[0]
+
+
+def _check_name(denoiser: Denoiser, model: Any, force: bool) -> None:
+    name, made_for = _names(denoiser, model)
+    if name and made_for != name and not force:
         raise BackboneError(
-            f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "
-            f"{name}: train one for it, or force it (force=True) where you know that they agree"
+            f"these registers are neurons of {made_for}, and are to be attached to {name}: find those of this model, "
+            "or force it (force=True) where you know that they agree"
         )
 
 

@@ -10,6 +10,10 @@ from dvt.grids import Size
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
 #: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
 KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
+#: Remedies of norm outliers: "defect", removal of one direction from the tokens that lie far along it, all others stay
+#: as they are; "registers", test-time registers, which act inside the model and not on its tokens.
+OUTLIER_KINDS = ("defect", "registers")
+INSIDE = ("registers",)
 
 #: Channels of an attention head where the number of heads is not given (Denoising ViT, stage 2).
 HEAD_DIM = 64
@@ -20,7 +24,7 @@ class DenoiserConfig:
     """What a denoiser is made of.
 
     Args:
-        kind: one of :data:`KINDS`.
+        kind: one of :data:`KINDS` or :data:`OUTLIER_KINDS`.
         feature_dim: C, channels of a token.
         grid: (h, w) of the stored position embedding or artifact; for tokens of another grid it is resampled.
         num_heads: attention heads of a block; None means C / 64, at least 1, lowered until it divides C.
@@ -28,7 +32,7 @@ class DenoiserConfig:
         mlp_ratio: hidden size of a block's MLP over C.
         position: whether a block has a position embedding.
         use_prefix: whether a block also attends to the prefix tokens, which then must be given.
-        rank: number of directions that "linear" can remove.
+        rank: number of directions that "linear" can remove, or of neurons that "registers" takes over.
         strength: the strength that the denoiser starts with, in [0, 1].
 
     Raises:
@@ -50,8 +54,9 @@ class DenoiserConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kind not in (*KINDS, *OUTLIER_KINDS):
+            known = ", ".join((*KINDS, *OUTLIER_KINDS))
+            raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
         object.__setattr__(self, "grid", tuple(self.grid))
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ConfigError(f"grid must be (h, w), each at least 1, got {self.grid}")

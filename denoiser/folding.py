@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dvt import families
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, families
 from dvt.denoiser.model import Denoiser
 from dvt.errors import BackboneError, ConfigError, ShapeError
 

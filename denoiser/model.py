@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -11,8 +12,9 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from dvt.backbones import weights_sha256
 from dvt.denoiser.bodies import BODIES
-from dvt.denoiser.config import DenoiserConfig, check_strength
+from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.sharing import Shared
 from dvt.errors import ShapeError
 
@@ -73,6 +75,11 @@ class Denoiser(nn.Module, Shared):
         check_strength(value)
         self._strength = float(value)
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its output depends on, as plain JSON values: the hash of its weights, its settings and its strength."""
+        return {"weights_sha256": weights_sha256(self), **asdict(replace(self.config, strength=self.strength))}
+
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
         """raw + strength (denoised - raw).
 
@@ -94,6 +101,8 @@ class Denoiser(nn.Module, Shared):
             )
         if self.strength == 0:
             return patches
+        if self.config.kind in INSIDE:
+            return self.body(patches)  # which says where it belongs
         dtype = next(t.dtype for t in (*self.parameters(), *self.buffers()))
         denoised = self.body(patches.to(dtype), self._prefix(patches, prefix)).to(patches.dtype)
         return denoised if self.strength == 1 else patches + self.strength * (denoised - patches)

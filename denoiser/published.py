@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from dvt.checkpoints import State, read_content
+from dvt.backbones.weights import State, read_content
 from dvt.denoiser.config import HEAD_DIM
 from dvt.errors import WeightsError
 

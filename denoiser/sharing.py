@@ -14,8 +14,8 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dvt.checkpoints import State, check_state, load_state, save_state
-from dvt.denoiser.config import DenoiserConfig
+from dvt.backbones.weights import State, check_state, load_state, save_state
+from dvt.denoiser.config import INSIDE, DenoiserConfig
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
 
@@ -110,7 +110,8 @@ class Shared(ModelHubMixin):
         """The denoiser of a config as read from JSON, a card and weights by its own names."""
         try:
             settings = DenoiserConfig(**config)
-            if max(settings.feature_dim, settings.depth) > sum(value.nbytes for value in state.values()):
+            inside = settings.kind in INSIDE  # these hold indices, however wide the tokens are
+            if not inside and max(settings.feature_dim, settings.depth) > sum(v.nbytes for v in state.values()):
                 raise ConfigError("the file is too small for it")  # even the plan could take for ever
             check_state(cls._plan(settings), state, source)  # before its memory is taken
         except WeightsError:

@@ -47,7 +47,7 @@ def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoise
     if waves < 2:
         raise ConfigError(f"waves must be at least 2, got {waves}: a single one does not vary with position")
     products, channels, grid = torch.zeros(()), 0, (1, 1)
-    for tokens in _checked(maps):
+    for tokens in checked_maps(maps):
         grid, channels = (tokens.shape[0], tokens.shape[1]), tokens.shape[2]
         values = tokens.double().flatten(0, 1)
         rows = torch.cat((values, _waves(grid, waves, values), torch.ones_like(values[:, :1])), dim=1)
@@ -77,7 +77,7 @@ def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoi
         NonFiniteError: a map holds NaN or infinity.
     """
     total, count = torch.zeros(()), 0
-    for artifact in _checked(artifacts):
+    for artifact in checked_maps(artifacts):
         grid = grid or (artifact.shape[0], artifact.shape[1])
         total, count = total + grids.resample(artifact.double(), grid), count + 1
     denoiser = Denoiser(DenoiserConfig("subtract", total.shape[-1], grid or (1, 1)))
@@ -85,7 +85,7 @@ def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoi
     return denoiser.eval()
 
 
-def _checked(maps: Iterable[Tensor]) -> Iterator[Tensor]:
+def checked_maps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
     """The maps one by one, at least one, all finite and of the same feature size."""
     channels = None
     for number, tokens in enumerate(maps):

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from dvt.backbones import Backbone as Backbone
     from dvt.backbones import load_backbone as load_backbone
     from dvt.backbones import wrap as wrap
-    from dvt.decompose import denoise_images as denoise_images
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
     from dvt.denoiser.model import Denoiser as Denoiser
     from dvt.errors import DvtError as DvtError
+    from dvt.fields.config import DenoiseConfig as DenoiseConfig
     from dvt.fields.decomposition import Decomposition as Decomposition
-    from dvt.pipeline import DenoiseConfig as DenoiseConfig
-    from dvt.pipeline import denoise as denoise
+    from dvt.fields.image import denoise as denoise
+    from dvt.fields.images import denoise_images as denoise_images
     from dvt.store import FeatureStore as FeatureStore
     from dvt.tokens import Tokens as Tokens
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 _HOME = {
     "Backbone": "dvt.backbones",
     "Decomposition": "dvt.fields.decomposition",
-    "DenoiseConfig": "dvt.pipeline",
+    "DenoiseConfig": "dvt.fields.image",
     "Denoiser": "dvt.denoiser.model",
     "DenoiserConfig": "dvt.denoiser.config",
     "DvtError": "dvt.errors",
     "FeatureStore": "dvt.store",
     "Tokens": "dvt.tokens",
-    "denoise": "dvt.pipeline",
-    "denoise_images": "dvt.decompose",
+    "denoise": "dvt.fields.image",
+    "denoise_images": "dvt.fields.images",
     "load_backbone": "dvt.backbones",
     "wrap": "dvt.backbones",
 }

@@ -228,3 +228,151 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
     flat = maps.reshape(-1, *maps.shape[-3:]).movedim(-1, 1)
     out = nnf.interpolate(flat.float(), size=tuple(grid), mode="bilinear", align_corners=False, antialias=True)
     return out.movedim(1, -1).reshape(*lead, *grid, maps.shape[-1]).to(maps.dtype)
+
+
+def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generator) -> Tensor:
+    """(1 + count, 2) whole-patch offsets (rows, columns) of windows at one scale; the first is (0, 0).
+
+    Rows are spread evenly over -reach h ... reach h and so are columns, each in an order of its own (a Latin
+    hypercube): few windows then already meet every position with many contents.
+
+    Args:
+        grid: (h, w) patches of a window.
+        count: windows beside the first.
+        reach: the largest offset, as a share of the window's sides.
+        generator: on the CPU.
+    """
+    sides = []
+    for side in grid:
+        order = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)
+        sides.append(((2 * order / max(count, 1) - 1) * reach * side).round().long())
+    return torch.cat((torch.zeros(1, 2, dtype=torch.long), torch.stack(sides, dim=-1)))
+
+
+def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -> Tensor:
+    """(V, h, w, 2) coordinates of the patches of windows shifted by whole steps; they leave [0, 1].
+
+    Args:
+        centres: (h, w, 2) of the window at offset 0.
+        offsets: (V, 2) whole numbers of steps down and to the right.
+        step: (vertical, horizontal) length of a step as a share of the window's sides.
+    """
+    moved = offsets.flip(-1).to(centres) * centres.new_tensor([step[1], step[0]])
+    return centres + moved[:, None, None, :]
+
+
+def lattice(coords: Tensor) -> tuple[Tensor, Size]:
+    """What :func:`offset_coords` was given: whole offsets (V, 2) of windows, and the period (rows, columns) in steps
+    after which an image that is mirrored at its borders, again and again, repeats itself.
+
+    Args:
+        coords: (V, h, w, 2) coordinates of the patches of windows at the image's own scale.
+
+    Raises:
+        ConfigError: the grid has one row or column, or a window is no whole-patch shift at the image's own scale.
+
+    >>> coords = offset_coords(grid_centres((4, 6)), torch.tensor([[0, 0], [2, -3]]), (1 / 4, 1 / 6))
+    >>> lattice(coords)
+    (tensor([[ 0,  0],
+            [ 2, -3]]), (8, 12))
+    """
+    height, width = coords.shape[1:3]
+    if height < 2 or width < 2:
+        raise ConfigError(f"shifted windows need a grid of at least 2 x 2 patches, got {height} x {width}")
+    coords = coords.double().cpu()
+    # As x and y: a step is the distance of neighbours, and the first centre is half of what the steps leave of 1.
+    steps = torch.stack((coords[0, 0, -1, 0] - coords[0, 0, 0, 0], coords[0, -1, 0, 1] - coords[0, 0, 0, 1]))
+    count = torch.tensor([width - 1, height - 1])
+    steps = steps / count
+    first = (1 - steps * count) / 2
+    index = (coords - first) / steps
+    offsets, period = index[:, 0, 0].round(), 2 / steps
+    if (steps > 0).all() and (period - period.round()).abs().max() > 0.01:
+        raise ConfigError(
+            "a mirrored image does not repeat itself on this grid of patches: shifted windows need a stride that "
+            "divides twice the input's sides, and views at the image's own scale"
+        )
+    whole = offsets[:, None, None] + torch.stack(
+        torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1
+    )
+    if (steps <= 0).any() or (index - whole).abs().max() > 0.01:
+        raise ConfigError(
+            "a view is no window of the image's own scale, unmirrored and shifted by whole patches: views of mixed "
+            "kinds, or crops, cannot be solved as shifts; draw them with ViewConfig(kind='shifts')"
+        )
+    columns, rows = (int(side) for side in period.round())
+    return offsets.flip(-1).long(), (rows, columns)
+
+
+def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
+    """(V, n) which content patch, of a period's rows * columns, each patch of shifted windows shows.
+
+    >>> lattice_index((2, 2), torch.tensor([[0, 0], [-1, 1]]), (4, 4)).tolist()
+    [[0, 1, 4, 5], [13, 14, 1, 2]]
+    """
+    rows = (offsets[:, :1] + torch.arange(grid[0])).remainder(period[0])
+    columns = (offsets[:, 1:] + torch.arange(grid[1])).remainder(period[1])
+    return (rows[:, :, None] * period[1] + columns[:, None, :]).flatten(1)
+
+
+def mirrored(index: Tensor, length: int) -> Tensor:
+    """The places 0 ... length - 1 that any whole numbers meet in a row that is mirrored at its ends, again and again.
+
+    >>> mirrored(torch.arange(-3, 7), 3).tolist()
+    [2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
+    """
+    place = index.remainder(2 * length)
+    return torch.minimum(place, 2 * length - 1 - place)
+
+
+def window_corners(image_size: Size, window: Size, step: Size) -> Tensor:
+    """(N, 2) top left pixels (row, column) of all windows of a size that lie inside an image, whole steps apart.
+
+    Raises:
+        ShapeError: the image is smaller than a window.
+
+    >>> window_corners((32, 48), (32, 32), (16, 16)).tolist()
+    [[0, 0], [0, 16]]
+    """
+    if any(side < needed for side, needed in zip(image_size, window, strict=True)):
+        raise ShapeError(
+            f"an image of {image_size[0]} x {image_size[1]} pixels holds no window of {window[0]} x {window[1]}; "
+            "enlarge the image or choose a smaller window"
+        )
+    sides = [torch.arange(0, a - b + 1, d) for a, b, d in zip(image_size, window, step, strict=True)]
+    return torch.cartesian_prod(*sides)
+
+
+def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
+    """Bilinear values (..., C) at coordinates (..., 2) of a map (h, w, C) given at patch centres (h, w, 2).
+
+    Points beyond the outermost centres take the border's value.
+    """
+    first, last = centres[0, 0].to(maps), centres[-1, -1].to(maps)
+    return sample(maps, (coords.to(maps) - first) / (last - first))
+
+
+def lattice_centres(grid: Size, period: Size) -> Tensor:
+    """(h, w, 2) centres of the patches of a window whose mirrored image repeats itself after a period of steps.
+
+    The inverse of :func:`lattice`, for a window at offset 0.
+
+    >>> lattice_centres((2, 2), (4, 4))[0].tolist()
+    [[0.25, 0.25], [0.75, 0.25]]
+    """
+    sides = []
+    for count, length in zip(grid, period, strict=True):
+        places = torch.arange(count, dtype=torch.float64)
+        sides.append(0.5 + (places - (count - 1) / 2) * 2 / length)
+    return torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"), dim=-1).float()
+
+
+def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
+    """(rows * columns,) a group 0 ... groups - 1 for each content patch of a mirrored image, by a fixed lot.
+
+    Patches of one block of side x side go together, and a patch goes with its mirror images.
+    """
+    rows, columns = (mirrored(torch.arange(length), length // 2) // side for length in period)
+    block = (rows[:, None] * (int(columns.max()) + 1) + columns).flatten()
+    lot = torch.randperm(int(block.max()) + 1, generator=torch.Generator().manual_seed(0))
+    return lot[block] % groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -68,3 +69,14 @@ class Tokens:
     def to(self, *args, **kwargs) -> Tokens:
         """Both tensors through :meth:`torch.Tensor.to`."""
         return Tokens(self.patches.to(*args, **kwargs), self.prefix.to(*args, **kwargs))
+
+
+class TokenMap(Protocol):
+    """What makes other patch tokens of a backbone's, such as a denoiser, and says what it is."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that its output depends on, as plain JSON values; part of the jobs that use it."""
+
+    def __call__(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Map patches (B, h, w, C), beside prefix tokens (B, P, C), to patches of the same shape."""

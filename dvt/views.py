@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 
@@ -19,8 +21,14 @@ from dvt.grids import Size
 class ViewConfig:
     """How the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
 
+    Two kinds: crops show parts of the image, enlarged; shifts are windows at its own scale, moved by whole patches
+    over the image mirrored at its borders (ours). The whole image always comes first, in addition.
+
     Args:
-        count: random views an image; the whole image always comes first, in addition.
+        count: views an image, beside the whole one.
+        kind: "crops", to which `scale`, `ratio` and `flip` belong, or "shifts", to which `reach` belongs.
+        reach: the farthest that a window is shifted, as a share of the image's sides. At 1 every content is as likely
+            at every position, so what a window's content does to its tokens does not pass for an artifact.
         scale: smallest and largest share of the image's area that a view shows.
         ratio: smallest and largest aspect ratio of a view, relative to the whole image's.
         flip: probability that a view is mirrored left to right.
@@ -29,6 +37,8 @@ class ViewConfig:
     """
 
     count: int = 48
+    kind: Literal["crops", "shifts"] = "crops"
+    reach: float = 1.0
     scale: tuple[float, float] = (0.1, 0.5)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
@@ -36,8 +46,12 @@ class ViewConfig:
     batch: int = 16
 
     def __post_init__(self) -> None:
+        if self.kind not in ("crops", "shifts"):
+            raise ConfigError(f"kind is {self.kind!r}; views are 'crops' or 'shifts', all of one kind")
         if self.count < 0 or self.batch < 1:
             raise ConfigError(f"views must be 0 or more and the batch 1 or more, got {self.count} and {self.batch}")
+        if not 0 < self.reach <= 1:
+            raise ConfigError(f"reach is {self.reach}; windows are shifted by a share in (0, 1] of the image's sides")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ConfigError(f"scale must satisfy 0 < smallest <= largest <= 1, got {self.scale}")
         if not 0 < self.ratio[0] <= self.ratio[1]:
@@ -84,10 +98,48 @@ def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
     return torch.stack([view.flip(-1) if flip else view for view, flip in zip(views, flips.tolist(), strict=True)])
 
 
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Values on a device. A copy from memory that is not pinned would wait for all that the GPU has still to do."""
-    from_host = device.type == "cuda" and not values.is_cuda
-    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
+def cut_window(image: Tensor, corner: tuple[int, int]) -> Tensor:
+    """(3, H, W) what a window of an image's own size (3, H, W) shows with its top left pixel (row, column) anywhere,
+    outside too: the image goes on mirrored at its borders."""
+    sides = zip(corner, image.shape[1:], strict=True)
+    rows, columns = (grids.mirrored(start + torch.arange(length), length) for start, length in sides)
+    return image[:, rows.to(image.device)][:, :, columns.to(image.device)]
+
+
+class Shifts:
+    """Windows of one image at its own scale, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
+
+    The first is the whole image; the others are shifted by whole steps of the patch grid over the mirrored image, and
+    their coordinates leave [0, 1]. Iterating again yields the same windows.
+
+    Args:
+        image: (3, H, W) in [0, 1], on the device where windows are to be cut.
+        size: (H', W') of a window: the model input, to which the image is resized.
+        centres: (h, w, 2) patch centres of the image, at least 2 x 2.
+        config: `count`, `reach`, `seed` and `batch` are read.
+
+    Attributes:
+        offsets: (1 + count, 2) in steps, down and to the right.
+    """
+
+    def __init__(self, image: Tensor, size: Size, centres: Tensor, config: ViewConfig):
+        self.config, self.centres = config, centres
+        self.image = resize(image, size)
+        grid = (centres.shape[0], centres.shape[1])
+        generator = torch.Generator().manual_seed(config.seed)
+        self.offsets = grids.draw_offsets(grid, config.count, config.reach, generator)
+        _, period = grids.lattice(centres[None])
+        self.step = (2 / period[0], 2 / period[1])
+        self._pixels = self.offsets * torch.tensor([round(a * b) for a, b in zip(self.step, size, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        batches = (each.split(self.config.batch) for each in (self.offsets, self._pixels))
+        for offsets, pixels in zip(*batches, strict=True):
+            windows = torch.stack([cut_window(self.image, (row, column)) for row, column in pixels.tolist()])
+            yield windows, grids.offset_coords(self.centres, offsets, self.step)
 
 
 class Views:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import timm
 
-from dvt.catalogue import FamilyRow, family_table
+from dvt.backbones.catalogue import FamilyRow, family_table
 
 INTRODUCTION = """# Backbones
 

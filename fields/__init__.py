@@ -3,6 +3,7 @@
 from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.linear import LinearConfig, LinearFit, LinearSolver
 from dvt.fields.neural import NeuralConfig, NeuralFit, NeuralSolver
+from dvt.fields.shifts import ShiftConfig, ShiftFit, ShiftSolver
 
 __all__ = [
     "Decomposition",
@@ -13,4 +14,7 @@ __all__ = [
     "NeuralConfig",
     "NeuralFit",
     "NeuralSolver",
+    "ShiftConfig",
+    "ShiftFit",
+    "ShiftSolver",
 ]

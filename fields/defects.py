@@ -175,7 +175,7 @@ def direction_of_jumps(tokens: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _trial(ends: Tensor, jumps: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Direction (B, S) and size (B,) of the long jumps, and the share (B,) of jumps that end in the gap; inf for none."""
+    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) that ends in the gap; inf for none."""
     direction, member = _aligned(jumps, long)
     size = _median((jumps @ direction[..., None])[..., 0], member)
     low, high = torch.einsum("ebnc,bc->ebn", ends, direction).sort(dim=0).values

@@ -165,11 +165,16 @@ def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
 
     Constants are schur's null space (F and G share them): a rank-one term fixes the mean at 0 and changes nothing else.
     """
+    artifact = torch.cholesky_solve(rhs, factor_artifact(schur, ridge))
+    return artifact - artifact.mean(-2, keepdim=True)
+
+
+def factor_artifact(schur: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor that :func:`solve_artifact` uses."""
     n = schur.shape[-1]
     scale = schur.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(schur.dtype).tiny)
     fixed = schur + scale / n + ridge * scale * torch.eye(n, device=schur.device, dtype=schur.dtype)
-    artifact = torch.cholesky_solve(rhs, torch.linalg.cholesky(fixed))
-    return artifact - artifact.mean(-2, keepdim=True)
+    return torch.linalg.cholesky(fixed)
 
 
 class BlockTridiagonal:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.config import LinearConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.defects import Defect, Gate
 from dvt.fields.equations import NormalEquations, solve_artifact
@@ -18,45 +19,6 @@ from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
 
 Batch = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """Settings of the linear solver.
-
-    Args:
-        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
-        smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
-        ridge: gamma on the artifact, relative to the number of tokens a position.
-        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
-        cutoff: residual norm at which a token's weight is a quarter, in medians.
-        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
-        residual_ridge: its ridge, relative to the mean variance of a channel.
-        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
-        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
-        seed: of the pilot's random projection.
-    """
-
-    resolution: int | None = None
-    smoothness: float | None = None
-    ridge: float = 1e-4
-    robust: bool = True
-    cutoff: float = 5.0
-    residual: bool = True
-    residual_ridge: float = 1e-2
-    blend: bool = True
-    pilot_views: int = 64
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.resolution is not None and not 2 <= self.resolution <= 1024:
-            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
-        if self.smoothness is not None and not self.smoothness > 0:
-            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
-        if self.ridge < 0 or self.residual_ridge < 0:
-            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
-        if not self.cutoff > 0 or self.pilot_views < 2:
-            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
 
 
 @dataclass(frozen=True)
@@ -248,8 +210,13 @@ class _Run:
 
 
 def _centred(artifact: Tensor) -> Tensor:
-    """(n, C) with mean zero over positions: the constant is F's, whatever a known artifact holds."""
-    return artifact - artifact.mean(0, dtype=torch.float64).to(artifact)
+    """(n, C) with mean zero over positions: the constant is F's, whatever a known artifact holds.
+
+    One that is centred already, to rounding, stays as it is: what is subtracted is what was given, bit for bit.
+    """
+    mean = artifact.mean(0, dtype=torch.float64).to(artifact)
+    rounding = 10 * torch.finfo(torch.float16).eps * artifact.abs().amax(0)
+    return torch.where((mean.abs() <= rounding).all(), artifact, artifact - mean)
 
 
 class _Views:
@@ -264,6 +231,7 @@ class _Views:
     def __init__(self, views: Iterable[Batch], shape: tuple[int, ...], count: int):
         self.shape = shape
         self._finite: list[Tensor] = []
+        self._outside: list[Tensor] = []
         self.head, self._rest = _take(self._read(views), count)
         self.seen = sum(len(tokens) for tokens, _ in self.head)
         if not self.seen:
@@ -291,13 +259,20 @@ class _Views:
             if tuple(tokens.shape[1:]) != self.shape:
                 raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
             self._finite.append(torch.isfinite(tokens.sum() + coords.sum().to(tokens)))
+            self._outside.append(((coords - 0.5).abs() > 0.5 + 1e-4).any())
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
 
     def _check(self) -> None:
         # Reading a batch's answer waits for the GPU: it is done for many batches at once.
         if self._finite and not torch.stack(self._finite).all():
             raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
+        if self._outside and torch.stack(self._outside).any():
+            raise ConfigError(
+                "a view lies beyond the image, as shifted windows do: the field over scales takes crops alone; draw "
+                "views with ViewConfig(kind='crops'), or solve shifts by ShiftSolver"
+            )
         self._finite.clear()
+        self._outside.clear()
 
 
 def _take(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:

@@ -12,8 +12,9 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.config import NeuralConfig
 from dvt.fields.decomposition import Fit
-from dvt.fields.encodings import EncodingKind, GridLayout, make_encoding
+from dvt.fields.encodings import make_encoding
 
 Views = Iterable[tuple[Tensor, Tensor]]
 Progress = Callable[[int, int], None]
@@ -21,91 +22,6 @@ Progress = Callable[[int, int], None]
 _HALF_SAFE = 6e4
 _CUDA_RESERVE = 2**31
 _CHUNK = 2**14
-
-
-@dataclass(frozen=True)
-class NeuralConfig:
-    """Settings of the neural solver; the defaults are the paper's.
-
-    Args:
-        levels: grids of the field's encoding.
-        base: nodes along a side of the coarsest grid.
-        finest: nodes along a side of the finest grid.
-        channels: values a node and level; 1, 2, 4 or 8.
-        hash_entries: most nodes that a level stores, a power of two.
-        steps: gradient steps; the artifact is frozen and the residual starts after half of them.
-        tokens_per_step: tokens drawn for each step, with replacement.
-        lr: Adam's learning rate after the warm-up, per standard deviation of the tokens.
-        final_lr: learning rate of the last step; a cosine leads to it.
-        betas: Adam's decay rates.
-        eps: Adam's epsilon.
-        weight_decay: times each parameter, added to its gradient (Adam's L2, not AdamW's), as in the paper's code.
-        warmup: share of the steps over which the learning rate rises linearly from 0.
-        residual_weight: weight of the residual predictor's squared error.
-        sparsity: weight of the residual's mean absolute value.
-        residual: whether there is a residual term.
-        seed: of the initial values and of the drawn tokens.
-        encoding: "torch", "tinycudann", or "auto": tinycudann where it is installed and there is a GPU.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    levels: int = 16
-    base: int = 16
-    finest: int = 1024
-    channels: int = 8
-    hash_entries: int = 2**20
-    steps: int = 25_000
-    tokens_per_step: int = 2048
-    lr: float = 0.01
-    final_lr: float = 0.001
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-15
-    weight_decay: float = 1e-5
-    warmup: float = 0.1
-    residual_weight: float = 0.1
-    sparsity: float = 0.02
-    residual: bool = True
-    seed: int = 0
-    encoding: EncodingKind = "auto"
-
-    def __post_init__(self) -> None:
-        self.layout  # noqa: B018  its own checks
-        checks = {
-            "steps": self.steps >= 2,
-            "tokens_per_step": self.tokens_per_step >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "final_lr": 0 <= self.final_lr <= self.lr,
-            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": 0 < self.eps < math.inf,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "warmup": 0 <= self.warmup < 1,
-            "residual_weight": 0 <= self.residual_weight < math.inf,
-            "sparsity": 0 <= self.sparsity < math.inf,
-            "encoding": self.encoding in ("auto", "torch", "tinycudann"),
-        }
-        for name, fine in checks.items():
-            if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
-
-    @property
-    def layout(self) -> GridLayout:
-        """The sizes of the field's encoding."""
-        return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
-
-        >>> config = NeuralConfig(steps=101, warmup=0.0)
-        >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)
-        (0.01, 0.0055, 0.001)
-        """
-        warm = int(self.warmup * self.steps)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        share = (step - warm) / max(self.steps - 1 - warm, 1)
-        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 @dataclass(frozen=True)

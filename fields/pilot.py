@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dvt import grids
+from dvt.fields.config import LinearConfig
 from dvt.fields.defects import Defect, Gate, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
-
-if TYPE_CHECKING:
-    from dvt.fields.linear import LinearConfig
 
 # Random projections that stand for all channels.
 SKETCH = 32
@@ -65,7 +62,7 @@ class Pilot:
     ):
         self.config = config
         self.defect = defect
-        self.mix = _mix(heads[0][0][0], config.seed)
+        self.mix = mix_channels(heads[0][0][0], config.seed)
         self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
         self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
         nodes = node_resolution(grid, 2 * min(grid) + 1)
@@ -102,7 +99,7 @@ class Pilot:
         return Gate(along, float(self._screen.middle[image])) if along.any() else None
 
     def _without_defect(self, left: Tensor) -> Tensor:
-        """What a fit leaves of the tokens (B, V, n, ...), and nothing of a defect's: its neighbours are not judged by it."""
+        """Set to zero what a fit leaves (B, V, n, ...) of a defect's tokens: their neighbours are not judged by it."""
         keep = self._screened.view(*self._screened.shape, *(1,) * (left.ndim - 3))
         return left * keep
 
@@ -300,7 +297,7 @@ def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
     return near, near_nodes
 
 
-def _mix(tokens: Tensor, seed: int) -> Tensor:
+def mix_channels(tokens: Tensor, seed: int) -> Tensor:
     """(C, S) orthonormal columns, scaled so that the squared length of a token is kept on average."""
     channels = tokens.shape[-1]
     width = min(SKETCH, channels)

@@ -1,7 +1,9 @@
-"""A planted problem: views whose semantic field and artifact are known, which no real ViT can give.
+"""Planted problems, whose semantic field and artifact are known, which no real ViT can give.
 
-The field is a photograph's response to random filters; the artifact is smooth waves, a wave of the patch grid's own
-frequency and a few large outlier positions. Sizes of the terms are relative to the field's root mean square.
+:class:`Planted` is a stream of views: its field is a photograph's response to random filters, one value for each point
+whatever the view. :class:`PlantedBackbone` is a model of pixels: like a real network's, its field changes with scale
+and mirroring, so any design of views can be judged on it. Both have an artifact of smooth waves, a wave of the patch
+grid's own frequency and a few large outlier positions. Sizes are relative to the field's root mean square.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvt import grids
-from dvt.errors import ShapeError
+from dvt.backbones import Backbone, BackboneSpec
+from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
-from dvt.views import ViewConfig, draw_boxes
+from dvt.tokens import Tokens
+from dvt.views import ViewConfig, draw_boxes, resize
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class PlantedConfig:
         artifact: root mean square of G.
         noise: standard deviation of the noise on every token and channel.
         outliers: share of tokens that carry a content-dependent high-norm h; 0 plants none.
-        outlier_rate: share of the flattest content that carries them, so that `outliers` / `outlier_rate` of it is flat.
+        outlier_rate: share of the flattest content that carries them; `outliers` / `outlier_rate` of all is flat.
         outlier_cells: None draws them anew in every view; a number fixes them to content: so many cells along each side
             of the image are outliers in every view, or in none.
         outlier_spread: how far an outlier's direction is turned from the common one, as the tangent of the angle; large
@@ -129,7 +133,172 @@ class Planted:
     def _flat_below(self) -> float:
         """The norm below which `outlier_rate` of the tokens gives the share of outliers asked for."""
         norms = self._map.norm(dim=-1).flatten()
-        return float(norms.quantile(min(1.0, self.config.outliers / self.config.outlier_rate))) if self.config.outliers else 0.0
+        return (
+            float(norms.quantile(min(1.0, self.config.outliers / self.config.outlier_rate)))
+            if self.config.outliers
+            else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class PlantedBackboneConfig:
+    """What a planted backbone is made of; amplitudes are relative to the field's root mean square of 1.
+
+    Args:
+        channels: feature size C.
+        patch: pixels of a patch, in both directions.
+        size: input size in pixels that images' shorter sides are resized to.
+        artifact: root mean square of G; 0 plants none.
+        context: share of F's size that comes from attention over all patches of a view, so that F changes with what
+            else the view shows; 0 lets a patch's own pixels decide alone.
+        noise: root mean square of what neither content nor position tells alone; it is the same for the same pixels
+            at the same position.
+        outliers: share of the flattest fifth of the patches that carry a high norm; 0 plants none.
+        flicker: let it depend on the position too which of them do; otherwise content alone decides, in every view.
+        outlier_norm: norm of an outlier's h relative to the mean norm of the field's tokens.
+        seed: of filters, artifact, noise and outliers.
+    """
+
+    channels: int = 64
+    patch: int = 16
+    size: int = 224
+    artifact: float = 0.65
+    context: float = 0.0
+    noise: float = 0.0
+    outliers: float = 0.0
+    flicker: bool = False
+    outlier_norm: float = 4.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.artifact, self.context, self.noise, self.outlier_norm) < 0 or not 0 <= self.outliers <= 1:
+            raise ConfigError(
+                f"artifact ({self.artifact}), context ({self.context}), noise ({self.noise}) and outlier_norm "
+                f"({self.outlier_norm}) must be 0 or more, and outliers ({self.outliers}) a share in [0, 1]"
+            )
+
+
+class PlantedBackbone(Backbone):
+    """A backbone whose tokens are F(pixels of the patch) + G(position) + noise + h(outliers), each of them known.
+
+    F is two layers of random filters on a patch's own pixels, so it changes with the scale and the mirroring of a
+    view, and not with a shift by whole patches; with `context`, a layer of random attention follows, and a shift
+    changes it through what the view shows besides.
+
+    Args:
+        image: (3, H, W) in [0, 1], the photograph on which amplitudes are measured.
+        config: sizes and amplitudes.
+    """
+
+    def __init__(self, image: Tensor, config: PlantedBackboneConfig | None = None):
+        config = config or PlantedBackboneConfig()
+        net = _PlantedNet(config)
+        patch, size = (config.patch,) * 2, grids.fit_size((config.size,) * 2, config.size, (config.patch,) * 2)
+        spec = BackboneSpec("planted", patch, stride=patch, image_size=size, feature_dim=config.channels)
+        super().__init__(net, lambda model, images: Tokens.of(model(images)), spec, mean=(0.5,) * 3, std=(0.5,) * 3)
+        net.calibrate(self.normalise(resize(image, self.input_size((image.shape[1], image.shape[2])))[None]))
+
+    def semantic(self, images: Tensor) -> Tensor:
+        """F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
+        return self.model.semantic(self.normalise(images))
+
+    def artifact(self, grid: Size) -> Tensor:
+        """G (h, w, C), mean zero over positions."""
+        return self.model.artifact(grid)
+
+    def outliers(self, images: Tensor) -> Tensor:
+        """(B, h, w) bool, which patches of images (B, 3, H, W) in [0, 1] carry an outlier."""
+        return self.model.outliers(self.normalise(images))
+
+
+class _PlantedNet(nn.Module):
+    """The terms of :class:`PlantedBackbone` for normalised images."""
+
+    scale: Tensor
+    flat_below: Tensor
+    mean_norm: Tensor
+
+    def __init__(self, config: PlantedBackboneConfig, hidden: int = 96, coarse: int = 6):
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        # Smooth random filters, as a trained network's first layer has them: half of them see detail, half do not.
+        sides = [min(coarse, config.patch)] * (hidden // 2) + [min(3, config.patch)] * (hidden - hidden // 2)
+        filters = [_smooth_filter(side, config.patch, generator) for side in sides]
+        self.register_buffer("filters", torch.stack(filters))
+        self.register_buffer("mix", torch.randn(hidden, config.channels, generator=generator) / hidden**0.5)
+        self.register_buffer("direction", nnf.normalize(torch.randn(config.channels, generator=generator), dim=0))
+        self.register_buffer("phases", 2 * torch.pi * torch.rand(config.channels, generator=generator))
+        for name in ("scale", "flat_below", "mean_norm"):
+            self.register_buffer(name, torch.ones(()))
+        square = (2, config.channels, config.channels)
+        self.register_buffer("attention", torch.randn(square, generator=generator) / config.channels**0.5)
+        self._artifacts: dict[Size, Tensor] = {}
+
+    @torch.no_grad()
+    def calibrate(self, images: Tensor) -> None:
+        """Give F unit variance on these images, and outliers the flattest fifth of their patches."""
+        for _ in range(4 if self.config.context else 1):  # attention is not linear in the scale
+            field = self.semantic(images)
+            self.scale /= (field - field.mean((0, 1, 2))).square().mean().sqrt()
+        self.mean_norm.copy_(self.semantic(images).norm(dim=-1).mean())
+        self.flat_below.copy_(self._patches(images).std(-1).quantile(0.2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, enabled=False):
+            images = images.float()
+            field = self.semantic(images)
+            artifact = self.artifact((field.shape[1], field.shape[2])).to(field)
+            outlier = self.config.outlier_norm * self.mean_norm * self.direction
+            return field + artifact + self._noise(field) + self.outliers(images)[..., None] * outlier
+
+    def semantic(self, images: Tensor) -> Tensor:
+        response = nnf.conv2d(images, self.filters, stride=self.config.patch).movedim(1, -1)
+        local = self.scale * (nnf.gelu(response) @ self.mix)
+        return local if self.config.context == 0 else local + self.config.context * self._attend(local)
+
+    def _attend(self, local: Tensor) -> Tensor:
+        """(B, h, w, C) random self-attention over a view's patches, of about the size of `local`."""
+        tokens = nnf.layer_norm(local, local.shape[-1:]).flatten(1, 2)
+        key, value = self.attention
+        logits = 2 * (tokens @ key) @ tokens.mT / tokens.shape[-1] ** 0.5
+        return ((logits.softmax(-1) @ tokens) @ value).view_as(local)
+
+    def artifact(self, grid: Size) -> Tensor:
+        if grid not in self._artifacts:
+            config = PlantedConfig(channels=self.config.channels, grid=grid, artifact=self.config.artifact)
+            self._artifacts[grid] = _artifact(config, torch.Generator().manual_seed(self.config.seed + 1))
+        return self._artifacts[grid]
+
+    def outliers(self, images: Tensor) -> Tensor:
+        patches = self._patches(images)
+        # A smooth reading of the content, so that neighbouring flat patches are outliers together.
+        draw = 2 * patches.mean(-1)
+        if self.config.flicker:
+            draw = draw + self._place(patches)
+        return (patches.std(-1) < self.flat_below) & (draw.remainder(1) < self.config.outliers)
+
+    def _noise(self, field: Tensor) -> Tensor:
+        """Waves of content and place together, fast in both: their sum over either alone is about zero."""
+        turns = 40 * (field @ self.direction)[..., None] + 2 * torch.pi * self._place(field)[..., None] + self.phases
+        return self.config.noise * 2**0.5 * torch.sin(turns)
+
+    def _place(self, values: Tensor) -> Tensor:
+        """(h, w) a number in [0, 1) for every position, without a pattern."""
+        generator = torch.Generator().manual_seed(self.config.seed + 2)
+        return torch.rand(values.shape[1:3], generator=generator).to(values)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """(B, h, w, 3 P P) the pixels of every patch."""
+        patches = nnf.unfold(images, self.config.patch, stride=self.config.patch).mT
+        return patches.unflatten(1, [side // self.config.patch for side in images.shape[-2:]])
+
+
+def _smooth_filter(side: int, patch: int, generator: torch.Generator) -> Tensor:
+    """(3, P, P) a random filter of side x side numbers, enlarged, of unit norm over sqrt(patch)."""
+    small = torch.randn(1, 3, side, side, generator=generator)
+    large = nnf.interpolate(small, size=(patch, patch), mode="bicubic", align_corners=False)[0]
+    return 6 * large / (large.norm() * patch**0.5)
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:

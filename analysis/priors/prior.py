@@ -33,7 +33,7 @@ from dvt.analysis.priors.diffusion import (
     karras_sigmas,
 )
 from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
-from dvt.checkpoints import State, check_state, load_state, save_state
+from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.errors import ConfigError, ShapeError, WeightsError
 from dvt.grids import Size
 

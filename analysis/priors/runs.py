@@ -35,11 +35,12 @@ from dvt.analysis.priors.sampling import (
     sample_prior,
     summaries,
 )
-from dvt.analysis.priors.seen import BATCH, CONDITIONS, Clean, Condition, Progress, Seen, identity, look, split
+from dvt.analysis.priors.seen import BATCH, CONDITIONS, Clean, Condition, Seen, identity, look, split
 from dvt.analysis.priors.targets import Kind, Target
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import file_sha256, find_images
+from dvt.progress import Progress
 from dvt.training import Trained, TrainingConfig, epoch_indices, train
 
 __all__ = ["PriorTraining", "Run", "evaluate_prior", "fit_prior", "open_run", "sample_prior", "train_prior"]

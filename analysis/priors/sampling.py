@@ -19,11 +19,12 @@ from dvt.analysis.pictures import pca_colours, save
 from dvt.analysis.priors.diffusion import heun
 from dvt.analysis.priors.evaluate import features, frechet_distance, memorisation, round_trip_cosine
 from dvt.analysis.priors.prior import Prior, Sampler, sampling_sigmas
-from dvt.analysis.priors.seen import BATCH, Clean, Progress, Seen, identity
+from dvt.analysis.priors.seen import BATCH, Clean, Seen, identity
 from dvt.analysis.priors.targets import Target
 from dvt.backbones import Backbone
-from dvt.checkpoints import save_state
+from dvt.backbones.weights import save_state
 from dvt.errors import BackboneError, ConfigError, WeightsError
+from dvt.progress import Progress
 
 _FEWEST_COMPARED = 20  # held-out images that the memorisation check needs
 _DRAWS = 8  # of noise for each held-out image in a validation

@@ -13,6 +13,7 @@ from torch import Tensor
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import load_image
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.training import hold_out
 from dvt.views import resize
@@ -20,7 +21,6 @@ from dvt.views import resize
 Condition = Literal["cls", "patch", "both"]
 CONDITIONS = ("cls", "patch", "both")
 Clean = Callable[[Tokens], Tokens]
-Progress = Callable[[str, int, int], None]
 
 BATCH = 32  # images at a time where nothing is trained
 _FEWEST = 8  # images

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.nulls import token_maps
-from dvt.analysis.probes.features import Progress
+from dvt.analysis.metrics.nulls import token_maps
 from dvt.analysis.probes.probe import Maps, Probe
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 

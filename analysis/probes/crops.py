@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dvt.analysis.datasets import Example, LabelledData, open_data
-from dvt.analysis.layouts import IGNORE
+from dvt.analysis.probes.datasets import LabelledData, open_data
+from dvt.analysis.probes.layouts import IGNORE, Example
 from dvt.errors import ConfigError, DataError
 from dvt.grids import Size
 from dvt.images import load_image

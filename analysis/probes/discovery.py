@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.nulls import token_maps
+from dvt.analysis.metrics.nulls import token_maps
 from dvt.analysis.probes.probe import Maps, Probe, check_maps
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.layouts import some
+from dvt.analysis.probes.layouts import some
 from dvt.analysis.probes.probe import grid_of
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, DataError, ShapeError
 from dvt.grids import Size
 from dvt.images import file_sha256, load_image
+from dvt.progress import Progress
 from dvt.store import FeatureStore, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig, Views, resize
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]
 Item = TypeVar("Item")
 
 _SHARD_IMAGES = 64
@@ -112,7 +112,7 @@ def _numbers(views: ViewConfig) -> dict[str, object]:
 
 @torch.no_grad()
 def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None) -> Record:
-    pixels = load_image(path).to(backbone.mean.device)
+    pixels = load_image(path).to(backbone.device)
     size: Size = (pixels.shape[1], pixels.shape[2])
     if views is None:
         tokens = backbone(resize(pixels, backbone.input_size(size))[None])

@@ -11,15 +11,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dvt.analysis.datasets import LabelledData, Target, open_data, pick
-from dvt.analysis.layouts import IGNORE, Example, some
 from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
+from dvt.analysis.probes.datasets import LabelledData, Target, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
-from dvt.analysis.probes.features import Lazy, Progress, held
+from dvt.analysis.probes.features import Lazy, held
+from dvt.analysis.probes.layouts import IGNORE, Example, some
 from dvt.analysis.probes.probe import HeadConfig, Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
@@ -28,6 +28,7 @@ from dvt.backbones import Backbone
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
 from dvt.images import find_images, image_size, load_image
+from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
 
@@ -216,7 +217,7 @@ def _run_correspondence(
     """Matches between images and their warped views; any photographs will do."""
     files = pick(find_images([config.data]), config.test_images)
     source = _row_features(config, backbone, files, 0, progress)
-    images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.mean.device))
+    images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.device))
     ways = {n: source.function(n, variants.get(n)) for n in names if not isinstance(variants.get(n), Backbone)}
     passes: dict[str, tuple[Backbone, Mapping[str, Callable[[Tokens], Tokens]]]] = {RAW: (backbone, ways)}
     passes |= {name: (other, {}) for name, other in variants.items() if isinstance(other, Backbone)}

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
-from dvt.analysis.layouts import IGNORE
+from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import (
     HeadConfig,
     Maps,
@@ -32,7 +32,7 @@ class SegmentationProbe(Probe):
     """What both segmentation probes share: predictions by classes' scores, and counts of pixels as evidence.
 
     Args:
-        num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.layouts.IGNORE` where they do not count.
+        num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.probes.layouts.IGNORE` where they do not count.
     """
 
     metric = "mIoU"

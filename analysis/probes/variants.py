@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dvt.analysis.probes import features
-from dvt.analysis.probes.features import Lazy, Progress, cached_tokens, held, stored_tokens
+from dvt.analysis.probes.features import Lazy, cached_tokens, held, stored_tokens
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ShapeError
+from dvt.progress import Progress
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
@@ -65,7 +66,7 @@ class RowFeatures:
         self.backbone, self.images, self.cache, self.progress = backbone, images, cache, progress
         self.views, self.position, self.seed = views, position, seed
         self.train = train or len(images)
-        self.device = backbone.mean.device
+        self.device = backbone.device
         self.raw = cached_tokens(backbone, images, cache, progress=progress)
 
     def maps(self, name: str, variant: Variant | None) -> Sequence[Tensor]:

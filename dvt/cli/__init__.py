@@ -19,6 +19,7 @@ from dvt.cli.analysis import Analyze, Doctor, Probe, Report, analyze, doctor, pr
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
 from dvt.cli.priors import Prior, prior
+from dvt.cli.remedies import FindRemedy, remedy
 from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
 
@@ -32,6 +33,7 @@ COMMANDS: dict[str, tuple[type, Run]] = {
     "inspect": (Inspect, inspect),
     "store": (Store, store),
     "train": (Train, train),
+    "remedy": (FindRemedy, remedy),
     "distill": (Distill, distill),
     "export": (Export, export),
     "doctor": (Doctor, doctor),

@@ -14,9 +14,11 @@ from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
 from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json, writable
+from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import denoise_image
 from dvt.images import find_images
-from dvt.pipeline import DenoiseConfig, denoise_image
 from dvt.store import FeatureStore
 from dvt.views import ViewConfig
 
@@ -51,6 +53,8 @@ class Doctor(DenoiserOptions):
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (searched recursively), globs, or a .txt list of paths; ten or more are better."""
+    remedies: bool = False
+    """Find and compare the remedies that need no training, too."""
     doctor: Annotated[DoctorConfig, tyro.conf.arg(name="")] = field(default_factory=DoctorConfig)
     """What counts as an artifact."""
 
@@ -119,17 +123,26 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
         console.print_json(data=settings)
         return 0, settings
     backbone = command.load()
+    variants = _variants(command, backbone)
+    commands: dict[str, str] = {}
+    refused: dict[str, str] = {}
     with progress_bar(console) as progress:
+        if command.remedies:
+            found, commands, refused = compared(command, backbone, paths, command.images, progress)
+            variants |= found
         diagnosis = diagnose(
             backbone,
             paths,
-            _variants(command, backbone),
+            variants,
             command.doctor,
+            commands=commands,
             decompose=_decompose(backbone, DenoiseConfig().views.count),
             progress=progress,
         )
     console.print(diagnosis.to_text(), markup=False, highlight=False)
-    return 0, {**diagnosis.to_json(), "settings": settings}
+    for name, reason in refused.items():
+        console.print(f"\n{name}: {reason}", markup=False, highlight=False)
+    return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
 def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
@@ -157,7 +170,7 @@ def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
 
 def report(command: Report, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt report`: 0 when the page is written."""
-    from dvt.analysis.report import write_report
+    from dvt.analysis.page.report import write_report
 
     path = write_report(command.folder, command.out)
     size = path.stat().st_size
@@ -166,7 +179,7 @@ def report(command: Report, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _variants(command: DenoiserOptions, backbone: Backbone) -> dict[str, Any]:
-    clean = command.token_function(backbone)
+    clean = command.variant(backbone)
     return {} if clean is None else {"denoised": clean}
 
 

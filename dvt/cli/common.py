@@ -87,21 +87,45 @@ class DenoiserOptions(BackboneOptions):
             return None
         denoiser = Denoiser.from_pretrained(self.denoiser)
         denoiser.check_fits(backbone, self.force)
-        return denoiser.to(backbone.mean.device).eval()
+        return denoiser.to(backbone.device).eval()
+
+    def variant(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | Backbone | None:
+        """The same as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
+        denoiser = self.load_denoiser(backbone)
+        return None if denoiser is None else variant_of(denoiser, backbone, self.force)
 
     def token_function(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | None:
-        """The same as a function of Tokens, as analyses take it."""
-        import torch
+        """The same as a function of Tokens alone.
 
-        denoiser = self.load_denoiser(backbone)
-        if denoiser is None:
-            return None
+        Raises:
+            ConfigError: the denoiser acts inside the backbone.
+        """
+        from dvt.backbones import Backbone as Inside
 
-        def clean(tokens: Tokens) -> Tokens:
-            with torch.no_grad():
-                return tokens.with_patches(denoiser(tokens.patches, tokens.prefix))
+        found = self.variant(backbone)
+        if isinstance(found, Inside):
+            raise ConfigError(
+                f"{self.denoiser} holds test-time registers, which act inside the backbone; this command takes "
+                "denoisers of tokens only. export, doctor, analyze and probe take registers, and attach in Python"
+            )
+        return found
 
-        return clean
+
+def variant_of(denoiser: Denoiser, backbone: Backbone, force: bool = False) -> Callable[[Tokens], Tokens] | Backbone:
+    """A denoiser as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
+    import torch
+
+    from dvt.denoiser import denoised_backbone
+    from dvt.denoiser.config import INSIDE
+
+    if denoiser.config.kind in INSIDE:
+        return denoised_backbone(denoiser, backbone, force)
+
+    def clean(tokens: Tokens) -> Tokens:
+        with torch.no_grad():
+            return tokens.with_patches(denoiser(tokens.patches, tokens.prefix))
+
+    return clean
 
 
 def find_device(name: str) -> torch.device:

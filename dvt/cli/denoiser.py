@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first, writable
-from dvt.denoiser.backbone import BackboneTraining
-from dvt.denoiser.distill import DenoiserTraining, train_denoiser
+from dvt.denoiser.distill.job import BackboneTraining
+from dvt.denoiser.train import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
 from dvt.images import find_images
 
@@ -80,7 +80,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt distill`: 0 when the backbone is written."""
-    from dvt.denoiser.backbone import distill_backbone
+    from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
     settings = plain(command, command="distill", images=paths)
@@ -98,9 +98,9 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
 def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt export`: 0 when the file is written and computes what the backbone does."""
+    from dvt.backbones.export import ExportConfig
+    from dvt.backbones.export import export as write
     from dvt.denoiser.attach import denoised_backbone
-    from dvt.denoiser.export import ExportConfig
-    from dvt.denoiser.export import export as write
 
     config = ExportConfig(grid=command.grid, opset=command.opset)
     settings = plain(command, command="export")

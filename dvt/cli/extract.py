@@ -13,9 +13,9 @@ from rich.markup import escape
 
 from dvt.cli.common import DenoiserOptions, plain, progress_bar
 from dvt.cli.jobs import JobOptions, print_job, run_job
-from dvt.extract import ExtractConfig, Extraction
 from dvt.images import find_sources
-from dvt.store_tools import export_store, merge_stores
+from dvt.jobs.extract import ExtractConfig, ExtractWork
+from dvt.store.tools import export_store, merge_stores
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     return (2 if summary.failed else 0), print_job(console, command, summary, seconds)
 
 
-def _extraction(command: Extract, config: ExtractConfig) -> Extraction:
+def _extraction(command: Extract, config: ExtractConfig) -> ExtractWork:
     backbone = command.load()
-    return Extraction(backbone, config, command.load_denoiser(backbone), strict=command.strict)
+    return ExtractWork(backbone, config, command.load_denoiser(backbone), strict=command.strict)
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:

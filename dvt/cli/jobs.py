@@ -19,7 +19,9 @@ from rich.table import Table
 from dvt.cli.common import BackboneOptions, save_json
 from dvt.errors import ConfigError
 from dvt.images import is_url
-from dvt.work import Progress, Summary, Work, check_run, run
+from dvt.jobs.run import check_run, run
+from dvt.jobs.work import Summary, Work
+from dvt.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def run_job(
         save_settings(command.out, {"job": job.attributes(), **settings})
 
     if command.ray is not None:
-        from dvt import cluster
+        from dvt.jobs import cluster
 
         runner = partial(
             cluster.run,
@@ -91,7 +93,7 @@ def run_job(
 def save_settings(out: str, content: dict[str, Any]) -> None:
     """config.json beside the shards."""
     if is_url(out):
-        from dvt.target import Target
+        from dvt.store.remote import Target
 
         Target(out).put("config.json", (json.dumps(content, indent=1) + "\n").encode())
     else:

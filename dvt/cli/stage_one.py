@@ -20,14 +20,14 @@ from rich.table import Table
 import dvt
 from dvt.cli.common import plain, progress_bar
 from dvt.cli.jobs import JobOptions, print_job, run_job
-from dvt.decompose import Denoising
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.image import DecomposedImage
+from dvt.fields.images import DecomposeWork
 from dvt.files import whole_file
 from dvt.images import find_sources, is_url
-from dvt.pipeline import DenoiseConfig, Denoised
 from dvt.store import FeatureStore, damaged_shards
-from dvt.views import ViewConfig
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,11 @@ class Denoise(JobOptions):
 
     seed: int = 0
     """Seed of the views and the solver."""
-    views: int = 48
-    """Random views an image, beside the whole image; the paper takes 768."""
+    product: Literal["removed", "ensembled", "blend"] | None = None
+    """removed: each image's own tokens without the artifact; ensembled: the field over scales, which labels like;
+    blend: between the two. If not given, removed, or ensembled with the neural solver."""
+    views: int | None = None
+    """Views an image, beside the whole image; if not given, 16 where the product is removed, else 48 (paper: 768)."""
     batch: int = 16
     """Views a forward pass."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -106,7 +109,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
     if command.upsample > 1 and command.ray is not None:
         raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
-    if command.views < 1:
+    if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     # Of an earlier run, where OUT lies among the images. Not Path.resolve, which stops at a symlink to itself.
@@ -120,7 +123,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     if command.dry_run:
         console.print_json(data=settings)
         return 0, settings
-    console.print(f"{escape(command.backbone)}: {len(paths)} images, {command.views} views, {command.solver} solver")
+    views = f"{config.views.count} {config.views.kind}"
+    console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
@@ -141,15 +145,15 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     return (2 if summary.failed else 0), {**result, **({"position": position} if known else {})}
 
 
-def _denoising(command: Denoise, config: DenoiseConfig, each: _Writer | None) -> Denoising:
-    return Denoising(
+def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> DecomposeWork:
+    return DecomposeWork(
         command.load(),
         config,
         keep_terms=command.keep_terms,
         shard_images=command.shard_images,
         strict=command.strict,
         profile=command.profile,
-        each=each,
+        on_image=on_image,
     )
 
 
@@ -192,8 +196,10 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _config(command: Denoise) -> DenoiseConfig:
+    chosen = DenoiseConfig(views=command.views, product=command.product, solver=command.solver)  # type: ignore[arg-type]
     return DenoiseConfig(
-        views=ViewConfig(count=command.views, seed=command.seed, batch=command.batch),
+        views=dataclasses.replace(chosen.views, seed=command.seed, batch=command.batch),
+        product=chosen.product,
         solver=command.solver,
         linear=dataclasses.replace(command.linear, seed=command.seed),
         neural=dataclasses.replace(command.neural, seed=command.seed),
@@ -218,21 +224,21 @@ class _Writer:
                 name += "-"
             self.names[path] = name
 
-    def __call__(self, path: Path, pixels: torch.Tensor, result: Denoised) -> None:
+    def __call__(self, path: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         name = self.names[path]
         if self.command.pictures:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
             self._upsampled(self.out / "upsampled" / f"{name}.npy", result)
 
-    def _picture(self, target: Path, pixels: torch.Tensor, result: Denoised) -> None:
+    def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save
 
         parts = result.decomposition.to("cpu")
         residual = parts.residual if parts.residual.any() else None
         save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
 
-    def _upsampled(self, target: Path, result: Denoised) -> None:
+    def _upsampled(self, target: Path, result: DecomposedImage) -> None:
         import numpy as np
 
         values = result.upsampled(self.command.upsample).cpu().numpy()

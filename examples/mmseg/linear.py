@@ -1,6 +1,6 @@
 # What the three configs share: a frozen backbone, a linear head, and the schedule of the linear protocol of
 # Denoising ViT (arXiv 2401.02957): AdamW, 40,000 iterations of 16 crops, linear warm-up, then linearly to zero.
-custom_imports = {"imports": ["dvt.mmseg"], "allow_failed_imports": False}
+custom_imports = {"imports": ["dvt.denoiser.mmseg"], "allow_failed_imports": False}
 default_scope = "mmseg"
 
 model = {

@@ -20,8 +20,8 @@ from typing import Any
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
+from dvt.denoiser.mmseg import DvtBackbone
 from dvt.errors import DvtError
-from dvt.mmseg import DvtBackbone
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 DIFFERENCE = "difference"

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 
 import dvt
-from dvt import families, grids
-from dvt.analysis import AnalyzeConfig, PositionMeans, Report, analyze, metrics, scores, torus_windows
-from dvt.analysis.information import mic, most_informative
-from dvt.analysis.nulls import shuffled, token_maps
-from dvt.analysis.ridge import held_out, held_out_r2
-from dvt.analysis.viewer import quantise
+from dvt import grids
+from dvt.analysis import AnalyzeConfig, PositionMeans, Report, analyze, torus_windows
+from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics import scores
+from dvt.analysis.metrics.information import mic, most_informative
+from dvt.analysis.metrics.nulls import shuffled, token_maps
+from dvt.analysis.metrics.ridge import held_out, held_out_r2
+from dvt.analysis.page.viewer import quantise
+from dvt.backbones import families
 from dvt.errors import BackboneError, ConfigError, ImageError, ShapeError
 from dvt.fields.planted import relative_error
 from dvt.store import FeatureStore, Job, Record, StoreWriter

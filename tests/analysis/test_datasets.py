@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dvt.analysis.datasets import LAYOUTS, open_data
-from dvt.analysis.layouts import IGNORE
+from dvt.analysis.probes.datasets import open_data
+from dvt.analysis.probes.layouts import IGNORE, LAYOUTS
 from dvt.errors import ConfigError, DataError, ImageError
 
 SIZE = (8, 12)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvt import grids
-from dvt.analysis import metrics
-from dvt.analysis.information import mic
-from dvt.analysis.nulls import matched_noise, shuffled, with_null
-from dvt.analysis.ridge import held_out_r2
+from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.information import mic
+from dvt.analysis.metrics.nulls import matched_noise, shuffled, with_null
+from dvt.analysis.metrics.ridge import held_out_r2
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 

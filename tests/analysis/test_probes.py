@@ -13,17 +13,17 @@ from PIL import Image
 from torch.nn import AvgPool2d
 
 from dvt import grids
-from dvt.analysis.datasets import open_data
-from dvt.analysis.layouts import IGNORE
+from dvt.analysis.metrics.ridge import held_out_r2
 from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.crops import SHARE, cached_crops, draw_square, write_crops
+from dvt.analysis.probes.datasets import open_data
 from dvt.analysis.probes.depth import DepthProbe, depth_errors
+from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import HeadConfig, reduced
 from dvt.analysis.probes.protocol import ProbeConfig, prepare, run_probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation, class_counts, count_scores
 from dvt.analysis.probes.table import bootstrap_samples, make_rows, resampled, student
-from dvt.analysis.ridge import held_out_r2
 from dvt.backbones import wrap
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.images import load_image

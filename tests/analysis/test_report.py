@@ -15,7 +15,7 @@ from PIL import Image
 
 import dvt
 from dvt.analysis import AnalyzeConfig, Report, Row, analyze
-from dvt.analysis.report import fitting, render, write_report
+from dvt.analysis.page.report import fitting, render, write_report
 from dvt.errors import ConfigError
 from dvt.tokens import Tokens
 

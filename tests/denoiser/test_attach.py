@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import dvt
-from dvt import families
-from dvt.backbones import _backbone, load_backbone, wrap
-from dvt.catalogue import SMALLEST, try_size
+from dvt.backbones import families, load_backbone, wrap
+from dvt.backbones.catalogue import SMALLEST, try_size
+from dvt.backbones.load import _backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
 from dvt.denoiser.attach import FeatureMaps, attach, denoised_backbone
 from dvt.errors import BackboneError, ShapeError

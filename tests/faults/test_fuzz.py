@@ -40,11 +40,11 @@ from PIL import Image
 from safetensors.torch import save, save_file
 
 import dvt.images
-from dvt.checkpoints import load_state, read_state
+from dvt.backbones.weights import load_state, read_state
 from dvt.errors import DvtError, ImageError
 from dvt.images import file_sha256, find_images, image_size, load_image
 from dvt.store import FeatureStore, Job, Record, StoreWriter, damaged_shards
-from dvt.store_tools import export_store, merge_stores
+from dvt.store.tools import export_store, merge_stores
 
 SECONDS_A_CASE = 30  # then the process is ended with a traceback
 MEMORY = 16 << 30  # address space of the process; torch alone maps several GB of libraries
@@ -186,7 +186,7 @@ def image_files() -> dict[str, bytes]:
         "tga": (rgb.convert("RGBA"), {"compression": "tga_rle"}),
         "mpo": (rgb, pages),
     }
-    known = {name.lower() for name in dvt.images._formats()}
+    known = {name.lower() for name in dvt.images.read._formats()}
     return {n: encoded(*m, n.rsplit(".")[-1]) for n, m in made.items() if n.rsplit(".")[-1] in known}
 
 
@@ -477,7 +477,12 @@ ACTIONS: dict[str, Callable[[h5py.File, Path, str, int], None]] = {
     "name": _odd_name,
     "user block": _user_block,
 }
-DATASETS = ("tokens/raw", "tokens/semantic", "tokens/prefix", *(f"index/{name}" for name in dvt.store._INDEX_RANKS))
+DATASETS = (
+    "tokens/raw",
+    "tokens/semantic",
+    "tokens/prefix",
+    *(f"index/{name}" for name in dvt.store.index._INDEX_RANKS),
+)
 MADE = st.lists(
     st.tuples(st.sampled_from(sorted(ACTIONS)), st.sampled_from(DATASETS), st.integers(0, 255)), min_size=1, max_size=3
 )

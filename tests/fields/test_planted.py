@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as nnf
 
 from dvt import grids
-from dvt.errors import ShapeError
-from dvt.fields.planted import Planted, PlantedConfig, relative_error
+from dvt.errors import ConfigError, ShapeError
+from dvt.fields.planted import Planted, PlantedBackbone, PlantedBackboneConfig, PlantedConfig, relative_error
 
 SMALL = PlantedConfig(channels=24, grid=(8, 10), views=40, blur=0.02)
 
@@ -101,3 +102,71 @@ def test_relative_error():
     assert relative_error(centred * 1.1, truth) == pytest.approx(0.1, rel=1e-4)
     with pytest.raises(ShapeError, match="same shape"):
         relative_error(truth[:2], truth)
+
+
+# The planted backbone --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pixels(photo):
+    return nnf.interpolate(photo[None], size=(224, 336), mode="bilinear", antialias=True)
+
+
+def planted(pixels, **settings):
+    return PlantedBackbone(pixels[0], PlantedBackboneConfig(channels=24, **settings))
+
+
+def test_a_planted_backbone_is_the_sum_of_its_terms(pixels):
+    backbone = planted(pixels, artifact=0.65)
+    tokens, field, artifact = backbone(pixels), backbone.semantic(pixels), backbone.artifact((14, 21))
+    assert tokens.grid == (14, 21) and tokens.feature_dim == 24
+    torch.testing.assert_close(tokens.patches, field + artifact)
+    assert artifact.mean((0, 1)).abs().max() < 1e-6 and artifact.square().mean().sqrt().item() == pytest.approx(0.65)
+    assert (field - field.mean((0, 1, 2))).square().mean().item() == pytest.approx(1, rel=1e-4)
+    again = planted(pixels, artifact=0.65)
+    assert again.weights_sha256 == backbone.weights_sha256 and torch.equal(again(pixels).patches, tokens.patches)
+
+
+def test_its_field_changes_with_scale_and_mirroring_and_not_with_whole_patch_shifts(pixels):
+    backbone = planted(pixels)
+    field = backbone.semantic(pixels)
+    assert relative_error(backbone.semantic(pixels.flip(-1)).flip(2)[0], field[0]) > 0.3
+    double = backbone.semantic(nnf.interpolate(pixels, scale_factor=2, mode="bicubic"))
+    pooled = nnf.avg_pool2d(double.movedim(-1, 1), 2).movedim(1, -1)
+    assert relative_error(pooled[0], field[0]) > 0.3
+    torch.testing.assert_close(backbone.semantic(pixels.roll((32, 48), (2, 3))), field.roll((2, 3), (1, 2)))
+
+
+def test_context_makes_a_token_depend_on_what_else_is_seen(pixels):
+    for context, least, most in ((0.0, 0.0, 1e-5), (0.5, 0.005, 0.5)):
+        backbone = planted(pixels, context=context)
+        whole, part = backbone.semantic(pixels)[0, 3:, 4:], backbone.semantic(pixels[:, :, 48:, 64:])[0]
+        assert least <= relative_error(part, whole) < most
+
+
+def test_noise_has_its_size_and_neither_content_nor_position_tells_it(pixels):
+    backbone = planted(pixels, artifact=0.0, noise=0.3)
+    here = (backbone(pixels).patches - backbone.semantic(pixels))[0]
+    there = (backbone(pixels.roll(16, 3)).patches - backbone.semantic(pixels.roll(16, 3)))[0]
+    assert here.square().mean().sqrt().item() == pytest.approx(0.3, rel=0.1)
+    assert nnf.cosine_similarity(here.flatten(), there.roll(-1, 1).flatten(), dim=0).abs() < 0.1
+    assert nnf.cosine_similarity(here.flatten(), there.flatten(), dim=0).abs() < 0.1
+
+
+@pytest.mark.parametrize("flicker", [False, True])
+def test_outliers_lie_on_flat_patches_and_flicker_or_stay(pixels, flicker):
+    backbone = planted(pixels, outliers=0.5, flicker=flicker)
+    found, moved = backbone.outliers(pixels), backbone.outliers(pixels.roll(32, 3)).roll(-2, 2)
+    assert 0.02 < found.float().mean() < 0.18
+    assert torch.equal(found, moved) != flicker
+    extra = (backbone(pixels).patches - backbone.semantic(pixels) - backbone.artifact((14, 21))).norm(dim=-1)
+    mean_norm = backbone.semantic(pixels).norm(dim=-1).mean()
+    assert extra[~found].max() < 1e-4
+    torch.testing.assert_close(extra[found], (4 * mean_norm).expand_as(extra[found]), rtol=1e-4, atol=1e-4)
+    flat = nnf.unfold(pixels, 16, stride=16).std(1).view(found.shape)
+    assert flat[found].max() <= flat.flatten().quantile(0.21)
+
+
+def test_a_planted_backbone_refuses_sizes_out_of_range():
+    with pytest.raises(ConfigError, match=r"share in \[0, 1\]"):
+        PlantedBackboneConfig(outliers=1.5)

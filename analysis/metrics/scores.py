@@ -1,0 +1,276 @@
+"""The metrics as rows of a table: a value, what chance gives, and a bootstrap interval over images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.nulls import matched_noise, shuffled, token_maps
+from dvt.analysis.metrics.positions import PositionShare, interval_of, resampled, score_of
+from dvt.errors import ShapeError
+from dvt.tokens import Tokens
+
+RESAMPLES = 1000
+# A grey image of one level has no other to be averaged with.
+GREYS = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a metric means, for tables.
+
+    Args:
+        title: short name.
+        meaning: one line, with unit and range.
+        better: "lower" or "higher", which of them means fewer artifacts.
+    """
+
+    title: str
+    meaning: str
+    better: str
+
+
+METRICS = {
+    "position_share": Metric(
+        "Position share", "share of variance that stays at the patch position when the content moves, to 1", "lower"
+    ),
+    "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
+    "position_mic": Metric("Position MIC", "information of the best channel on x and y, 0 to 1", "lower"),
+    "outlier_share": Metric("Norm outliers", "share of tokens whose norm is beyond 5 robust sigmas, 0 to 1", "lower"),
+    "norm_spread": Metric("Norm p99/p50", "99th percentile of the norm over the median, from 1", "lower"),
+    "shift_p50": Metric("Shift cosine p50", "median cosine of one image point in shifted windows, to 1", "higher"),
+    "shift_p5": Metric("Shift cosine p5", "the same at the 5th percentile", "higher"),
+    "blank_energy": Metric("Blank energy", "share of the response to a grey image that varies, 0 to 1", "lower"),
+    "blank_correlation": Metric(
+        "Blank corr. with G", "correlation of that response with the artifact, -1 to 1", "lower"
+    ),
+    "grid_peak": Metric("Grid peak", "power at the patch-grid frequencies over the power around, about 1", "lower"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of a report.
+
+    Args:
+        metric: a key of :data:`METRICS`.
+        value: the metric; None where it cannot be had, for the reason in `note`.
+        null: what chance gives; None where there is no null.
+        null_low, null_high: 95 % interval of one more draw of the null.
+        low, high: 95 % bootstrap interval of the value over images; None with fewer than two.
+        images: how many images (or greys) the value rests on.
+        note: what is special about it.
+        variant: "raw", a term, or the name of a denoiser.
+        layer: -1 for the last one after the final norm.
+        backbone: its label in the report.
+    """
+
+    metric: str
+    value: float | None
+    null: float | None = None
+    null_low: float | None = None
+    null_high: float | None = None
+    low: float | None = None
+    high: float | None = None
+    images: int = 0
+    note: str = ""
+    variant: str = "raw"
+    layer: int = -1
+    backbone: str = ""
+
+
+def missing(metric: str, reason: str) -> Row:
+    """A row without a value."""
+    return Row(metric, None, note=reason)
+
+
+def static_rows(
+    maps: Sequence[Tokens],
+    generator: torch.Generator,
+    draws: int,
+    mic_images: int,
+    candidates: int | None,
+    period: int = 2,
+) -> list[Row]:
+    """The four metrics that need nothing but the tokens of photographs.
+
+    Args:
+        maps: one set of tokens an image.
+        draws: of each null.
+        mic_images: images that MIC, the dearest by far, is computed on, evenly spread over all.
+        candidates: channels an axis that MIC scores; see :func:`dvt.analysis.metrics.artifacts.position_mic`.
+        period: of the grid, see :func:`dvt.analysis.metrics.artifacts.grid_peak`.
+    """
+    few = [maps[i] for i in torch.linspace(0, len(maps) - 1, min(mic_images, len(maps))).long().tolist()]
+    tasks: list[tuple[str, Callable[[], list[Row]]]] = [
+        ("position_r2", lambda: [position_r2(maps, generator, draws)]),
+        ("position_mic", lambda: [position_mic(few, generator, candidates)]),
+        ("outlier_share", lambda: outliers(maps, generator)),
+        ("grid_peak", lambda: [grid_peak(maps, generator, draws, period)]),
+    ]
+    rows = []
+    for name, task in tasks:
+        try:
+            rows += task()
+        except ShapeError as error:  # a grid that is too small for this one
+            rows.append(missing(name, str(error)))
+    return rows
+
+
+def position_r2(maps: Sequence[Tokens], generator: torch.Generator, draws: int) -> Row:
+    """Score :func:`~dvt.analysis.metrics.artifacts.position_decodability`; the interval is over held-out images."""
+    targets = []
+    for each in token_maps(maps):
+        centres = grids.grid_centres((each.shape[0], each.shape[1]))
+        orders = [torch.randperm(centres[..., 0].numel(), generator=generator) for _ in range(draws)]
+        drawn = [centres.flatten(0, 1)[order].view_as(centres) for order in orders]
+        targets.append(torch.cat((centres, *drawn), dim=-1))
+    found = metrics.position_errors(maps, targets, width=2)
+    values = found.r2().unflatten(0, (-1, 2)).mean(1).cpu()
+    interval = None
+    if (groups := len(found.counts)) > 1:
+        weights = resampled(groups, RESAMPLES, generator)
+        interval = interval_of(found.r2(weights)[:, :2].mean(1).cpu())
+    note = "" if len(maps) > 1 else "one image: its tokens are on both sides, so the number is optimistic"
+    return _row("position_r2", float(values[0]), values[1:], interval, len(maps), note)
+
+
+def position_mic(maps: Sequence[Tokens], generator: torch.Generator, candidates: int | None) -> Row:
+    """:func:`dvt.analysis.metrics.artifacts.position_mic`."""
+    values = metrics.position_mics(maps, candidates)
+    rounds = _rounds(len(maps))
+    null = torch.cat([metrics.position_mics(shuffled(maps, generator), candidates) for _ in range(rounds)])
+    channels = maps[0].feature_dim
+    note = "" if candidates is None or candidates >= channels else f"best {candidates} of {channels} channels an axis"
+    return _mean_row("position_mic", values, null, generator, note)
+
+
+def outliers(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
+    """The share of norm outliers, and how far the norms of an image spread, against noise of the same covariance.
+
+    The thresholds are those of all images together, also in the bootstrap. The null comes from up to 16 images.
+    """
+    few = list(maps[:: max(1, len(maps) // 16)])
+    noise = [cast("list[Tokens]", matched_noise(few, generator)) for _ in range(_rounds(len(few)))]
+    rows = []
+    for metric, of in (("outlier_share", _shares), ("norm_spread", _spreads)):
+        rows.append(_mean_row(metric, of(maps), torch.cat([of(each) for each in noise]), generator))
+    return rows
+
+
+def _rounds(images: int) -> int:
+    """How often a null of one draw an image is drawn: the spread of its mean is known from at least six values."""
+    return max(1, -(-6 // images))
+
+
+def _shares(maps: Sequence[Tokens]) -> Tensor:
+    """(N,) share of outliers of each image."""
+    low, high = metrics.norm_outliers(maps).bounds
+    norms = [each.norm(dim=-1).double() for each in token_maps(maps)]
+    return torch.stack([((each > high) | (each < low)).double().mean() for each in norms])
+
+
+def _spreads(maps: Sequence[Tokens]) -> Tensor:
+    """(N,) p99 / p50 of the norms of each image."""
+    return torch.stack([_ratio(each.norm(dim=-1).flatten().double()) for each in token_maps(maps)])
+
+
+def _ratio(norms: Tensor) -> Tensor:
+    ordered = norms.sort().values
+    return ordered[round(0.99 * (len(ordered) - 1))] / ordered.median().clamp(min=1e-12)
+
+
+def grid_peak(maps: Sequence[Tokens], generator: torch.Generator, draws: int, period: int = 2) -> Row:
+    """:func:`dvt.analysis.metrics.artifacts.grid_peak`."""
+    powers = metrics.grid_powers(maps, period)
+    value = float(metrics.peak_of(powers.mean(0)))
+    null = [
+        float(metrics.peak_of(metrics.grid_powers(shuffled(maps, generator), period).mean(0))) for _ in range(draws)
+    ]
+    interval = None
+    if len(maps) > 1:
+        weights = resampled(len(maps), RESAMPLES, generator).to(powers)
+        interval = interval_of(metrics.peak_of(torch.einsum("ri,i...->r...", weights, powers)).cpu())
+    return _row("grid_peak", value, torch.tensor(null), interval, len(maps))
+
+
+def shift_rows(found: Sequence[metrics.ShiftStability], generator: torch.Generator, note: str = "") -> list[Row]:
+    """Average :func:`~dvt.analysis.metrics.artifacts.shift_stability`; its null is tokens of other points."""
+    rows = []
+    for metric, same, other in (("shift_p50", "p50", "unmatched"), ("shift_p5", "p5", "unmatched_p5")):
+        values, null = (torch.tensor([getattr(each, name) for each in found]).double() for name in (same, other))
+        rows.append(_mean_row(metric, values, null, generator, note))
+    return rows
+
+
+def blank_rows(
+    responses: Sequence[Tensor], artifact: Tensor | None, generator: torch.Generator, draws: int
+) -> list[Row]:
+    """Energy and correlation of the responses (h, w, C) to several greys; the interval is over greys.
+
+    A model without position answers a grey with equal tokens: the null of the energy is 0. That of the correlation
+    is the artifact with its positions permuted.
+    """
+    energies = torch.tensor([metrics.blank_energy(each) for each in responses]).double()
+    rows = [replace(_mean_row("blank_energy", energies, None, generator, "interval over greys"), null=0.0)]
+    if artifact is None:
+        return [*rows, missing("blank_correlation", "no artifact is known to correlate with")]
+    values = torch.tensor([metrics.blank_correlation(each, artifact) for each in responses]).double()
+    null = torch.tensor([metrics.blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
+    interval = _bootstrap_mean(values, generator)
+    return [*rows, _row("blank_correlation", float(values.mean()), null, interval, len(values), "interval over greys")]
+
+
+def _permuted(artifact: Tensor, generator: torch.Generator) -> Tensor:
+    return shuffled(Tokens.of(artifact), generator).patches[0]  # type: ignore[union-attr]
+
+
+def share_row(share: PositionShare) -> Row:
+    """The share of position that all images have in common; with one image, that image's own."""
+    score, interval = share.shared or share.own, share.shared_interval
+    note = f"{share.own.value:.3f} within each image" if share.shared else "one image: what is its own counts too"
+    low, high = interval or (None, None)
+    return Row(
+        "position_share", score.value, score.null, score.low, score.high, low, high, images=share.images, note=note
+    )
+
+
+def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch.Generator, note: str = "") -> Row:
+    """A mean over images beside the mean of a null that has one draw an image, independent of each other."""
+    from scipy.stats import t as student
+
+    interval = _bootstrap_mean(values, generator)
+    row = _row(metric, float(values.mean()), None, interval, len(values), note)
+    if null is None:
+        return row
+    mean, count = float(null.double().mean()), len(null)
+    if count < 2:
+        return replace(row, null=mean)
+    # The interval of another mean of as many images as the value has.
+    error = float(null.double().std()) * (1 / count + 1 / len(values)) ** 0.5
+    half = float(student.ppf(0.975, count - 1)) * error
+    return replace(row, null=mean, null_low=mean - half, null_high=mean + half)
+
+
+def _bootstrap_mean(values: Tensor, generator: torch.Generator) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    return interval_of(resampled(len(values), RESAMPLES, generator) @ values.double().cpu() / len(values))
+
+
+def _row(
+    metric: str, value: float, null: Tensor | None, interval: tuple[float, float] | None, images: int, note: str = ""
+) -> Row:
+    low, high = interval or (None, None)
+    if null is None or not len(null):
+        return Row(metric, value, low=low, high=high, images=images, note=note)
+    if len(null) == 1:
+        return Row(metric, value, float(null[0]), low=low, high=high, images=images, note=note)
+    score = score_of(value, null.double())
+    return Row(metric, value, score.null, score.low, score.high, low, high, images, note)

@@ -1,0 +1,265 @@
+"""Labelled data on disk: one folder layout of our own, five well-known ones, and clear words for what is wrong.
+
+The layout, where the split folders may be missing::
+
+    DATA/images/{train,val,test}/NAME.jpg
+    DATA/annotations/{train,val,test}/NAME.png      class ids; ids to leave out are given as `ignore`
+    DATA/depth/{train,val,test}/NAME.png            uint16 millimetres, 0 = no measurement
+    DATA/boxes.json                                 {file: {"width", "height", "boxes": [[x0, y0, x1, y1]]}}
+    DATA/{train,val,test}/CLASS/NAME.jpg            one class an image
+
+:func:`open_data` also reads VOC, ADE20K, CamVid, Cityscapes and NYUv2 as they are distributed (:data:`LAYOUTS`).
+Opening looks at names and headers only; pixels are read when an example is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, TypeVar, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dvt.analysis.probes.layouts import IGNORE, LAYOUTS, PLAIN, SPLITS, Example, category_names, size_text, some
+from dvt.errors import ConfigError, DataError
+from dvt.images import image_size
+
+log = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+
+Target = Literal["labels", "depth", "boxes", "category"]
+
+MOST_CLASSES = 1000
+_METRES = 0.001
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Examples by split, with all that is needed to read their truth.
+
+    Args:
+        root: where they lie.
+        layout: name of the layout.
+        target: what the truth is.
+        splits: split name to examples, sorted by name.
+        classes: class names where the layout or the folders tell them.
+        ids: class of each id in the files, IGNORE where it is left out; None takes ids as they are.
+        ignore: further ids in the files to leave out.
+        num_classes: K; 0 where it must be found in the labels, by :meth:`counted`.
+        notes: what a reader of a score must know, such as a split that was made.
+    """
+
+    root: Path
+    layout: str
+    target: Target
+    splits: Mapping[str, tuple[Example, ...]]
+    classes: tuple[str, ...] = ()
+    ids: tuple[int, ...] | None = None
+    ignore: tuple[int, ...] = ()
+    num_classes: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    def read(self, example: Example) -> Tensor:
+        """The truth of an example.
+
+        Returns:
+            labels: (H, W) int16 class indices, IGNORE where left out. depth: (H, W) float32 metres, 0 where unknown.
+            boxes: (n, 4) float32 pixels (x0, y0, x1, y1). category: () int16.
+
+        Raises:
+            DataError: the file cannot be read, is of another kind, or holds an id out of range.
+        """
+        if self.target == "boxes":
+            return torch.tensor(example.boxes, dtype=torch.float32)
+        if self.target == "category":
+            return torch.tensor(example.category, dtype=torch.int16)
+        values = _read_map(_path(example.truth))
+        return _depth(values, example) if self.target == "depth" else self._labels(values, example)
+
+    def limited(self, **counts: int | None) -> LabelledData:
+        """At most so many examples of each split, evenly spaced so that every part of it is there; None keeps all."""
+        return replace(self, splits={name: pick(part, counts.get(name)) for name, part in self.splits.items()})
+
+    def filtered(self, keep: Callable[[Example], bool]) -> LabelledData:
+        """Only the examples for which `keep` is true."""
+        return replace(self, splits={k: tuple(e for e in v if keep(e)) for k, v in self.splits.items()})
+
+    def counted(self) -> LabelledData:
+        """The same data with its number of classes; where no layout tells it, all labels of all splits are read.
+
+        Raises:
+            DataError: ids look like colours or regions (more than MOST_CLASSES), or like an unmarked void (a lone 255).
+        """
+        if self.num_classes or self.target not in ("labels", "category"):
+            return self
+        seen: Counter[int] = Counter()
+        for examples in self.splits.values():
+            for example in examples:
+                seen.update(torch.unique(self.read(example)).tolist())
+        found = sorted(set(seen) - {IGNORE})
+        if not found:
+            raise DataError(f"every pixel of every label map in {str(self.root)!r} is ignored ({self.ignore})")
+        if found[-1] == 255 and 254 not in found:
+            raise DataError(
+                f"label maps in {str(self.root)!r} hold the ids {some(found)}; 255 usually marks pixels without a "
+                "label: give --ignore 255, or --classes 256 if it is a class"
+            )
+        data = replace(self, num_classes=found[-1] + 1)
+        if missing := sorted(set(range(found[-1])) - set(found)):
+            data = replace(data, notes=(*data.notes, f"no label map holds the ids {some(missing)}"))
+        return data
+
+    def _labels(self, values: np.ndarray, example: Example) -> Tensor:
+        present = np.unique(values)
+        known = len(self.ids) if self.ids is not None else self.num_classes or MOST_CLASSES
+        if wrong := [int(v) for v in present if not 0 <= v < known and int(v) not in self.ignore]:
+            raise DataError(
+                f"{os.fspath(_path(example.truth))!r} holds the ids {some(wrong)}; class ids lie in 0 ... {known - 1}. "
+                "Give --ignore ID for those that are no class, or --classes N if there are more"
+            )
+        table = np.full(int(present.max(initial=0)) + 1, IGNORE, dtype=np.int16)
+        for value in present:
+            if int(value) not in self.ignore:
+                table[value] = value if self.ids is None else self.ids[value]
+        return torch.from_numpy(table[values])
+
+
+def _depth(values: np.ndarray, example: Example) -> Tensor:
+    if values.dtype == np.uint8:
+        raise DataError(f"{os.fspath(_path(example.truth))!r} is an 8-bit image; depth is 16 bits, in millimetres")
+    return torch.from_numpy(values.astype(np.float32) * np.float32(_METRES))
+
+
+def _path(truth: Path | None) -> Path:
+    if truth is None:
+        raise DataError("this example has no label or depth map; open the data with the target that it has")
+    return truth
+
+
+def _read_map(path: Path) -> np.ndarray:
+    """The (H, W) integers of a single-channel image, palette indices included."""
+    image_size(path)  # refuses what must not be opened: pipes, huge headers, empty files
+    try:
+        with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "PPM")) as image:
+            values = np.asarray(image)
+            mode = image.mode
+    except Exception as error:  # decoders raise nearly anything on damaged bytes
+        raise DataError(f"cannot read {os.fspath(path)!r}: {error}") from error
+    if values.ndim != 2 or mode in ("1", "F"):
+        raise DataError(f"{os.fspath(path)!r} is of kind {mode}; a label or depth map has one channel of whole numbers")
+    return values.astype(np.uint8 if values.dtype == np.uint8 else np.int64)
+
+
+# -- opening ----------------------------------------------------------------------------------------------------------
+
+
+def open_data(
+    root: str | Path,
+    target: Target,
+    *,
+    layout: str = "auto",
+    ignore: Sequence[int] = (),
+    num_classes: int | None = None,
+) -> LabelledData:
+    """Finds the examples below a folder and checks names and sizes.
+
+    Args:
+        root: the folder, in one of the :data:`LAYOUTS`.
+        target: "labels", "depth", "boxes" or "category".
+        layout: one of :data:`LAYOUTS`; "auto" recognises it.
+        ignore: ids in the label files to leave out, besides those that the layout leaves out itself.
+        num_classes: K of the folder layout; None finds it in the labels.
+
+    Raises:
+        DataError: nothing is found, pairs are missing (they are listed), names clash or sizes disagree.
+        ConfigError: an unknown layout or target.
+    """
+    root = Path(root)
+    if target not in get_args(Target):
+        raise ConfigError(f"target is {target!r}; it must be one of {', '.join(get_args(Target))}")
+    if layout != "auto" and layout not in LAYOUTS:
+        raise ConfigError(f"layout is {layout!r}; it must be auto or one of {', '.join(LAYOUTS)}")
+    if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
+        raise ConfigError(f"the number of classes is {num_classes}; it must lie in 1 ... {MOST_CLASSES}")
+    if not root.is_dir():
+        raise DataError(f"{str(root)!r} is not a folder; give the folder of the labelled data")
+    name, base = _recognise(root, target, layout)
+    known = LAYOUTS[name]
+    found = {split: sorted(part, key=lambda e: e.name) for split, part in known.splits(base, target).items() if part}
+    if not found:
+        raise DataError(
+            f"no examples with {target} found in {str(base)!r} (layout {name}); see the layouts in the docs"
+        )
+    notes: tuple[str, ...] = ()
+    if "all" in found and target != "boxes":
+        found, notes = _made_split(found["all"], target)
+    splits = {split: tuple(found[split]) for split in (*SPLITS, "all") if split in found}
+    classes = category_names(base) if target == "category" else ()
+    wanted = len(classes) or (max(known.ids) + 1 if known.ids else num_classes or 0)
+    data = LabelledData(base, name, target, splits, classes, known.ids, (*known.ignore, *ignore), wanted, notes)
+    _check_sizes(data)
+    for note in notes:
+        log.info("%s", note)
+    return data
+
+
+def _recognise(root: Path, target: str, layout: str) -> tuple[str, Path]:
+    for name in LAYOUTS if layout == "auto" else (layout,):
+        known = LAYOUTS[name]
+        if target in known.targets and (base := known.find(root)) is not None:
+            return name, base
+    able = [name for name in LAYOUTS if target in LAYOUTS[name].targets]
+    raise DataError(
+        f"{str(root)!r} is not in a layout with {target} that dvt knows"
+        f"{'' if layout == 'auto' else f' as {layout}'}; those are {', '.join(able)}. The plain one: "
+        f"{PLAIN[target]}"
+    )
+
+
+def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
+    """70, 10 and 20 % in blocks of the sorted names: neighbouring frames of one film stay together."""
+    groups: dict[int, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(example.category, []).append(example)
+    parts: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    for group in groups.values():
+        first, second = round(0.7 * len(group)), round(0.8 * len(group))
+        for name, part in zip(SPLITS, (group[:first], group[first:second], group[second:]), strict=True):
+            parts[name] += part
+    if not parts["train"] or not parts["test"]:
+        raise DataError(f"{len(examples)} examples are too few to split into train, val and test; add split folders")
+    sizes = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+    each = " of each class" if target == "category" else ""
+    note = f"the data has no split folders: made {sizes} from blocks of the sorted names{each} (70, 10 and 20 %)"
+    return {name: part for name, part in parts.items() if part}, (note,)
+
+
+def _check_sizes(data: LabelledData) -> None:
+    """Label and depth maps are as large as their images; boxes lie in theirs."""
+    wrong = []
+    for examples in data.splits.values():
+        for example in examples:
+            if example.truth is not None:
+                sizes = image_size(example.image), image_size(example.truth)
+                if sizes[0] != sizes[1]:
+                    wrong.append(f"{example.image} {size_text(sizes[0])} and {example.truth} {size_text(sizes[1])}")
+    if wrong:
+        raise DataError(f"{len(wrong)} images and their maps differ in size (height x width): {some(wrong)}")
+
+
+def pick(items: Sequence[Item], count: int | None) -> tuple[Item, ...]:
+    """At most so many, evenly spaced, in their order; None takes all.
+
+    >>> pick("abcdefg", 3)
+    ('a', 'c', 'e')
+    """
+    count = len(items) if count is None else min(count, len(items))
+    return tuple(items[k * len(items) // count] for k in range(count))

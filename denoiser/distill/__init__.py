@@ -1,0 +1,1 @@
+"""Stage three: a backbone's own tokens become clean."""

@@ -1,0 +1,141 @@
+"""Which tokens are outliers: found by their norms after each block, over several images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dvt.backbones import Backbone, families
+from dvt.errors import BackboneError, ImageError
+from dvt.images import load_image
+from dvt.views import resize
+
+#: An outlier's norm is at least so many times the median, and its logarithm so many robust sigmas above.
+RATIO, SIGMAS = 2.0, 5.0
+#: The least share of tokens that counts as a defect of the model: a tenth of what Darcet et al. count in DINOv2-g.
+SHARE = 0.0025
+
+ImageLike = str | Path | Tensor
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Tokens of several images that are outliers at the block where most are.
+
+    Args:
+        masks: (n,) bool of each image's patches, row by row.
+        block: index of the block after which they were looked for, or -1 for a backbone's own tokens.
+        bound: the norm beyond which a token counted.
+        rising: the first block after which nine tenths of them are outliers.
+        share: of all tokens.
+    """
+
+    masks: tuple[Tensor, ...]
+    block: int
+    bound: float
+    rising: int
+    share: float
+
+
+def bound_of(norms: Tensor) -> float:
+    """The norm beyond which a token is an outlier, from the norms of many; the doctor counts by the same rule."""
+    logs = norms.double().clamp(min=1e-12).log()
+    median = logs.median()
+    sigma = 1.4826 * (logs - median).abs().median()
+    return float((median + torch.maximum(SIGMAS * sigma, torch.tensor(math.log(RATIO), dtype=torch.float64))).exp())
+
+
+def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
+    """Outliers from the norms of tokens.
+
+    Args:
+        norms: of each image, the (n,) norms of its patches after each block.
+        name: of the backbone, for the message.
+
+    Raises:
+        BackboneError: after no block there are enough of them.
+    """
+    blocks = [torch.cat(each) for each in zip(*norms, strict=True)]
+    bounds = [bound_of(each) for each in blocks]
+    found = [each > bound for each, bound in zip(blocks, bounds, strict=True)]
+    shares = [float(each.double().mean()) for each in found]
+    block = max(range(len(shares)), key=shares.__getitem__)
+    if shares[block] < SHARE:
+        raise BackboneError(
+            f"{name} has no norm outliers to remove: at most {shares[block]:.3%} of its tokens, over {len(norms)} "
+            f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {SHARE:.2%} and "
+            "more. Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
+        )
+    own = found[block]
+    rising = next(i for i, each in enumerate(found) if (each & own).sum() >= 0.9 * own.sum())
+    masks = own.split([len(each[0]) for each in norms])
+    return Outliers(tuple(masks), block, bounds[block], rising, shares[block])
+
+
+def block_norms(
+    backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None
+) -> list[list[Tensor]]:
+    """The norms (n,) of patch tokens after each block up to the backbone's layer, of each image.
+
+    A wrapped model has its own tokens only.
+    """
+    if backbone.num_layers is None:
+        return [[norms] for norms in _own_norms(backbone, images, progress)]
+    model: Any = families.core(backbone.model)
+    last = len(model.blocks) if backbone.layer == -1 else backbone.layer + 1
+    layers = list(range(last))
+    found = []
+    for image in inputs(backbone, images, progress, "norms"):
+        tokens = backbone.at_layers(image, layers)
+        found.append([tokens[layer].patches.float().norm(dim=-1).flatten().cpu() for layer in layers])
+    return found
+
+
+def inputs(
+    backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None, what: str = "images"
+) -> Iterator[Tensor]:
+    """(1, 3, H, W) each image at the backbone's input size, on its device.
+
+    Raises:
+        ImageError: there is no image, or one cannot be read.
+    """
+    if not len(images):
+        raise ImageError("no image was given; this remedy is found over images, ten or more are better")
+    for number, image in enumerate(images):
+        pixels = image if isinstance(image, Tensor) else load_image(image)
+        size = backbone.input_size((pixels.shape[1], pixels.shape[2]))
+        yield resize(pixels.to(backbone.device), size)[None]
+        if progress:
+            progress(what, number + 1, len(images))
+
+
+@contextmanager
+def entering(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
+    """What enters some layers during a forward pass, by their number."""
+    seen: dict[int, Tensor] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            seen[number] = args[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(keep(number)) for number, layer in enumerate(layers)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _own_norms(backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None) -> Iterator[Tensor]:
+    for image in inputs(backbone, images, progress, "norms"):
+        yield backbone(image).patches.float().norm(dim=-1).flatten().cpu()

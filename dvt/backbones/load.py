@@ -1,0 +1,229 @@
+"""Any single-scale timm model as a backbone, with timm's weights or a file of one's own."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from dvt import grids
+from dvt.backbones import families
+from dvt.backbones.backbone import Backbone, BackboneSpec, checked_stride, rounded_size
+from dvt.backbones.weights import State, load_state, read_state
+from dvt.errors import BackboneError, WeightsError
+from dvt.grids import Size
+
+
+def load_backbone(
+    name: str,
+    weights: str | Path | Mapping[str, Tensor] | None = None,
+    pretrained: bool = True,
+    layer: int = -1,
+    stride: int | Size | None = None,
+    size: int | Size | None = None,
+) -> Backbone:
+    """Any single-scale timm model as a backbone, frozen and in evaluation mode.
+
+    Args:
+        name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``.
+        weights: a .safetensors file, a .pth of tensors, or a state dict; None downloads timm's own from the Hugging
+            Face hub. A classifier in it is left out, position embeddings of another grid are resampled, and where it
+            has another number of register tokens than timm's model of this name, the model gets as many.
+        pretrained: False gives random weights, for tests.
+        layer: -1 is the last block as timm's ``forward_features`` returns it, after the final norm where the model
+            has one (models that pool first and norm afterwards have none; SAM's neck and XCiT's class attention
+            belong to it). Another index reads the tokens after that block; the last index means -1.
+        stride: pixels between neighbouring patches, from 1 to the patch; smaller than the patch they overlap.
+        size: input size in pixels, one number for a square or (height, width), rounded to the patch.
+
+    Raises:
+        BackboneError: unknown name, several scales, no network, or a layer, stride or size it cannot take.
+        WeightsError: the file does not hold finite weights of this model.
+
+    >>> backbone = load_backbone("test_vit", pretrained=False)
+    >>> tokens = backbone(torch.rand(1, 3, 160, 240))
+    >>> tokens.grid, tokens.feature_dim, backbone.num_prefix_tokens
+    ((10, 15), 64, 1)
+    """
+    state = dict(weights) if isinstance(weights, Mapping) else None if weights is None else read_state(weights)
+    with torch.device("meta"):  # everything that can be refused is refused before gigabytes are downloaded
+        skeleton = _create(name, pretrained=False)
+    _check_single_scale(skeleton, name)
+    layer = _checked_layer(layer, len(families.core(skeleton).blocks), name)
+    patch = families.patch_size(skeleton)
+    steps = checked_stride(stride, patch, name)
+    if steps != patch and families.patch_convolution(skeleton) is None:
+        raise BackboneError(f"{name} does not cut its patches by a plain convolution: it takes no stride but {patch}")
+    image_size = _checked_size(skeleton, name, size, patch)
+
+    options: dict[str, Any] = {"dynamic_img_size": True} if type(skeleton).__name__ in families.DYNAMIC else {}
+    options |= _register_option(skeleton, state or {})
+    model = _create(name, pretrained=pretrained and state is None, **options)
+    if state is not None:
+        source = "the state dict" if isinstance(weights, Mapping) else str(weights)
+        _load_weights(model, state, image_size if size else None, source)
+    if families.sizing(model) in ("loaded", "square"):
+        _regrid(model, image_size, grids.grid_shape(image_size, patch, steps))
+    if (convolution := families.patch_convolution(model)) is not None:
+        convolution.stride = steps
+    return _backbone(model, name, layer, patch, steps, image_size)
+
+
+def _backbone(model: families.Model, name: str, layer: int, patch: Size, stride: Size, image_size: Size) -> Backbone:
+    core = families.core(model)
+    if getattr(core, "global_pool", None) == "soft":
+        core.global_pool = ""  # Gemma's pooling of patches, which dvt does not use, would refuse most sizes
+    last = layer == -1
+    read = families.last_tokens if last else partial(families.block_tokens, layer=layer)
+    spec = BackboneSpec(
+        name,
+        patch_size=patch,
+        stride=stride,
+        image_size=image_size,
+        feature_dim=core.num_features if last else core.feature_info[layer]["num_chs"],
+        num_prefix_tokens=families.prefix_tokens(model) if last else families.block_prefix_tokens(model),
+        layer=layer,
+        num_layers=len(core.blocks),
+        fixed_size=families.sizing(model) != "any",
+    )
+    tokens = partial(read, patch=patch, stride=stride)
+    return Backbone(model, tokens, spec, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+
+
+def single_scale_models(family: str | None = None) -> Iterator[tuple[str, str, families.Model]]:
+    """(family, architecture, model without weights) of every timm model that dvt takes.
+
+    Args:
+        family: one timm module such as "eva"; None goes through all of them, which takes a minute. Families go by
+            their first model: no family of timm mixes single-scale and hierarchical models.
+    """
+    for module in [family] if family else timm.list_modules():
+        for number, name in enumerate(timm.list_models(module=module)):
+            with torch.device("meta"):
+                model = timm.create_model(name, pretrained=False, num_classes=0)
+            if families.scales(model) == 1:
+                yield module, name, model
+            elif number == 0:
+                break
+
+
+def _checked_layer(layer: int, count: int, name: str) -> int:
+    if not -count <= layer < count:
+        raise BackboneError(f"{name} has {count} blocks: layer must lie in {-count} ... {count - 1}, got {layer}")
+    return -1 if layer % count == count - 1 else layer % count
+
+
+def _checked_size(model: families.Model, name: str, size: int | Size | None, patch: Size) -> Size:
+    own = rounded_size(families.own_size(model), patch)
+    asked = own if size is None else rounded_size(size, patch)
+    kind = families.sizing(model)
+    if kind == "own" and asked != own:
+        raise BackboneError(f"{name} mixes a fixed number of patches: it takes only size {own}, got {size}")
+    if kind == "square" and asked[0] // patch[0] != asked[1] // patch[1]:
+        raise BackboneError(f"{name} takes only square grids of patches, got size {size}; its own is {own}")
+    return asked
+
+
+def _check_single_scale(model: families.Model, name: str) -> None:
+    count = families.scales(model)
+    if count == 0:
+        raise BackboneError(f"{name} ({type(model).__name__}) gives no intermediate features, so dvt cannot read it")
+    if count > 1:
+        raise BackboneError(
+            f"{name} ({type(model).__name__}) is hierarchical: its features come at {count} scales. dvt takes "
+            "single-scale models, such as ViTs, whose blocks all keep one grid of patches"
+        )
+
+
+def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
+    """A timm model without a classifier."""
+    _check_name(name)
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+    except Exception as error:  # each hub client raises its own kinds, and timm plain RuntimeErrors
+        raise BackboneError(
+            f"cannot get the model {name!r}: {type(error).__name__}: {error}\n"
+            "Without a network, or for a model without published weights, give a file with --weights FILE "
+            "(in Python weights=...); `dvt demo` needs no network"
+        ) from error
+
+
+def _check_name(name: str) -> None:
+    """Refuse a name that timm does not know; names with a source, such as hf-hub:, are checked by their source."""
+    if ":" in name:
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"close: {', '.join(close)}" if close else "timm.list_models() lists them"
+        raise BackboneError(f"timm has no model {name!r}; {hint}. Those of the hub are named hf-hub:organisation/model")
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")] if tag else []
+    if tag and tag not in tags:
+        raise BackboneError(f"timm has no weights {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
+
+
+def _regrid(model: families.Model, image_size: Size, grid: Size) -> None:
+    """Give a model that was built for one size another: position embeddings and relative positions are resampled."""
+    embed = families.embedding(model)
+    old = tuple(embed.grid_size)
+    embed.img_size = image_size
+    if old == grid:
+        return
+    embed.grid_size, embed.num_patches = grid, math.prod(grid)
+    if hasattr(model, "num_patches"):
+        model.num_patches = math.prod(grid)
+    for name in ("pos_embed", "patch_pos"):
+        table = getattr(model, name, None)
+        if table is not None:
+            prefix = table.shape[1] - math.prod(old)
+            setattr(model, name, nn.Parameter(resample_abs_pos_embed(table.detach(), list(grid), list(old), prefix)))
+    for module in model.modules():
+        if hasattr(module, "set_window_size"):
+            module.set_window_size(grid)
+
+
+def _load_weights(model: families.Model, state: State, size: Size | None, source: str) -> None:
+    """Load a user's file through timm's own conversion for the family."""
+    own = model.state_dict()
+    other_shapes = any(k in own and own[k].shape != v.shape for k, v in state.items())
+    if size is not None and other_shapes and getattr(families.embedding(model), "grid_size", None):
+        # A file made for the size asked for is taken as it is, not resampled to the model's own size and back.
+        _regrid(model, size, grids.grid_shape(size, families.patch_size(model)))
+    try:
+        state = _conversion(model)(dict(state))
+    except Exception as error:  # timm's conversions index and reshape what they expect to find
+        raise WeightsError(
+            f"{source} does not fit {type(model).__name__}: timm's conversion failed with {error!r}; "
+            "are these the weights of another architecture?"
+        ) from error
+    load_state(model, state, source)
+
+
+def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """What timm must be told so that the model has the register tokens of a file."""
+    option, tokens = families.REGISTERS.get(type(model).__name__), state.get("reg_token")
+    if option is None or tokens is None or tokens.ndim != 3:
+        return {}
+    own = 0 if model.reg_token is None else model.reg_token.shape[1]
+    return {} if tokens.shape[1] == own else {option: tokens.shape[1]}
+
+
+def _conversion(model: families.Model) -> Callable[[State], State]:
+    """timm's filter for a family's checkpoints: names of other projects, position embeddings of other grids."""
+    module = sys.modules[type(model).__module__]
+    kind = "classifier" if families.core(model) is not model else "encoder"
+    function = getattr(module, "checkpoint_filter_fn", getattr(module, f"checkpoint_filter_fn_{kind}", None))
+    if function is None:
+        return lambda state: state
+    adapt = "adapt_layer_scale" in inspect.signature(function).parameters  # DeiT-III as its authors published it
+    return partial(function, model=model, **({"adapt_layer_scale": True} if adapt else {}))

@@ -1,0 +1,105 @@
+"""`dvt remedy`: denoisers without training, and what `dvt doctor` compares them by."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from dvt.cli.common import BackboneOptions, plain, progress_bar, variant_of, writable
+from dvt.denoiser.remedies.config import WITHOUT_IMAGES, Remedy, RemedyConfig
+from dvt.errors import ImageError
+from dvt.images import find_images
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
+    from dvt.denoiser.remedies.outliers import Progress
+
+
+@dataclass(frozen=True)
+class FindRemedy(BackboneOptions):
+    """Find a denoiser without training: one of the remedies that `dvt doctor --remedies` compares.
+
+    registers and defect are against tokens of outlying norm, noise, insid3 and rasa against artifacts of position.
+    noise and insid3 need no images. The file is used like a trained denoiser, by --denoiser.
+    """
+
+    remedy: tyro.conf.Positional[Remedy]
+    """registers: test-time registers; defect: the direction of outliers; noise: the mean of noise images is subtracted;
+    insid3: directions of position in noise images; rasa: directions from which probes read position."""
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed, ten are enough."""
+    out: Path = Path("denoiser.safetensors")
+    """The .safetensors file to write."""
+    settings: Annotated[RemedyConfig, tyro.conf.arg(name="")] = field(default_factory=RemedyConfig)
+    """How it is found."""
+
+
+def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
+    """`dvt remedy`: 0 when the denoiser is written."""
+    from dvt.denoiser.remedies.job import fit_remedy
+
+    if not command.images and command.remedy not in WITHOUT_IMAGES:
+        raise ImageError(
+            f"the remedy {command.remedy} is found over images, and none was given; ten photographs are enough. "
+            f"Without images: {' or '.join(WITHOUT_IMAGES)}"
+        )
+    paths = find_images(command.images) if command.images else []
+    settings = plain(command, command="remedy", images=paths)
+    if command.dry_run:
+        console.print_json(data=settings)
+        return 0, settings
+    out, backbone = writable(command.out), command.load()
+    with progress_bar(console) as progress:
+        denoiser = fit_remedy(command.remedy, backbone, paths, command.settings, progress)
+    denoiser.save_pretrained(out)
+    found = {key: value for key, value in denoiser.card.items() if key not in _ABOUT_BACKBONE}
+    for key, value in found.items():
+        console.print(f"{key.replace('_', ' ')}: {value}", markup=False)
+    console.print(f"denoiser: {escape(str(out))}; every command with --denoiser takes it")
+    return 0, {"out": str(out), "card": denoiser.card, "settings": settings}
+
+
+_ABOUT_BACKBONE = ("backbone", "layer", "stride", "feature_dim", "weights_sha256")
+
+
+def compared(
+    command: BackboneOptions, backbone: Backbone, paths: Sequence[Path], given: Sequence[str], progress: Progress
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Each remedy of a backbone as the doctor takes it, the command that makes it, and of the others why there is none.
+
+    They are found on every second image, so that the doctor does not judge on these alone; a single image is too few
+    for remedies that claim something about all.
+    """
+    from dvt.denoiser.remedies.job import fit_remedies
+
+    found, refused = fit_remedies(backbone, paths[::2] if len(paths) > 1 else [], progress=progress)
+    weights = [] if command.weights is None else ["--weights", command.weights]
+    options = ["--backbone", command.backbone, *weights]
+    options += [f"--{name}={value}" for name in ("layer", "stride", "size") if (value := _changed(command, name))]
+    lines = {
+        name: shlex.join(
+            [
+                "dvt",
+                "remedy",
+                name,
+                *([] if name in WITHOUT_IMAGES else given),
+                *options,
+                "--out",
+                f"{name}.safetensors",
+            ]
+        )
+        for name in found
+    }
+    return {name: variant_of(each, backbone) for name, each in found.items()}, lines, refused
+
+
+def _changed(command: BackboneOptions, name: str) -> Any:
+    value = getattr(command, name)
+    return None if value in (None, BackboneOptions.__dataclass_fields__[name].default) else value

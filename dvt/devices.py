@@ -1,0 +1,45 @@
+"""Where numbers are computed: devices by name, copies to them, and memory that is too small."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from dvt.errors import ConfigError
+
+
+def find_device(name: str) -> torch.device:
+    """Find the device of a name and try it out; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
+        ) from error
+    return device
+
+
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Copy values to a device, from pinned memory: any other copy waits for all that the GPU has still to do."""
+    from_host = device.type == "cuda" and not values.is_cuda
+    return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Use mixed precision for a forward pass; float32 means none."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that a device's memory, or the host's, is too small."""
+    # On the CPU, torch raises a bare RuntimeError.
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

@@ -1,0 +1,23 @@
+"""Images on disk or behind URLs: finding them, measuring them from the header, and reading them as RGB in [0, 1].
+
+Whatever is wrong with a file ends in an :class:`~dvt.errors.ImageError` that names the file and the reason; nothing
+is replaced, padded or skipped silently.
+"""
+
+from dvt.images.find import SUFFIXES, find_images, find_sources
+from dvt.images.read import MAX_PIXELS, file_sha256, image_size, load_image, size_and_sha256
+from dvt.images.urls import MAX_BYTES, is_url, url_files
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "SUFFIXES",
+    "file_sha256",
+    "find_images",
+    "find_sources",
+    "image_size",
+    "is_url",
+    "load_image",
+    "size_and_sha256",
+    "url_files",
+]

@@ -1,0 +1,195 @@
+"""Finding images: files, folders, globs, text lists and URLs to a sorted list of paths."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dvt.errors import ImageError
+from dvt.images.read import _regular_file
+from dvt.images.urls import _fetching, is_url, url_files
+
+SUFFIXES = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
+    + (".tif", ".tiff", ".webp")
+)
+"""File names that count as images inside a folder or a glob; a file given by name may have any other."""
+
+
+_LINE_BYTES = 1 << 16  # no path is longer
+
+
+def find_images(specs: Sequence[str | Path]) -> list[Path]:
+    """The images that files, folders, globs and text lists stand for.
+
+    Args:
+        specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
+            names that begin with a dot left out), a glob (``**`` allowed; its matches are treated like the
+            contents of a folder), or a ``.txt`` list of such entries, one a line, where an empty line or one that
+            begins with ``#`` means nothing and a relative entry is relative to the folder of the list.
+
+    Returns:
+        Paths as given (not resolved), sorted as text; of several paths to one file only the first stays.
+
+    Raises:
+        ImageError: nothing is found, an entry does not exist or is a URL, or a folder or list cannot be read.
+    """
+    found = find_sources(specs)
+    for path in found:
+        if isinstance(path, str):
+            raise ImageError(
+                f"{path!r} is a URL; only `dvt extract` and `dvt denoise` (in Python, find_sources) take URLs: give a "
+                "local file"
+            )
+    return [Path(path) for path in found]
+
+
+def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
+    """:func:`find_images` that takes URLs too.
+
+    Args:
+        specs: as :func:`find_images` takes them, or URLs of files, folders, globs or lists (of ``http://`` no folders
+            or globs). A list may hold URLs; in a list behind a URL all other entries are relative to it.
+
+    Returns:
+        Paths, and URLs as text, sorted as text.
+
+    Raises:
+        ImageError: as :func:`find_images`, or a URL cannot be read.
+    """
+    specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
+    found = sorted({os.fspath(path) for spec in specs for path in _expand(os.fspath(spec), lists=True)})
+    if not found:
+        given = ", ".join(repr(os.fspath(spec)) for spec in specs) or "an empty list"
+        raise ImageError(f"no images found in {given}; give image files, folders, globs or a .txt list of paths")
+    unique = {path if is_url(path) else os.path.realpath(path): path for path in reversed(found)}
+    return [path if is_url(path) else Path(path) for path in sorted(unique.values())]
+
+
+def _expand(spec: str, lists: bool) -> Iterator[str]:
+    if is_url(spec):
+        yield from _expand_url(spec, lists)
+    elif os.path.isdir(spec):
+        yield from _walk(spec)
+    elif os.path.lexists(spec):
+        yield from _read_list(spec) if lists and spec.lower().endswith(".txt") else [spec]
+    elif glob.has_magic(spec):
+        try:
+            matches = list(_matches(spec))
+        except ImageError:
+            raise
+        except (RecursionError, ValueError, re.error) as error:  # thousands of folders deep, or a NUL byte
+            raise ImageError(f"{_short(spec)} cannot be used as a pattern of paths: {error}") from error
+        found = [m for match in matches for m in (_walk(match) if os.path.isdir(match) else [match])]
+        images = [match for match in found if _is_image_name(match)]
+        if lists and not images:  # in a list, a pattern may stand for what is still to come
+            raise ImageError(
+                f"no images found in {_short(spec)}; give image files, folders, globs or a .txt list of paths"
+            )
+        yield from images
+    else:
+        raise ImageError(f"{_short(spec)} does not exist; give image files, folders, globs or a .txt list of paths")
+
+
+def _expand_url(url: str, lists: bool) -> Iterator[str]:
+    if lists and url.lower().endswith(".txt"):
+        yield from _read_list(url)
+    elif url.startswith(("http://", "https://")):  # "?" is no wildcard in these, and nothing lists a folder
+        yield url
+    else:
+        with _fetching(url):
+            files, place = url_files(url)
+            if glob.has_magic(place):
+                matches = files.glob(place, detail=True)
+                folders = [name for name, info in matches.items() if info["type"] == "directory"]
+                start = re.split(r"[*?\[]", place, maxsplit=1)[0].rpartition("/")[0]
+                found = [n for n in matches if n not in folders and _is_image_name(n) and not _hidden(n, start)]
+            elif files.isfile(place):
+                yield url
+                return
+            else:
+                folders, found = [place], []
+            for folder in folders:
+                found += [name for name in files.find(folder) if _is_image_name(name) and not _hidden(name, folder)]
+        if not found and not glob.has_magic(place):
+            raise ImageError(f"{url!r} holds no images, or does not exist; give an image, a folder, a glob or a list")
+        yield from (files.unstrip_protocol(name) for name in found)
+
+
+def _hidden(name: str, folder: str) -> bool:
+    return "/." in name[len(folder.rstrip("/")) :]
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def _short(spec: str) -> str:
+    return repr(spec if len(spec) < 500 else f"{spec[:500]}...")
+
+
+def _matches(spec: str) -> Iterator[str]:
+    """glob's matches, but ``**`` enters each folder once: with two symlinks to a folder above, glob never ends."""
+    waiting = [re.sub(r"(?<![^/])\*\*$", "", spec) or os.curdir]  # a folder that matches is searched anyway
+    known = set(waiting)
+    while waiting:
+        pattern = waiting.pop()
+        deep = re.search(r"(?<![^/])(?:\*\*/+)+", pattern)
+        if deep is None:
+            yield from glob.iglob(pattern)
+            continue
+        head = pattern[: deep.start()] or os.curdir
+        for base in filter(os.path.isdir, glob.iglob(head)):
+            for here, _ in _folders(base):
+                inner = os.path.join(glob.escape(here), pattern[deep.end() :])
+                if inner not in known:
+                    known.add(inner)
+                    waiting.append(inner)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    for here, files in _folders(folder):
+        yield from (os.path.join(here, name) for name in files if _is_image_name(name) and not name.startswith("."))
+
+
+def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it, each once, and the names of their files."""
+
+    def unreadable(error: OSError) -> None:
+        raise ImageError(f"cannot read folder {error.filename!r}: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(here)
+        if real in seen:  # a symlink back to a folder above, or a second way into this one
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield here, files
+
+
+def _read_list(path: str) -> Iterator[str]:
+    base = path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
+    try:
+        with _regular_file(path) as file:
+            for number, raw in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), 1):
+                if len(raw) == _LINE_BYTES:
+                    raise ImageError(f"line {number} takes more than 64 KB; a list is text, one path a line")
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                if "\0" in line:
+                    raise ImageError("it holds a NUL byte; a list is text, one path a line")
+                if line and not line.startswith("#"):
+                    yield from _expand(_beside(base, line), lists=False)
+    except (ImageError, UnicodeDecodeError) as error:
+        raise ImageError(f"in image list {path!r}: {error}") from error
+
+
+def _beside(base: str, line: str) -> str:
+    """An entry of a list in the folder `base`; one of a list behind a URL stays behind it."""
+    if is_url(line):
+        return line
+    return f"{base}/{line.lstrip('/')}" if is_url(base + "/") else os.path.join(base, line)

@@ -1,0 +1,239 @@
+"""Reading an image as RGB in [0, 1], its size from the header, its hash from its bytes."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import logging
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dvt.errors import ImageError
+from dvt.images.urls import _error, _fetched, is_url
+
+log = logging.getLogger(__name__)
+
+
+MAX_PIXELS = 178_956_970
+"""The largest image that is decoded, in pixels (Pillow's own limit). One at the limit takes 4 to 6 GB to load."""
+
+
+# A closed list: Pillow would otherwise also start Ghostscript for PostScript files.
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+
+
+_ORIENTATION_TAG, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257
+
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(H, W) in pixels as displayed (EXIF orientation applied), from the header, without decoding pixels.
+
+    Raises:
+        ImageError: the file is missing, unreadable, not an image, or larger than :data:`MAX_PIXELS`.
+    """
+    with _opened(path) as (image, file):
+        return _displayed_size(image, file, path)
+
+
+def size_and_sha256(path: str | Path) -> tuple[tuple[int, int], str]:
+    """:func:`image_size` and :func:`file_sha256` from the same bytes, which are fetched once."""
+    with _opened(path) as (image, file):
+        return _displayed_size(image, file, path), _sha256(file, path)
+
+
+def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
+    """One image as (3, H, W) float32 RGB in [0, 1], turned as its EXIF orientation says.
+
+    Grey becomes three equal channels. Sixteen-bit grey is divided by 65535, never clipped; 16 bits a channel of colour
+    are read as 8. A float TIFF must already lie in [0, 1]. Transparent pixels are composited over white. CMYK is
+    converted without its colour profile. Of an animation or a multi-page file the first frame is read.
+
+    Args:
+        path: of the file.
+        sha256: of its bytes, where they are known already.
+
+    Raises:
+        ImageError: the file is missing, unreadable, empty, truncated, corrupt, not an image, of an unsupported kind,
+            larger than :data:`MAX_PIXELS` (refused from the header, before anything is decoded), or has other bytes.
+    """
+    with _opened(path) as (image, file):
+        if sha256 is not None and _sha256(file, path) != sha256:
+            raise ImageError("its bytes changed since it was listed; run the same command again")
+        image.load()
+        # Read after load(): a TIFF has been turned by then, and its tag is gone.
+        method = _TRANSPOSE.get(_orientation(image, file, path))
+        transparent = image.info.get("transparency")
+        upright = image.transpose(method) if method is not None else image
+        if upright.mode.startswith(("I", "F")):
+            return _grey(np.asarray(upright), upright.mode, transparent).expand(3, -1, -1).contiguous()
+        return _colour(upright)
+
+
+def file_sha256(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of a file's bytes, read in pieces.
+
+    Raises:
+        ImageError: the file is missing or cannot be read.
+    """
+    with _regular_file(path) as file:
+        return _sha256(file, path)
+
+
+def _displayed_size(image: Image.Image, file: BinaryIO, path: str | Path) -> tuple[int, int]:
+    width, height = image.size
+    if image.format == "TIFF":  # some versions of Pillow have already turned .size, some have not
+        tags: Any = image
+        width, height = tags.tag_v2[_TIFF_WIDTH], tags.tag_v2[_TIFF_HEIGHT]
+    turned = _orientation(image, file, path) >= 5
+    return (width, height) if turned else (height, width)
+
+
+def _sha256(file: BinaryIO, path: str | Path) -> str:
+    """The hash of the whole file, which is left where it stood."""
+    digest, position = hashlib.sha256(), file.tell()
+    try:
+        file.seek(0)
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+        file.seek(position)
+    except OSError as error:
+        raise _error(path, error) from error
+    return digest.hexdigest()
+
+
+@contextmanager
+def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
+    """The open file; devices and pipes, which could block or never end, are refused before they are opened."""
+    if is_url(path):
+        with io.BytesIO(_fetched(str(path))) as content:
+            yield content
+        return
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise _error(path, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
+        file = open(path, "rb")  # noqa: SIM115  closed below; only the opening may be called an unreadable file
+    except ImageError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+        raise _error(path, error) from error
+    with file:
+        yield file
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
+    """The image with its header read and its size checked, and its file; whatever a decoder raises is an ImageError."""
+    with _regular_file(path) as file:
+        if not file.read(1):
+            raise _error(path, "the file is empty")
+        file.seek(0)
+        try:
+            # Not by name: Pillow may then map the file, and one that is cut short meanwhile kills the process.
+            with _header(file) as image:
+                _check_size(image)
+                yield image, file
+        except ImageError as error:
+            raise _error(path, error) from error
+        except Image.UnidentifiedImageError as error:
+            raise _error(path, f"it is not an image of a known format ({', '.join(_formats())})") from error
+        except Image.DecompressionBombError as error:
+            raise _error(path, f"it has more than {MAX_PIXELS} pixels, the most that is decoded") from error
+        except Exception as error:  # decoders raise nearly anything on damaged bytes
+            raise _error(path, error) from error
+
+
+def _header(file: BinaryIO) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns from half of its limit on; _check_size decides instead.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=_formats())
+
+
+def _check_size(image: Image.Image) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise ImageError(f"it has no pixels ({height} x {width})")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"it has {height} x {width} pixels; at most {MAX_PIXELS} are decoded")
+
+
+def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:
+    """The EXIF orientation, 1 to 8; 1 when there is none or when it is damaged, as viewers do, with a log line."""
+    try:
+        # Not PngImageFile.getexif, which decodes all pixels to look behind them.
+        exif = Image.Image.getexif(image)
+        if image.format == "PNG" and _ORIENTATION_TAG not in exif and (late := _late_png_exif(file)):
+            exif = Image.Exif()
+            exif.load(b"Exif\0\0" + late)
+        value = exif.get(_ORIENTATION_TAG, 1)
+    except Exception as error:  # Pillow's EXIF parser raises nearly anything on damaged bytes
+        log.warning("%r: its EXIF block is damaged (%s); read as it is stored, not turned", os.fspath(path), error)
+        return 1
+    return value if value in _TRANSPOSE else 1
+
+
+def _late_png_exif(file: BinaryIO) -> bytes | None:
+    """The eXIf chunk of a PNG wherever it stands; the standard allows it behind the pixels."""
+    position = file.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, kind = int.from_bytes(head[:4], "big"), head[4:]
+            if kind == b"eXIf":
+                return file.read(min(length, 1 << 16))
+            file.seek(length + 4, os.SEEK_CUR)
+        return None
+    finally:
+        file.seek(position)
+
+
+def _grey(values: np.ndarray, mode: str, transparent: object) -> Tensor:
+    """(H, W) float32 in [0, 1] from integers in 0..65535, or from floats in [0, 1]."""
+    top = 1.0 if mode == "F" else 65535.0
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= top):  # also true for NaN
+        raise ImageError(f"its values of kind {mode} lie in [{low:g}, {high:g}]; they must lie in [0, {top:g}]")
+    grey = torch.from_numpy(values.astype(np.float32)).div_(top)
+    if mode.startswith("I") and isinstance(transparent, int):
+        grey[torch.from_numpy(values == transparent)] = 1.0
+    return grey
+
+
+def _colour(image: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [0, 1] from any 8-bit image, transparency composited over white."""
+    pixels = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+    rgb = torch.from_numpy(pixels).movedim(-1, 0)
+    out = torch.empty(3, *pixels.shape[:2]).copy_(rgb[:3]).div_(255)
+    if len(rgb) == 4:
+        alpha = rgb[3].float().div_(255)
+        out.mul_(alpha).add_(1 - alpha)
+    return out

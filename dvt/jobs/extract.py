@@ -1,0 +1,279 @@
+"""Tokens of many images into a feature store: raw, and denoised where there is a denoiser.
+
+Three things go on at the same time, in threads: the next two batches are decoded, the backbone runs, and the shard
+before is written. None of them changes a number: which image is in which batch follows from the plan alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dvt.backbones import Backbone
+from dvt.backbones.inference import in_halves
+from dvt.devices import autocast
+from dvt.errors import ConfigError, NonFiniteError
+from dvt.jobs.ahead import ahead, reading_threads
+from dvt.jobs.intake import Intake, distinct, read_copies
+from dvt.jobs.profile import Profile, StageTimer
+from dvt.jobs.run import run
+from dvt.jobs.work import THREADS, ShardResult, Summary, Work
+from dvt.progress import Progress
+from dvt.store import ImageEntry, Job, Record, Shard
+from dvt.tokens import TokenMap
+from dvt.views import resize
+
+_AHEAD = 2  # batches being decoded while one is in the backbone: one alone would wait for its slowest image
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """How tokens are extracted. Only `dtype` belongs to the store's job: the others change speed and memory.
+
+    Args:
+        dtype: of the forward pass, by autocast; tokens are stored in half precision where they fit into it.
+        batch: images a forward pass; what is left of a grid shape at the end of a shard makes a smaller one.
+        shard_images: images a shard; a killed run loses at most the shard in hand and the one that is being written.
+        workers: threads that read and decode images; None takes the processor's cores, at most 16.
+    """
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch: int = 32
+    shard_images: int = 64
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'")
+        for name in ("batch", "shard_images", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+
+    @property
+    def threads(self) -> int:
+        """The number of decoding threads."""
+        return self.workers or THREADS
+
+
+def extract_images(
+    backbone: Backbone,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    config: ExtractConfig | None = None,
+    denoiser: TokenMap | None = None,
+    *,
+    strict: bool = False,
+    wait: bool = True,
+    started: Callable[[Job], None] | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Write the tokens of many images to a feature store; the same call again does what is left.
+
+    The store holds the term "raw" and, with a denoiser, "denoised", on each image's own patch grid, and the prefix
+    tokens. Memory does not grow with the number of images beyond their list of paths and hashes.
+
+    Args:
+        backbone: its device is used.
+        paths: image files and URLs, from :func:`dvt.images.find_sources`.
+        out: the store's folder.
+        config: settings.
+        denoiser: on the backbone's device, in evaluation mode.
+        strict: raise on the first image that cannot be read, instead of reporting it at the end.
+        wait: wait for another writer of the same store, instead of refusing.
+        started: called with the job once the folder is locked and known to hold nothing else.
+        progress: called with (what, done, total) after every image.
+
+    Returns:
+        What was done; `extraction_seconds` is the backbone's time.
+
+    Raises:
+        StoreError: the folder cannot be written, or holds another job's tokens.
+        ImageError: with strict, an image cannot be read.
+        NonFiniteError: with strict, an image's tokens hold NaN or infinity.
+        ConfigError: not even half a batch fits into the GPU's memory.
+    """
+    work = ExtractWork(backbone, config or ExtractConfig(), denoiser, strict=strict)
+    return run(work, paths, out, wait=wait, started=started, progress=progress)
+
+
+def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None) -> Job:
+    """Describe everything that the tokens of an extraction depend on."""
+    settings: dict[str, Any] = {"verb": "extract", "dtype": config.dtype}
+    if denoiser is not None:
+        settings["denoiser"] = denoiser.identity
+    return Job.of(backbone, settings)
+
+
+class ExtractWork(Work):
+    """Extraction as the work of a job; see :func:`extract_images` for the arguments."""
+
+    def __init__(
+        self, backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None, *, strict: bool = False
+    ):
+        super().__init__(
+            backbone,
+            extract_job(backbone, config, denoiser),
+            shard_images=config.shard_images,
+            threads=config.threads,
+            strict=strict,
+        )
+        self.config, self.denoiser = config, denoiser
+
+    def make(
+        self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
+    ) -> Generator[ShardResult, None, None]:
+        """Compute shards, while the images of the next ones are decoded."""
+        start = time.perf_counter()
+        with reading_threads(self.threads) as readers:
+            for task, loaded, launched in self._launched(_tasks(shards, self.config.batch), readers):
+                task.made.records += self._records(task, loaded, launched, tick)
+                task.made.profile.add(loaded.profile)
+                if launched is not None:
+                    task.made.profile.add(Profile(launched.timer.seconds()))
+                if task.last:
+                    task.made.profile.wall = time.perf_counter() - start
+                    yield task.made
+                    start = time.perf_counter()
+
+    def _launched(
+        self, tasks: Iterable[_Task], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[_Task, _Loaded, _Launched | None]]:
+        """Batches, one behind: a GPU has the next one before the maps of this one are waited for."""
+        behind: tuple[_Task, _Loaded, _Launched | None] | None = None
+        with ThreadPoolExecutor(_AHEAD) as gatherers:
+            for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
+                with task.made.profile.timed("wait_images"):
+                    loaded = loading.result()
+                launched = None if loaded.images is None else self._launch(loaded.images)
+                if behind is not None:
+                    yield behind
+                behind = (task, replace(loaded, images=None), launched)
+        if behind is not None:
+            yield behind
+
+    def _load(self, task: _Task, readers: ThreadPoolExecutor) -> _Loaded:
+        reading = [readers.submit(read_copies, copies, self._prepare) for copies in task.copies]
+        intakes, images, profile = [future.result() for future in reading], [], Profile(readers=self.threads)
+        for intake in intakes:
+            profile.add(intake.profile)
+            if intake.pixels is not None:
+                images.append(intake.pixels)
+                intake.pixels = None  # in the batch from here on
+        batch = torch.stack(images) if images else None
+        return _Loaded(
+            batch.pin_memory() if batch is not None and self.backbone.mean.is_cuda else batch, intakes, profile
+        )
+
+    def _prepare(self, pixels: Tensor, entry: ImageEntry) -> Tensor:
+        return resize(pixels, self.backbone.input_size((pixels.shape[1], pixels.shape[2])))
+
+    def _launch(self, images: Tensor) -> _Launched:
+        device = self.backbone.device
+        timer = StageTimer(device)
+        timer.mark()
+        wide = in_halves(self._maps, images.to(device, non_blocking=True))
+        timer.mark("backbone")
+        narrow = {name: values.half() for name, values in wide.items()}
+        fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
+        finite = torch.stack([values.isfinite().flatten(1).all(1) for values in wide.values()]).all(0)
+        moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
+        fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
+        timer.mark("fetch")
+        return _Launched(
+            wide,
+            moved,
+            fits,
+            finite,
+            timer,
+            torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
+        )
+
+    @torch.no_grad()
+    def _maps(self, images: Tensor) -> dict[str, Tensor]:
+        with autocast(images.device, getattr(torch, self.config.dtype)):
+            tokens = self.backbone(images).to(torch.float32)
+            maps = {"raw": tokens.patches, "prefix": tokens.prefix}
+            if self.denoiser is not None:
+                maps["denoised"] = self.denoiser(tokens.patches, tokens.prefix)
+        return maps
+
+    def _records(
+        self, task: _Task, loaded: _Loaded, launched: _Launched | None, tick: Callable[[], None]
+    ) -> Iterator[Record]:
+        maps, finite = ({}, []) if launched is None else launched.fetch()
+        rows = iter(range(len(finite)))
+        for intake in loaded.intakes:
+            row = next(rows) if intake.used >= 0 else -1
+            error = None
+            if row >= 0 and not finite[row]:
+                path = intake.copies[intake.used].path
+                error = NonFiniteError(
+                    f"the tokens of {path!r} hold NaN or infinity; check the weights, or try another dtype"
+                )
+            terms = {name: values[row] for name, values in maps.items()} if row >= 0 else {}
+            prefix = terms.pop("prefix", None)
+            yield from self.records(intake, terms, prefix, error, task.made.failed, tick)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One batch: the copies of each distinct image, and the shard it belongs to."""
+
+    made: ShardResult
+    copies: list[list[ImageEntry]]
+    last: bool
+
+
+def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterator[_Task]:
+    """Cut shards into batches, which never cross shards, and so are of one grid shape each."""
+    for shard, _ in shards:
+        made, images = ShardResult(shard), distinct(shard)
+        for i in range(0, len(images), batch):
+            yield _Task(made, images[i : i + batch], last=i + batch >= len(images))
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A batch's images (B, 3, H, W), None where none could be read, and how each was read."""
+
+    images: Tensor | None
+    intakes: list[Intake]
+    profile: Profile
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A batch's maps on their way to the host: twice, because only the numbers tell whether half precision holds them.
+
+    (It nearly always does, and then half of the transfer and of the memory is saved. In a shard that one batch makes
+    float32, the others' tokens are those of half precision.)
+
+    Args:
+        wide: (B, ...) maps in float32 on the device, by name.
+        narrow: the same in half precision on the host, once `arrived`.
+        fits: whether `narrow` is finite.
+        finite: (B,) whether an image's maps are finite.
+        timer: of "backbone", with the denoiser, and "fetch".
+    """
+
+    wide: dict[str, Tensor]
+    narrow: dict[str, Tensor]
+    fits: Tensor
+    finite: Tensor
+    timer: StageTimer
+    arrived: torch.cuda.Event | None
+
+    def fetch(self) -> tuple[dict[str, Tensor], list[bool]]:
+        """The maps on the host, and which images' are finite."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        maps = self.narrow if self.fits else {name: values.cpu() for name, values in self.wide.items()}
+        return maps, self.finite.tolist()

@@ -1,0 +1,75 @@
+"""The one way in: distinct bytes of a shard, each read from the first of its copies that can be read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+
+from torch import Tensor
+
+from dvt.errors import ImageError
+from dvt.grids import Size
+from dvt.images import is_url, load_image
+from dvt.jobs.profile import Profile
+from dvt.store import ImageEntry, Shard
+
+
+def distinct(shard: Shard) -> list[list[ImageEntry]]:
+    """Group a shard's images by their bytes, which lie next to each other: the copies of each."""
+    return [list(copies) for _, copies in groupby(shard.images, key=attrgetter("sha256"))]
+
+
+@dataclass
+class Intake:
+    """An image that was read, or why none of its copies could be.
+
+    Args:
+        copies: the entries whose files have equal bytes.
+        pixels: (3, H, W) RGB in [0, 1], or what `prepare` made of it; None where no copy could be read.
+        size: (H, W) of the image in pixels.
+        used: the number of the copy that was read, -1 for none.
+        errors: by number, why copies before it could not be read.
+        profile: seconds and bytes of reading.
+    """
+
+    copies: Sequence[ImageEntry]
+    pixels: Tensor | None = None
+    size: Size = (0, 0)
+    used: int = -1
+    errors: dict[int, ImageError] = field(default_factory=dict)
+    profile: Profile = field(default_factory=Profile)
+
+    def outcomes(self, error: Exception | None = None) -> Iterator[tuple[ImageEntry, Exception | None]]:
+        """Yield each copy with the error that it is to be reported with: its own, else the one that all share."""
+        for number, entry in enumerate(self.copies):
+            yield entry, self.errors.get(number, error)
+
+
+def read_copies(
+    copies: Sequence[ImageEntry], prepare: Callable[[Tensor, ImageEntry], Tensor] = lambda pixels, entry: pixels
+) -> Intake:
+    """Read the first copy that can be read.
+
+    A copy that vanished, or whose bytes changed since it was listed, is reported under its own path, and the image is
+    taken from the next one.
+
+    Args:
+        copies: entries of equal bytes.
+        prepare: makes of (3, H, W) pixels what is kept; what it raises as ImageError counts against the copy.
+    """
+    found = Intake(copies, profile=Profile(images=1))
+    with found.profile.timed("read"):
+        for number, entry in enumerate(copies):
+            try:
+                pixels = load_image(entry.path, entry.sha256)
+                found.pixels = prepare(pixels, entry)
+            except ImageError as error:
+                found.errors[number] = error
+                continue
+            found.used, found.size = number, (pixels.shape[1], pixels.shape[2])
+            found.profile.read_bytes = 0 if is_url(entry.path) else os.path.getsize(entry.path)
+            break
+    return found

@@ -1,0 +1,178 @@
+"""Where the time of a job over many images goes: seconds by stage, and which stage bounds the run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
+
+#: Stages in the order in which an image meets them; those of `WAITS` are time in which a thread did nothing.
+STAGES = (
+    "look",
+    "artifact",
+    "read",
+    "views",
+    "backbone",
+    "wait_images",
+    "wait_solver",
+    "solve",
+    "wait_backbone",
+    "fetch",
+    "pictures",
+    "write",
+)
+WAITS = ("wait_images", "wait_solver", "wait_backbone")
+
+# Fused attention that some versions of torch dispatch to without a formula for it: 2.14 counts none on the CPU.
+_ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable")
+
+
+@dataclass
+class Profile:
+    """Seconds by stage, and what they were spent on.
+
+    Stages: look (hashes and headers), artifact (the one that images share), read (decoding, in several threads), views
+    (cutting), backbone, solve (the solver), fetch (maps to the host), pictures, write; and what waited: wait_images and
+    wait_solver (the backbone for either), wait_backbone (the solver for tokens). Stages overlap, so their sum may
+    exceed `wall`. On a GPU, views, backbone and extraction's fetch are its own seconds, by events.
+
+    Args:
+        seconds: by stage; a stage that never ran is missing.
+        wall: seconds of the whole, summed over processes.
+        images: computed; copies of the same bytes count once.
+        views: through the backbone, the whole images among them.
+        flops: floating-point operations of the backbone, multiplication and addition counted apart; 0 if not counted.
+        read_bytes: of image files that were decoded.
+        written_bytes: of shards.
+        readers: threads that "read" is spread over.
+
+    >>> profile = Profile(seconds={"views": 1.0, "backbone": 7.0, "solve": 3.0, "wait_solver": 1.0}, wall=10.0)
+    >>> profile.rows()[1]
+    ('backbone', 7.0, 0.7, 0.7)
+    >>> print(profile.bound())
+    backbone bounds this run: busy 70% of 10.0 s; the backbone stood still 2.0 s (20%), 1.0 s of it for the solver and
+    what follows
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    wall: float = 0.0
+    images: int = 0
+    views: int = 0
+    flops: float = 0.0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    readers: int = 1
+
+    def spend(self, stage: str, seconds: float) -> None:
+        """Add to a stage."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add what a block takes to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spend(stage, time.perf_counter() - start)
+
+    def add(self, other: Profile) -> None:
+        """Add what another part of the work, or another process, took."""
+        for stage, seconds in other.seconds.items():
+            self.spend(stage, seconds)
+        for name in ("wall", "images", "views", "flops", "read_bytes", "written_bytes"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.readers = max(self.readers, other.readers)
+
+    def of(self, *stages: str) -> float:
+        """Seconds of these stages together."""
+        return sum(self.seconds.get(stage, 0.0) for stage in stages)
+
+    def busy(self, stage: str) -> float:
+        """The share of wall in which the threads of a stage work at it; 0 for what is waiting."""
+        threads = self.readers if stage == "read" else 1
+        return 0.0 if stage in WAITS or not self.wall else self.of(stage) / (threads * self.wall)
+
+    def rows(self) -> list[tuple[str, float, float, float]]:
+        """For a table: stage, seconds, their share of wall (where threads add up, above 1), its threads' busy share."""
+        return [
+            (stage.replace("_", " "), self.of(stage), self.of(stage) / (self.wall or 1.0), self.busy(stage))
+            for stage in STAGES
+            if stage in self.seconds
+        ]
+
+    def bound(self) -> str:
+        """In a sentence, the stage that takes longest, and how long the backbone stood still."""
+        slowest = max(STAGES, key=self.busy)
+        still = max(0.0, self.wall - self.of("views", "backbone"))
+        share = still / (self.wall or 1.0)
+        waits = {"images": "wait_images", "the solver and what follows": "wait_solver"}
+        parts = [f"{self.of(wait):.1f} s of it for {what}" for what, wait in waits.items() if self.of(wait) >= 0.05]
+        return (
+            f"{slowest} bounds this run: busy {self.busy(slowest):.0%} of {self.wall:.1f} s; the backbone stood still "
+            f"{still:.1f} s ({share:.0%}){''.join(f', {part}' for part in parts)}"
+        )
+
+
+def flop_counter() -> FlopCounterMode:
+    """Make torch's counter of floating-point operations, which knows attention on every device and version.
+
+    >>> with flop_counter() as counter:
+    ...     _ = torch.nn.functional.scaled_dot_product_attention(*torch.zeros(3, 1, 2, 10, 16))
+    >>> counter.get_total_flops() == 2 * (2 * 10 * 10 * 16) * 2
+    True
+    """
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+    operators = (getattr(torch.ops.aten, name, None) for name in _ATTENTION)
+    missing = {operator: _attention_flops for operator in operators if operator and operator not in flop_registry}
+    return FlopCounterMode(display=False, custom_mapping=missing)
+
+
+def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    """Count scores and their weighted sum, two operations a product; (B, heads, tokens, channels) each."""
+    batch, heads, tokens, channels = query
+    return 2 * batch * heads * tokens * key[2] * (channels + value[3])
+
+
+class StageTimer:
+    """Seconds between marks in a device's work: by the clock on the CPU, by events in the stream on a GPU.
+
+    Marking waits for nothing; asking for the seconds waits for the last mark.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+
+    def mark(self, stage: str | None = None) -> None:
+        """The end of a stage, which began at the mark before; None where what lies between is not to be counted."""
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.device))
+            self._marks.append((stage, event))
+        else:
+            self._marks.append((stage, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """By stage."""
+        marks, found = list(self._marks), dict[str, float]()
+        for (_, start), (stage, end) in pairwise(marks):
+            if stage is not None:
+                found[stage] = found.get(stage, 0.0) + _between(start, end)
+        return found
+
+
+def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        return float(end) - float(start)  # type: ignore[arg-type]
+    end.synchronize()
+    return start.elapsed_time(end) / 1000

@@ -1,0 +1,368 @@
+"""Calls given to actors on a Ray cluster that come and go; the only file that knows Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import dvt
+from dvt.errors import ConfigError, DvtError, ImageError, NonFiniteError
+from dvt.store import Job
+
+log = logging.getLogger(__name__)
+
+TRIES = 3
+_GREETINGS = 5  # a model is loaded for each
+_POLL_SECONDS = 2.0
+_LOCAL_OBJECTS = (
+    512 << 20
+)  # bytes of shared memory on a laptop: shards never go through it, only parts of a reduction do
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What an actor says when its work is made.
+
+    Args:
+        node: of Ray.
+        versions: of dvt and torch.
+        job: of the work.
+        shard_images: images a shard.
+        reduced_images: images of each grid shape that the work's reduction takes; 0 without one.
+        add: adds two parts of that reduction, one of which may be None.
+    """
+
+    node: str
+    versions: tuple[str, str]
+    job: Job
+    shard_images: int
+    reduced_images: int = 0
+    add: Callable[[Any, Any], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A call that no worker could do, and why."""
+
+    reason: str
+
+
+@dataclass
+class _Call:
+    number: int
+    arguments: tuple[Any, ...]
+    deaths: int = 0
+    errors: int = 0
+    alone: bool = False  # it was there when a worker died, and so it may be why
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    greeting: Any
+    node: str | None = None  # known once it is up
+    calls: dict[Any, _Call] = field(default_factory=dict)
+
+
+class Pool:
+    """Actors that come and go, and the calls that they are given: at most two each, so that none waits for the next."""
+
+    def __init__(
+        self,
+        ray: Any,
+        actor: type,
+        arguments: tuple[Any, ...],
+        workers: int | None,
+        threads: int,
+        device: str,
+    ):
+        self.ray, self.workers, self.limit, self.threads = ray, list[_Worker](), workers, threads
+        self.gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+        # On a GPU two calls run at a time, so that one decodes and solves while the other is in the backbone.
+        options = {"num_gpus": 1, "max_concurrency": 2} if self.gpu else {"max_concurrency": 1}
+        self.kind = ray.remote(actor).options(
+            num_cpus=1 if self.gpu else threads, max_restarts=0, max_task_retries=0, **options
+        )
+        self.arguments = arguments
+        self.hello: Hello | None = None
+        self.failures, self.rest_until, self.counted, self.devices = 0, 0.0, -_POLL_SECONDS, 1
+        self.told = time.monotonic()
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            self._end(worker)
+
+    def capacity(self) -> int:
+        """How many actors there should be: all that were asked for, or one a device that the cluster has now."""
+        if self.limit is not None:
+            return self.limit
+        if time.monotonic() - self.counted >= _POLL_SECONDS:
+            found = self.ray.cluster_resources()
+            self.devices = max(1, int(found.get("GPU", 0) if self.gpu else found.get("CPU", 0) // self.threads))
+            self.counted = time.monotonic()
+        return self.devices
+
+    def first(self, items: int) -> Hello:
+        """What the first actor that is up says; no more actors than items are started."""
+        while self.hello is None:
+            self._resize(items, last=False)
+            self._wait([])
+        return self.hello
+
+    def ordered(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Objects of Ray, in the order of the calls; None for a call that says that it has nothing."""
+        early: dict[int, Any] = {}
+        wanted = 0
+        for number, result in self.map(method, calls, keep=True):
+            early[number] = result
+            while wanted in early:
+                yield wanted, early.pop(wanted)
+                wanted += 1
+
+    def map(
+        self, method: str, calls: Sequence[tuple[Any, ...]], keep: bool = False, last: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """The number and the result of each call, in any order; a :class:`Lost` where none came after three tries.
+
+        Args:
+            method: of the actor.
+            calls: its arguments.
+            keep: of the pair that the method returns, leave the second one where it is, if the first one is true.
+            last: actors for which nothing is left are not needed any more.
+
+        Raises:
+            Exception: what the method raised, in three tries unless it is what `strict` asks for.
+        """
+        queue = deque(_Call(number, arguments) for number, arguments in enumerate(calls))
+        again: deque[_Call] = deque()
+        try:
+            while left := len(queue) + len(again) + sum(len(worker.calls) for worker in self.workers):
+                self._resize(left, last)
+                self._hand_out(method, queue, again, keep)
+                for worker, ref in self._wait([ref for one in self.workers for ref in one.calls]):
+                    yield from self._settled(worker, ref, keep, again)
+        finally:
+            for worker in self.workers:  # where it ends early, what they still do is of no interest
+                worker.calls.clear()
+
+    def _settled(self, worker: _Worker, ref: Any, keep: bool, again: deque[_Call]) -> Iterator[tuple[int, Any]]:
+        """The number and result of a call that is over, unless it must be done again."""
+        try:
+            result = self._result(ref[0] if keep else ref)
+        except _Died as death:
+            for lost in self._bury(worker, death.reason):
+                if lost.deaths < TRIES:
+                    again.append(lost)
+                else:
+                    yield lost.number, Lost(f"its worker died {TRIES} times: {death.reason}")
+            return
+        except ConfigError as error:
+            result = Lost(str(error))
+        except (ImageError, NonFiniteError):  # only where the work is strict
+            raise
+        except Exception as error:
+            call = worker.calls.pop(ref)
+            call.errors += 1
+            if call.errors >= TRIES:
+                raise
+            log.warning("tried again: %s", brief(error))
+            again.append(call)
+            return
+        call = worker.calls.pop(ref)
+        if keep and not isinstance(result, Lost):
+            result = ref[1] if result else None
+        yield call.number, result
+
+    def _result(self, ref: Any) -> Any:
+        errors = self.ray.exceptions
+        try:
+            return self.ray.get(ref)
+        except errors.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except (errors.RayActorError, errors.NodeDiedError, errors.OutOfMemoryError) as error:
+            raise _Died(brief(error)) from error
+
+    def _hand_out(self, method: str, queue: deque[_Call], again: deque[_Call], keep: bool) -> None:
+        """One call each, then a second; one that may have killed a worker is done alone, so that no other is blamed."""
+        up = sorted((worker for worker in self.workers if worker.node is not None), key=lambda w: len(w.calls))
+        for depth in (1, 2):
+            reserved = len(again)
+            for worker in up:
+                if any(call.alone for call in worker.calls.values()) or len(worker.calls) >= depth:
+                    continue
+                if again and not worker.calls:
+                    self._call(worker, method, again.popleft(), keep)
+                elif worker.calls and reserved:  # it runs empty for one of these
+                    reserved -= 1
+                elif queue and (depth == 1 or len(queue) >= len(up)):
+                    self._call(worker, method, queue.popleft(), keep)
+
+    def _call(self, worker: _Worker, method: str, call: _Call, keep: bool) -> None:
+        remote = getattr(worker.actor, method)
+        refs = remote.options(num_returns=2).remote(*call.arguments) if keep else remote.remote(*call.arguments)
+        worker.calls[tuple(refs) if keep else refs] = call
+
+    def _wait(self, calls: Sequence[Any]) -> list[tuple[_Worker, Any]]:
+        """Calls that are over, one at most; new actors are greeted on the way."""
+        waiting = {worker.greeting: worker for worker in self.workers if worker.node is None}
+        firsts = {ref[0] if isinstance(ref, tuple) else ref: ref for ref in calls}
+        if not waiting and not firsts:
+            time.sleep(_POLL_SECONDS / 10)
+            return []
+        ready, _ = self.ray.wait([*waiting, *firsts], num_returns=1, timeout=_POLL_SECONDS)
+        for ref in ready:
+            if ref in waiting:
+                self._greet(waiting[ref])
+        if not ready and len(waiting) == len(self.workers) and time.monotonic() - self.told > 30:
+            log.warning("waiting for Ray to start %d workers; the cluster has %s", len(waiting), self._resources())
+            self.told = time.monotonic()
+        owners = {ref: worker for worker in self.workers for ref in worker.calls}
+        return [(owners[firsts[ref]], firsts[ref]) for ref in ready if ref in firsts]
+
+    def _resources(self) -> str:
+        found = self.ray.cluster_resources()
+        return ", ".join(f"{found.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+
+    def _greet(self, worker: _Worker) -> None:
+        """Take a new actor in, if it does the same work; one that does not come up is tried again later.
+
+        Raises:
+            DvtError: the work cannot be made there, or is another one.
+        """
+        try:
+            hello: Hello = self._result(worker.greeting)
+        except DvtError:
+            raise
+        except Exception as error:
+            self._end(worker)
+            self.workers.remove(worker)
+            self.failures += 1
+            # What the caller's function raises by itself is its own; a worker that dies may have met a bad node.
+            tries = _GREETINGS if isinstance(error, _Died) else 2
+            if self.failures >= tries and not any(other.node for other in self.workers):
+                if isinstance(error, _Died):
+                    raise ConfigError(
+                        f"workers die while they make their work ready, {self.failures} in a row: {error.reason}"
+                    ) from error
+                raise
+            log.warning("a worker did not come up and is tried again: %s", brief(error))
+            self.rest_until = time.monotonic() + min(60.0, 2.0**self.failures)
+            return
+        self.failures = 0
+        first = self.hello = self.hello or hello
+        if hello.versions[0] != dvt.__version__:
+            raise ConfigError(
+                f"a worker has dvt {hello.versions[0]}, this command has {dvt.__version__}; install one on all nodes"
+            )
+        if hello.versions[1] != first.versions[1]:
+            log.warning("workers have torch %s and %s: last bits may differ", hello.versions[1], first.versions[1])
+        if hello.job.digest != first.job.digest:
+            raise ConfigError(
+                f"workers do different jobs ({first.job.differences(hello.job)}): are the files of weights the same on "
+                "all nodes?"
+            )
+        worker.node = hello.node
+
+    def _resize(self, left: int, last: bool) -> None:
+        wanted = max(1, min(left, self.capacity()))
+        while len(self.workers) < wanted and time.monotonic() >= self.rest_until:
+            actor = self.kind.remote(*self.arguments)
+            self.workers.append(_Worker(actor, actor.hello.remote()))
+        idle = [worker for worker in self.workers if not worker.calls] if last else []
+        for worker in sorted(idle, key=lambda w: w.node is not None)[: max(0, len(self.workers) - wanted)]:
+            self._end(worker)
+            self.workers.remove(worker)
+
+    def _bury(self, worker: _Worker, reason: str) -> list[_Call]:
+        """Its calls. A death is a call's own only if nothing else was there and the node lives: nodes come and go."""
+        log.warning("a worker died: %s", reason)
+        self._end(worker)
+        self.workers.remove(worker)
+        calls = list(worker.calls.values())
+        lives = any(node["Alive"] for node in self.ray.nodes() if node["NodeID"] == worker.node)
+        for call in calls:
+            call.deaths += len(calls) == 1 and lives
+            call.alone = True
+        return calls
+
+    def _end(self, worker: _Worker) -> None:
+        with suppress(Exception):  # it may be dead, or the whole cluster
+            self.ray.kill(worker.actor)
+
+
+class _Died(Exception):
+    """A worker died under a call."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason
+
+
+def brief(error: BaseException) -> str:
+    """The part of Ray's long messages that says what happened."""
+    text = " ".join(str(error).split())
+    found = text.find("The actor ", 1)
+    text = text[max(found, 0) :] or type(error).__name__
+    return text if len(text) < 500 else f"{text[:240]} ... {text[-240:]}"
+
+
+@contextmanager
+def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
+    """The module of Ray, connected; see :func:`dvt.jobs.cluster.run`.
+
+    Raises:
+        ConfigError: Ray is missing, or no cluster answers.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.exceptions
+    except ImportError as error:
+        raise ConfigError(f"a cluster needs Ray ({error}): pip install 'denoising-vit[cluster]'") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address == "local":
+        cores = None if workers is None else workers * threads
+        options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _LOCAL_OBJECTS}
+    else:
+        _knock(address)
+    try:
+        ray.init(address=address, **options)
+    except (Exception, SystemExit) as error:  # Ray exits when a cluster does not answer
+        reason = "it does not answer as Ray does" if isinstance(error, SystemExit) else " ".join(str(error).split())
+        raise ConfigError(f"cannot connect to the Ray cluster at {address!r}: {reason}; {_ADDRESSES}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+_ADDRESSES = (
+    "give 'local', 'auto' on a node of a cluster, HOST:PORT or ray://HOST:PORT; if the cluster asks for a token, set "
+    "RAY_AUTH_MODE=token here too"
+)
+
+
+def _knock(address: str) -> None:
+    """Try the port: Ray itself takes minutes to give up."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise ConfigError(f"{address!r} is no address of a Ray cluster; {_ADDRESSES}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r} ({error.strerror or error}); {_ADDRESSES}") from error

@@ -1,0 +1,136 @@
+"""A job run in this process, into a feature store; the same call again does what is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+from dvt.errors import ConfigError
+from dvt.images import is_url
+from dvt.jobs.ahead import ahead, reading_threads
+from dvt.jobs.profile import Profile
+from dvt.jobs.reduction import Reduced
+from dvt.jobs.work import ShardResult, Summary, Work
+from dvt.progress import Progress
+from dvt.store import ImageEntry, Job, Shard, StoreWriter, plan
+
+_LOOK_AHEAD = 64
+
+
+def run(
+    work: Work,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    *,
+    wait: bool = True,
+    started: Callable[[Job], None] | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Do a work in this process, into a feature store; the same call again does what is left.
+
+    Memory does not grow with the number of images beyond their list of paths and hashes.
+
+    Args:
+        work: what is to be done.
+        paths: image files, from :func:`dvt.images.find_images`.
+        out: the store's folder.
+        wait: wait for another writer of the same store, instead of refusing.
+        started: called with the job once the folder is locked and known to hold nothing else.
+        progress: called with (what, done, total) after every image.
+
+    Raises:
+        ConfigError: `paths` is one path, or `out` a URL.
+        StoreError: the folder cannot be written, or holds another job's tokens.
+        DvtError: what `work` raises.
+    """
+    check_run(paths, out)
+    progress, summary = progress or (lambda what, done, total: None), Summary()
+    start = time.perf_counter()
+    with StoreWriter(out, work.job, wait=wait) as writer:
+        if started:
+            started(work.job)
+        with summary.profile.timed("look"):
+            images = list(_listed(work, paths, summary, progress))
+        summary.skipped = sum(image.sha256 in writer.done for image in images)
+        committed = {path.stem for path in writer.folder.glob("*.h5")}
+        shards = shards_left(images, writer.done, committed, work.job, work.shard_images)
+        total, done = sum(len(shard.images) for shard in shards), 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            progress(work.job.config["verb"], done, total)
+
+        shared = Reduced(work.reduction, images, out if writer.done else None, summary.profile)
+        with closing(work.make(((shard, shared.of(shard)) for shard in shards), tick)) as making:
+            _save(writer, making, summary)
+    summary.profile.wall = time.perf_counter() - start
+    return summary
+
+
+def check_run(paths: Sequence[str | Path], out: str | Path) -> None:
+    """Check that this process can run a job with these.
+
+    Raises:
+        ConfigError: one path instead of several, or a URL as the store.
+    """
+    if isinstance(paths, (str, Path)):
+        raise ConfigError(f"paths is {str(paths)!r}, one path; give a list, such as find_images({str(paths)!r})")
+    if is_url(str(out)):
+        raise ConfigError(
+            f"the store {str(out)!r} is a URL, which a run in one process does not write to; give a folder, or a Ray "
+            "cluster by --ray ('local' starts one here), dvt.jobs.cluster.run in Python"
+        )
+
+
+def shards_left(
+    images: Sequence[ImageEntry], done: set[str], committed: set[str], job: Job, shard_images: int
+) -> list[Shard]:
+    """Plan the shards to make; where an image could not be used in an earlier run, the cuts are still where they were.
+
+    Such an image is missing in its shard, and so not done; among the images left it would move all cuts behind it.
+
+    Args:
+        images: all of the job.
+        done: hashes of the images in the store.
+        committed: names of the store's shards.
+        job: as :func:`dvt.store.plan` takes it.
+        shard_images: images a shard.
+    """
+    whole = plan(images, shard_images, job, by_grid=True)
+    tried = {image[:2] for shard in whole if shard.name in committed for image in shard.images}
+    left = [image for image in images if image.sha256 not in done]
+    parts = ([image for image in left if (image[:2] in tried) == again] for again in (False, True))
+    return [shard for part in parts for shard in plan(part, shard_images, job, by_grid=True)]
+
+
+def _listed(work: Work, paths: Sequence[str | Path], summary: Summary, progress: Progress) -> Iterator[ImageEntry]:
+    with reading_threads(work.threads) as readers:
+        for number, (path, found) in enumerate(ahead(readers, work.index_image, paths, _LOOK_AHEAD)):
+            with work.reported(path, summary.failed):
+                yield found.result()
+            progress("look", number + 1, len(paths))
+
+
+def _save(writer: StoreWriter, shards: Iterable[ShardResult], summary: Summary) -> None:
+    """Write each shard while the next one is computed; at most one waits to be written."""
+    saving: Future[Profile] | None = None
+    with ThreadPoolExecutor(1) as saver:
+        for made in shards:
+            if saving is not None:
+                summary.profile.add(saving.result())
+            saving = saver.submit(_written, writer, made) if made.records else None
+            summary.add(made)
+        if saving is not None:
+            summary.profile.add(saving.result())
+
+
+def _written(writer: StoreWriter, made: ShardResult) -> Profile:
+    profile = Profile()
+    with profile.timed("write"):
+        path = writer.write(made.shard.name, made.records, made.artifact)
+    profile.written_bytes = path.stat().st_size
+    return profile

@@ -1,0 +1,176 @@
+"""What a job over many images is: shards of the plan to records, in an order that no worker has a say in."""
+
+from __future__ import annotations
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from dvt.backbones import Backbone
+from dvt.backbones.inference import checked_input_size
+from dvt.errors import ImageError, NonFiniteError
+from dvt.images import size_and_sha256
+from dvt.jobs.intake import Intake
+from dvt.jobs.profile import Profile
+from dvt.jobs.reduction import Reduction
+from dvt.store import ImageEntry, Job, Record, Shard
+
+log = logging.getLogger(__name__)
+
+#: Threads that read images, unless told otherwise.
+THREADS = min(16, os.cpu_count() or 1)
+Failure = tuple[str, str]  # path, reason
+
+
+@dataclass
+class Summary:
+    """What a run over many images did.
+
+    Args:
+        done: images computed now.
+        skipped: images that the store held already.
+        failed: (path, reason) of images that could not be used.
+        extraction_seconds: in views and the backbone.
+        fitting_seconds: in the solver.
+        shards: shards written now.
+        profile: where the time went.
+    """
+
+    done: int = 0
+    skipped: int = 0
+    failed: list[Failure] = field(default_factory=list)
+    extraction_seconds: float = 0.0
+    fitting_seconds: float = 0.0
+    shards: int = 0
+    profile: Profile = field(default_factory=Profile)
+
+    def add(self, made: ShardResult) -> None:
+        """Count a shard."""
+        self.done += len(made.records)
+        self.failed += made.failed
+        self.extraction_seconds += made.extraction_seconds
+        self.fitting_seconds += made.fitting_seconds
+        self.shards += bool(made.records)
+        self.profile.add(made.profile)
+
+
+@dataclass
+class ShardResult:
+    """A shard of the plan, computed.
+
+    Args:
+        shard: of the plan.
+        records: of its images that could be used.
+        failed: (path, reason) of the others.
+        artifact: (h, w, C) that its images share, if any.
+        profile: where the time went; `wall` since the shard before was handed out.
+    """
+
+    shard: Shard
+    records: list[Record] = field(default_factory=list)
+    failed: list[Failure] = field(default_factory=list)
+    artifact: Tensor | None = None
+    profile: Profile = field(default_factory=Profile)
+
+    @property
+    def extraction_seconds(self) -> float:
+        """In views and the backbone."""
+        return self.profile.of("views", "backbone")
+
+    @property
+    def fitting_seconds(self) -> float:
+        """In the solver."""
+        return self.profile.of("solve")
+
+
+class Work(ABC):
+    """What is done with images.
+
+    Args:
+        backbone: its device is used.
+        job: everything that the tokens depend on.
+        shard_images: images a shard.
+        threads: for reading files.
+        strict: raise on an image that cannot be used, instead of reporting it.
+        reduction: what the images of a grid shape share, if anything; shards come with it.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        job: Job,
+        *,
+        shard_images: int,
+        threads: int,
+        strict: bool = False,
+        reduction: Reduction | None = None,
+    ):
+        self.backbone, self.job = backbone, job
+        self.shard_images, self.threads, self.strict = shard_images, threads, strict
+        self.reduction = reduction
+
+    def index_image(self, path: str | Path) -> ImageEntry:
+        """Find an image's hash and grid shape from its file's bytes and header.
+
+        Raises:
+            ImageError: it cannot be read, or is too large.
+        """
+        size, sha256 = size_and_sha256(path)
+        return ImageEntry(str(path), sha256, self.backbone.grid(checked_input_size(self.backbone, size)))
+
+    @abstractmethod
+    def make(
+        self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
+    ) -> Generator[ShardResult, None, None]:
+        """Compute shards, each of which comes with the array that its images share, if any; tick after every image.
+
+        Shards may be taken from another thread, and before those in front of them are handed out: they must not wait
+        for these. A caller that does not read to the end closes the iterator, or its threads live on.
+
+        Raises:
+            ConfigError: the memory is too small.
+            ImageError, NonFiniteError: with strict, an image cannot be used.
+        """
+
+    @contextmanager
+    def reported(self, path: str | Path, failed: list[Failure]) -> Iterator[None]:
+        """Turn an image that cannot be used into a line of the summary, unless strict."""
+        try:
+            yield
+        except (ImageError, NonFiniteError) as error:
+            if self.strict:
+                raise
+            log.warning("skipped %s: %s", path, error)
+            failed.append((str(path), str(error)))
+
+    def records(
+        self,
+        intake: Intake,
+        terms: Mapping[str, Tensor],
+        prefix: Tensor | None,
+        error: Exception | None,
+        failed: list[Failure],
+        tick: Callable[[], None],
+    ) -> Iterator[Record]:
+        """Yield a record for each copy of an image; a copy that cannot be used is reported under its own path.
+
+        Args:
+            intake: how the image was read.
+            terms: its maps (h, w, C) by name.
+            prefix: (P, C), if any.
+            error: why it could not be used although it was read, None where it could.
+            failed: where copies that cannot be used are added.
+            tick: called for every copy.
+        """
+        for entry, problem in intake.outcomes(error):
+            tick()
+            with self.reported(entry.path, failed):
+                if problem is not None:
+                    raise problem
+                yield Record(entry.path, entry.sha256, intake.size, terms, prefix)

@@ -1,0 +1,198 @@
+"""The bytes of one shard: checked records in, an HDF5 file in memory out."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+from torch import Tensor
+
+import dvt
+from dvt.errors import ConfigError, NonFiniteError, ShapeError, StoreError
+from dvt.grids import Size
+from dvt.store.job import Job, _canonical, _sha256
+
+TERMS = ("raw", "semantic", "artifact", "residual", "denoised")
+
+
+_CHUNK_BYTES = 4 << 20  # a ViT-B's 37 x 37 tokens in half precision take 2 MB: most images are one chunk
+
+
+_FLOAT16_LIMIT = 65520.0  # the smallest number that rounds to infinity
+
+
+@dataclass
+class Record:
+    """One image in a store.
+
+    Args:
+        path: as it was given.
+        sha256: of the file's bytes, 64 hexadecimal digits.
+        size: (H, W) of the original image in pixels.
+        terms: names of :data:`TERMS` to (h, w, C) maps, all of one shape.
+        prefix: (P, C) class token and registers, or None.
+    """
+
+    path: str
+    sha256: str
+    size: Size
+    terms: Mapping[str, np.ndarray | Tensor]
+    prefix: np.ndarray | Tensor | None = None
+
+
+def shard_file(
+    name: str,
+    job: Job,
+    records: Sequence[Record],
+    artifact: np.ndarray | Tensor | None = None,
+    dtype: str = "float16",
+) -> bytes:
+    """The bytes of a shard's file, the same wherever they are made; see :meth:`StoreWriter.write`."""
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
+        raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
+    return _shard_image(job, records, artifact, dtype)
+
+
+def _array(values: np.ndarray | Tensor, dtype: str = "float32") -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        if dtype == "float16" and values.dtype == torch.float16:
+            return values.numpy()  # as they are: the two conversions would take a quarter of the writer's time
+        values = values.float().numpy()
+    # Not left to HDF5, whose conversion to half precision makes infinity of values that round to 65504.
+    return np.asarray(values, dtype=np.float32).astype(dtype, copy=False)
+
+
+def _peak(values: np.ndarray, what: str) -> float:
+    """The largest magnitude."""
+    peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    if not np.isfinite(peak):
+        raise NonFiniteError(
+            f"{what} holds NaN or infinity and was not stored; leave this image out or check the weights"
+        )
+    return peak
+
+
+def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | None) -> tuple[list[str], int]:
+    """Names of the terms and C, when everything fits together."""
+    if not records:
+        raise ShapeError("a shard holds at least one image, got none")
+    terms, first = list(records[0].terms), records[0]
+    if not terms or not set(terms) <= set(TERMS):
+        raise ShapeError(f"an image's terms are some of {TERMS}, got {terms}")
+    shape = tuple(first.terms[terms[0]].shape)
+    channels = shape[-1] if len(shape) == 3 else 0
+    for record in records:
+        shapes = {tuple(values.shape) for values in record.terms.values()}
+        shape = shapes.pop()
+        if list(record.terms) != terms or shapes or len(shape) != 3 or min(shape) < 1 or shape[-1] != channels:
+            found = {term: tuple(values.shape) for term, values in record.terms.items()}
+            raise ShapeError(f"{record.path!r} has terms {found}; all must be (h, w, {channels}) and be {terms}")
+        prefixes = [None if r.prefix is None else tuple(r.prefix.shape) for r in (first, record)]
+        if prefixes[0] != prefixes[1] or (prefixes[1] and (len(prefixes[1]) != 2 or prefixes[1][1] != channels)):
+            raise ShapeError(
+                f"{record.path!r} has a prefix of shape {prefixes[1]}; all must be (P, {channels}) or None"
+            )
+        if artifact is not None and tuple(artifact.shape) != shape:
+            raise ShapeError(f"the artifact {tuple(artifact.shape)} is shared by a map {shape}; they must be equal")
+        if not re.fullmatch("[0-9a-f]{64}", record.sha256) or "\0" in record.path or not record.path:
+            raise StoreError(f"{record.path!r} with hash {record.sha256!r}: need a path and 64 hexadecimal digits")
+        if len(record.size) != 2 or min(record.size) < 1:
+            raise StoreError(f"{record.path!r} has size {record.size}; it must be (height, width) in pixels")
+    return sorted(terms), channels
+
+
+def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str) -> bytes:
+    """The bytes of a shard's file.
+
+    They are made in memory and written by the caller, because HDF5 leaves a broken handle behind when a disk is full.
+    """
+    if dtype not in ("float16", "float32"):
+        raise ConfigError(f"tokens are stored as float16 or float32, got {dtype!r}")
+    terms, channels = _check_records(records, artifact)
+    grids = np.array([record.terms[terms[0]].shape[:2] for record in records], dtype=np.int64)
+    offset = np.concatenate(([0], np.cumsum(grids.prod(1))))
+    shared = None if artifact is None else _array(artifact)
+    if _largest(records, shared) >= _FLOAT16_LIMIT:
+        dtype = "float32"
+    content = io.BytesIO()
+    with _new_file(content) as file:
+        _write_attributes(file, job)
+        _write_index(_new_group(file, "index"), records, grids, offset)
+        tokens = _new_group(file, "tokens")
+        for term in terms:
+            rows = _dataset(tokens, term, (int(offset[-1]), channels), dtype, int(grids.prod(1).max()))
+            for record, start, stop in zip(records, offset, offset[1:], strict=False):
+                rows[start:stop] = _array(record.terms[term], dtype).reshape(-1, channels)
+        if records[0].prefix is not None and len(records[0].prefix):
+            prefix = _dataset(tokens, "prefix", (len(records), *records[0].prefix.shape), dtype, len(records))
+            for i, record in enumerate(records):
+                if record.prefix is not None:
+                    prefix[i] = _array(record.prefix, dtype)
+        if shared is not None:
+            _dataset(file, "artifact", shared.shape, dtype, len(shared))[:] = _array(shared, dtype)
+    return content.getvalue()
+
+
+def _new_file(content: io.BytesIO) -> h5py.File:
+    """Open an empty HDF5 file in memory, whose bytes depend on what is written and not on the time.
+
+    Version 1.10's format has checksums on its metadata too, and older libraries can read it. The bytes are complete
+    once the file is closed: HDF5 1.14's image of an open one (H5Fget_file_image) has a wrong checksum.
+    """
+    access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    access.set_cache(0, 521, 4 * _CHUNK_BYTES, 0.75)  # h5py's numbers, except for the size
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, content)
+    creation.set_obj_track_times(False)  # h5py's own File has this from 3.15 on
+    return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
+
+
+def _new_group(file: h5py.File, name: str) -> h5py.Group:
+    creation = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    creation.set_obj_track_times(False)
+    return h5py.Group(h5py.h5g.create(file.id, name.encode(), gcpl=creation))
+
+
+def _largest(records: Sequence[Record], artifact: np.ndarray | None) -> float:
+    peaks = [0.0 if artifact is None else _peak(artifact, "the shared artifact")]
+    for record in records:
+        peaks += [_peak(_array(values), f"{term} of {record.path!r}") for term, values in record.terms.items()]
+        if record.prefix is not None:
+            peaks.append(_peak(_array(record.prefix), f"prefix of {record.path!r}"))
+    return max(peaks)
+
+
+def _write_attributes(file: h5py.File, job: Job) -> None:
+    attributes = {**job.attributes(), "version": dvt.__version__}
+    attributes["checksum"] = _sha256(_canonical(attributes))
+    for name, text in attributes.items():
+        value = text.encode()
+        file.attrs.create(name, value, dtype=h5py.string_dtype("utf-8", max(1, len(value))))
+
+
+def _write_index(group: h5py.Group, records: Sequence[Record], grids: np.ndarray, offset: np.ndarray) -> None:
+    paths = [record.path.encode("utf-8", "surrogateescape") for record in records]  # file names are bytes on Linux
+    columns: dict[str, tuple[Any, Any]] = {
+        "path": (paths, h5py.string_dtype("utf-8", max(map(len, paths)))),
+        "sha256": ([record.sha256.encode() for record in records], h5py.string_dtype("ascii", 64)),
+        "size": ([record.size for record in records], np.dtype(np.int64)),
+        "grid": (grids, np.dtype(np.int64)),
+        "offset": (offset, np.dtype(np.int64)),
+    }
+    for name, (values, kind) in columns.items():
+        array = np.array(values, dtype=kind)
+        _dataset(group, name, array.shape, kind, len(array))[:] = array
+
+
+def _dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> h5py.Dataset:
+    """An empty dataset in chunks of whole rows, as many as asked for unless that makes more than 4 MB."""
+    row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
+    chunks = (max(1, min(rows, shape[0], _CHUNK_BYTES // row_bytes)), *shape[1:])
+    return group.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)

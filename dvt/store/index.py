@@ -1,0 +1,249 @@
+"""The index of one shard, read with suspicion: nothing is believed before it has been checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import h5py
+import numpy as np
+
+from dvt.errors import DvtError, StoreError
+from dvt.grids import Size
+from dvt.store.format import TERMS
+from dvt.store.job import _ATTRIBUTE_BYTES, _JSON, SCHEMA, Job, _canonical, _sha256
+
+_TEXT = ("schema", "backbone", "weights_sha256", *_JSON, "version")
+
+
+_REMEDY = "delete it and run the same command again; only its images are made again"
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """A store's shards; nothing for any other file, which must not be called a damaged shard."""
+    try:
+        return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() and path.suffix == ".h5" else []
+    except OSError as error:
+        raise StoreError(f"cannot read the store {str(path)!r}: {error.strerror or error}") from error
+
+
+@contextmanager
+def _damage(path: str | Path) -> Iterator[None]:
+    """Whatever h5py raises on a damaged file becomes a StoreError that names it and says what to do."""
+    try:
+        yield
+    except DvtError:
+        raise
+    except PermissionError as error:
+        raise StoreError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
+    except Exception as error:  # h5py raises nearly anything on damaged bytes
+        raise StoreError(f"the shard {str(path)!r} is damaged ({error}); {_REMEDY}") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    if not path.is_file():
+        raise StoreError(f"{str(path)!r} is not a feature store: it is not a regular file")
+    with _damage(path), h5py.File(path, "r", locking=False) as file:
+        yield file
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The index of one shard, checked."""
+
+    file: Path
+    attributes: dict[str, str]
+    job: Job
+    path: np.ndarray
+    sha256: np.ndarray
+    size: np.ndarray
+    grid: np.ndarray
+    offset: np.ndarray
+    terms: tuple[str, ...]
+    channels: int
+    prefix: int
+    shared: bool
+    dtype: str
+
+    def sha256s(self) -> list[str]:
+        return [value.decode() for value in self.sha256]
+
+
+def _read_shard(path: Path) -> _Shard:
+    """The index of a shard, refusing whatever the writer would not have written.
+
+    A file from elsewhere can point into other files, or announce arrays that fill the memory; nothing is read before
+    its links, layout, filters and stored size have been looked at.
+    """
+    with _opened(path) as file, open(path, "rb") as source:
+        return _checked(file, path, source)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a job needs to know of a shard to go on.
+
+    Args:
+        job: that made it.
+        sha256s: of its images' files.
+        grid: of the artifact that its images share, if any.
+        artifact: (h, w, C) that its images share, if there is one and it was asked for.
+    """
+
+    job: Job
+    sha256s: list[str]
+    grid: Size | None
+    artifact: np.ndarray | None
+
+
+def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardIndex:
+    """The index of a shard that lies elsewhere, read with the same suspicion; little more than that is fetched.
+
+    Args:
+        source: its file, seekable.
+        name: for messages.
+        artifact: read the one that its images share too.
+
+    Raises:
+        StoreError: it is damaged, or of another schema.
+    """
+    with _damage(name), h5py.File(source, "r") as file:
+        shard = _checked(file, Path(name), source)
+        values = file["artifact"][:] if shard.shared and artifact else None
+        return ShardIndex(shard.job, shard.sha256s(), file["artifact"].shape[:2] if shard.shared else None, values)
+
+
+def _checked(file: h5py.File, path: Path, source: BinaryIO) -> _Shard:
+    """The index of the file that `source` reads too."""
+    attributes = _read_attributes(file, path, source)
+    _check_links(file)
+    trusted = partial(_trusted, file, source.seek(0, os.SEEK_END))
+    index = {name: trusted(f"index/{name}", rank) for name, rank in _INDEX_RANKS.items()}
+    columns = {name: dataset[:] for name, dataset in index.items()}
+    _check_index(columns, index["path"].dtype)
+    terms = tuple(name for name in TERMS if name in file["tokens"])
+    tokens = [trusted(f"tokens/{term}", 2) for term in terms]
+    channels = tokens[0].shape[1] if tokens else 0
+    count, rows = len(columns["path"]), int(columns["offset"][-1])
+    _require(channels > 0 and all(d.shape == (rows, channels) for d in tokens), "the tokens do not fit the index")
+    prefix = trusted("tokens/prefix", 3) if "prefix" in file["tokens"] else None
+    fits = prefix is None or (prefix.shape[0], prefix.shape[2]) == (count, channels)
+    _require(fits, "the prefix does not fit the index")
+    shared = trusted("artifact", 3) if "artifact" in file else None
+    one_grid = shared is None or bool((columns["grid"] == shared.shape[:2]).all() and shared.shape[2] == channels)
+    _require(one_grid, "the shared artifact does not fit the grids")
+    kinds = {d.dtype for d in (*tokens, prefix, shared) if d is not None}
+    _require(len(kinds) == 1 and kinds <= {np.dtype("<f2"), np.dtype("<f4")}, f"the tokens are of type {kinds}")
+    return _Shard(
+        path,
+        attributes,
+        Job.from_attributes(attributes),
+        **columns,
+        terms=terms,
+        channels=channels,
+        prefix=0 if prefix is None else prefix.shape[1],
+        shared=shared is not None,
+        dtype=kinds.pop().name,
+    )
+
+
+_INDEX_RANKS = {"path": 1, "sha256": 1, "size": 2, "grid": 2, "offset": 1}
+
+
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
+        raise ValueError(otherwise)  # _damage names the shard
+
+
+def _read_attributes(file: h5py.File, path: Path, source: BinaryIO) -> dict[str, str]:
+    if "schema" not in file.attrs:
+        raise StoreError(f"{str(path)!r} is not a feature store: it has no attribute 'schema'")
+    if any(file.attrs.get_id(name).dtype == object for name in file.attrs):
+        _check_heaps(source)
+    schema = _text(file, "schema")
+    if schema != SCHEMA:
+        raise StoreError(
+            f"{str(path)!r} is of schema {schema[:80]!r}; this version of dvt reads {SCHEMA!r}. "
+            f"Update dvt; or if this one wrote it, {_REMEDY}"
+        )
+    attributes = {name: _text(file, name) for name in _TEXT}
+    _require(_text(file, "checksum") == _sha256(_canonical(attributes)), "the attributes do not match their checksum")
+    return attributes
+
+
+def _text(file: h5py.File, name: str) -> str:
+    attribute = file.attrs.get_id(name)
+    kind = h5py.check_string_dtype(attribute.dtype)
+    _require(attribute.shape == () and kind is not None, f"{name} is not text")
+    _require((kind.length or 0) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
+    text = file.attrs[name]
+    text = text if isinstance(text, str) else bytes(text).decode()
+    _require(len(text) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
+    return text
+
+
+def _check_heaps(source: BinaryIO) -> None:
+    """That the variable-length text of a shard from before attributes had a fixed length can be read.
+
+    HDF5 never comes back from a heap with an object of size 0, such as zeros leave it.
+    """
+    source.seek(0)
+    content = source.read()
+    for heap in re.finditer(rb"GCOL\x01", content):
+        at, end = heap.start() + 16, heap.start() + int.from_bytes(content[heap.start() + 8 :][:8], "little")
+        _require(at < end <= len(content), "its heap of text has another size")
+        while end - at >= 16:
+            number, size = (int.from_bytes(content[at + i : at + i + n], "little") for i, n in ((0, 2), (8, 8)))
+            step = 16 + -(-size // 8) * 8 if number else size  # the free space's size includes its own header
+            _require(16 <= step <= end - at, "its heap of text is not whole")
+            at += step
+
+
+def _check_links(file: h5py.File) -> None:
+    for place in ("/", "index", "tokens"):  # the root first: afterwards its children are known to be its own
+        group = file[place]
+        _require(isinstance(group, h5py.Group), f"{place!r} is not a group")
+        for name in group:
+            _require(isinstance(group.get(name, getlink=True), h5py.HardLink), f"{name!r} links out of its place")
+
+
+def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
+    """A dataset that lies in this very file, whole, in plain checksummed chunks: what it announces is what it holds."""
+    dataset = file[name]
+    _require(isinstance(dataset, h5py.Dataset), f"/{name} is not a dataset")
+    layout = dataset.id.get_create_plist()
+    # Neither a virtual dataset nor one with external storage is chunked.
+    _require(layout.get_layout() == h5py.h5d.CHUNKED, f"/{name} may hold data from outside the shard: no chunks")
+    checksum_only = layout.get_nfilters() == 1 and layout.get_filter(0)[0] == h5py.h5z.FILTER_FLETCHER32
+    _require(checksum_only, f"/{name} has other filters than the checksum")
+    _require(dataset.dtype.kind in "iSf", f"/{name} is of type {dataset.dtype}")  # variable lengths can be any length
+    _require(dataset.ndim == rank and dataset.size > 0, f"/{name} has the shape {dataset.shape}")
+    pieces = [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
+    stored = int(np.prod(pieces, dtype=object) * (np.prod(dataset.chunks, dtype=object) * dataset.dtype.itemsize + 4))
+    _require(dataset.id.get_storage_size() == stored, f"/{name} is not stored whole")
+    _require(stored <= size, f"/{name} announces more than the file holds")
+    return dataset
+
+
+def _check_index(columns: dict[str, np.ndarray], path_type: np.dtype) -> None:
+    """That the columns agree with each other; values are still hostile here."""
+    for name in ("size", "grid", "offset"):
+        _require(columns[name].dtype == np.dtype("<i8"), f"/index/{name} is of type {columns[name].dtype}")
+    _require(path_type.kind == "S" and columns["sha256"].dtype == np.dtype("S64"), "/index text has another type")
+    count = len(columns["path"])
+    shapes = {name: columns[name].shape for name in ("sha256", "size", "grid", "offset")}
+    wanted = {"sha256": (count,), "size": (count, 2), "grid": (count, 2), "offset": (count + 1,)}
+    _require(shapes == wanted, f"the index has the shapes {shapes}")
+    grid, size = columns["grid"], columns["size"]
+    _require(bool(((grid >= 1) & (grid < 1 << 24)).all() and (size >= 1).all()), "the index holds impossible sizes")
+    steps = np.diff(columns["offset"])
+    _require(bool(columns["offset"][0] == 0 and (steps == grid.prod(1)).all()), "the offsets do not fit the grids")
+    _require(all(re.fullmatch(b"[0-9a-f]{64}", value) for value in columns["sha256"]), "the index holds a bad hash")
+    _require(all(value and b"\0" not in value for value in columns["path"]), "the index holds a bad path")

@@ -1,0 +1,153 @@
+"""What a store's tokens depend on, and how its images are cut into shards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dvt.errors import ConfigError
+from dvt.grids import Size
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
+
+SCHEMA = "dvt-features/1"
+
+_ATTRIBUTE_BYTES = 1 << 16
+_JSON = ("layer", "stride", "size", "config")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that changes the numbers in a store, and nothing else: no paths, device or worker count.
+
+    Args:
+        backbone: name of the model.
+        weights_sha256: hash over its weights.
+        layer: the block that the tokens come from; -1 is the last one, after the final norm.
+        stride: pixels between patches, None for the patch size.
+        size: the shorter side of the model's input in pixels, or (height, width), or None for the model's own.
+        config: the other settings that change numbers (verb, solver, seed, ...); anything JSON can write.
+
+    Raises:
+        ConfigError: the settings cannot be written as JSON, or take 64 KB or more.
+
+    >>> Job("vit", "ab", config={"seed": 0}).digest == Job("vit", "ab", config={"seed": 1}).digest
+    False
+    """
+
+    backbone: str
+    weights_sha256: str
+    layer: int = -1
+    stride: int | Sequence[int] | None = None
+    size: int | Sequence[int] | None = None
+    config: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        try:
+            plain = json.loads(_canonical(asdict(self)))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the settings of a job must be plain JSON values: {error}") from error
+        for name, value in plain.items():  # what comes back from a file is equal to what went in
+            object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
+        _check_attributes(self.attributes())
+
+    @classmethod
+    def of(cls, backbone: Backbone, settings: Mapping[str, Any]) -> Job:
+        """Describe what a backbone and the other settings that the tokens depend on make."""
+        spec = backbone.identity
+        return cls(spec.name, spec.weights_sha256 or "", spec.layer, spec.stride, size=spec.image_size, config=settings)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the schema and all fields, as canonical JSON."""
+        return _sha256(_canonical({"schema": SCHEMA, **asdict(self)}))
+
+    def attributes(self) -> dict[str, str]:
+        """The job as the text attributes of a shard."""
+        values = asdict(self)
+        text = {name: _canonical(values[name]) if name in _JSON else values[name] for name in values}
+        return {"schema": SCHEMA, **text}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, str]) -> Job:
+        """The inverse of :meth:`attributes`."""
+        values: dict[str, Any] = {name: json.loads(attributes[name]) for name in _JSON}
+        return cls(attributes["backbone"], attributes["weights_sha256"], **values)
+
+    def differences(self, other: Job) -> str:
+        """What differs between two jobs, for people; empty when they are equal."""
+        mine, theirs = ({**asdict(job), **asdict(job)["config"]} for job in (self, other))
+        names = sorted((mine.keys() | theirs.keys()) - {"config"})
+        pairs = ((name, mine.get(name, "unset"), theirs.get(name, "unset")) for name in names)
+        return ", ".join(f"{name} {theirs!r} there, {mine!r} here" for name, mine, theirs in pairs if mine != theirs)
+
+
+class ImageEntry(NamedTuple):
+    """An image as the plan has it.
+
+    Args:
+        path: of its file, or its URL.
+        sha256: of the file's bytes.
+        grid: (h, w) of its tokens.
+    """
+
+    path: str
+    sha256: str
+    grid: Size
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A unit of work: the images of one shard, equal bytes next to each other."""
+
+    name: str
+    images: tuple[ImageEntry, ...]
+
+
+def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: bool = False) -> list[Shard]:
+    """Cuts images into shards, whatever their order: a pure function of the set of images and the job.
+
+    Args:
+        images: (path, sha256, grid) of each image that is not done yet.
+        shard_images: distinct files in a shard; copies of equal bytes come on top.
+        job: its digest goes into the shards' names, with paths and hashes.
+        by_grid: each shard holds images of one grid only, as a shared artifact needs it.
+
+    Raises:
+        ConfigError: shard_images is below 1.
+    """
+    if shard_images < 1:
+        raise ConfigError(f"a shard holds at least 1 image, got {shard_images}")
+    copies: dict[str, list[ImageEntry]] = {}
+    for image in sorted(set(images)):
+        copies.setdefault(image[1], []).append(ImageEntry(*image))
+    groups: dict[Size, list[list[ImageEntry]]] = {}
+    for same in copies.values():
+        groups.setdefault(same[0].grid if by_grid else (0, 0), []).append(same)
+    runs = (
+        groups[grid][i : i + shard_images] for grid in sorted(groups) for i in range(0, len(groups[grid]), shard_images)
+    )
+    return [_shard([image for same in run for image in same], job) for run in runs]
+
+
+def _shard(images: list[ImageEntry], job: Job) -> Shard:
+    listing = [(path, sha256) for path, sha256, _ in images]
+    return Shard(f"shard-{_sha256(_canonical([job.digest, listing]))[:20]}", tuple(images))
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_attributes(attributes: Mapping[str, str]) -> None:
+    for name, text in attributes.items():
+        if len(text.encode()) >= _ATTRIBUTE_BYTES:
+            raise ConfigError(f"{name} takes {len(text.encode())} bytes as text; a store's attribute holds under 64 KB")

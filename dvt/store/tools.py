@@ -1,0 +1,225 @@
+"""Feature stores put together, and written in the formats of other tools."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from dvt.errors import ConfigError, StoreError
+from dvt.progress import Progress
+from dvt.store.job import Job, plan
+from dvt.store.reader import FeatureStore
+from dvt.store.writer import StoreWriter
+
+INDEX = "index.json"
+_CHUNK_BYTES = 4 << 20
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def merge_stores(
+    stores: Sequence[str | Path], out: str | Path, *, wait: bool = True, progress: Progress | None = None
+) -> dict[str, int]:
+    """One store of the images of several that the same job made, for example on several machines.
+
+    Shards stay as they are, each with its shared artifact; of an image that several hold under one path, the first
+    store's tokens are taken. The same call again does what is left.
+
+    Args:
+        stores: folders or shards.
+        out: the new store's folder; it may be one of `stores`, or hold some of the images already.
+        wait: wait for another writer of `out`, instead of refusing.
+        progress: called with (what, done, total) after every shard.
+
+    Returns:
+        Numbers of images and shards written now, and of images that were there already.
+
+    Raises:
+        ConfigError: there is nothing to merge.
+        StoreError: the stores come from different jobs (the message says what differs), one is damaged, or `out`
+            cannot be written.
+    """
+    if not stores:
+        raise ConfigError("no store was given; give the folders of the stores to merge")
+    job = _common_job(stores)
+    files = [file for store in stores for file in _shards_of(Path(store))]
+    counts = {"images": 0, "shards": 0, "present": 0}
+    with StoreWriter(out, job, wait=wait) as writer:
+        present = _contents(FeatureStore(out)) if writer.done else set()
+        for number, file in enumerate(files):
+            written, known = _copy(file, writer, present)
+            counts["images"] += written
+            counts["shards"] += bool(written)
+            counts["present"] += known
+            if progress:
+                progress("merge", number + 1, len(files))
+    return counts
+
+
+def _common_job(stores: Sequence[str | Path]) -> Job:
+    first = FeatureStore(stores[0]).job
+    for store in stores[1:]:
+        if differences := first.differences(FeatureStore(store).job):
+            raise StoreError(
+                f"{str(stores[0])!r} and {str(store)!r} come from different jobs ({differences}, where 'there' is the "
+                "second); only stores of one job can be merged"
+            )
+    return first
+
+
+def _shards_of(path: Path) -> list[Path]:
+    return sorted(path.glob("*.h5")) if path.is_dir() else [path]
+
+
+def _contents(store: FeatureStore) -> set[tuple[str, str]]:
+    return set(zip(store.images, store.sha256s, strict=True))
+
+
+def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tuple[int, int]:
+    """Writes what a shard holds beyond `present`, and adds it there; (images written, images known already)."""
+    shard = FeatureStore(file)
+    listed = list(zip(shard.images, shard.sha256s, shard.grids, strict=True))
+    new = [i for i, (path, sha256, _) in enumerate(listed) if (path, sha256) not in present]
+    if new:
+        # One shard from one, whose name is a function of what it holds: the same merge again writes the same names.
+        name = plan([listed[i] for i in new], len(new), writer.job)[0].name
+        records = [shard.record(i) for i in new]
+        writer.write(name, records, shard.artifact(new[0]), dtype=shard.summary()["dtypes"][0])
+        present.update((record.path, record.sha256) for record in records)
+    return len(new), len(listed) - len(new)
+
+
+# -- exporting --------------------------------------------------------------------------------------------------------
+
+
+def export_store(
+    store: str | Path,
+    out: str | Path,
+    form: Literal["npy", "zarr"] = "npy",
+    terms: Sequence[str] = (),
+    *,
+    progress: Progress | None = None,
+) -> int:
+    """A store in a format that needs nothing of dvt.
+
+    - "npy": a folder with TERM/NUMBER.npy, (h, w, C) of each image, prefix/NUMBER.npy, (P, C), and index.json: the job
+      and, for each image in order, its path, sha256, size and grid.
+    - "zarr": one group with the arrays of a shard: tokens/TERM (T, C), tokens/prefix (N, P, C), index/path,
+      index/sha256, index/size, index/grid and index/offset; the rows of image i are offset[i]:offset[i + 1].
+
+    Values keep their type, float16 or float32. Every token that is read goes through its checksum.
+
+    Args:
+        store: a folder or a shard.
+        out: a new folder, or one of an earlier export that did not finish.
+        form: "npy" or "zarr".
+        terms: which terms; all by default.
+        progress: called with (what, done, total) after every image.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ConfigError: another form; or "zarr", and zarr is not installed.
+        StoreError: not a store, a term that it does not hold, damage, or `out` holds something else or cannot be
+            written.
+    """
+    writers: dict[str, Callable[..., None]] = {"npy": _export_npy, "zarr": _export_zarr}
+    if form not in writers:
+        raise ConfigError(f"a store is exported as {' or '.join(writers)}, got {form!r}")
+    zarr = [_import_zarr()] if form == "zarr" else []
+    source, out = FeatureStore(store), Path(out)
+    if unknown := [term for term in terms if term not in source.terms]:
+        raise StoreError(f"{str(store)!r} holds the terms {', '.join(source.terms)}, not {', '.join(unknown)}")
+    try:
+        _start(out)
+        writers[form](source, out, terms or source.terms, progress or (lambda what, done, total: None), *zarr)
+        (out / _UNFINISHED).unlink()
+    except OSError as error:
+        raise StoreError(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
+    return len(source)
+
+
+_UNFINISHED = "unfinished-export"
+
+
+def _start(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and ((out / _UNFINISHED).exists() or not any(out.iterdir()))):
+        raise StoreError(f"{str(out)!r} exists and is no unfinished export; choose a new folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _UNFINISHED).touch()
+
+
+def _export_npy(store: FeatureStore, out: Path, terms: Sequence[str], progress: Progress) -> None:
+    prefixed = bool(store.summary()["prefix_tokens"])
+    for name in (*terms, *["prefix"] * prefixed):
+        (out / name).mkdir(exist_ok=True)
+    images = []
+    for i, entry in enumerate(_entries(store)):
+        file = f"{i:08d}.npy"  # not the image's own name, which may lead anywhere
+        for term in terms:
+            np.save(out / term / file, store.read(i, term))
+        if prefixed:
+            np.save(out / "prefix" / file, np.asarray(store.prefix(i)))
+        images.append({"file": file, **entry})
+        progress("export", i + 1, len(store))
+    (out / INDEX).write_text(json.dumps({"job": asdict(store.job), "terms": list(terms), "images": images}, indent=1))
+
+
+def _entries(store: FeatureStore) -> Iterator[dict[str, Any]]:
+    for path, sha256, size, grid in zip(store.images, store.sha256s, store.sizes, store.grids, strict=True):
+        yield {"path": path, "sha256": sha256, "size": size, "grid": grid}
+
+
+def _import_zarr() -> ModuleType:
+    try:
+        import zarr
+    except ImportError as error:
+        raise ConfigError("zarr is not installed; `pip install 'zarr>=3.1'`, or export to npy") from error
+    if int(zarr.__version__.split(".")[0]) < 3:
+        raise ConfigError(f"zarr {zarr.__version__} is too old; `pip install 'zarr>=3.1'`, or export to npy")
+    return zarr
+
+
+def _export_zarr(store: FeatureStore, out: Path, terms: Sequence[str], progress: Progress, zarr: ModuleType) -> None:
+    grids, summary = np.array(store.grids, dtype=np.int64), store.summary()
+    rows = grids.prod(1)
+    offset = np.concatenate(([0], np.cumsum(rows)))
+    kind, channels, prefix = max(summary["dtypes"]), summary["channels"], summary["prefix_tokens"]
+    root = zarr.open_group(str(out), mode="a")
+    root.attrs.update({**store.job.attributes(), "terms": list(terms)})
+    shapes: dict[str, tuple[int, ...]] = {f"tokens/{term}": (int(offset[-1]), channels) for term in terms}
+    if prefix:
+        shapes["tokens/prefix"] = (len(store), prefix, channels)
+    tokens = {}
+    for name, shape in shapes.items():
+        most = max(1, _CHUNK_BYTES // (np.dtype(kind).itemsize * int(np.prod(shape[1:]))))
+        # Whole images where they fit, so that writing one after the other touches few chunks twice.
+        chunks = (min(shape[0], int(rows.max()) if len(shape) == 2 else most, most), *shape[1:])
+        tokens[name] = root.create_array(name, shape=shape, dtype=kind, chunks=chunks, overwrite=True)
+    for i in range(len(store)):
+        for term in terms:
+            tokens[f"tokens/{term}"][offset[i] : offset[i + 1]] = store.read(i, term).reshape(-1, channels)
+        if prefix:
+            tokens["tokens/prefix"][i] = store.prefix(i)
+        progress("export", i + 1, len(store))
+    _zarr_index(root, store, offset)
+
+
+def _zarr_index(root: Any, store: FeatureStore, offset: np.ndarray) -> None:
+    # File names are bytes on Linux; those that are no text are written with escapes.
+    paths = [os.fsencode(path).decode(errors="backslashreplace") for path in store.images]
+    numbers = {"size": store.sizes, "grid": store.grids, "offset": offset}
+    for name, values in numbers.items():
+        root.create_array(f"index/{name}", data=np.array(values, dtype=np.int64), overwrite=True)
+    for name, text in {"path": paths, "sha256": store.sha256s}.items():
+        array = root.create_array(f"index/{name}", shape=(len(text),), dtype=str, overwrite=True)
+        array[:] = np.array(text, dtype=object)

@@ -1,0 +1,93 @@
+"""How to train, counted in optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from dvt.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How to train; everything is counted in optimizer steps.
+
+    Args:
+        steps: the length of the whole run.
+        batch_size: examples a step, over all processes together.
+        learning_rate: the highest, at the end of the warm-up; at this batch size.
+        min_learning_rate: at the last step.
+        warmup: share of the steps, in [0, 1), during which the learning rate rises linearly.
+        weight_decay: decoupled (AdamW); only on parameters with two or more dimensions.
+        betas: decay of the first and second moment.
+        clip: largest L2 norm of the gradient; 0 for no limit.
+        ema: decay of the averaged weights, in [0, 1); 0 for none. The first steps forget faster: the decay
+            of step n is at most (1 + n) / (10 + n).
+        precision: "no" for float32, "bf16" or "fp16" for autocast; fp16 needs a GPU.
+        checkpoint_every: steps between checkpoints; the last step always makes one.
+        log_every: steps between rows of the log; their losses are means since the row before.
+        validate_every: steps between validations; 0 for only the last step, which always is one.
+        keep: checkpoints that stay, the newest ones.
+        seed: of everything random inside the model; the data's order is the caller's.
+        trackers: "tensorboard", "wandb", both or none, beside log.csv.
+
+    Raises:
+        ConfigError: a value is outside its range.
+
+    >>> config = TrainingConfig(steps=100, batch_size=8, learning_rate=1e-3, warmup=0.1)
+    >>> [round(config.learning_rate_at(step), 6) for step in (0, 9, 99)]
+    [0.0001, 0.001, 1e-06]
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    min_learning_rate: float = 1e-6
+    warmup: float = 0.15
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip: float = 1.0
+    ema: float = 0.0
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpoint_every: int = 1000
+    log_every: int = 10
+    validate_every: int = 500
+    keep: int = 2
+    seed: int = 0
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every", "log_every", "keep"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("validate_every", "weight_decay", "clip", "seed"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        for name in ("warmup", "ema"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two, in [0, 1)")
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0")
+        least = self.min_learning_rate
+        _require(0 <= least <= self.learning_rate, "min_learning_rate", least, f"0 to {self.learning_rate}")
+        _require(self.precision in ("no", "bf16", "fp16"), "precision", self.precision, "no, bf16 or fp16")
+        known = set(self.trackers) <= {"tensorboard", "wandb"}
+        _require(known, "trackers", self.trackers, "some of tensorboard and wandb")
+
+    @classmethod
+    def of(cls, job: Any, **changes: Any) -> TrainingConfig:
+        """The settings of a job's own dataclass that have the same names, with changes."""
+        names = {each.name for each in fields(cls)} & {each.name for each in fields(job)}
+        return cls(**{name: getattr(job, name) for name in names} | changes)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to the last step."""
+        rising = round(self.warmup * self.steps)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        done = (step - rising + 1) / (self.steps - rising)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * cosine
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {allowed}, got {value!r}")

@@ -1,0 +1,75 @@
+"""The log of a run, log.csv: rows up to the step that a run continues from are kept."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from dvt.errors import ConfigError, WeightsError
+from dvt.files import whole_file
+from dvt.training.checkpoint import _sync
+
+log = logging.getLogger(__name__)
+
+
+Row = dict[str, float]
+
+
+class _Log:
+    """log.csv: rows up to the step that a run continues from are kept, later ones cut."""
+
+    def __init__(self, path: Path, step: int, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        self.rows = [row for row in _read_rows(path) if row["step"] <= step] if step else []
+        self.columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        if writes:
+            self._rewrite()
+
+    def append(self, row: Row) -> None:
+        self.rows.append(row)
+        if not self.writes:
+            return
+        if new := [name for name in row if name not in self.columns]:
+            self.columns += new
+            self._rewrite()
+        else:
+            try:
+                with open(self.path, "a", newline="") as file:
+                    csv.DictWriter(file, self.columns).writerow(row)
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write {str(self.path)!r}: {error.strerror or error}; make room and run the same command "
+                    "again, which goes on from the last checkpoint"
+                ) from error
+
+    def sync(self) -> None:
+        """Rows before a checkpoint must be on the disk before it is."""
+        _sync(self.path)
+
+    def _rewrite(self) -> None:
+        with whole_file(self.path) as part:
+            with open(part, "w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+            _sync(part)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """The whole rows of a log; a process that was killed may leave half a row at the end."""
+    if not path.is_file():
+        return []
+    try:
+        with open(path, newline="", errors="replace") as file:
+            header, *lines = list(csv.reader(file)) or [[]]
+    except (OSError, csv.Error) as error:
+        raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to go on without it") from error
+    rows: list[Row] = []
+    for line in lines:
+        if header[:1] == ["step"] and len(line) == len(header) and line[0]:
+            with suppress(ValueError):
+                pairs = zip(header, line, strict=True)
+                rows.append({k: int(v) if k == "step" else float(v) for k, v in pairs if v})
+    return rows

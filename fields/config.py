@@ -1,0 +1,282 @@
+"""How stage one is done: which product, from which views, by which solver, and the settings of each solver."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, get_args
+
+from dvt.errors import ConfigError
+from dvt.fields.encodings import EncodingKind, GridLayout
+from dvt.views import ViewConfig
+
+Product = Literal["removed", "ensembled", "blend"]
+
+#: The views that each product is best made of, at equal forward passes (benchmarks/products.py).
+PRODUCT_VIEWS: dict[str, ViewConfig] = {
+    "removed": ViewConfig(count=16, kind="shifts"),
+    "ensembled": ViewConfig(count=48, scale=(0.05, 0.3)),
+    "blend": ViewConfig(count=48),
+}
+
+#: Counts what changes the estimators' numbers, so that a store never mixes two of them: 2 since outliers are screened.
+ESTIMATOR = 2
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Settings of the linear solver.
+
+    Args:
+        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
+        smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
+        ridge: gamma on the artifact, relative to the number of tokens a position.
+        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
+        cutoff: residual norm at which a token's weight is a quarter, in medians.
+        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
+        residual_ridge: its ridge, relative to the mean variance of a channel.
+        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
+        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
+        seed: of the pilot's random projection.
+    """
+
+    resolution: int | None = None
+    smoothness: float | None = None
+    ridge: float = 1e-4
+    robust: bool = True
+    cutoff: float = 5.0
+    residual: bool = True
+    residual_ridge: float = 1e-2
+    blend: bool = True
+    pilot_views: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and not 2 <= self.resolution <= 1024:
+            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
+        if self.smoothness is not None and not self.smoothness > 0:
+            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
+        if self.ridge < 0 or self.residual_ridge < 0:
+            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
+        if not self.cutoff > 0 or self.pilot_views < 2:
+            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
+
+
+@dataclass(frozen=True)
+class NeuralConfig:
+    """Settings of the neural solver; the defaults are the paper's.
+
+    Args:
+        levels: grids of the field's encoding.
+        base: nodes along a side of the coarsest grid.
+        finest: nodes along a side of the finest grid.
+        channels: values a node and level; 1, 2, 4 or 8.
+        hash_entries: most nodes that a level stores, a power of two.
+        steps: gradient steps; the artifact is frozen and the residual starts after half of them.
+        tokens_per_step: tokens drawn for each step, with replacement.
+        lr: Adam's learning rate after the warm-up, per standard deviation of the tokens.
+        final_lr: learning rate of the last step; a cosine leads to it.
+        betas: Adam's decay rates.
+        eps: Adam's epsilon.
+        weight_decay: times each parameter, added to its gradient (Adam's L2, not AdamW's), as in the paper's code.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        residual_weight: weight of the residual predictor's squared error.
+        sparsity: weight of the residual's mean absolute value.
+        residual: whether there is a residual term.
+        seed: of the initial values and of the drawn tokens.
+        encoding: "torch", "tinycudann", or "auto": tinycudann where it is installed and there is a GPU.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    levels: int = 16
+    base: int = 16
+    finest: int = 1024
+    channels: int = 8
+    hash_entries: int = 2**20
+    steps: int = 25_000
+    tokens_per_step: int = 2048
+    lr: float = 0.01
+    final_lr: float = 0.001
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-15
+    weight_decay: float = 1e-5
+    warmup: float = 0.1
+    residual_weight: float = 0.1
+    sparsity: float = 0.02
+    residual: bool = True
+    seed: int = 0
+    encoding: EncodingKind = "auto"
+
+    def __post_init__(self) -> None:
+        self.layout  # noqa: B018  its own checks
+        checks = {
+            "steps": self.steps >= 2,
+            "tokens_per_step": self.tokens_per_step >= 1,
+            "lr": 0 < self.lr < math.inf,
+            "final_lr": 0 <= self.final_lr <= self.lr,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": 0 < self.eps < math.inf,
+            "weight_decay": 0 <= self.weight_decay < math.inf,
+            "warmup": 0 <= self.warmup < 1,
+            "residual_weight": 0 <= self.residual_weight < math.inf,
+            "sparsity": 0 <= self.sparsity < math.inf,
+            "encoding": self.encoding in ("auto", "torch", "tinycudann"),
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
+
+    @property
+    def layout(self) -> GridLayout:
+        """The sizes of the field's encoding."""
+        return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
+
+        >>> config = NeuralConfig(steps=101, warmup=0.0)
+        >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)
+        (0.01, 0.0055, 0.001)
+        """
+        warm = int(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        share = (step - warm) / max(self.steps - 1 - warm, 1)
+        return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+@dataclass(frozen=True)
+class ShiftConfig:
+    """Settings of the two-way solver.
+
+    Args:
+        ridge: on the artifact, relative to the mean diagonal of its equations.
+        alarm: the rate of false alarms of the test for an artifact: without one, all but so many images come out as
+            they went in. 1 does without the test.
+        groups: of content that the test compares; its least p-value is 2^(1 - groups).
+        average: the share of F, the average over windows, in the estimate, against raw - G.
+        robust: weigh outlier tokens down; in the estimate, F stands for them where other windows show their content.
+        sigmas: robust standard deviations of the logarithm of a token's length beyond which it gets no weight.
+        cutoff: norm of what F and G leave of a token at which its weight is a quarter, in medians.
+    """
+
+    ridge: float = 1e-6
+    alarm: float = 0.01
+    groups: int = 8
+    average: float = 0.5
+    robust: bool = True
+    sigmas: float = 2.5
+    cutoff: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.ridge <= 0 or not 0 <= self.average <= 1:
+            raise ConfigError(f"ridge ({self.ridge}) must be positive and average ({self.average}) lie in [0, 1]")
+        if not (self.sigmas > 0 and self.cutoff > 0):
+            raise ConfigError(f"sigmas ({self.sigmas}) and cutoff ({self.cutoff}) must be positive")
+        if not 2 <= self.groups <= 16:
+            raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
+        if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:
+            raise ConfigError(
+                f"alarm is {self.alarm}; with {self.groups} groups a rate from {2.0 ** (1 - self.groups):.2g} to 1 can "
+                "be kept: raise it, or the number of groups"
+            )
+
+
+@dataclass(frozen=True)
+class DenoiseConfig:
+    """How stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
+
+    Args:
+        views: how many views an image besides the whole one, or how they are drawn; None takes those that suit the
+            product. Afterwards always a :class:`~dvt.views.ViewConfig`.
+        product: "removed" (this image's own tokens without the artifact: faithful; from shifted windows), "ensembled"
+            (the field over scales: what labels like; from crops) or "blend" (between the two, from crops; the first
+            release's). None takes "removed", or what `views` or the neural solver can make. Afterwards always a name.
+        solver: "linear" (closed form, the default) or "neural" (gradient fitting, as in the paper).
+        linear: settings of the linear solver.
+        neural: settings of the neural solver.
+        shifts: settings of the closed-form solver of shifted windows.
+        shared_artifact: fit one artifact for all images of a grid shape, instead of one each.
+        shared_images: images that the shared artifact is fitted on, the first ones in order of their paths.
+        dtype: of the backbone's forward pass; fitting is always done in float32 or better.
+        solve_images: images of one grid shape that are solved together; their tokens are held in memory at once. None
+            takes 8 for a closed form on a GPU, else 1.
+        overlap: let the backbone go on with the next images while some are solved; None does so on a GPU.
+
+    Raises:
+        ConfigError: a setting is out of its range, or the product cannot be made of these views or by this solver.
+
+    >>> config = DenoiseConfig()
+    >>> config.product, config.views.kind, config.views.count
+    ('removed', 'shifts', 16)
+    >>> DenoiseConfig(product="ensembled", views=96).views.count
+    96
+    """
+
+    # The annotations say what the fields are once made: __post_init__ fills in None and numbers.
+    views: ViewConfig = None  # type: ignore[assignment]
+    product: Product = None  # type: ignore[assignment]
+    solver: Literal["linear", "neural"] = "linear"
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    neural: NeuralConfig = field(default_factory=NeuralConfig)
+    shifts: ShiftConfig = field(default_factory=ShiftConfig)
+    shared_artifact: bool = False
+    shared_images: int = 32
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    solve_images: int | None = None
+    overlap: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.solver not in ("linear", "neural"):
+            raise ConfigError(f"solver is {self.solver!r}; it must be 'linear' or 'neural'")
+        self._fill_in()
+        self._check_product()
+        if self.shared_artifact and self.solver != "linear":
+            raise ConfigError("a shared artifact is fitted by the linear solver only; leave --solver at linear")
+        if self.shared_images < 1:
+            raise ConfigError(f"shared_images is {self.shared_images}; it must be 1 or more")
+        if self.solve_images is not None and self.solve_images < 1:
+            raise ConfigError(f"solve_images is {self.solve_images}; it must be 1 or more, or left out to be chosen")
+
+    def _fill_in(self) -> None:
+        """Choose the product from the views and the solver, or the views from the product."""
+        given: Any = self.views
+        if self.product is None:
+            drawn = given.kind if isinstance(given, ViewConfig) else None
+            made_of_crops = "ensembled" if self.solver == "neural" else "blend" if drawn == "crops" else "removed"
+            object.__setattr__(self, "product", "removed" if drawn == "shifts" else made_of_crops)
+        if self.product not in get_args(Product):
+            raise ConfigError(f"product is {self.product!r}; it must be one of {', '.join(get_args(Product))}")
+        if isinstance(given, ViewConfig):
+            return
+        views = ViewConfig() if self.solver == "neural" else PRODUCT_VIEWS[self.product]
+        object.__setattr__(self, "views", views if given is None else replace(views, count=given))
+
+    def _check_product(self) -> None:
+        if self.product == "removed" and self.solver != "linear":
+            raise ConfigError(
+                "the product 'removed' has a closed form only; leave --solver at linear, or take --product ensembled"
+            )
+        if (self.views.kind == "shifts") != (self.product == "removed"):
+            kind = "shifts" if self.product == "removed" else "crops"
+            raise ConfigError(
+                f"the product {self.product!r} is made of {kind}, and the views are {self.views.kind}; draw them with "
+                f"ViewConfig(kind={kind!r}), or give their number alone"
+            )
+
+    def job_settings(self) -> dict[str, Any]:
+        """List the settings that the tokens depend on, for the job's hash: not those of the other solvers."""
+        settings = {**asdict(self), "estimator": ESTIMATOR}
+        taken = "shifts" if self.product == "removed" else self.solver
+        for name in {"linear", "neural", "shifts"} - {taken}:
+            settings.pop(name)
+        settings["views"].pop("batch")
+        for name in ("solve_images", "overlap"):
+            settings.pop(name)
+        if not self.shared_artifact:
+            settings.pop("shared_images")
+        for name in ("kind", "reach") if self.product != "removed" else ("scale", "ratio", "flip"):
+            settings["views"].pop(name)
+        return settings

@@ -1,0 +1,166 @@
+"""Stage one of one image: its views through the backbone, and a solver."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.backbones import Backbone
+from dvt.backbones.inference import checked_input_size, in_halves
+from dvt.devices import autocast, upload
+from dvt.errors import ImageError
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.decomposition import Decomposition, Fit
+from dvt.fields.linear import LinearSolver
+from dvt.fields.neural import NeuralSolver
+from dvt.fields.shifts import ShiftSolver
+from dvt.images import load_image
+from dvt.jobs.profile import StageTimer
+from dvt.tokens import Tokens
+from dvt.views import Shifts, ViewConfig, Views
+
+#: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
+ENSEMBLED_SMOOTHNESS = 1.0
+
+
+class TokenViews:
+    """The views of one image after the backbone: batches of (tokens (V, h, w, C), coords (V, h, w, 2)), float32.
+
+    Attributes:
+        coords: (h, w, 2) of the whole image's patches.
+        timer: of "views", in which they are cut, and "backbone".
+    """
+
+    def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
+        self.backbone = backbone
+        self.device = backbone.device
+        size = checked_input_size(backbone, (image.shape[1], image.shape[2]))
+        self.coords = backbone.centres(size)
+        if min(self.coords.shape[:2]) < 2:
+            raise ImageError(
+                f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
+                f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
+            )
+        draw = Shifts if config.kind == "shifts" else Views
+        self.views = draw(upload(image, self.device), size, self.coords, config)
+        self.dtype = getattr(torch, dtype)
+        self.timer = StageTimer(self.device)
+        self._whole: Tokens | None = None
+
+    @property
+    def whole(self) -> Tokens:
+        """The tokens of the whole image (batch of 1), once the first batch has been read."""
+        if self._whole is None:
+            raise RuntimeError("the whole image's tokens are not known yet; read the first batch of views before")
+        return self._whole
+
+    @property
+    def seconds(self) -> float:
+        """Spent in cutting views and in the backbone, so far; on a GPU its own seconds, which this waits for."""
+        return sum(self.timer.seconds().values())
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        views = iter(self.views)
+        while True:
+            self.timer.mark()
+            if (batch := next(views, None)) is None:
+                return
+            images, coords = batch
+            self.timer.mark("views")
+            tokens = self._forward(images)
+            if self._whole is None:  # of its own, not to hold the whole batch
+                self._whole = Tokens(tokens.patches[:1].clone(), tokens.prefix[:1].clone())
+            self.timer.mark("backbone")
+            yield tokens.patches, coords
+
+    def _forward(self, images: Tensor) -> Tokens:
+        return Tokens(**in_halves(self._tokens, images))
+
+    @torch.no_grad()
+    def _tokens(self, images: Tensor) -> dict[str, Tensor]:
+        with autocast(self.device, self.dtype):
+            tokens = self.backbone(images).to(torch.float32)
+        return {"patches": tokens.patches, "prefix": tokens.prefix}
+
+
+@dataclass(frozen=True)
+class DecomposedImage:
+    """One image after stage one.
+
+    Args:
+        decomposition: its terms on the whole image's patch grid.
+        prefix: (P, C) prefix tokens of the whole image.
+        fit: the solver's fit; evaluates F anywhere.
+        extraction_seconds: in views and the backbone.
+        fitting_seconds: in the solver.
+    """
+
+    decomposition: Decomposition
+    prefix: Tensor
+    fit: Fit
+    extraction_seconds: float
+    fitting_seconds: float
+
+    def upsampled(self, factor: int) -> Tensor:
+        """(factor h, factor w, C) semantic features: F between the patch centres, plus what the estimate adds to F."""
+        height, width = self.decomposition.raw.shape[:2]
+        grid = (factor * height, factor * width)
+        coords = grids.grid_centres(grid, device=self.decomposition.raw.device)
+        detail = self.decomposition.semantic - self.decomposition.field
+        return self.fit.semantic(coords) + grids.resample(detail, grid)
+
+
+def denoise(
+    backbone: Backbone,
+    image: str | Path | Tensor,
+    config: DenoiseConfig | None = None,
+    artifact: Tensor | None = None,
+) -> Decomposition:
+    """Split the features of one image into a semantic field, an artifact and a residual.
+
+    Args:
+        backbone: from :func:`dvt.load_backbone` or :func:`dvt.wrap`; its device is used.
+        image: a path, or (3, H, W) RGB in [0, 1].
+        config: settings; the defaults suit a laptop.
+        artifact: (h, w, C) a known artifact, for example one shared by many images.
+
+    Returns:
+        The terms at the patches of the whole image, each (h, w, C); `.semantic` is the denoised map.
+    """
+    return denoise_image(backbone, image, config or DenoiseConfig(), artifact).decomposition
+
+
+def denoise_image(
+    backbone: Backbone, image: str | Path | Tensor, config: DenoiseConfig, artifact: Tensor | None = None
+) -> DecomposedImage:
+    """:func:`denoise` with the fit, the prefix tokens and the seconds beside the decomposition."""
+    pixels = image if isinstance(image, Tensor) else load_image(image)
+    views = TokenViews(backbone, pixels, config.views, config.dtype)
+    start = time.perf_counter()
+    fit = make_solver(config).fit(views, artifact)
+    decomposition = fit.decompose(views.whole.patches[0], views.coords)
+    if views.device.type == "cuda":
+        torch.cuda.current_stream(views.device).synchronize()
+    seconds, extraction = time.perf_counter() - start, views.seconds
+    return DecomposedImage(decomposition, views.whole.prefix[0], fit, extraction, seconds - extraction)
+
+
+def make_solver(config: DenoiseConfig) -> LinearSolver | NeuralSolver | ShiftSolver:
+    """Make the solver that settings describe."""
+    return NeuralSolver(config.neural) if config.solver == "neural" else closed_form(config)
+
+
+def closed_form(config: DenoiseConfig) -> LinearSolver | ShiftSolver:
+    """Make the closed-form solver of a product's views, which also finds shared artifacts."""
+    if config.product == "removed":
+        return ShiftSolver(config.shifts)
+    if config.product == "ensembled":
+        smoothness = ENSEMBLED_SMOOTHNESS if config.linear.smoothness is None else config.linear.smoothness
+        return LinearSolver(replace(config.linear, blend=False, smoothness=smoothness))
+    return LinearSolver(config.linear)

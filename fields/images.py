@@ -1,0 +1,352 @@
+"""Stage one for many images into a feature store.
+
+Files are read and decoded ahead, in threads. With overlap another thread runs the backbone, on the views of one image
+after the other, while this one solves: see :mod:`dvt.jobs.overlap`. None of it changes a number.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvt.backbones import Backbone
+from dvt.devices import out_of_memory
+from dvt.errors import ImageError, NonFiniteError
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.decomposition import Decomposition, Fit
+from dvt.fields.image import DecomposedImage, TokenViews, make_solver
+from dvt.fields.shared import SharedArtifact
+from dvt.grids import Size
+from dvt.jobs.ahead import ahead, reading_threads
+from dvt.jobs.intake import distinct, read_copies
+from dvt.jobs.overlap import Ahead, InTurn
+from dvt.jobs.profile import Profile, flop_counter
+from dvt.jobs.run import run
+from dvt.jobs.work import THREADS, ShardResult, Summary, Work
+from dvt.progress import Progress
+from dvt.store import ImageEntry, Job, Record, Shard
+
+log = logging.getLogger(__name__)
+
+ALL_TERMS = ("raw", "semantic", "artifact", "residual")
+_GROUP = 8  # images that a GPU solves together: the solver's many small operations then cost little more than one's
+
+OnImage = Callable[[Path, Tensor, DecomposedImage], None]
+#: (V, h, w, C) tokens, (V, h, w, 2) coordinates, and the event after which a GPU has both.
+TimedBatch = tuple[Tensor, Tensor, "torch.cuda.Event | None"]
+Batch = tuple[Tensor, Tensor]
+
+
+def denoise_images(
+    backbone: Backbone,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    config: DenoiseConfig,
+    *,
+    keep_terms: bool = False,
+    shard_images: int = 16,
+    strict: bool = False,
+    wait: bool = True,
+    profile: bool = False,
+    started: Callable[[Job], None] | None = None,
+    progress: Progress | None = None,
+    on_image: OnImage | None = None,
+) -> Summary:
+    """Stage one for many images into a feature store; the same call again does what is left.
+
+    Args:
+        backbone: its device is used.
+        paths: image files, from :func:`dvt.images.find_images`.
+        out: the store's folder.
+        config: settings.
+        keep_terms: also store the artifact and the residual.
+        shard_images: images a shard; a killed run loses at most the shards in hand and the one being written.
+        strict: raise on the first image that cannot be used, instead of reporting it at the end.
+        wait: wait for another writer of the same store, instead of refusing.
+        profile: also count the backbone's operations, in the first batch of each grid shape.
+        started: called with the job once the folder is locked and known to hold nothing else.
+        progress: called with (what, done, total) after every image.
+        on_image: called with (path, pixels, result) for every image computed, for pictures.
+
+    Raises:
+        StoreError: the folder cannot be written, or holds another job's tokens.
+        ImageError: with strict, an image cannot be read.
+        NonFiniteError: with strict, an image's tokens hold NaN or infinity.
+        ConfigError: not even half a batch of views fits into the memory.
+    """
+    work = DecomposeWork(
+        backbone,
+        config,
+        keep_terms=keep_terms,
+        shard_images=shard_images,
+        strict=strict,
+        profile=profile,
+        on_image=on_image,
+    )
+    return run(work, paths, out, wait=wait, started=started, progress=progress)
+
+
+def denoise_job(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
+    """Describe everything that the tokens of stage one depend on."""
+    terms = list(ALL_TERMS if keep_terms else ALL_TERMS[:2])
+    return Job.of(backbone, {"verb": "denoise", "terms": terms, **config.job_settings()})
+
+
+class DecomposeWork(Work):
+    """Stage one as the work of a job; see :func:`denoise_images` for the arguments."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: DenoiseConfig,
+        *,
+        keep_terms: bool = False,
+        shard_images: int = 16,
+        strict: bool = False,
+        profile: bool = False,
+        on_image: OnImage | None = None,
+    ):
+        super().__init__(
+            backbone,
+            denoise_job(backbone, config, keep_terms),
+            shard_images=shard_images,
+            threads=THREADS,
+            strict=strict,
+            reduction=SharedArtifact(backbone, config) if config.shared_artifact else None,
+        )
+        self.config, self.profile, self.on_image = config, profile, on_image
+        self.terms = ALL_TERMS if keep_terms else ALL_TERMS[:2]
+        self.device = backbone.device
+        self.overlap = self.device.type == "cuda" if config.overlap is None else config.overlap
+        self.group = config.solve_images or (_GROUP if self.device.type == "cuda" and config.solver == "linear" else 1)
+        self._flops: dict[Size, float] = {}
+
+    def make(
+        self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
+    ) -> Generator[ShardResult, None, None]:
+        """Each shard, computed; with overlap, while the backbone has begun with the next ones."""
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and self.overlap else None
+        start, waited = time.perf_counter(), 0.0
+        with self._feed(shards) as feed:
+            for group, streams in feed:
+                made = group[0].made
+                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                    self._solve([image for image in group if image.intake.used >= 0], streams)
+                    for image in group:
+                        made.records += self._finished(image, tick)
+                        image.intake.pixels = image.views = image.result = None
+                if group[-1].last:
+                    standing = feed.waited - waited if self.overlap else made.profile.of("solve", "fetch", "pictures")
+                    made.profile.spend("wait_solver", standing)
+                    made.profile.wall, waited = time.perf_counter() - start, feed.waited
+                    yield made
+                    start = time.perf_counter()
+
+    # -- in the thread that goes ahead, if there is one ---------------------------------------------------------------
+
+    def _feed(
+        self, shards: Iterable[tuple[Shard, Tensor | None]]
+    ) -> Ahead[list[_Image], TimedBatch] | InTurn[list[_Image], TimedBatch]:
+        groups = self._groups(shards)
+        if not self.overlap:
+            return InTurn(groups, self._sources)
+        views = self.config.views
+        batches = -(-(1 + views.count) // views.batch)
+        pilot = min(batches, -(-self.config.linear.pilot_views // views.batch))
+        # The linear solver reads its pilot's views of all images before the others; the neural one all of an image.
+        first = pilot if self.config.solver == "linear" else batches
+        return Ahead(groups, self._sources, first=first, budget=self.group * pilot)
+
+    def _groups(self, shards: Iterable[tuple[Shard, Tensor | None]]) -> Generator[list[_Image], None, None]:
+        """Images that are solved together: of one shard, and so of one grid shape and artifact."""
+        group: list[_Image] = []
+        depth = self.threads if self.device.type == "cuda" else int(self.overlap)  # a large image takes gigabytes
+        with reading_threads(self.threads) as readers:
+            for image, loading in ahead(readers, self._load, _images(shards), depth):
+                with image.made.profile.timed("wait_images"):
+                    loading.result()
+                group.append(image)
+                if image.last or len(group) == self.group:
+                    yield group
+                    group = []
+
+    def _load(self, image: _Image) -> None:
+        image.intake = read_copies(image.copies, partial(self._prepare, image.made.artifact is not None))
+
+    def _prepare(self, shared: bool, pixels: Tensor, entry: ImageEntry) -> Tensor:
+        if self.reduction is not None and not shared:
+            raise ImageError(
+                f"no artifact that {entry.path!r} could share was fitted: none of the images for it was usable"
+            )
+        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+
+    def _sources(self, group: list[_Image]) -> list[_Source]:
+        return [_Source(self, image) for image in group if image.intake.used >= 0]
+
+    def batches(self, image: _Image) -> Iterator[TimedBatch]:
+        """An image's views through the backbone; again from the beginning when called again."""
+        if image.views is None:
+            image.views = TokenViews(self.backbone, image.intake.pixels, self.config.views, self.config.dtype)
+            image.intake.pixels = image.intake.pixels if self.on_image else None
+        for tokens, coords in self._counted(image.views):
+            ready = torch.cuda.Event(blocking=True) if self.device.type == "cuda" and self.overlap else None
+            if ready is not None:
+                ready.record(torch.cuda.current_stream(self.device))
+            yield tokens, coords, ready
+
+    def _counted(self, views: TokenViews) -> Iterator[tuple[Tensor, Tensor]]:
+        batches, grid = iter(views), (views.coords.shape[0], views.coords.shape[1])
+        if not self.profile or grid in self._flops:
+            return batches
+        with flop_counter() as counter:
+            first = next(batches)
+        self._flops[grid] = counter.get_total_flops() / len(first[0])
+        return chain([first], batches)
+
+    # -- in the thread that solves ------------------------------------------------------------------------------------
+
+    def _solve(self, images: list[_Image], streams: Sequence[Iterable[TimedBatch]]) -> None:
+        """Each image's result or error."""
+        if not images:
+            return
+        made, start = images[0].made, time.perf_counter()
+        readings = [_Reading(stream) for stream in streams]
+        artifact = None if made.artifact is None else made.artifact.to(self.device)
+        found = [_decomposed(*each) for each in zip(images, self._fits(readings, artifact), strict=True)]
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        seconds = time.perf_counter() - start
+        for image in images:
+            made.profile.add(image.profile(self._flops, self.threads))
+        waited = sum(each.seconds for each in readings)
+        seconds -= waited if self.overlap else sum(image.seconds for image in images)
+        made.profile.spend("solve", seconds)
+        if self.overlap:
+            made.profile.spend("wait_backbone", waited)
+        for image, each in zip(images, found, strict=True):
+            image.result = (
+                each if isinstance(each, Exception) else DecomposedImage(*each, image.seconds, seconds / len(images))
+            )
+
+    def _fits(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None) -> list[Fit | Exception]:
+        """The images' fits; where one cannot be used, or memory is too small for all, each is solved by itself."""
+        solver = make_solver(self.config)
+        try:
+            return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
+        except (ImageError, NonFiniteError) as error:
+            if len(views) == 1:
+                return [error]
+        except (RuntimeError, MemoryError) as error:
+            if len(views) == 1 or not out_of_memory(error):
+                raise
+            log.warning("out of memory with %d images solved together; solving them one by one", len(views))
+        # Not in the handler, whose traceback still holds the tensors of the first try.
+        return [self._fits([each], artifact)[0] for each in views]
+
+    def _finished(self, image: _Image, tick: Callable[[], None]) -> Iterator[Record]:
+        """Hand out the records of an image and its copies."""
+        made, result, intake = image.made, image.result, image.intake
+        terms, prefix = {}, None
+        if isinstance(result, DecomposedImage):
+            with made.profile.timed("fetch"):
+                maps = result.decomposition.terms()
+                terms, prefix = {term: maps[term].cpu() for term in self.terms}, result.prefix.cpu()
+            if self.on_image:
+                with made.profile.timed("pictures"):
+                    self.on_image(Path(image.copies[intake.used].path), intake.pixels, result)
+        error = result if isinstance(result, Exception) else None
+        return self.records(intake, terms, prefix, error, made.failed, tick)
+
+
+@dataclass(eq=False)
+class _Image:
+    """An image on its way: its copies, how it was read, and its result or why there is none."""
+
+    made: ShardResult
+    copies: list[ImageEntry]
+    last: bool  # of its shard
+    intake: Any = None  # Intake, once it was read
+    views: Any = None  # TokenViews, from then on until it is solved
+    result: DecomposedImage | Exception | None = None
+
+    @property
+    def seconds(self) -> float:
+        """In views and the backbone."""
+        return 0.0 if self.views is None else self.views.seconds
+
+    def profile(self, flops: dict[Size, float], readers: int) -> Profile:
+        """Add up everything but what belongs to its group."""
+        profile = Profile(readers=readers)
+        profile.add(self.intake.profile)
+        if self.views is not None:
+            for stage, seconds in self.views.timer.seconds().items():
+                profile.spend(stage, seconds)
+            grid = self.copies[0].grid
+            profile.views = len(self.views.views)
+            profile.flops = profile.views * flops.get(grid, 0.0)
+        return profile
+
+
+def _images(shards: Iterable[tuple[Shard, Tensor | None]]) -> Iterator[_Image]:
+    for shard, artifact in shards:
+        made, images = ShardResult(shard, artifact=artifact), distinct(shard)
+        for number, copies in enumerate(images, 1):
+            yield _Image(made, copies, last=number == len(images))
+
+
+@dataclass
+class _Source:
+    """What :class:`~dvt.jobs.overlap.Ahead` iterates: from the beginning, each time."""
+
+    work: DecomposeWork
+    image: _Image
+
+    def __iter__(self) -> Iterator[TimedBatch]:
+        return self.work.batches(self.image)
+
+
+class _Reading:
+    """A stream as the solver reads it, and the seconds that it waits for tokens."""
+
+    def __init__(self, stream: Iterable[TimedBatch]):
+        self.stream, self.seconds = stream, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.stream)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(batches, None)
+                if batch is not None and batch[2] is not None:
+                    batch[2].synchronize()
+            finally:
+                self.seconds += time.perf_counter() - start
+            if batch is None:
+                return
+            tokens, coords, _ = batch
+            yield _handed_over(tokens), _handed_over(coords)
+
+
+def _decomposed(image: _Image, fit: Fit | Exception) -> tuple[Decomposition, Tensor, Fit] | Exception:
+    if isinstance(fit, Exception):
+        return fit
+    whole, coords = image.views.whole, image.views.coords
+    raw, prefix = _handed_over(whole.patches), _handed_over(whole.prefix)
+    return fit.decompose(raw[0], _handed_over(coords)), prefix[0], fit
+
+
+def _handed_over(values: Tensor) -> Tensor:
+    """Complete values that another CUDA stream has made: their memory is not given away while this one reads it."""
+    if values.is_cuda:
+        values.record_stream(torch.cuda.current_stream(values.device))
+    return values

@@ -1,0 +1,238 @@
+"""The solver of shifted windows: the artifact taken from an image's own tokens, if the data show that there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.config import ShiftConfig
+from dvt.fields.decomposition import Fit
+from dvt.fields.equations import solve_artifact
+from dvt.fields.gate import SignTest
+from dvt.fields.trust import Trust
+from dvt.fields.twoway import TwoWay
+from dvt.grids import Size
+
+Batch = tuple[Tensor, Tensor]
+#: Robust weights (V, n) of tokens (V, n, C) at coordinates (V, n, 2).
+Weigh = Callable[[Tensor, Tensor], Tensor]
+
+# Windows that are held in memory until it is known which of their tokens are outliers.
+HELD = 64
+# The weight below which a token is an outlier.
+OUTLIER = 0.5
+
+
+@dataclass(frozen=True)
+class ShiftFit(Fit):
+    """What :class:`ShiftSolver` returns; see :class:`~dvt.fields.decomposition.Fit` for the laws.
+
+    Args:
+        field: (h, w, C) F at the image's own patches.
+        artifact: (h, w, C); zero where the test found none.
+        centres: (h, w, 2) the image's patch centres.
+        noise: mean squared norm of what F and G leave of a token.
+        p_value: of the test for an artifact; None without one.
+        found: whether there is an artifact. Where there is none, the estimate is the input.
+        config: the settings.
+        share: (h, w, 1) of F in the estimate: all of it where this image's own token is an outlier and other windows
+            show its content, none where no window that shows it is to be trusted.
+    """
+
+    field: Tensor
+    artifact: Tensor
+    centres: Tensor
+    noise: float
+    p_value: float | None
+    found: bool
+    config: ShiftConfig
+    share: Tensor
+
+    def semantic(self, coords: Tensor) -> Tensor:
+        """F (..., C) at image coordinates (..., 2), bilinear between patch centres."""
+        return grids.sample_centres(self.field, coords, self.centres)
+
+    def residual(self, raw: Tensor) -> Tensor:
+        """Zero: outliers are left to the weights."""
+        return torch.zeros_like(raw)
+
+    def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
+        """Weigh the average over windows, (h, w, 1); 0 where no artifact was found."""
+        return self.share if self.found else 0.0
+
+
+class ShiftSolver:
+    """Splits the features of one image's shifted windows into F, one vector a patch, and G, one a position.
+
+    Memory does not depend on the number of windows: they are read once and only sums are kept.
+
+    Args:
+        config: settings.
+        weigh: gives every token a weight, to weigh outliers down; None trusts all of them.
+    """
+
+    def __init__(self, config: ShiftConfig | None = None, weigh: Weigh | None = None):
+        self.config, self.weigh = config or ShiftConfig(), weigh
+
+    def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> ShiftFit:
+        """Fit one image.
+
+        Args:
+            views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)) of windows at the image's own scale, shifted
+                by whole patches, as :class:`dvt.views.Shifts` cuts them; read once.
+            artifact: (h, w, C) a known G; only F is fitted then, and nothing is tested.
+
+        Raises:
+            ShapeError: batches disagree in grid or channels, or with the artifact.
+            NonFiniteError: a token is NaN or infinite.
+            ConfigError: there is no view, a view is no shifted window, the grid has one row or column, or too few
+                patches to test for an artifact.
+        """
+        run = _Run(self, views, artifact)
+        known = None
+        if artifact is not None:
+            known = (artifact - artifact.mean((0, 1))).flatten(0, 1)
+        p_value = run.test.p_value() if run.test is not None else None
+        found = p_value is None or p_value <= self.config.alarm
+        if not found:
+            known = run.sums.position.new_zeros(run.sums.position.shape[1:])
+        return self._result(run, known, p_value, found)
+
+    def fit_many(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None = None) -> list[ShiftFit]:
+        """:meth:`fit` of each image; those of one grid and equal offsets share their system's factor."""
+        return [self.fit(each, artifact) for each in views]
+
+    def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
+
+        :meth:`solve_shared` solves the sums.
+        """
+        schur, rhs = _Run(self, views, None, test=False).sums.equations()
+        return schur[0], rhs[0]
+
+    def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
+        """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
+        return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
+
+    def _result(self, run: _Run, known: Tensor | None, p_value: float | None, found: bool) -> ShiftFit:
+        solution = run.sums.solve(self.config.ridge, known)
+        (height, width), dtype = run.sums.grid, run.sums.content.dtype
+        freedom = run.trusted - float((run.sums.observed() > 0).sum()) - (height * width - 1 if known is None else 0)
+        field = solution.field[0].view(*run.sums.period, -1)[:height, :width]
+        seen = run.sums.observed()[0].view(*run.sums.period, 1)[:height, :width]
+        return ShiftFit(
+            field=field.to(dtype).contiguous(),
+            artifact=solution.artifact[0].view(height, width, -1).to(dtype),
+            centres=grids.lattice_centres((height, width), run.sums.period).to(field.device),
+            noise=float(solution.left[0]) / max(freedom, 1.0),
+            p_value=p_value,
+            found=found,
+            config=self.config,
+            share=self._share(run.own.view(height, width, 1), run.own_long.view(height, width, 1), seen).to(dtype),
+        )
+
+    def _share(self, own: Tensor, long: Tensor, seen: Tensor) -> Tensor:
+        """(h, w, 1) of F in the estimate.
+
+        Args:
+            own: weights of the image's own tokens.
+            long: which of them are outliers by their length; F stands for them.
+            seen: the weight of each content in all windows. Where none is to be trusted, the token itself is.
+        """
+        share = torch.where(long, 1.0, torch.where(own < OUTLIER, 0.0, self.config.average))
+        return torch.where(seen - own < OUTLIER, 0.0, share)
+
+
+class _Run:
+    """One pass over the windows of an image.
+
+    Attributes:
+        sums: of the two-way model.
+        test: its scores, if there is a test.
+        trusted: the sum of all weights.
+        own: (n,) weights of the first window, the whole image; own_long, which of its tokens are outliers by length.
+    """
+
+    def __init__(self, solver: ShiftSolver, views: Iterable[Batch], artifact: Tensor | None, test: bool = True):
+        self.solver, self.trusted = solver, 0.0
+        self.test: SignTest | None = None
+        self.trust: Trust | None = None
+        windows = _flat(views, None if artifact is None else tuple(artifact.shape))
+        head = list(islice(windows, 1))
+        if not head:
+            raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
+        self.grid, self.period = head[0].grid, head[0].period
+        if solver.config.robust:
+            head += _until(windows, HELD - len(head[0].tokens))
+            parts = ([each.tokens for each in head], [each.offsets for each in head])
+            self.trust = Trust(*(torch.cat(part) for part in parts), self.grid, self.period, solver.config)
+        first = head[0].tokens
+        self.sums = TwoWay(1, self.grid, self.period, first.shape[2], first)
+        if test and artifact is None and solver.config.alarm < 1:
+            self.test = SignTest(self.grid, self.period, first.shape[2], first, solver.config.groups)
+        self.own = self._add(head[0])[0]
+        self.own_long = self.own < 0 if self.trust is None else self.trust.is_long(first[:1])[0]
+        for each in chain(head[1:], windows):
+            self._add(each)
+
+    def _add(self, windows: _Windows) -> Tensor:
+        """Add windows to the sums; their weights (V, n)."""
+        tokens, offsets = windows.tokens, windows.offsets
+        if windows.period != self.period:
+            raise ConfigError(f"windows of one image lie on grids of periods {self.period} and {windows.period}")
+        weights = tokens.new_ones(tokens.shape[:2]) if self.trust is None else self.trust.weights(tokens, offsets)
+        if self.solver.weigh is not None:
+            weights = weights * self.solver.weigh(tokens, windows.coords)
+        plain = self.trust is None and self.solver.weigh is None  # whose system all images of a grid share
+        self.sums.add(tokens[None], offsets, None if plain else weights[None])
+        if self.test is not None:
+            self.test.add(tokens, offsets, None if plain else weights)
+        self.trusted += float(weights.sum())
+        return weights
+
+
+class _Windows(NamedTuple):
+    """A batch of windows: tokens (V, n, C), offsets (V, 2), coordinates (V, n, 2), and what all of them share."""
+
+    tokens: Tensor
+    offsets: Tensor
+    coords: Tensor
+    grid: Size
+    period: Size
+
+
+def _flat(views: Iterable[Batch], shape: tuple[int, ...] | None) -> Iterator[_Windows]:
+    for tokens, coords in _checked(views, shape):
+        offsets, period = grids.lattice(coords)
+        grid = (tokens.shape[1], tokens.shape[2])
+        yield _Windows(tokens.flatten(1, 2), offsets, coords.flatten(1, 2), grid, period)
+
+
+def _until(windows: Iterator[_Windows], count: int) -> Iterator[_Windows]:
+    """Yield batches until there are that many windows; the others stay in the iterator."""
+    while count > 0 and (batch := next(windows, None)) is not None:
+        count -= len(batch.tokens)
+        yield batch
+
+
+def _checked(views: Iterable[Batch], shape: tuple[int, ...] | None) -> Iterator[Batch]:
+    """The batches, once each is known to be of one shape (h, w, C) and finite."""
+    for tokens, coords in views:
+        if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
+            raise ShapeError(
+                f"a batch of views has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; "
+                "they must be (V, h, w, C) and (V, h, w, 2)"
+            )
+        shape = shape or tuple(tokens.shape[1:])
+        if tuple(tokens.shape[1:]) != shape:
+            raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {shape}, as before")
+        if not torch.isfinite(tokens.sum()):
+            raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
+        yield tokens, coords

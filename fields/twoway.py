@@ -1,0 +1,164 @@
+"""The two-way model of shifted windows, T[v, p] = F[p + offset_v] + G[p]: its sums and their solution (ours).
+
+Windows at the image's own scale, shifted by whole patches over the mirrored image, show the same content patches at
+other positions. So F is one vector a content patch and G one a position; nothing is interpolated. F is eliminated
+exactly (its part of the normal equations is diagonal), and what is left for G is an n x n system that depends on the
+offsets alone: all images of a grid shape and all channels share it, and it is factored once. A patch beyond the border
+shows mirrored content, which a network need not answer as it answers the original: it is an unknown of its own.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError
+from dvt.fields.equations import factor_artifact
+from dvt.grids import Size
+
+
+class Solution(NamedTuple):
+    """F (B, M, C) of the content patches, 0 where none was seen, G (B, n, C), mean zero, and the squared norm (B,)
+    that they leave of all tokens, each in float64."""
+
+    field: Tensor
+    artifact: Tensor
+    left: Tensor
+
+
+class TwoWay:
+    """Sums over the windows of B images that share their offsets.
+
+    Args:
+        images: B, how many.
+        grid: (h, w) patches of a window; n = h w.
+        period: (rows, columns) after which the mirrored image repeats itself; M = rows * columns content patches.
+        channels: C.
+        like: a tensor whose device is used and whose dtype, at least float32, holds the sums.
+    """
+
+    def __init__(self, images: int, grid: Size, period: Size, channels: int, like: Tensor):
+        self.grid, self.period = grid, period
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        self.content = like.new_zeros(images, period[0] * period[1], channels)
+        self.position = like.new_zeros(images, grid[0] * grid[1], channels)
+        self.square = torch.zeros(images, dtype=torch.float64, device=like.device)
+        self.offsets = torch.zeros(0, 2, dtype=torch.long)
+        self.weights: Tensor | None = None
+
+    def add(self, tokens: Tensor, offsets: Tensor, weights: Tensor | None = None) -> None:
+        """Add windows of every image: tokens (B, V, n, C), offsets (V, 2), weights (B, V, n) or None for 1.
+
+        Raises:
+            ConfigError: some windows come with weights and others without.
+        """
+        if len(self.offsets) and (weights is None) != (self.weights is None):
+            raise ConfigError("some windows have weights and others none; give weights for all of them or for none")
+        tokens = tokens.to(self.content.dtype)
+        weighted = tokens if weights is None else tokens * weights.to(tokens)[..., None]
+        index = self._index(offsets)
+        self.content.index_add_(1, index.flatten(), weighted.flatten(1, 2))
+        self.position += weighted.sum(1)
+        self.square += (weighted * tokens).sum((1, 2, 3), dtype=torch.float64)
+        self.offsets = torch.cat((self.offsets, offsets))
+        if weights is not None:
+            known = weights.new_zeros(len(weights), 0, weights.shape[2]) if self.weights is None else self.weights
+            self.weights = torch.cat((known, weights), dim=1)
+
+    def score(self) -> Tensor:
+        """(B, n, C) the right side of G's equations: what the positions' tokens have beyond the mean of their content.
+
+        Without an artifact it is a sum of noise alone.
+        """
+        index = self._index(self.offsets)
+        weights = self._weights()
+        count = weights.new_zeros(len(weights), self.content.shape[1])
+        count.index_add_(1, index.flatten(), weights.flatten(1))
+        mean = self.content / count.clamp_min(torch.finfo(count.dtype).tiny)[..., None]
+        return self.position - (mean[:, index] * weights[..., None]).sum(1)
+
+    def equations(self) -> tuple[Tensor, Tensor]:
+        """Each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images share."""
+        system = self._system()
+        schur = system.schur.expand(len(self.content), -1, -1)
+        return schur, self.position.double() - system.cross.mT @ (self.content.double() * system.inverse)
+
+    def solve(self, ridge: float, artifact: Tensor | None = None) -> Solution:
+        """Least squares for F and G, or for F alone beside a known G.
+
+        Args:
+            ridge: on G, relative to the mean diagonal of its system; it decides what the offsets leave open.
+            artifact: (n, C) a known G of all images.
+        """
+        system = self._system()
+        content, position = self.content.double(), self.position.double()
+        if artifact is None:
+            rhs = position - system.cross.mT @ (content * system.inverse)
+            found = system.solve(rhs, ridge)
+        else:
+            found = artifact.to(position).expand_as(position)
+        field = (content - system.cross @ found) * system.inverse
+        # |y - A f - P g|^2 = |y|^2 - 2 x'b + x'H x, where x is (f, g) and H x is made block by block.
+        gram_field = system.seen[..., None] * field + system.cross @ found
+        gram_artifact = system.cross.mT @ field + system.count[..., None] * found
+        left = self.square + (field * (gram_field - 2 * content)).sum((1, 2))
+        left += (found * (gram_artifact - 2 * position)).sum((1, 2))
+        return Solution(field, found, left.clamp_min(0))
+
+    def observed(self) -> Tensor:
+        """(B or 1, M) the weight with which each content patch was seen."""
+        return self._system().seen
+
+    def _index(self, offsets: Tensor) -> Tensor:
+        return grids.lattice_index(self.grid, offsets, self.period).to(self.content.device)
+
+    def _weights(self) -> Tensor:
+        ones = self.content.new_ones(1, len(self.offsets), self.position.shape[1])
+        return ones if self.weights is None else self.weights.to(ones)
+
+    def _system(self) -> _System:
+        if self.weights is None:
+            key = self.offsets.numpy().tobytes()
+            return _shared_system(self.grid, self.period, key, str(self.content.device))
+        return _System(self._index(self.offsets), self.weights.double(), self.period[0] * self.period[1])
+
+
+class _System:
+    """What the equations hold besides tokens, for windows' content patches (V, n) and weights (B, V, n).
+
+    Attributes:
+        seen, inverse: (B, M) and (B, M, 1) the weight of every content patch, and 1 over it, 0 where there is none.
+        count: (B, n) the weight of every position.
+        cross: (B, M, n) the weight of every content patch at every position, A'WP.
+        schur: (B, n, n) what is left for G.
+    """
+
+    def __init__(self, index: Tensor, weights: Tensor, contents: int):
+        images, _, positions = weights.shape
+        flat = (index * positions + torch.arange(positions, device=index.device)).flatten()
+        cross = weights.new_zeros(images, contents * positions)
+        self.cross = cross.index_add_(1, flat, weights.flatten(1)).view(images, contents, positions)
+        self.seen, self.count = self.cross.sum(-1), weights.sum(1)
+        self.inverse = torch.where(self.seen > 0, 1 / self.seen.clamp_min(1e-300), 0)[..., None]
+        schur = torch.diag_embed(self.count) - self.cross.mT @ (self.cross * self.inverse)
+        self.schur = (schur + schur.mT) / 2
+        self._factors: dict[float, Tensor] = {}
+
+    def solve(self, rhs: Tensor, ridge: float) -> Tensor:
+        """g (B, n, C), mean zero, of schur g = rhs."""
+        if ridge not in self._factors:
+            self._factors[ridge] = factor_artifact(self.schur, ridge)
+        artifact = torch.cholesky_solve(rhs, self._factors[ridge].expand(len(rhs), -1, -1))
+        return artifact - artifact.mean(-2, keepdim=True)
+
+
+@lru_cache(maxsize=8)
+def _shared_system(grid: Size, period: Size, offsets: bytes, device: str) -> _System:
+    """The system of unweighted windows, which depends on nothing but the offsets."""
+    windows = torch.frombuffer(bytearray(offsets), dtype=torch.long).view(-1, 2)
+    index = grids.lattice_index(grid, windows, period).to(device)
+    return _System(index, torch.ones(1, *index.shape, dtype=torch.float64, device=device), period[0] * period[1])

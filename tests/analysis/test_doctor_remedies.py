@@ -1,0 +1,56 @@
+"""The doctor compares remedies that act on tokens and inside the backbone, and says how to get the one to take."""
+
+import torch
+
+import dvt
+from dvt.analysis import DoctorConfig, diagnose
+from dvt.tokens import Tokens
+
+FAST = DoctorConfig(images=6, windows=8)
+CHANNELS = 32
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def backbone(strength):
+    """Responses to patches with an artifact of position of this strength."""
+    weight, artifact = noise(CHANNELS, 3, 16, 16, seed=3) / 16, noise(10, 10, CHANNELS, seed=5)
+    artifact = artifact - artifact.mean((0, 1))
+
+    def tokens(module, images):
+        content = torch.nn.functional.conv2d(images, weight, stride=16).permute(0, 2, 3, 1)
+        rows, columns = (torch.arange(n) % 10 for n in content.shape[1:3])
+        return Tokens.of(content + strength * artifact[rows][:, columns])
+
+    return dvt.wrap(torch.nn.Identity(), tokens, 16, name="planted", image_size=160, feature_dim=CHANNELS)
+
+
+def pictures(count):
+    return list(torch.rand(count, 3, 160, 200, generator=torch.Generator().manual_seed(1)))
+
+
+def test_a_backbone_whose_inside_was_changed_is_tried_like_a_denoiser_and_its_command_named():
+    remedies = {"inside": backbone(0.0), "tokens": lambda tokens: tokens.with_patches(0.5 * tokens.patches)}
+    found = diagnose(backbone(2.0), pictures(6), remedies, FAST, commands={"inside": "dvt remedy inside --out x"})
+    inside, tokens = found.treated
+    assert found.kind == "position" and found.best == "inside"
+    assert inside.share < 0.03 and tokens.share > 0.3 and inside.kept > 0.9
+    assert found.command == "dvt remedy inside --out x" and "Take inside: dvt remedy inside --out x" in str(found)
+
+
+def test_where_none_is_enough_the_nearest_is_named_as_such():
+    found = diagnose(backbone(2.0), pictures(6), {"half": backbone(0.9)}, FAST, commands={"half": "dvt remedy half"})
+    assert found.best is None and found.nearest == "half"
+    assert "None of the denoisers given removes enough. half leaves least." in str(found)
+    assert "The nearest half: dvt remedy half" in str(found)
+    useless = diagnose(backbone(2.0), pictures(6), {"same": backbone(2.0)}, FAST, commands={"same": "dvt remedy same"})
+    assert useless.nearest is None and useless.command is None
+
+
+def test_one_image_claims_nothing_about_all_images():
+    page = str(diagnose(backbone(2.0), pictures(1), config=FAST))
+    assert "one image does not tell" in " ".join(page.split())
+    for claim in ("the same in all images", "differs from image to image", "images that have such tokens"):
+        assert claim not in page.replace("artifact is the same in all images, so that", "")

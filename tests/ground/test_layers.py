@@ -1,0 +1,151 @@
+"""The architecture, read from the source: who may import whom, what `import dvt` loads, and docstring examples."""
+
+import ast
+import doctest
+import importlib
+import os
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = {"dvt": "dvt", "fields": "dvt.fields", "denoiser": "dvt.denoiser", "analysis": "dvt.analysis"}
+SIBLINGS = ("dvt.fields", "dvt.denoiser", "dvt.analysis")
+
+# The floors, from below; what lies in a folder of dvt/ that is not named here, or loose in dvt/, is on the ground.
+FLOORS = ("ground", "jobs", "wings", "cli")
+LOOSE = 10  # modules that may lie loose in dvt/
+
+ONLY_IN = {
+    "h5py": {"dvt.store"},
+    "timm": {"dvt.backbones", "dvt.denoiser.model", "dvt.denoiser.distill", "dvt.analysis.priors.prior"},
+    "tyro": {"dvt.cli"},
+    "mmseg": {"dvt.denoiser.mmseg"},
+    "mmengine": {"dvt.denoiser.mmseg"},
+}
+
+
+def module_files():
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = module_files()
+
+
+def wing(module):
+    """The wing that a module lies in, or None."""
+    return next((name for name in SIBLINGS if module == name or module.startswith(f"{name}.")), None)
+
+
+def floor(module):
+    """Its height, from its folder alone."""
+    if wing(module):
+        return FLOORS.index("wings")
+    folder = module.removeprefix("dvt").lstrip(".").partition(".")[0]
+    return FLOORS.index(folder) if folder in ("jobs", "cli") else 0
+
+
+def imports(tree, module):
+    """(module imported, whether only type checkers see it) of every import in a file, wherever it stands."""
+    guarded = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in guarded) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively; import always dvt.something"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in MODULES else node.module), id(node) in guarded
+
+
+def imported(module):
+    return list(imports(ast.parse(MODULES[module].read_text()), module))
+
+
+def test_the_folders_were_found():
+    assert {"dvt", "dvt.grids", "dvt.jobs.run", "dvt.fields.linear", "dvt.analysis.metrics.artifacts"} <= MODULES.keys()
+    assert ("dvt.grids", False) in imported("dvt.views") and ("timm", False) in imported("dvt.backbones.load")
+
+
+def test_few_modules_lie_loose():
+    assert len([path for path in (ROOT / "dvt").glob("*.py") if not path.name.startswith("__")]) <= LOOSE
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "dvt"])
+def test_a_module_imports_no_higher_floor_and_no_other_wing(module):
+    for other, _ in imported(module):
+        if other == "dvt" or other.partition(".")[0] != "dvt":
+            continue
+        assert floor(other) <= floor(module), f"{module} imports {other}, which lies on a higher floor"
+        if wing(module) and wing(other):
+            assert wing(other) == wing(module), f"{module} imports {other}; fields, denoiser and analysis stay apart"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_it_may(module):
+    for other, _ in imported(module):
+        root = other.partition(".")[0]
+        assert root not in ("fields", "denoiser", "analysis"), f"{module} imports bare {root}: it is dvt.{root}"
+        allowed = ONLY_IN.get(root, {module})
+        assert {module, module.rpartition(".")[0]} & allowed, (
+            f"{module} imports {root}, which belongs in {ONLY_IN[root]}"
+        )
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Lazy imports, inside functions, and those for type checkers count: who reads one must read the other too."""
+    fronts = {"dvt", *SIBLINGS, *(name for name, path in MODULES.items() if path.name == "__init__.py")}
+    graph = {
+        module: {other for other, _ in imported(module) if other in MODULES and other not in fronts}
+        for module in MODULES
+        if module not in fronts
+    }
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # raises CycleError
+
+
+def run_python(code, folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    ).stdout.split()
+
+
+def test_import_dvt_is_light(tmp_path):
+    heavy = "matplotlib sklearn ray mmseg timm torchvision accelerate transformers tyro diffusers"
+    code = f"import sys, dvt; print(*[name for name in {heavy.split()} if name in sys.modules])"
+    assert run_python(code, tmp_path) == []
+
+
+def test_the_solvers_and_metrics_need_no_model_library(tmp_path):
+    heavy = ["matplotlib", "sklearn", "ray", "timm", "torchvision", "h5py"]
+    code = f"""
+import sys, dvt.fields, dvt.analysis
+print(*[name for name in {heavy} if name in sys.modules])
+"""
+    assert run_python(code, tmp_path) == []
+
+
+def test_a_folder_of_the_users_cannot_shadow_ours(tmp_path):
+    (tmp_path / "analysis.py").write_text("raise RuntimeError('shadowed')")
+    (tmp_path / "fields.py").write_text("raise RuntimeError('shadowed')")
+    run_python("import dvt.analysis, dvt.fields", tmp_path)
+
+
+@pytest.mark.parametrize("module", [name for name, path in MODULES.items() if ">>>" in path.read_text()])
+def test_docstring_examples_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted and not result.failed
