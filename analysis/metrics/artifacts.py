@@ -217,13 +217,17 @@ def log_norm_outliers(tokens: TokenSets, ratio: float = 2.0, sigmas: float = 5.0
 
 
 def grid_peak(tokens: TokenSets, period: int = 2) -> float:
-    """Power at the patch-grid frequencies over the median power around them; about 1 without a grid.
+    """Power at the patch-grid frequencies over the median power around them; little above 1 without a grid.
 
     The frequencies are one cycle in ``period`` tokens along x, along y and along both: with the default 2 the
     stripes and the checkerboard that alternate from patch to patch. Power is that of the map under a Hann window,
     summed over channels, as a share of the image's, averaged over images. Around a frequency means the
     frequencies two and three bins away in either direction, beyond the window's main lobe. The largest of the
-    three ratios is returned, which biases it a little upwards: compare it with its null.
+    three ratios is returned, which biases it upwards, the more the fewer independent channels and images there are.
+    Measured, white noise on 14 x 14 patches (mean, and 95 % of draws below): one image of 1, 4, 16 and 64 channels
+    3.1 (7.9), 1.7 (3.4), 1.35 (1.8), 1.2 (1.4); 20 images 1.3 (1.8), 1.2 (1.4), 1.1 (1.15), 1.0 (1.1). Channels of real
+    features depend on each other: :func:`matched_noise <dvt.analysis.metrics.nulls.matched_noise>` draws the null that
+    belongs to them, ``with_null(grid_peak, tokens, generator, null=matched_noise)``.
 
     Args:
         tokens: maps of at least 8 x 8 patches.
