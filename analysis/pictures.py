@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # Four hues that stay apart for the colour-blind and on photographs (after Okabe and Ito).
 _MARKS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
-_INK = "#222222"
+INK = "#222222"
 
 
 def pca_colours(reference: Tensor | Sequence[Tensor], *others: Tensor) -> list[Tensor]:
@@ -169,7 +169,7 @@ def _show(axis: Axes, values: Tensor, title: str, aspect: float, **options: Any)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_title(title, fontsize=10.5, color=_INK, loc="left", pad=5)
+    axis.set_title(title, fontsize=10.5, color=INK, loc="left", pad=5)
     return axis.imshow(values.numpy(), extent=(0, 1, 1, 0), interpolation="nearest", aspect=aspect, **options)
 
 
@@ -186,7 +186,7 @@ def _mark(axis: Axes, point: Tensor, number: int, label: bool = True) -> None:
         clip_on=False,
     )
     if label:
-        axis.text(x, y, str(number + 1), fontsize=9, weight="bold", color=_INK, ha="center", va="center_baseline")
+        axis.text(x, y, str(number + 1), fontsize=9, weight="bold", color=INK, ha="center", va="center_baseline")
 
 
 def _colour_row(
@@ -226,8 +226,8 @@ def _similarity_rows(figure: Figure, axes: Any, raw: Tensor, semantic: Tensor, p
 
 def _quiet(bar: Any, label: str) -> None:
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9, colors=_INK, length=2)
-    bar.set_label(label, fontsize=10, color=_INK)
+    bar.ax.tick_params(labelsize=9, colors=INK, length=2)
+    bar.set_label(label, fontsize=10, color=INK)
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:

@@ -8,7 +8,7 @@ from torch import Tensor
 from dvt.errors import ConfigError, ShapeError
 
 # Channels handled together: bounds the interval tables at some tens of megabytes without slowing small inputs.
-_CHUNK = 64
+_FEATURES_AT_ONCE = 64
 
 
 def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int = 15) -> Tensor:
@@ -49,7 +49,7 @@ def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int =
     if not 0 < exponent <= 1 or clumps < 1:
         raise ConfigError(f"exponent must be in (0, 1] and clumps at least 1, got {exponent} and {clumps}")
     _, codes = position.unique(return_inverse=True)
-    chunks = features.detach().float().T.split(_CHUNK)
+    chunks = features.detach().float().T.split(_FEATURES_AT_ONCE)
     return torch.cat([_mic_chunk(chunk.contiguous(), codes, exponent, clumps) for chunk in chunks])
 
 

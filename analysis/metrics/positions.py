@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dvt.analysis.metrics.intervals import central_interval, resample_counts
 from dvt.analysis.metrics.nulls import Score
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
@@ -134,9 +135,9 @@ class PositionMeans:
         total = variance.mean().clamp(min=torch.finfo(torch.float64).tiny)
         products = torch.stack(self._products)
         own = products.mean(0) / total
-        weights = resampled(count, resamples, self._generator)
+        weights = resample_counts(count, resamples, self._generator)
         interval = (
-            interval_of((weights @ products[:, 0]) / (weights @ variance).clamp(min=1e-300)) if count > 1 else None
+            central_interval((weights @ products[:, 0]) / (weights @ variance).clamp(min=1e-300)) if count > 1 else None
         )
         means = torch.stack(self._means)
         shared, shared_interval = None, None
@@ -151,7 +152,7 @@ class PositionMeans:
             apart = weights.sum(1).square() - weights.square().sum(1)
             several = apart > 0  # a resample that drew one image only has no pairs
             spread = (weights @ variance / count).clamp(min=1e-300)
-            shared_interval = interval_of(both[several] / apart[several] / spread[several])
+            shared_interval = central_interval(both[several] / apart[several] / spread[several])
         artifact = means.mean(0)
         return PositionShare(
             shared, score_of(float(own[0]), own[1:]), shared_interval, interval, artifact - artifact.mean((0, 1)), count
@@ -171,14 +172,3 @@ def score_of(value: float, null: Tensor) -> Score:
     half = float(student.ppf(0.975, len(null) - 1)) * float(null.std()) * (1 + 1 / len(null)) ** 0.5
     mean = float(null.mean())
     return Score(value, mean, mean - half, mean + half)
-
-
-def resampled(count: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """(R, N) how often each image is drawn, with replacement."""
-    drawn = torch.randint(count, (resamples, count), generator=generator)
-    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-
-
-def interval_of(values: Tensor) -> tuple[float, float]:
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high

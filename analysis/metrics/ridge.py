@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvt.errors import ShapeError
 
-Group = tuple[Tensor, Tensor]
+RegressionGroup = tuple[Tensor, Tensor]
 
 # Relative to the mean variance of a standardised feature, which is 1.
 _STRENGTHS = torch.logspace(-7, 2, 19, dtype=torch.float64)
@@ -40,18 +40,7 @@ class HeldOut:
         return 1 - (weights @ self.errors) / spread
 
 
-def held_out_r2(train: list[Group], test: list[Group]) -> Tensor:
-    """R^2 on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
-
-    Args and raises: as :func:`held_out`.
-
-    Returns:
-        (K,) R^2 of each target, in float64; it can be below 0.
-    """
-    return held_out(train, test).r2()
-
-
-def held_out(train: list[Group], test: list[Group], width: int | None = None) -> HeldOut:
+def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: int | None = None) -> HeldOut:
     """Errors on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
 
     Features are standardised on the training groups. Only sums of products of a group's rows are kept, so the
@@ -86,7 +75,7 @@ def held_out(train: list[Group], test: list[Group], width: int | None = None) ->
     return _held_out_errors(test, mean, deviation, weights)
 
 
-def _held_out_errors(test: list[Group], mean: Tensor, deviation: Tensor, weights: Tensor) -> HeldOut:
+def _held_out_errors(test: list[RegressionGroup], mean: Tensor, deviation: Tensor, weights: Tensor) -> HeldOut:
     parts = []
     for features, targets in test:
         values = targets.double()
@@ -99,7 +88,7 @@ def _held_out_errors(test: list[Group], mean: Tensor, deviation: Tensor, weights
     return HeldOut(errors, sums, squares, counts)
 
 
-def _products(groups: list[Group], mean: Tensor, deviation: Tensor) -> Tensor:
+def _products(groups: list[RegressionGroup], mean: Tensor, deviation: Tensor) -> Tensor:
     """(C + K + 1, C + K + 1) sums of products of the rows [standardised features, targets, 1]."""
     total = mean.new_zeros(())
     for features, targets in groups:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
 from dvt.analysis.metrics.nulls import matched_noise, shuffled, token_maps
-from dvt.analysis.metrics.positions import PositionShare, interval_of, resampled, score_of
+from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
 from dvt.tokens import Tokens
 
-RESAMPLES = 1000
 # A grey image of one level has no other to be averaged with.
 GREYS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -135,8 +135,8 @@ def position_r2(maps: Sequence[Tokens], generator: torch.Generator, draws: int) 
     values = found.r2().unflatten(0, (-1, 2)).mean(1).cpu()
     interval = None
     if (groups := len(found.counts)) > 1:
-        weights = resampled(groups, RESAMPLES, generator)
-        interval = interval_of(found.r2(weights)[:, :2].mean(1).cpu())
+        weights = resample_counts(groups, RESAMPLES, generator)
+        interval = central_interval(found.r2(weights)[:, :2].mean(1).cpu())
     note = "" if len(maps) > 1 else "one image: its tokens are on both sides, so the number is optimistic"
     return _row("position_r2", float(values[0]), values[1:], interval, len(maps), note)
 
@@ -195,8 +195,8 @@ def grid_peak(maps: Sequence[Tokens], generator: torch.Generator, draws: int, pe
     ]
     interval = None
     if len(maps) > 1:
-        weights = resampled(len(maps), RESAMPLES, generator).to(powers)
-        interval = interval_of(metrics.peak_of(torch.einsum("ri,i...->r...", weights, powers)).cpu())
+        weights = resample_counts(len(maps), RESAMPLES, generator).to(powers)
+        interval = central_interval(metrics.peak_of(torch.einsum("ri,i...->r...", weights, powers)).cpu())
     return _row("grid_peak", value, torch.tensor(null), interval, len(maps))
 
 
@@ -261,7 +261,7 @@ def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch
 def _bootstrap_mean(values: Tensor, generator: torch.Generator) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
-    return interval_of(resampled(len(values), RESAMPLES, generator) @ values.double().cpu() / len(values))
+    return central_interval(resample_counts(len(values), RESAMPLES, generator) @ values.double().cpu() / len(values))
 
 
 def _row(

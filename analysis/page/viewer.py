@@ -18,7 +18,7 @@ from dvt.views import resize
 _BUDGET_BYTES = 5_000_000
 _MOST_DIRECTIONS = 48
 _JPEG_SIDE = 336
-_BINS = 60
+_NORM_BINS = 60
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Arrays:
             variant: np.concatenate([each.patches.float().norm(dim=-1).flatten().cpu().numpy() for each in maps])
             for variant, maps in tokens.items()
         }
-        edges = np.linspace(0, max(float(each.max()) for each in norms.values()) * 1.0001 + 1e-9, _BINS + 1)
+        edges = np.linspace(0, max(float(each.max()) for each in norms.values()) * 1.0001 + 1e-9, _NORM_BINS + 1)
         for variant, values in norms.items():
             counts = np.histogram(values, edges)[0].astype(np.int64)
             self._add("norms", counts, backbone=backbone, layer=layer, variant=variant, edges=edges.tolist())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.sampling import (
-    Run,
+    PriorRun,
     evaluate_prior,
     held_out_loss,
     keep,
@@ -35,15 +35,24 @@ from dvt.analysis.priors.sampling import (
     sample_prior,
     summaries,
 )
-from dvt.analysis.priors.seen import BATCH, CONDITIONS, Clean, Condition, Seen, identity, look, split
-from dvt.analysis.priors.targets import Kind, Target
+from dvt.analysis.priors.targets import PriorTarget, TargetKind
+from dvt.analysis.priors.token_set import (
+    BATCH,
+    CONDITIONS,
+    Clean,
+    Condition,
+    TokenSet,
+    read_tokens,
+    split,
+    token_identity,
+)
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import file_sha256, find_images
 from dvt.progress import Progress
 from dvt.training import Trained, TrainingConfig, epoch_indices, train
 
-__all__ = ["PriorTraining", "Run", "evaluate_prior", "fit_prior", "open_run", "sample_prior", "train_prior"]
+__all__ = ["PriorRun", "PriorTraining", "evaluate_prior", "fit_prior", "open_run", "sample_prior", "train_prior"]
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +95,7 @@ class PriorTraining:
     """
 
     condition: Condition | None = "patch"
-    target: Kind = "pixels"
+    target: TargetKind = "pixels"
     head: Literal["image", "token"] = "image"
     order: Literal["random", "raster"] = "random"
     side: int = 64
@@ -119,7 +128,7 @@ class PriorTraining:
             raise ConfigError(f"held_out is a share of the images in (0, 1), got {self.held_out}")
         if self.side < 1 or self.patch < 1 or (self.target == "pixels" and self.side % self.patch):
             raise ConfigError(f"side must be a multiple of the patch {self.patch}, got {self.side} pixels")
-        Target(self.target, self.patch, self.vae)
+        PriorTarget(self.target, self.patch, self.vae)
         self.training()
         self.prior((1, 1), 1, None, None)
 
@@ -230,11 +239,11 @@ def train_prior(
     sha256s = [file_sha256(path) for path in paths]
     chosen, held = split(sha256s, config.held_out, config.seed)
     wants = config.target == "features"
-    seen = look(paths, backbone, config.condition, wants, config.side, denoiser, progress)
+    seen = read_tokens(paths, backbone, config.condition, wants, config.side, denoiser, progress)
     target, maps = _standardised(config, seen, chosen)
     prior = _untrained(config, maps, seen, backbone)
     prior.card = {
-        **identity(backbone, denoiser),
+        **token_identity(backbone, denoiser),
         "condition": config.condition,
         "target": asdict(target),
         "training": asdict(config),
@@ -285,16 +294,16 @@ def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _untrained(config: PriorTraining, maps: Tensor, seen: Seen, backbone: Backbone) -> Prior:
+def _untrained(config: PriorTraining, maps: Tensor, seen: TokenSet, backbone: Backbone) -> Prior:
     dim = None if seen.conditions is None else seen.conditions.shape[-1]
     grid = backbone.grid(backbone.image_size) if config.condition in ("patch", "both") else None
     about = config.prior((maps.shape[1], maps.shape[2]), maps.shape[3], dim, grid)
     return Prior(about, torch.Generator().manual_seed(config.seed))
 
 
-def _standardised(config: PriorTraining, seen: Seen, chosen: list[int]) -> tuple[Target, Tensor]:
+def _standardised(config: PriorTraining, seen: TokenSet, chosen: list[int]) -> tuple[PriorTarget, Tensor]:
     """The target with the statistics of the training images, and (N, h, w, D) maps of all images."""
-    target, parts = Target(config.target, config.patch, config.vae), []
+    target, parts = PriorTarget(config.target, config.patch, config.vae), []
     for start in range(0, len(seen.pictures), BATCH):
         some = seen[list(range(start, min(start + BATCH, len(seen.pictures))))]
         parts.append(target.encode(some.pictures.float(), some.pictures if some.patches is None else some.patches))

@@ -18,20 +18,21 @@ from torch.nn import functional
 from dvt.analysis.pictures import pca_colours, save
 from dvt.analysis.priors.diffusion import heun
 from dvt.analysis.priors.evaluate import features, frechet_distance, memorisation, round_trip_cosine
-from dvt.analysis.priors.prior import Prior, Sampler, sampling_sigmas
-from dvt.analysis.priors.seen import BATCH, Clean, Seen, identity
-from dvt.analysis.priors.targets import Target
+from dvt.analysis.priors.heads import Sampler
+from dvt.analysis.priors.prior import Prior, sampling_sigmas
+from dvt.analysis.priors.targets import PriorTarget
+from dvt.analysis.priors.token_set import BATCH, Clean, TokenSet, token_identity
 from dvt.backbones import Backbone
 from dvt.backbones.weights import save_state
 from dvt.errors import BackboneError, ConfigError, WeightsError
 from dvt.progress import Progress
 
 _FEWEST_COMPARED = 20  # held-out images that the memorisation check needs
-_DRAWS = 8  # of noise for each held-out image in a validation
+_NOISE_DRAWS = 8  # of noise for each held-out image in a validation
 _TILE, _GAP = 96, 4  # pixels of a picture of samples
 
 
-def keep(path: Path, held: Seen, maps: Tensor, training: Tensor, reals: Tensor, names: Sequence[Path]) -> None:
+def keep(path: Path, held: TokenSet, maps: Tensor, training: Tensor, reals: Tensor, names: Sequence[Path]) -> None:
     tensors = {"pictures": held.pictures, "maps": maps, "training_features": training, "held_out_features": reals}
     if held.conditions is not None:
         tensors["conditions"] = held.conditions
@@ -39,7 +40,7 @@ def keep(path: Path, held: Seen, maps: Tensor, training: Tensor, reals: Tensor, 
 
 
 @dataclass(frozen=True)
-class Run:
+class PriorRun:
     """What a run's folder holds for sampling.
 
     Args:
@@ -51,7 +52,7 @@ class Run:
     """
 
     prior: Prior
-    target: Target
+    target: PriorTarget
     held: dict[str, Tensor]
     names: list[str]
 
@@ -62,7 +63,7 @@ class Run:
         return self.held["conditions"][rows].to(next(self.prior.parameters()).device)
 
 
-def open_run(folder: str | Path, device: str | torch.device | None = None) -> Run:
+def open_run(folder: str | Path, device: str | torch.device | None = None) -> PriorRun:
     """The run that :func:`train_prior` left, or is leaving, in a folder.
 
     Raises:
@@ -75,14 +76,14 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
         with safe_open(str(path), "pt") as file:
             names = json.loads((file.metadata() or {})["images"])
         held = load_file(path)
-        target = Target(**prior.card["target"])
+        target = PriorTarget(**prior.card["target"])
         _check_held(held, names, prior, target)
     except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
-    return Run(prior, target, held, names)
+    return PriorRun(prior, target, held, names)
 
 
-def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Target) -> None:
+def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
     """That what a run keeps fits its prior, and holds numbers."""
     config, count = prior.config, len(names)
     told = prior.card["condition"]
@@ -150,7 +151,9 @@ def sample_prior(
     return {"out": str(out), "images": images, "samples": samples, "calls": calls}
 
 
-def _drawn(run: Run, rows: list[int], steps: int, guidance: float, seed: int, sampler: Sampler) -> tuple[Tensor, int]:
+def _drawn(
+    run: PriorRun, rows: list[int], steps: int, guidance: float, seed: int, sampler: Sampler
+) -> tuple[Tensor, int]:
     generator = torch.Generator(next(run.prior.parameters()).device).manual_seed(seed)
     sigmas, parts, calls = sampling_sigmas(steps), [], 0
     for start in range(0, len(rows), BATCH):
@@ -163,7 +166,7 @@ def _drawn(run: Run, rows: list[int], steps: int, guidance: float, seed: int, sa
     return torch.cat(parts), calls
 
 
-def _figure(run: Run, generated: Tensor, images: int, samples: int) -> Any:
+def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
     """Rows of held-out images; their samples to the right of them. Features in the colours of the real ones."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
@@ -203,7 +206,7 @@ def _tile(picture: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(prior: Prior, maps: Tensor, conditions: Tensor | None, draws: int = _DRAWS) -> float:
+def held_out_loss(prior: Prior, maps: Tensor, conditions: Tensor | None, draws: int = _NOISE_DRAWS) -> float:
     """The loss of images that were not trained on, a mean over images and over `draws` of fixed noise for each."""
     device, total, count = next(prior.parameters()).device, 0.0, 0
     generator = torch.Generator(device).manual_seed(0)
@@ -245,7 +248,7 @@ def evaluate_prior(
         BackboneError: the prior was trained with another backbone, or with and not without a denoiser.
     """
     run = open_run(run_dir, device)
-    _check_same(run.prior.card, identity(backbone, denoiser))
+    _check_same(run.prior.card, token_identity(backbone, denoiser))
     rows = list(range(len(run.names)))
     maps, calls = _drawn(run, rows, steps, guidance, seed, heun)
     made = run.target.decode(maps)
@@ -280,7 +283,7 @@ def _check_same(card: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def _round_trip(run: Run, made: Tensor, reals: Tensor | None, ceiling: Tensor | None) -> dict[str, float] | None:
+def _round_trip(run: PriorRun, made: Tensor, reals: Tensor | None, ceiling: Tensor | None) -> dict[str, float] | None:
     if "conditions" not in run.held or len(made) < 3:
         return None
     if reals is None:
@@ -301,7 +304,7 @@ def _memorised(made: Tensor, training: Tensor, held: Tensor) -> dict[str, float]
     return {"share": found.share, "p_value": found.p_value, "threshold": found.threshold}
 
 
-def summaries(seen: Seen, backbone: Backbone, denoiser: Clean | None, progress: Progress) -> Tensor:
+def summaries(seen: TokenSet, backbone: Backbone, denoiser: Clean | None, progress: Progress) -> Tensor:
     """(N, C) mean features of real images, at the size that is generated."""
     if seen.patches is not None:
         return seen.patches.float().mean((1, 2))

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
-Kind = Literal["pixels", "latents", "features"]
-KINDS = ("pixels", "latents", "features")
+TargetKind = Literal["pixels", "latents", "features"]
+TARGET_KINDS = ("pixels", "latents", "features")
 
 
 def patchify(maps: Tensor, patch: int) -> Tensor:
@@ -39,7 +39,7 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Target:
+class PriorTarget:
     """What is generated, and how it becomes maps of tokens with mean 0 and standard deviation 1.
 
     Args:
@@ -50,7 +50,7 @@ class Target:
         std: likewise.
     """
 
-    kind: Kind
+    kind: TargetKind
     patch: int = 1
     vae: str | None = None
     mean: tuple[float, ...] = (0.0,)
@@ -59,13 +59,13 @@ class Target:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if self.kind not in KINDS:
-            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kind not in TARGET_KINDS:
+            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
         if (self.vae is None) == (self.kind == "latents"):
             raise ConfigError(f"latents, and only they, need a VAE; the target is {self.kind!r} and vae {self.vae!r}")
 
     def encode(self, pictures: Tensor, features: Tensor) -> Tensor:
-        """Target tokens (B, h, w, D), not standardised, of pictures (B, 3, S, S) and their features (B, h, w, C)."""
+        """PriorTarget tokens (B, h, w, D), not standardised, of pictures (B, 3, S, S) and their features (B, h, w, C)."""
         if self.kind == "features":
             return features.float()
         return patchify(self._latents(pictures) if self.kind == "latents" else pictures, self.patch)
@@ -78,7 +78,7 @@ class Target:
         pictures = unpatchify(raw, self.patch)
         return (self._pictures(pictures) if self.kind == "latents" else pictures).clamp(0, 1)
 
-    def fitted(self, raw: Tensor) -> Target:
+    def fitted(self, raw: Tensor) -> PriorTarget:
         """With the mean and standard deviation of (N, h, w, D) training tokens."""
         if not bool(raw.isfinite().all()):
             raise NonFiniteError("target tokens hold NaN or infinity; check the images, the VAE and the backbone")

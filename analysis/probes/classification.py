@@ -56,16 +56,16 @@ class ClassificationProbe(Probe):
             )
         return list(torch.from_numpy(model.predict(vectors)))
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
         """(N, K, 3): whether each image was right, its true and its predicted class, each as a 1 at its class."""
         check_maps(tokens, targets, rank=0)
         pairs = zip(self.predict(tokens), targets, strict=True)
         return torch.stack([class_counts(found[None], target[None], self.num_classes) for found, target in pairs])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
         """accuracy, and the mean of the classes' accuracies, over the classes that occur in the truth; in [0, 1]."""
-        scores = count_scores(evidence)
+        scores = count_scores(statistics)
         return {"accuracy": scores["aAcc"], "class accuracy": scores["mAcc"]}
 
 

@@ -22,7 +22,7 @@ from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
-KINDS = ("crop", "rotation", "scale")
+WARP_KINDS = ("crop", "rotation", "scale")
 """Kinds of warps: a part cut out anywhere, a turn about the centre, a part about the centre."""
 
 # Cosines that rounding alone tells apart count as equal.
@@ -72,7 +72,7 @@ def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Te
 
 
 def kind_of(matrix: Tensor) -> str:
-    """One of :data:`KINDS`: "rotation" if the (2, 3) map turns, "scale" if it keeps the centre, otherwise "crop"."""
+    """One of :data:`WARP_KINDS`: "rotation" if the (2, 3) map turns, "scale" if it keeps the centre, otherwise "crop"."""
     if float(matrix[0, 1].abs() + matrix[1, 0].abs()) > 1e-9:
         return "rotation"
     centre = torch.tensor([0.5, 0.5], dtype=matrix.dtype)
@@ -247,8 +247,8 @@ class Correspondence(Probe):
         picks = [_matches(view, views[0])[0].argmax(1).view(grid) for view in views[1:]]
         return self.centres(grid).flatten(0, 1)[torch.stack(picks)]
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 3, 7) for each image and each of :data:`KINDS`: the number of views, and the sums of their
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, 3, 7) for each image and each of :data:`WARP_KINDS`: the number of views, and the sums of their
         :class:`Matches`, in the order of its fields.
 
         Raises:
@@ -265,23 +265,23 @@ class Correspondence(Probe):
                 f"got warps {tuple(warps.shape)}"
             )
         centres = self.centres((views.shape[1], views.shape[2]))
-        total = torch.zeros(len(KINDS), 7, dtype=torch.float64)
+        total = torch.zeros(len(WARP_KINDS), 7, dtype=torch.float64)
         for view, matrix in zip(views[1:], warps, strict=True):
             found = match(views[0], view, matrix, self.threshold, centres)
-            total[KINDS.index(kind_of(matrix))] += torch.tensor([1.0, *astuple(found)], dtype=torch.float64)
+            total[WARP_KINDS.index(kind_of(matrix))] += torch.tensor([1.0, *astuple(found)], dtype=torch.float64)
         return total
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
         """Means over views of :class:`Matches`; `mutual PCK` is the right share of the mutual matches.
 
         Chance, position and ceiling need no tokens. PCK and position are also given for each kind that occurs.
         """
-        total = evidence.sum(-2)
+        total = statistics.sum(-2)
         pck, mutual, both, chance, position, ceiling = (total[..., 1:] / total[..., :1]).unbind(-1)
         scores = {"PCK": pck, "mutual": mutual, "mutual PCK": both / mutual}
         scores |= {"chance PCK": chance, "position PCK": position, "ceiling PCK": ceiling}
-        for kind, values in zip(KINDS, evidence.unbind(-2), strict=True):
+        for kind, values in zip(WARP_KINDS, statistics.unbind(-2), strict=True):
             if bool(values[..., 0].any()):
                 shares = values[..., 1:] / values[..., :1]
                 scores |= {f"PCK {kind}": shares[..., 0], f"position PCK {kind}": shares[..., 4]}
@@ -310,7 +310,7 @@ def correspondence(
         progress: called with (what, done, total); total is 0 where the number of images is not known.
 
     Returns:
-        Variant -> evidence (N, 3, 7) of each image; ``Correspondence.summarise(evidence.sum(0))`` are its scores.
+        Variant -> statistics (N, 3, 7) of each image; ``Correspondence.summarise(statistics.sum(0))`` are its scores.
 
     Raises:
         ShapeError: there is no image.
@@ -325,7 +325,7 @@ def correspondence(
         warps = draw_warps(shape, config, generator)
         tokens = backbone(warped_images(image, warps, input_size(shape)))
         for name, way in ways.items():
-            found[name].append(probe.evidence([way(tokens).patches], [warps])[0])
+            found[name].append(probe.sufficient_statistics([way(tokens).patches], [warps])[0])
         if progress is not None:
             progress("correspondence", done, total)
     if not found["raw"]:

@@ -23,12 +23,14 @@ from dvt.images import load_image
 
 log = logging.getLogger(__name__)
 
-SHARE = (0.5, 0.65)
+CROP_SHARE = (0.5, 0.65)
 _FOLDERS = {"labels": "annotations", "depth": "depth"}
 _TRIES = 20
 
 
-def draw_square(size: Size, generator: torch.Generator, share: tuple[float, float] = SHARE) -> tuple[int, int, int]:
+def draw_square(
+    size: Size, generator: torch.Generator, share: tuple[float, float] = CROP_SHARE
+) -> tuple[int, int, int]:
     """(top, left, side) in pixels of a random square inside an image.
 
     Args:
@@ -47,7 +49,7 @@ def write_crops(
     data: LabelledData,
     folder: str | Path,
     generator: torch.Generator,
-    share: tuple[float, float] = SHARE,
+    share: tuple[float, float] = CROP_SHARE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LabelledData:
     """One random square of every image and its label or depth map, as a data set in the plain folder layout.
@@ -83,7 +85,7 @@ def cached_crops(
 ) -> LabelledData:
     """:func:`write_crops` once for the same examples and seed: later calls open what the first one wrote."""
     files = [[split, e.name, *_stamp(e)] for split, part in data.splits.items() for e in part]
-    recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, SHARE, files])
+    recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, CROP_SHARE, files])
     folder = cache / f"crops-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         part = folder.with_suffix(".part")

@@ -33,9 +33,9 @@ from dvt.images import image_size
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+Picked = TypeVar("Picked")
 
-Target = Literal["labels", "depth", "boxes", "category"]
+AnnotationKind = Literal["labels", "depth", "boxes", "category"]
 
 MOST_CLASSES = 1000
 _METRES = 0.001
@@ -59,7 +59,7 @@ class LabelledData:
 
     root: Path
     layout: str
-    target: Target
+    target: AnnotationKind
     splits: Mapping[str, tuple[Example, ...]]
     classes: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
@@ -163,7 +163,7 @@ def _read_map(path: Path) -> np.ndarray:
 
 def open_data(
     root: str | Path,
-    target: Target,
+    target: AnnotationKind,
     *,
     layout: str = "auto",
     ignore: Sequence[int] = (),
@@ -183,8 +183,8 @@ def open_data(
         ConfigError: an unknown layout or target.
     """
     root = Path(root)
-    if target not in get_args(Target):
-        raise ConfigError(f"target is {target!r}; it must be one of {', '.join(get_args(Target))}")
+    if target not in get_args(AnnotationKind):
+        raise ConfigError(f"target is {target!r}; it must be one of {', '.join(get_args(AnnotationKind))}")
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; it must be auto or one of {', '.join(LAYOUTS)}")
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
@@ -255,7 +255,7 @@ def _check_sizes(data: LabelledData) -> None:
         raise DataError(f"{len(wrong)} images and their maps differ in size (height x width): {some(wrong)}")
 
 
-def pick(items: Sequence[Item], count: int | None) -> tuple[Item, ...]:
+def pick(items: Sequence[Picked], count: int | None) -> tuple[Picked, ...]:
     """At most so many, evenly spaced, in their order; None takes all.
 
     >>> pick("abcdefg", 3)

@@ -25,7 +25,7 @@ from dvt.grids import Size
 
 # Shares of the squared mean error that the loss forgives: 1 would leave the scale free (Eigen et al. take .5).
 _FORGIVEN = 0.85
-_BINS = 256
+_DEPTH_BINS = 256
 
 
 class DepthProbe(Probe):
@@ -58,7 +58,7 @@ class DepthProbe(Probe):
         channels = check_maps(tokens, targets)
         low, high = _extremes(targets)
         generator = torch.Generator().manual_seed(self.config.seed)
-        head = nn.Sequential(*linear_head(channels, _BINS, generator), _Expectation(self.bins, low, high))
+        head = nn.Sequential(*linear_head(channels, _DEPTH_BINS, generator), _Expectation(self.bins, low, high))
         self.head = train_head(head, _log_loss, tokens, targets, self.config, generator)
         return self
 
@@ -77,16 +77,16 @@ class DepthProbe(Probe):
             found.append(enlarged(head(one.permute(2, 0, 1)[None]), size)[0, 0])
         return found
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
         """(N, 4): 1, AbsRel, RMSE and delta1 of each image; zeros where the image has no measurement."""
         check_maps(tokens, targets)
         found = self.predict(tokens, [(target.shape[0], target.shape[1]) for target in targets])
         return torch.stack([depth_errors(p.cpu(), t) for p, t in zip(found, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
         """AbsRel, RMSE (metres) and delta1 (share in [0, 1]): means over images, as the field reports them."""
-        means = evidence[..., 1:] / evidence[..., :1]
+        means = statistics[..., 1:] / statistics[..., :1]
         return dict(zip(("AbsRel", "RMSE", "delta1"), means.unbind(-1), strict=True))
 
 
@@ -99,7 +99,7 @@ class _Expectation(nn.Module):
         super().__init__()
         self.log = bins == "log"
         ends = (math.log(low), math.log(high)) if self.log else (low, high)
-        self.register_buffer("centres", torch.linspace(*ends, _BINS))
+        self.register_buffer("centres", torch.linspace(*ends, _DEPTH_BINS))
 
     def forward(self, logits: Tensor) -> Tensor:
         depth = torch.einsum("bkhw,k->bhw", logits.softmax(1), self.centres)[:, None]

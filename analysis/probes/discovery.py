@@ -138,7 +138,7 @@ class DiscoveryProbe(Probe):
             return boxes
         return [grids.boxes_to_pixels(box, size) for box, size in zip(boxes, sizes, strict=True)]
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
         """(N, 1 + len(TRIVIAL_MARGINS), 4): for the predicted and for each trivial box whether the image counts,
         whether IoU > 0.5, whether IoU > 0.7, and IoU itself.
 
@@ -147,16 +147,16 @@ class DiscoveryProbe(Probe):
         """
         check_maps(tokens, targets)
         predicted = torch.stack(self.predict(tokens)).double()
-        return torch.stack([box_evidence(box, truth) for box, truth in zip(predicted, targets, strict=True)])
+        return torch.stack([box_statistics(box, truth) for box, truth in zip(predicted, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
         """CorLoc, the share of images whose box has IoU > 0.5 with some true box; the same at 0.7; the mean IoU.
 
         The same three for the whole image and for the best of the centred boxes of :data:`TRIVIAL_MARGINS`. That one
         is chosen by its CorLoc on these very images, which flatters it: what beats it sees something.
         """
-        shares = evidence[..., 1:] / evidence[..., :1]
+        shares = statistics[..., 1:] / statistics[..., :1]
         # Mean IoU decides only between equal CorLocs.
         best = (shares[..., 1:, 0] + 1e-6 * shares[..., 1:, 2]).argmax(-1, keepdim=True)
         centred = shares[..., 1:, :].gather(-2, best[..., None].expand(*best.shape, 3))[..., 0, :]
@@ -203,8 +203,8 @@ class TokenCut(DiscoveryProbe):
         return token_cut(tokens, self.tau)
 
 
-def box_evidence(box: Tensor, truth: Tensor) -> Tensor:
-    """(1 + len(TRIVIAL_MARGINS), 4) of :meth:`DiscoveryProbe.evidence`, for one image; zeros without a true box."""
+def box_statistics(box: Tensor, truth: Tensor) -> Tensor:
+    """(1 + len(TRIVIAL_MARGINS), 4) of :meth:`DiscoveryProbe.sufficient_statistics`, for one image; zeros without a true box."""
     from torchvision.ops import box_iou
 
     trivial = [[margin, margin, 1 - margin, 1 - margin] for margin in TRIVIAL_MARGINS]

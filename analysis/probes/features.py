@@ -26,17 +26,17 @@ from dvt.views import ViewConfig, Views, resize
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+LazyItem = TypeVar("LazyItem")
 
 _SHARD_IMAGES = 64
 _HELD_BYTES = 2 << 30
-_NEGLIGIBLE = 1e-9
+_LEAST_EIGENVALUE = 1e-9
 
 
-class Lazy(Sequence, Generic[Item]):
+class Lazy(Sequence, Generic[LazyItem]):
     """A sequence whose items are made when they are asked for."""
 
-    def __init__(self, length: int, make: Callable[[int], Item]) -> None:
+    def __init__(self, length: int, make: Callable[[int], LazyItem]) -> None:
         self.length, self.make = length, make
 
     def __len__(self) -> int:
@@ -85,9 +85,7 @@ def cached_tokens(
         Tokens (a batch of one) of each image, read when asked for.
     """
     settings = {"verb": "extract"} if views is None else {"verb": "average views", "views": _numbers(views)}
-    job = Job(
-        backbone.name, backbone.weights_sha256, backbone.layer, backbone.stride, backbone.image_size, config=settings
-    )
+    job = Job.of(backbone, settings)
     what = "features" if views is None else "view averages"
     folder = cache / f"{what.replace(' ', '-')}-{job.digest[:16]}"
     hashes = [file_sha256(path) for path in images]
@@ -256,9 +254,9 @@ def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Ca
     covariance = products[:-1, :-1] / products[-1, -1] - mean[:, None] * mean
     across, within = covariance[:channels, channels:], covariance[channels:, channels:]
     # Small grids cannot tell all waves apart.
-    predicted = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE, hermitian=True) @ across.T
+    predicted = across @ torch.linalg.pinv(within, rtol=_LEAST_EIGENVALUE, hermitian=True) @ across.T
     variances, directions = torch.linalg.eigh(predicted)
-    used = directions[:, -rank:] * (variances[-rank:] > _NEGLIGIBLE * variances[-1])
+    used = directions[:, -rank:] * (variances[-rank:] > _LEAST_EIGENVALUE * variances[-1])
     remove, centre = (used @ used.T).float(), mean[:channels].float()
 
     def change(tokens: Tokens) -> Tokens:

@@ -23,7 +23,7 @@ SomeProbe = TypeVar("SomeProbe", bound="Probe")
 class Probe(ABC):
     """What frozen tokens hold about a target: fit on some images, predict, score on others.
 
-    A score is made from *evidence*: numbers of each image that may be added up over images (counts of pixels, sums of
+    A score is made from *statistics*: numbers of each image that may be added up over images (counts of pixels, sums of
     errors). So scores of any resampling of the images need no second prediction.
 
     Attributes:
@@ -51,13 +51,13 @@ class Probe(ABC):
         """The target of each image, at (H, W) of `sizes`, or a value a token where None."""
 
     @abstractmethod
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, ...) float64 evidence of each image; zeros for an image whose targets are all left out."""
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """(N, ...) float64 statistics of each image; zeros for an image whose targets are all left out."""
 
     @staticmethod
     @abstractmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """Scores of evidence that was added up; leading dimensions are kept, NaN where there is none."""
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Scores of statistics that was added up; leading dimensions are kept, NaN where there is none."""
 
     def score(self, tokens: Maps, targets: Sequence[Tensor]) -> dict[str, float]:
         """Scores of the predictions; shares and errors, not per cent.
@@ -65,10 +65,10 @@ class Probe(ABC):
         Raises:
             DataError: no image has anything to score.
         """
-        evidence = self.evidence(tokens, targets).sum(0)
-        if not bool(evidence.any()):
+        statistics = self.sufficient_statistics(tokens, targets).sum(0)
+        if not bool(statistics.any()):
             raise DataError(f"nothing to score: the targets of all {len(targets)} images are left out (ignored or 0)")
-        return {name: float(value) for name, value in self.summarise(evidence).items()}
+        return {name: float(value) for name, value in self.summarise(statistics).items()}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class HeadConfig:
         return replace(self, seed=seed)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
@@ -120,7 +120,7 @@ def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.S
 
 def train_head(
     head: nn.Module,
-    loss: Loss,
+    loss: HeadLoss,
     tokens: Maps,
     targets: Sequence[Tensor],
     config: HeadConfig,

@@ -15,7 +15,7 @@ from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
-from dvt.analysis.probes.datasets import LabelledData, Target, open_data, pick
+from dvt.analysis.probes.datasets import AnnotationKind, LabelledData, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
 from dvt.analysis.probes.features import Lazy, held
@@ -35,7 +35,7 @@ from dvt.views import ViewConfig
 log = logging.getLogger(__name__)
 
 Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
-TARGETS: dict[str, Target] = {
+TARGETS: dict[str, AnnotationKind] = {
     "segmentation": "labels",
     "knn": "labels",
     "depth": "depth",
@@ -187,15 +187,15 @@ def run_probe(
 
     probes: dict[str, list[Probe]] = {}
     maps: dict[str, Sequence[Tensor]] = {}
-    evidence: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for number, name in enumerate(names):
         learnt, maps[name] = _parts(source.maps(name, variants.get(name)), count)
         probes[name] = _fit(config, data.num_classes, learnt, train)
-        evidence[name] = _evidence(probes[name], maps[name], test)
+        statistics[name] = _statistics(probes[name], maps[name], test)
         if config.transfer and name != RAW:
             if maps[name][0].shape[-1] == maps[RAW][0].shape[-1]:
-                evidence[f"{RAW} probe on {name}"] = _evidence(probes[RAW], maps[name], test)
-                evidence[f"{name} probe on {RAW}"] = _evidence(probes[name], maps[RAW], test)
+                statistics[f"{RAW} probe on {name}"] = _statistics(probes[RAW], maps[name], test)
+                statistics[f"{name} probe on {RAW}"] = _statistics(probes[name], maps[RAW], test)
             else:
                 notes.append(f"no transfer between {RAW} and {name}: they have different numbers of channels")
         if name != RAW:
@@ -204,7 +204,7 @@ def run_probe(
             progress("probes", number + 1, len(names))
     described: dict[str, Any] = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
     described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
-    return _report(config, probes[RAW][0], evidence, described, notes)
+    return _report(config, probes[RAW][0], statistics, described, notes)
 
 
 def _run_correspondence(
@@ -244,15 +244,15 @@ def _counted(progress: Progress, before: int, total: int) -> Progress:
 
 
 def _report(
-    config: ProbeConfig, probe: Probe, evidence: Mapping[str, Tensor], described: Mapping[str, Any], notes: list[str]
+    config: ProbeConfig, probe: Probe, statistics: Mapping[str, Tensor], described: Mapping[str, Any], notes: list[str]
 ) -> ProbeReport:
-    if not described.get("train") and (without := {"subtract", "linear-removal"} & set(evidence)):
+    if not described.get("train") and (without := {"subtract", "linear-removal"} & set(statistics)):
         notes = [*notes, f"learnt without labels from the scored images themselves: {', '.join(sorted(without))}"]
     if config.task in _LEGENDS:
         notes = [*notes, _LEGENDS[config.task]]
     if not probe.seeded:
         notes = [*notes, "this probe draws no random numbers, so there is no interval over seeds"]
-    rows = make_rows(evidence, probe.summarise, probe.metric, RAW, seed=config.seed)
+    rows = make_rows(statistics, probe.summarise, probe.metric, RAW, seed=config.seed)
     return ProbeReport(config.task, probe.metric, RAW, rows, described, _plain(config), tuple(notes))
 
 
@@ -290,9 +290,9 @@ def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: S
     return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
 
 
-def _evidence(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
-    """(seeds, images, ...) evidence."""
-    return torch.stack([probe.evidence(maps, truth) for probe in probes])
+def _statistics(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
+    """(seeds, images, ...) statistics."""
+    return torch.stack([probe.sufficient_statistics(maps, truth) for probe in probes])
 
 
 def _parts(items: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -29,7 +29,7 @@ _TOKENS_AT_ONCE = 256
 
 
 class SegmentationProbe(Probe):
-    """What both segmentation probes share: predictions by classes' scores, and counts of pixels as evidence.
+    """What both segmentation probes share: predictions by classes' scores, and counts of pixels as statistics.
 
     Args:
         num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.probes.layouts.IGNORE` where they do not count.
@@ -57,7 +57,7 @@ class SegmentationProbe(Probe):
             yield enlarged(self.class_scores(tokens[i].float()), size)[0].argmax(0)
 
     @torch.no_grad()
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
         """(N, K, 3) pixels of each image by class, as :func:`class_counts` gives them."""
         check_maps(tokens, targets)
         sizes = [(target.shape[0], target.shape[1]) for target in targets]
@@ -65,9 +65,9 @@ class SegmentationProbe(Probe):
         return torch.stack([class_counts(p.cpu(), t, self.num_classes) for p, t in zip(found, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
         """mIoU and mAcc over the classes that occur in the truth, and aAcc, the share of right pixels; in [0, 1]."""
-        return count_scores(evidence)
+        return count_scores(statistics)
 
 
 class LinearSegmentation(SegmentationProbe):

@@ -60,7 +60,7 @@ class Doctor(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Probe(DenoiserOptions):
+class ProbeCommand(DenoiserOptions):
     """Score features on labelled data: raw, denoised and baselines in one table, with intervals."""
 
     probe: Annotated[ProbeConfig, tyro.conf.arg(name=""), tyro.conf.PositionalRequiredArgs]
@@ -72,7 +72,7 @@ class Probe(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportCommand:
     """Make one interactive page, which needs no network, from what `dvt analyze` wrote."""
 
     folder: tyro.conf.Positional[Path]
@@ -145,7 +145,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
-def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
+def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt probe`: 0 when all rows are scored."""
     from dvt.analysis.probes.protocol import run_probe
 
@@ -168,7 +168,7 @@ def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, result
 
 
-def report(command: Report, console: Console) -> tuple[int, dict[str, Any]]:
+def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt report`: 0 when the page is written."""
     from dvt.analysis.page.report import write_report
 

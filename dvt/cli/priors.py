@@ -71,7 +71,7 @@ class PriorEvaluate(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorCommand:
     """Train, sample or evaluate a generative prior on tokens."""
 
     action: Annotated[
@@ -86,7 +86,7 @@ class Prior:
         return self.action.json
 
 
-def prior(command: Prior, console: Console) -> tuple[int, dict[str, Any]]:
+def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt prior`: 0 when the action is done."""
     action = command.action
     if isinstance(action, PriorTrain):

@@ -21,7 +21,7 @@ from dvt.analysis.priors.runs import (
     sample_prior,
     train_prior,
 )
-from dvt.analysis.priors.seen import look, read_conditions, split, square
+from dvt.analysis.priors.token_set import read_conditions, read_tokens, split, square
 from dvt.backbones import wrap
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, WeightsError
 from dvt.images import load_image
@@ -181,7 +181,7 @@ def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_pa
 
 def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
     paths = sorted(images.iterdir())[:3]
-    seen = look(paths, backbone, "both", True, 8, None, ignore)
+    seen = read_tokens(paths, backbone, "both", True, 8, None, ignore)
     assert seen.conditions.shape == (3, 5, 64) and seen.pictures.shape == (3, 3, 8, 8)
     for row, path in enumerate(paths):
         image = load_image(path)[:, :, 4:36]  # 32 x 40 pixels: four columns are cut on each side
@@ -194,8 +194,8 @@ def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
 
 def test_a_denoiser_changes_what_the_prior_is_told(images, backbone):
     paths = sorted(images.iterdir())[:2]
-    raw = look(paths, backbone, "patch", False, 8, None, ignore).conditions
-    halved = look(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
+    raw = read_tokens(paths, backbone, "patch", False, 8, None, ignore).conditions
+    halved = read_tokens(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
     torch.testing.assert_close(halved.float(), raw.float() / 2, atol=1e-3, rtol=1e-2)
 
 

@@ -28,7 +28,7 @@ _MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True)
-class Seen:
+class TokenSet:
     """N square images after the backbone.
 
     Args:
@@ -41,9 +41,9 @@ class Seen:
     patches: Tensor | None
     pictures: Tensor
 
-    def __getitem__(self, rows: list[int]) -> Seen:
+    def __getitem__(self, rows: list[int]) -> TokenSet:
         conditions, patches = (each if each is None else each[rows] for each in (self.conditions, self.patches))
-        return Seen(conditions, patches, self.pictures[rows])
+        return TokenSet(conditions, patches, self.pictures[rows])
 
 
 def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
@@ -70,7 +70,7 @@ def square(image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def look(
+def read_tokens(
     paths: Sequence[Path],
     backbone: Backbone,
     kind: Condition | None,
@@ -78,7 +78,7 @@ def look(
     side: int,
     denoiser: Clean | None,
     progress: Progress,
-) -> Seen:
+) -> TokenSet:
     """The middle square of each image through the backbone; the tokens stay in memory.
 
     Args:
@@ -108,7 +108,7 @@ def look(
             patches.append(_half(tokens.patches))
         pictures.append(_half(torch.stack([resize(image, (side, side)) for image in images])))
         progress("look", start + len(images), len(paths))
-    return Seen(_joined(conditions), _joined(patches), torch.cat(pictures))
+    return TokenSet(_joined(conditions), _joined(patches), torch.cat(pictures))
 
 
 def _half(values: Tensor) -> Tensor:
@@ -136,13 +136,14 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
     return hold_out(sha256s, min(max(2, round(share * distinct)), _MOST_HELD_OUT, distinct - 2), seed)
 
 
-def identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
+def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
     """What the tokens of a prior come from; a denoiser leaves no trace but that there was one."""
+    spec = backbone.identity
     return {
-        "backbone": backbone.name,
-        "weights_sha256": backbone.weights_sha256,
-        "layer": backbone.layer,
-        "stride": list(backbone.stride),
-        "size": list(backbone.image_size),
+        "backbone": spec.name,
+        "weights_sha256": spec.weights_sha256,
+        "layer": spec.layer,
+        "stride": list(spec.stride),
+        "size": list(spec.image_size),
         "denoised": denoiser is not None,
     }

@@ -1,0 +1,197 @@
+"""The two heads of a prior: a whole-image diffusion model (Lumos), and one token after the other (MAR, Fluid)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Protocol
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.diffusion import (
+    Preconditioned,
+    Sampled,
+    X0Model,
+    denoising_loss,
+    draw_sigmas,
+    guided,
+)
+from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
+from dvt.analysis.priors.trunk import Trunk, fourier
+
+_CENTRE = math.log(2) - 1.2  # EDM's ln(sigma) = -1.2 is for data of standard deviation 1/2; ours is 1
+_BLOCKS_OF_HEAD = 3
+
+
+class Sampler(Protocol):
+    """:func:`~dvt.analysis.priors.diffusion.heun`, ``ddim``, or ``restart`` with its intervals bound."""
+
+    def __call__(
+        self, x0_model: X0Model, x_init: Tensor, sigmas: Tensor, condition: Any, generator: torch.Generator
+    ) -> Sampled: ...
+
+
+class ImageHead(nn.Module):
+    """The trunk as a diffusion model of all target tokens together."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.shape = (*config.grid, config.token_dim)
+        self.enter = nn.Linear(config.token_dim, config.width)
+        self.time = Mlp(config.width, config.width, config.width, act_layer=nn.SiLU)
+        self.trunk = Trunk(config)
+        self.modulation = nn.Linear(config.width, 2 * config.width)
+        self.leave = nn.Linear(config.width, config.token_dim)
+
+    def forward(self, x: Tensor, label: Tensor, context: Tensor | None) -> Tensor:
+        """The network inside :class:`Preconditioned`: x (B, h, w, D), label (B,), context (B, M, W)."""
+        width = self.enter.out_features
+        time = self.time(fourier(label[:, None], width))
+        answer = self.trunk(self.enter(x.flatten(1, 2)), time, context)
+        shift, scale = self.modulation(functional.silu(time))[:, None].chunk(2, dim=-1)
+        return self.leave(answer * (1 + scale) + shift).view_as(x)
+
+    def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+        """A mean over dimensions and images."""
+        sigma = draw_sigmas(len(clean), generator, mean=_CENTRE)
+        return denoising_loss(Preconditioned(self), clean, sigma, _normal(clean.shape, generator), context).mean()
+
+    def sample(
+        self,
+        count: int,
+        context: Tensor | None,
+        null: Tensor | None,
+        generator: torch.Generator,
+        sampler: Sampler,
+        sigmas: Tensor,
+        scale: float,
+        steps: int,
+    ) -> Sampled:
+        start = float(sigmas[0]) * _normal((count, *self.shape), generator)
+        return sampler(guided(Preconditioned(self), scale, null), start, sigmas, context, generator)
+
+
+# --- the head for single tokens
+
+
+class DenoisingMLP(nn.Module):
+    """One token's diffusion network: residual MLPs shifted, scaled and gated by time and z; it answers 0 at first.
+
+    Args:
+        token_dim: D.
+        width: channels of z and of the network.
+
+    Source:
+        MAR, 2024, section 4.2 and appendix.
+    """
+
+    def __init__(self, token_dim: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(token_dim, width)
+        self.time = Mlp(width, width, width, act_layer=nn.SiLU)
+        self.given = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.blocks = nn.ModuleList(Mlp(width, width, act_layer=nn.SiLU) for _ in range(_BLOCKS_OF_HEAD))
+        self.modulation = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(_BLOCKS_OF_HEAD))
+        self.leave = nn.Linear(width, token_dim)
+
+    def forward(self, x: Tensor, label: Tensor, z: Tensor) -> Tensor:
+        """The network inside :class:`Preconditioned`: x (N, D), label (N,), z (N, W)."""
+        signal = functional.silu(self.time(fourier(label[:, None], z.shape[-1])) + self.given(z))
+        x = self.enter(x)
+        for block, modulation in zip(self.blocks, self.modulation, strict=True):
+            shift, scale, gate = modulation(signal).chunk(3, dim=-1)
+            x = x + gate * block(self.norm(x) * (1 + scale) + shift)
+        return self.leave(self.norm(x))
+
+
+class TokenHead(nn.Module):
+    """The trunk reads the tokens that are known and answers z; a small MLP denoises each token given its z."""
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.shape, self.raster, self.levels = (*config.grid, config.token_dim), config.order == "raster", config.levels
+        self.enter = nn.Linear(config.token_dim, config.width)
+        self.hole = nn.Parameter(torch.empty(config.width))
+        self.trunk = Trunk(config)
+        self.mlp = DenoisingMLP(config.token_dim, config.width)
+
+    def z(self, tokens: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
+        """(B, L, W) answers of the trunk.
+
+        Args:
+            tokens: (B, L, D).
+            hidden: (B, L) booleans, the tokens that the trunk must not see; in raster order z_i sees those before i.
+            context: (B, M, W) or None.
+        """
+        x = self.enter(tokens)
+        if self.raster:
+            x = torch.cat((self.hole.to(x).expand(len(x), 1, -1), x[:, :-1]), dim=1)
+        else:
+            x = torch.where(hidden[..., None], self.hole.to(x), x)
+        return self.trunk(x, x.new_zeros(len(x), x.shape[-1]), context)
+
+    def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+        """A mean over dimensions, noise levels and the hidden tokens of all images (in raster order, all tokens)."""
+        tokens = clean.flatten(1, 2)
+        hidden = self.draw_hidden(len(tokens), generator).to(tokens.device)
+        z, target = (x[hidden].repeat(self.levels, 1) for x in (self.z(tokens, hidden, context), tokens))
+        sigma = draw_sigmas(len(target), generator, mean=_CENTRE)
+        return denoising_loss(Preconditioned(self.mlp), target, sigma, _normal(target.shape, generator), z).mean()
+
+    def draw_hidden(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count, L) booleans: which tokens a training step hides."""
+        length = self.shape[0] * self.shape[1]
+        if self.raster:
+            return torch.ones(count, length, dtype=torch.bool, device=generator.device)
+        hide = (draw_mask_ratios(count, generator) * length).ceil()
+        return self._orders(count, generator).argsort(1) < hide[:, None]
+
+    def _orders(self, count: int, generator: torch.Generator) -> Tensor:
+        length = self.shape[0] * self.shape[1]
+        if self.raster:
+            return torch.arange(length, device=generator.device).expand(count, length)
+        return torch.rand(count, length, generator=generator, device=generator.device).argsort(1)
+
+    def sample(
+        self,
+        count: int,
+        context: Tensor | None,
+        null: Tensor | None,
+        generator: torch.Generator,
+        sampler: Sampler,
+        sigmas: Tensor,
+        scale: float,
+        steps: int,
+    ) -> Sampled:
+        height, width, channels = self.shape
+        orders = self._orders(count, generator)
+        tokens = torch.zeros(count, height * width, channels, device=generator.device)
+        hidden = torch.ones_like(orders, dtype=torch.bool)
+        filled, calls = 0, 0
+        for number in [1] * (height * width) if self.raster else unmasking(height * width, steps):
+            now = orders[:, filled : filled + number]
+            z = _picked(self.z(tokens, hidden, context), now).flatten(0, 1)
+            without = z if scale == 1 else _picked(self.z(tokens, hidden, null), now).flatten(0, 1)
+            start = float(sigmas[0]) * _normal((len(z), channels), generator)
+            fresh, more = sampler(guided(Preconditioned(self.mlp), scale, without), start, sigmas, z, generator)
+            tokens.scatter_(1, _wide(now, channels), fresh.view(count, number, channels))
+            hidden.scatter_(1, now, False)
+            filled, calls = filled + number, calls + more
+        return tokens.view(count, height, width, channels), calls
+
+
+def _wide(index: Tensor, channels: int) -> Tensor:
+    return index[..., None].expand(-1, -1, channels)
+
+
+def _picked(values: Tensor, index: Tensor) -> Tensor:
+    """(B, n, W) of (B, L, W) at (B, n)."""
+    return values.gather(1, _wide(index, values.shape[-1]))
+
+
+def _normal(shape: tuple[int, ...] | torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
