@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from dvt.analysis.analyze.config import Decompose, DenoiserLike, ImageLike
@@ -17,7 +16,6 @@ from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
 from dvt.analysis.doctor.examination import Examination, settled_time
 from dvt.errors import ImageError
 from dvt.progress import Progress, silent
-from dvt.tokens import Tokens
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -53,6 +51,8 @@ def diagnose(
         ImageError: no image is given, or one cannot be read.
 
     >>> import dvt
+    >>> import torch
+    >>> from dvt.tokens import Tokens
     >>> net = torch.nn.Conv2d(3, 8, 16, 16)
     >>> plain = dvt.wrap(net, lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="a convolution")
     >>> diagnose(plain, torch.rand(3, 3, 224, 224), config=DoctorConfig(windows=4)).kind

@@ -28,7 +28,10 @@ class PriorTrain(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
     """The run's folder."""
-    prior: Annotated[PriorTraining, tyro.conf.arg(name="")] = field(default_factory=PriorTraining)
+    # No prefixes: the settings of the training loop inside it are --steps, --batch-size and so on.
+    prior: Annotated[PriorTraining, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
+        default_factory=PriorTraining
+    )
     """What is trained, and how."""
 
 

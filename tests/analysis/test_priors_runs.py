@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -61,8 +62,16 @@ def ignore(what, done, total):
     pass
 
 
+def tiny_training(**changes):
+    """TINY with changes; those that are the loop's go into it."""
+    given = {**TINY, **changes}
+    inner = {each.name for each in fields(TrainingConfig)}
+    loop = replace(PriorTraining().loop, **{name: value for name, value in given.items() if name in inner})
+    return PriorTraining(**{name: value for name, value in given.items() if name not in inner}, loop=loop)
+
+
 def train_tiny(images, backbone, out, denoiser=None, progress=None, **changes):
-    return train_prior(images, backbone, out, PriorTraining(**{**TINY, **changes}), denoiser, progress, device="cpu")
+    return train_prior(images, backbone, out, tiny_training(**changes), denoiser, progress, device="cpu")
 
 
 def is_picture(path):
@@ -304,7 +313,7 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        PriorTraining(**{**TINY, **changes})
+        tiny_training(**changes)
 
 
 def test_too_few_images_are_refused(backbone, tmp_path):
