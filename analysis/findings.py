@@ -1,4 +1,4 @@
-"""What an analysis found: rows of numbers, the data behind its pictures, and its tables as text."""
+"""Hold what an analysis found: rows of numbers, the data behind its pictures, and its tables as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvt.errors import ConfigError
 
 @dataclass
 class Findings:
-    """What :func:`dvt.analysis.analyze` found.
+    """Hold what :func:`dvt.analysis.analyze` found.
 
     Attributes:
         rows: metric x variant x layer x backbone.
@@ -40,11 +40,11 @@ class Findings:
 
     @property
     def share(self) -> float:
-        """Seconds in everything but the backbone, over the seconds in it."""
+        """Divide the seconds in everything but the backbone by the seconds in it."""
         return (self.seconds["total"] - self.seconds["forward"]) / max(self.seconds["forward"], 1e-9)
 
     def get(self, metric: str, variant: str = "raw", layer: int | None = None, backbone: str | None = None) -> Row:
-        """One row; layer None is the backbone's own, backbone None the first.
+        """Find one row; layer None is the backbone's own, backbone None the first.
 
         Raises:
             ConfigError: there is no such row.
@@ -62,7 +62,7 @@ class Findings:
         )
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, header, lines) of the main table and, with several layers, of one table for each backbone."""
+        """List (title, header, lines) of the main table and, with several layers, of one table for each backbone."""
         tables = [self._main_table()]
         for each in self.backbones:
             rows = [row for row in self.rows if row.backbone == each["label"] and row.variant == "raw"]
@@ -89,7 +89,7 @@ class Findings:
         return title, header, lines
 
     def notes(self) -> list[str]:
-        """The reasons for missing values and the remarks, each once."""
+        """List the reasons for missing values and the remarks, each once."""
         own = {each["label"]: each["layer"] for each in self.backbones}
         found: dict[str, list[str]] = {}
         for row in self.rows:
@@ -103,7 +103,7 @@ class Findings:
         return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
 
     def to_text(self) -> str:
-        """All tables with the notes below, for a terminal."""
+        """Write all tables with the notes below, for a terminal."""
         parts = []
         for title, header, lines in self.tables():
             widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
@@ -125,7 +125,7 @@ class Findings:
         ]
 
     def to_markdown(self) -> str:
-        """All tables with the notes below."""
+        """Write all tables with the notes below, as Markdown."""
         parts = []
         for title, header, lines in self.tables():
             escaped = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
@@ -137,7 +137,7 @@ class Findings:
         return "\n\n".join([*parts, "\n".join(f"- {each.removeprefix('- ')}" for each in self._closing())]) + "\n"
 
     def to_csv(self) -> str:
-        """Every row with all of its fields."""
+        """Write every row with all of its fields, as CSV."""
         out = io.StringIO()
         writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
         writer.writeheader()
@@ -147,7 +147,7 @@ class Findings:
         return out.getvalue()
 
     def _repr_html_(self) -> str:
-        """For notebooks."""
+        """Show the tables in a notebook."""
         parts = []
         for title, header, lines in self.tables():
             head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
@@ -159,7 +159,7 @@ class Findings:
 
 
 def matching(entries: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    """The entries of an index list whose fields have the values given."""
+    """Select the entries of an index list whose fields have the values given."""
     return [entry for entry in entries if all(entry[name] == value for name, value in fields.items())]
 
 

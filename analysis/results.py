@@ -1,4 +1,4 @@
-"""The report of an analysis: a table with nulls and intervals, the data behind its pictures, and a folder on disk.
+"""Write and read the report of an analysis: a table with nulls and intervals, and the data behind its pictures.
 
 A folder holds, schema ``dvt-report/1``,
 
@@ -41,7 +41,7 @@ class Report(Findings):
     """The findings of :func:`dvt.analysis.analyze`, which can be written to a folder and read back."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays, ready for JSON."""
+        """Return everything but the arrays, ready for JSON."""
         return {
             "schema": REPORT_SCHEMA,
             "version": dvt.__version__,

@@ -25,7 +25,7 @@ ImageLike = str | Path | Tensor
 
 @dataclass(frozen=True)
 class AnalyzeConfig:
-    """What an analysis computes.
+    """Choose what an analysis computes.
 
     Args:
         images: the sample: at most so many of the images given, evenly spread over them.

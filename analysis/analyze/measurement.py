@@ -39,7 +39,7 @@ _FIELD_SHIFT_IMAGES = 2
 
 @dataclass
 class _LayerTokens:
-    """What is kept of one layer and variant."""
+    """Hold what was read at one layer, of one variant."""
 
     tokens: list[Tokens] = field(default_factory=list)
     means: PositionMeans | None = None
@@ -48,7 +48,7 @@ class _LayerTokens:
 
 
 class BackboneMeasurement:
-    """One backbone's analysis: reads every image once, then scores."""
+    """Measure one backbone: read every image once, then score."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class BackboneMeasurement:
 
     @torch.no_grad()
     def read(self, sample: Sequence[ImageLike], shown: set[int]) -> None:
-        """All forward passes, one image after the other."""
+        """Run all forward passes, one image after the other."""
         config, count = self.config, len(sample)
         layered = set(spread(count, config.layer_images))
         shared, shifted = spread(count, config.share_images), spread(count, config.shift_images)
@@ -109,7 +109,7 @@ class BackboneMeasurement:
         return self.kept.setdefault((layer, variant), _LayerTokens())
 
     def _variants(self, images: Tensor, layers: Sequence[int]) -> dict[tuple[int, str], Tokens]:
-        """Tokens of some images at some layers, and of every denoiser at the backbone's own."""
+        """Compute tokens of some images at some layers, and of every denoiser at the backbone's own."""
         parts = [self._forward(part, layers) for part in images.split(self.config.batch)]
         found = {(layer, "raw"): _joined([part[layer] for part in parts]) for layer in layers}
         own = self.layers[0]
@@ -220,7 +220,7 @@ class BackboneMeasurement:
 
 
 def _layers(backbone: Backbone, config: AnalyzeConfig) -> list[int]:
-    """The backbone's own layer first, then the others; the last block's own output is named by its index."""
+    """List the backbone's own layer, then the others; the last block's own output is named by its index."""
     if config.layers != "all":
         return list(dict.fromkeys([backbone.layer, *config.layers]))
     if backbone.num_layers is None:
@@ -230,7 +230,7 @@ def _layers(backbone: Backbone, config: AnalyzeConfig) -> list[int]:
 
 
 def _covering(pixels: Tensor, size: Size, patch: Size) -> Size:
-    """The size to resize an image to, so that windows shifted by up to 4 patches fit into it."""
+    """Find the size to resize an image to, so that windows shifted by up to 4 patches fit into it."""
     need = [side + 4 * step for side, step in zip(size, patch, strict=True)]
     scale = max(side / have for side, have in zip(need, pixels.shape[1:], strict=True))
     height, width = (max(side, round(have * scale)) for side, have in zip(need, pixels.shape[1:], strict=True))

@@ -1,4 +1,4 @@
-"""The images of an analysis: which of them, read how, and where a store holds them."""
+"""Choose and read the images of an analysis, and find them in a store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _KEEP_BYTES = 2 << 30
 def choose_sample(
     images: list[ImageLike], config: AnalyzeConfig, backbones: Sequence[Backbone], stores: Sequence[FeatureStore]
 ) -> list[ImageLike]:
-    """Evenly spread images, of those that all stores hold, and no more than memory is meant for."""
+    """Choose evenly spread images of those that all stores hold, as many as 2 GB of tokens allow."""
     for store in stores:
         made = {each.weights_sha256 for each in backbones}
         if store.job.weights_sha256 not in made:
@@ -55,7 +55,7 @@ def places_of(store: FeatureStore) -> dict[str, int]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """Indices of at most `wanted` of `count` things, evenly spread."""
+    """List the indices of at most `wanted` of `count` things, evenly spread."""
     if wanted >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]

@@ -1,4 +1,4 @@
-"""Where the time of an analysis goes."""
+"""Measure where the time of an analysis goes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Seconds in the backbone, in decompositions besides it, and in denoisers."""
+    """Count seconds in the backbone, in decompositions besides it, and in denoisers."""
 
     def __init__(self) -> None:
         self.seconds = {"forward": 0.0, "fields": 0.0, "denoisers": 0.0}
@@ -31,7 +31,7 @@ class Stopwatch:
             self.seconds[what] += time.perf_counter() - start - (sum(self.seconds.values()) - inner)
 
     def split(self, total: float) -> dict[str, float]:
-        """The seconds of each part; "metrics" is what the others leave of the total."""
+        """Give the seconds of each part; "metrics" is what the others leave of the total."""
         return {**self.seconds, "total": total, "metrics": total - sum(self.seconds.values())}
 
     @contextmanager

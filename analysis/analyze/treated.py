@@ -1,4 +1,4 @@
-"""Tokens as a denoiser makes them, whether it is a function of tokens or another backbone."""
+"""Apply a denoiser, whether it is a function of tokens or another backbone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvt.tokens import Tokens
 
 
 def treated(denoise: DenoiserLike, images: Tensor, raw: Tokens) -> Tokens:
-    """Tokens of images (B, 3, H, W) as a denoiser makes them of the raw ones, or another backbone by itself."""
+    """Denoise the raw tokens of images (B, 3, H, W), or compute them anew where the denoiser is a backbone."""
     from dvt.backbones import Backbone  # with timm, which nothing else here needs
 
     if not isinstance(denoise, Backbone):

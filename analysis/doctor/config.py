@@ -9,7 +9,7 @@ from dvt.errors import ConfigError
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """What counts as an artifact, and how much is looked at.
+    """Set what counts as an artifact, and how many images are measured.
 
     Args:
         images: at most so many, evenly spread over those given.

@@ -13,7 +13,7 @@ from dvt.analysis.metrics.nulls import Score
 
 @dataclass(frozen=True)
 class Treated:
-    """What a denoiser does.
+    """Hold what a denoiser does.
 
     Args:
         name: as it was given.
@@ -32,7 +32,7 @@ class Treated:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The answer; ``print`` it, or take :meth:`to_json`.
+    """Hold the answer; ``print`` it, or take :meth:`to_json`.
 
     Attributes:
         backbone: its name.
@@ -72,7 +72,7 @@ class Diagnosis:
 
     @property
     def nearest(self) -> str | None:
-        """Of denoisers that do not remove enough, the one that leaves least of the artifact, if less than half."""
+        """Name the denoiser that leaves least of the artifact, where it leaves less than half."""
         if not self.treated or self.kind not in ("position", "norm outliers"):
             return None
         size, raw = ("share", self.own) if self.kind == "position" else ("outliers", self.outliers)
@@ -80,11 +80,11 @@ class Diagnosis:
         return least.name if getattr(least, size) < raw.value / 2 else None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, ready for JSON, and the page."""
+        """Return all fields, ready for JSON, and the page."""
         return {"schema": "dvt-diagnosis/1", **asdict(self), "text": self.to_text()}
 
     def to_text(self) -> str:
-        """The page."""
+        """Write the page as text."""
         parts = [self._answer(), self._evidence(), self._what_to_do(), self._costs(), self._harms()]
         return "\n\n".join(part for part in parts if part)
 
@@ -180,7 +180,7 @@ class Diagnosis:
 
 
 def left_share(own: Score, shared: Score) -> float:
-    """The position share once the map that all images share is gone, of the variance that is left then."""
+    """Compute the position share that is left once the map that all images share is subtracted."""
     return max(0.0, own.value - shared.value) / max(1 - shared.value, 1e-6)
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Examination:
-    """Measurements, image by image."""
+    """Measure a backbone and its denoisers image by image, then conclude."""
 
     def __init__(self, backbone: Backbone, config: DoctorConfig, denoisers: dict[str, DenoiserLike]) -> None:
         self.backbone, self.config, self.denoisers = backbone, config, denoisers
@@ -38,7 +38,7 @@ class Examination:
 
     @torch.no_grad()
     def add(self, pixels: Tensor, seed: int) -> None:
-        """Look at one image (3, H, W)."""
+        """Measure one image (3, H, W)."""
         pixels = pixels.to(self.backbone.device)
         image = resize(pixels, self.backbone.input_size((pixels.shape[1], pixels.shape[2])))
         for name, tokens in self._all(image[None], timed=True).items():
@@ -144,7 +144,7 @@ def _remedy(kind: str, share: PositionShare, config: DoctorConfig) -> str:
 
 
 def _strength(kind: str, share: PositionShare, config: DoctorConfig) -> float:
-    """The least strength s, in steps of .05, that leaves (1 - s)^2 of G's variance below the threshold."""
+    """Find the least strength s, in steps of .05, that leaves (1 - s)^2 of G's variance below the threshold."""
     if kind != "position":
         return 0.0 if kind == "none" else 1.0
     # The upper end of the interval: enough also where the share was underestimated.
@@ -156,7 +156,7 @@ def _strength(kind: str, share: PositionShare, config: DoctorConfig) -> float:
 
 
 def _best(treated: Sequence[Treated], config: DoctorConfig) -> str | None:
-    """Of the denoisers that leave no artifact, the one that resembles the content most."""
+    """Name the denoiser that resembles the content most, of those that leave no artifact."""
     enough = [each for each in treated if each.share < config.share and each.outliers < config.outliers]
     return max(enough, key=lambda each: each.kept).name if enough else None
 
@@ -166,7 +166,7 @@ def _centred(maps: Tensor) -> Tensor:
 
 
 def settled_time(backbone: Backbone) -> float:
-    """The time when the device has done what it was told."""
+    """Wait until the device has finished, and return the time."""
     if backbone.device.type == "cuda":
         torch.cuda.synchronize(backbone.device)
     return time.perf_counter()

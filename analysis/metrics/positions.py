@@ -1,4 +1,4 @@
-"""How much of the tokens stays at the patch position when the content moves: the artifact, without labels.
+"""Measure how much of the tokens stays at the patch position when the content moves: the artifact, without labels.
 
 A probe that reads position from photographs also reads their layout (sky above, road below). Here the content moves:
 windows are cut at random offsets out of the image mirrored into a torus, so that every position sees every place of
@@ -19,7 +19,7 @@ from dvt.grids import Size
 
 
 def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
-    """Windows of an image that is mirrored along both axes and repeated without end, so that it has no seams.
+    """Cut windows from an image that is mirrored along both axes and repeated without end, so that it has no seams.
 
     Args:
         image: (3, H, W), at the scale that the model is meant to see.
@@ -47,7 +47,7 @@ def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionShare:
-    """The share of the tokens' variance within an image that stays at the position; see :class:`PositionMeans`.
+    """Hold the share of the tokens' variance within an image that stays at the position; see :class:`PositionMeans`.
 
     Args:
         shared: of the variance, what is the same in all images, beside its null; None with a single image.
@@ -67,7 +67,7 @@ class PositionShare:
 
 
 class PositionMeans:
-    """Collects the tokens of each image's torus windows; :meth:`share` says how much of them is position.
+    """Collect the tokens of each image's torus windows; :meth:`share` says how much of them is position.
 
     With tokens y = F + G + noise over windows and positions, F independent of the position by construction, the mean
     over one half of an image's windows is G plus noise, and that over the other half G plus other noise: the product
@@ -124,7 +124,7 @@ class PositionMeans:
         )
 
     def share(self, resamples: int = 1000) -> PositionShare:
-        """The shares, their nulls and intervals.
+        """Compute the shares, their nulls and intervals.
 
         Raises:
             ShapeError: no image was added.
@@ -160,7 +160,7 @@ class PositionMeans:
 
 
 def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of the two halves' position means, averaged over positions, and the mean of both (h, w, C)."""
+    """Multiply the two halves' position means, averaged over positions; also return the mean of both (h, w, C)."""
     first, second = (half.mean(0) for half in tokens.chunk(2))
     first, second = first - first.mean((0, 1)), second - second.mean((0, 1))
     return (first * second).sum(-1).mean(), (first + second) / 2

@@ -1,4 +1,4 @@
-"""A ridge regression that is scored on held-out groups, from sums of products alone."""
+"""Score a ridge regression on held-out groups, from sums of products alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Squared errors of prediction, held-out group by group, and what they are measured against.
+    """Hold squared errors of prediction, held-out group by group, and what they are measured against.
 
     Args:
         errors: (G, K) sums of squared errors, float64.
@@ -33,7 +33,7 @@ class HeldOut:
     counts: Tensor
 
     def r2(self, weights: Tensor | None = None) -> Tensor:
-        """(..., K) R^2 over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
+        """Compute R^2 (..., K) over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
         weights = torch.ones_like(self.counts) if weights is None else weights.to(self.counts)
         total = weights @ self.sums
         spread = weights @ self.squares - total.square() / (weights @ self.counts)[..., None]
@@ -41,7 +41,7 @@ class HeldOut:
 
 
 def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: int | None = None) -> HeldOut:
-    """Errors on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
+    """Measure the errors on held-out groups of a ridge whose strength is chosen by folds of whole training groups.
 
     Features are standardised on the training groups. Only sums of products of a group's rows are kept, so the
     tokens are read twice and never joined.
@@ -89,7 +89,7 @@ def _held_out_errors(test: list[RegressionGroup], mean: Tensor, deviation: Tenso
 
 
 def _products(groups: list[RegressionGroup], mean: Tensor, deviation: Tensor) -> Tensor:
-    """(C + K + 1, C + K + 1) sums of products of the rows [standardised features, targets, 1]."""
+    """Sum the products of the rows [standardised features, targets, 1]: (C + K + 1, C + K + 1)."""
     total = mean.new_zeros(())
     for features, targets in groups:
         scaled = (features.double() - mean) / deviation
@@ -99,7 +99,7 @@ def _products(groups: list[RegressionGroup], mean: Tensor, deviation: Tensor) ->
 
 
 def _ridge(products: Tensor, size: int, strengths: Tensor) -> Tensor:
-    """(A, C + K + 1, K) such that a row [features, targets, 1] times it is the error of prediction."""
+    """Solve for (A, C + K + 1, K) such that a row [features, targets, 1] times it is the error of prediction."""
     mean = products[:, -1] / products[-1, -1]
     centred = products - products[-1, -1] * mean[:, None] * mean
     values, directions = torch.linalg.eigh(centred[:size, :size])
@@ -112,5 +112,5 @@ def _ridge(products: Tensor, size: int, strengths: Tensor) -> Tensor:
 
 
 def _squared_errors(products: Tensor, errors: Tensor) -> Tensor:
-    """(A, K) sums of squared errors of the rows behind ``products``."""
+    """Sum the squared errors of the rows behind ``products``: (A, K)."""
     return (errors * (products @ errors)).sum(1)

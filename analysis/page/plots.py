@@ -1,4 +1,4 @@
-"""The pictures of a report: what stays at the position, norms, features in colours, and curves over layers."""
+"""Draw the pictures of a report: what stays at the position, norms, features in colours, and curves over layers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save_plots(report: Findings, folder: Path) -> list[Path]:
 
 
 def position_figure(report: Findings) -> Figure | None:
-    """Norm of what stays at each position, for each variant and up to six layers; one row a backbone."""
+    """Draw the norm of what stays at each position, for each variant and up to six layers; one row a backbone."""
     rows = [_thinned(_entries(report, "positions", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
         return None
@@ -69,7 +69,7 @@ def norm_figure(report: Findings) -> Figure | None:
 
 
 def pca_figure(report: Findings) -> Figure | None:
-    """Images and their token maps in three principal colours, the same for all variants of an image."""
+    """Draw images and their token maps in three principal colours, the same for all variants of an image."""
     label, layer = report.backbones[0]["label"], report.backbones[0]["layer"]
     entries = _own(_entries(report, "maps", label), layer)
     pictures = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
@@ -99,7 +99,7 @@ def pca_figure(report: Findings) -> Figure | None:
 
 
 def layer_figure(report: Findings) -> Figure | None:
-    """Each metric of the raw tokens over layers, with its interval, and its null where it has one."""
+    """Draw each metric of the raw tokens over layers, with its interval, and its null where it has one."""
     curves = {each["label"]: _curve(report, each["label"]) for each in report.backbones}
     if all(len({row.layer for row in rows}) < 2 for rows in curves.values()):
         return None
@@ -151,14 +151,14 @@ def _own(entries: list[dict[str, Any]], layer: int) -> list[dict[str, Any]]:
 
 
 def _thinned(entries: list[dict[str, Any]], own: int) -> list[dict[str, Any]]:
-    """The own layer's variants and a few other layers, in order."""
+    """Choose the own layer's variants and a few other layers, in order."""
     others = sorted((e for e in entries if e["layer"] != own), key=lambda e: (e["layer"] == -1, e["layer"]))
     step = max(1, -(-len(others) // _MAPS))
     return others[::step] + _own(entries, own)
 
 
 def _page(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure without pyplot, and its (rows, columns) axes, which are off until they are used."""
+    """Make a figure without pyplot, and its (rows, columns) axes, which are off until they are used."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width + 0.4, rows * height + 0.5), layout="constrained", facecolor="white")

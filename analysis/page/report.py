@@ -1,4 +1,4 @@
-"""One page of HTML that shows an analysis: numbers, charts, galleries, and features to point at; nothing is fetched."""
+"""Write one HTML page of an analysis: numbers, charts, galleries, features to point at; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LEAST_DIRECTIONS = 8
 
 @dataclass(frozen=True)
 class PageBudget:
-    """What of a report's pictures fits into a page.
+    """Hold what of a report's pictures fits into a page.
 
     Args:
         images: those shown, by their number in the report.
@@ -70,7 +70,7 @@ def write_report(folder: str | Path, out: str | Path) -> Path:
 
 
 def render(report: Report) -> str:
-    """The page itself.
+    """Write the page as HTML.
 
     Raises:
         ConfigError: arrays or entries are not what :mod:`dvt.analysis.results` says.
@@ -111,7 +111,7 @@ def render(report: Report) -> str:
 
 
 def fitting(report: Report) -> PageBudget:
-    """How many directions, and if those get too few how many images, a page of 8 MB can hold."""
+    """Find how many directions, and if those get too few how many images, a page of 8 MB can hold."""
     pixels = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
     patches: dict[int, int] = {}
     for entry in report.index["maps"]:
@@ -132,7 +132,7 @@ def fitting(report: Report) -> PageBudget:
 
 
 def _without_zeros(report: Report) -> tuple[Report, list[str]]:
-    """Without terms that are zero, of which there is nothing to see, and a sentence that says so."""
+    """Leave out terms that are zero, which show nothing, and return a sentence that says so."""
     zero = [
         entry
         for entry in report.index["maps"]
@@ -182,7 +182,7 @@ def _check(report: Report) -> None:
 
 
 def _data(report: Report, fit: PageBudget) -> dict[str, Any]:
-    """What the script needs: photographs, and token maps in the directions that fit."""
+    """Collect what the script needs: photographs, and token maps in the directions that fit."""
     names = sections.image_names(report)
     jpegs = {entry["image"]: report.arrays[entry["array"]] for entry in report.index["jpegs"]}
     order = {each["label"]: sections.variants_of(report, each["label"]) for each in report.backbones}
@@ -220,5 +220,5 @@ def _base64(array: np.ndarray) -> str:
 
 
 def _digest(text: str) -> str:
-    """A hash by which the page allows this text and no other script or style."""
+    """Hash a script or style, so that the page allows this text and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

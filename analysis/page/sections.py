@@ -1,4 +1,4 @@
-"""The parts of a report's page that need no script: words, tables, charts and galleries, as HTML.
+"""Write the parts of a report's page that need no script: words, tables, charts and galleries, as HTML.
 
 Whatever comes from a report is escaped here: names of files and denoisers may hold anything.
 """
@@ -25,18 +25,18 @@ _HEAT_MAPS = 12
 
 
 def label(variant: str) -> str:
-    """What a variant is called on the page."""
+    """Name a variant as the page does."""
     return TERM_LABELS.get(variant, variant)
 
 
 def image_names(report: Findings) -> list[str]:
-    """File names without folders, which are the reader's own business; numbered where two are the same."""
+    """List file names without their folders, which stay private; numbered where two are the same."""
     names = [PurePath(each).name or each for each in report.images]
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def variants_of(report: Findings, backbone: str) -> list[str]:
-    """Raw first, then denoisers, then terms, of all that a backbone has numbers or maps of."""
+    """List the variants that a backbone has numbers or maps of: raw first, then denoisers, then terms."""
     found = [row.variant for row in report.rows if row.backbone == backbone]
     found += [each["variant"] for each in matching(report.index["maps"], backbone=backbone)]
     rank = {"raw": 0, "semantic": 2, "artifact": 3, "residual": 4}
@@ -47,7 +47,7 @@ def variants_of(report: Findings, backbone: str) -> list[str]:
 
 
 def summary(report: Findings) -> str:
-    """What was measured and what was found, in sentences."""
+    """Say what was measured and what was found, in sentences."""
     names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
     lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
@@ -118,7 +118,7 @@ def _percent(value: float | None) -> str:
 
 
 def tables(report: Findings) -> str:
-    """For each backbone: value, interval and null of every metric and variant, with the notes they carry."""
+    """Write for each backbone the value, interval and null of every metric and variant, with their notes."""
     return "".join(_table(report, about) for about in report.backbones)
 
 
@@ -176,7 +176,7 @@ def _spoken(row: Row) -> str:
 
 
 def layer_charts(report: Findings) -> str:
-    """Each metric of the raw tokens over layers; nothing if no backbone has several."""
+    """Draw each metric of the raw tokens over layers; nothing if no backbone has several."""
     lines = {each["label"]: _layer_rows(report, each["label"]) for each in report.backbones}
     lines = {name: rows for name, rows in lines.items() if len({row.layer for row in rows}) > 1}
     if not lines:
@@ -218,7 +218,7 @@ def _point(row: Row, last: int) -> charts.Point:
 
 
 def position_maps(report: Findings) -> str:
-    """What stays at each position, for all variants and some layers."""
+    """Draw what stays at each position, for all variants and some layers."""
     figures = []
     for about in report.backbones:
         entries = matching(report.index["positions"], backbone=about["label"])
@@ -278,7 +278,7 @@ def _median(counts: np.ndarray, edges: Sequence[float]) -> float:
 
 
 def gallery(report: Findings, shown: Sequence[int]) -> str:
-    """Photographs beside their token maps in colours, at each backbone's own layer."""
+    """Show photographs beside their token maps in colours, at each backbone's own layer."""
     parts = "".join(_gallery(report, about, shown) for about in report.backbones)
     if not parts:
         return ""
@@ -323,7 +323,7 @@ def _map(address: str, shape: Sequence[int], alt: str) -> str:
 
 
 def method(report: Findings, reduced: Sequence[str]) -> str:
-    """What it took, which weights, which settings, and what the page leaves out."""
+    """Say how long it took, which weights and settings it used, and what the page leaves out."""
     seconds = report.seconds
     facts = {each["label"]: _described(each) for each in report.backbones} | {
         "time": f"backbone {seconds['forward']:.1f} s, decompositions besides it {seconds['fields']:.1f} s, denoisers "

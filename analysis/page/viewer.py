@@ -1,4 +1,4 @@
-"""Token maps made small: what pictures and the interactive report need of an analysis, quantised to bytes."""
+"""Make token maps small: what pictures and the interactive report need of an analysis, quantised to bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NORM_BINS = 60
 
 @dataclass(frozen=True)
 class Shown:
-    """A token map to show.
+    """Hold a token map to show.
 
     Args:
         image: its index in the report's images.
@@ -41,7 +41,7 @@ class Shown:
 
 
 class Arrays:
-    """Collects a report's arrays and the index that says what they are."""
+    """Collect a report's arrays and the index that says what they are."""
 
     def __init__(self) -> None:
         self.index: dict[str, list[dict[str, Any]]] = {"jpegs": [], "maps": [], "positions": [], "norms": []}
@@ -93,7 +93,7 @@ class Arrays:
 
 
 def quantise(maps: Sequence[Tensor], count: int) -> list[tuple[np.ndarray, float]]:
-    """Token maps in their principal directions, as bytes.
+    """Write token maps in their principal directions, as bytes.
 
     Args:
         maps: (h, w, C) each; grids may differ.

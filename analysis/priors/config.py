@@ -1,4 +1,4 @@
-"""What a prior is made of."""
+"""Set what a prior is made of."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dvt.grids import Size
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """What a prior is made of.
+    """Set what a prior is made of.
 
     Args:
         grid: (h, w) target tokens.

@@ -27,7 +27,7 @@ _BLOCKS_OF_HEAD = 3
 
 
 class Sampler(Protocol):
-    """:func:`~dvt.analysis.priors.diffusion.heun`, ``ddim``, or ``restart`` with its intervals bound."""
+    """Sample as :func:`~dvt.analysis.priors.diffusion.heun` or ``ddim``, or ``restart`` with its intervals bound."""
 
     def __call__(
         self, x0_model: X0Model, x_init: Tensor, sigmas: Tensor, condition: Any, generator: torch.Generator
@@ -35,7 +35,7 @@ class Sampler(Protocol):
 
 
 class ImageHead(nn.Module):
-    """The trunk as a diffusion model of all target tokens together."""
+    """Use the trunk as a diffusion model of all target tokens together."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class ImageHead(nn.Module):
         self.leave = nn.Linear(config.width, config.token_dim)
 
     def forward(self, x: Tensor, label: Tensor, context: Tensor | None) -> Tensor:
-        """The network inside :class:`Preconditioned`: x (B, h, w, D), label (B,), context (B, M, W)."""
+        """Run the network inside :class:`Preconditioned`: x (B, h, w, D), label (B,), context (B, M, W)."""
         width = self.enter.out_features
         time = self.time(fourier(label[:, None], width))
         answer = self.trunk(self.enter(x.flatten(1, 2)), time, context)
@@ -55,7 +55,7 @@ class ImageHead(nn.Module):
         return self.leave(answer * (1 + scale) + shift).view_as(x)
 
     def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
-        """A mean over dimensions and images."""
+        """Compute the training loss, a mean over dimensions and images."""
         sigma = draw_sigmas(len(clean), generator, mean=_CENTRE)
         return denoising_loss(Preconditioned(self), clean, sigma, _normal(clean.shape, generator), context).mean()
 
@@ -78,7 +78,7 @@ class ImageHead(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """One token's diffusion network: residual MLPs shifted, scaled and gated by time and z; it answers 0 at first.
+    """Denoise one token: residual MLPs shifted, scaled and gated by time and z; untrained, it answers 0.
 
     Args:
         token_dim: D.
@@ -99,7 +99,7 @@ class DenoisingMLP(nn.Module):
         self.leave = nn.Linear(width, token_dim)
 
     def forward(self, x: Tensor, label: Tensor, z: Tensor) -> Tensor:
-        """The network inside :class:`Preconditioned`: x (N, D), label (N,), z (N, W)."""
+        """Run the network inside :class:`Preconditioned`: x (N, D), label (N,), z (N, W)."""
         signal = functional.silu(self.time(fourier(label[:, None], z.shape[-1])) + self.given(z))
         x = self.enter(x)
         for block, modulation in zip(self.blocks, self.modulation, strict=True):
@@ -109,7 +109,7 @@ class DenoisingMLP(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """The trunk reads the tokens that are known and answers z; a small MLP denoises each token given its z."""
+    """Read the known tokens with the trunk, which answers z; a small MLP denoises each token given its z."""
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class TokenHead(nn.Module):
         self.mlp = DenoisingMLP(config.token_dim, config.width)
 
     def z(self, tokens: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
-        """(B, L, W) answers of the trunk.
+        """Compute the trunk's answers (B, L, W).
 
         Args:
             tokens: (B, L, D).
@@ -135,7 +135,7 @@ class TokenHead(nn.Module):
         return self.trunk(x, x.new_zeros(len(x), x.shape[-1]), context)
 
     def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
-        """A mean over dimensions, noise levels and the hidden tokens of all images (in raster order, all tokens)."""
+        """Average the loss over dimensions, noise levels and hidden tokens of all images (in raster order, all)."""
         tokens = clean.flatten(1, 2)
         hidden = self.draw_hidden(len(tokens), generator).to(tokens.device)
         z, target = (x[hidden].repeat(self.levels, 1) for x in (self.z(tokens, hidden, context), tokens))
@@ -143,7 +143,7 @@ class TokenHead(nn.Module):
         return denoising_loss(Preconditioned(self.mlp), target, sigma, _normal(target.shape, generator), z).mean()
 
     def draw_hidden(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, L) booleans: which tokens a training step hides."""
+        """Draw which tokens a training step hides: (count, L) booleans."""
         length = self.shape[0] * self.shape[1]
         if self.raster:
             return torch.ones(count, length, dtype=torch.bool, device=generator.device)
@@ -189,7 +189,7 @@ def _wide(index: Tensor, channels: int) -> Tensor:
 
 
 def _picked(values: Tensor, index: Tensor) -> Tensor:
-    """(B, n, W) of (B, L, W) at (B, n)."""
+    """Pick (B, n, W) of (B, L, W) at (B, n)."""
     return values.gather(1, _wide(index, values.shape[-1]))
 
 

@@ -28,14 +28,14 @@ _KEY = "dvt"
 
 
 def sampling_sigmas(steps: int = 18) -> Tensor:
-    """(steps + 1,) noise levels for data of standard deviation 1."""
+    """List noise levels (steps + 1,) for data of standard deviation 1."""
     if steps < 1:
         raise ConfigError(f"steps must be at least 1, got {steps}")
     return karras_sigmas(steps, low=0.004)
 
 
 class Prior(nn.Module):
-    """A generative prior over maps of target tokens (B, h, w, D) that have mean 0 and standard deviation 1.
+    """Model maps of target tokens (B, h, w, D) that have mean 0 and standard deviation 1: a generative prior.
 
     Args:
         config: what it is made of.
@@ -60,7 +60,7 @@ class Prior(nn.Module):
         self.embed = _embedder(config, generator)
 
     def loss(self, clean: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
-        """The training loss, a mean over dimensions that starts near 1.
+        """Compute the training loss, a mean over dimensions that starts near 1.
 
         Args:
             clean: (B, h, w, D) standardised target tokens.
@@ -73,7 +73,7 @@ class Prior(nn.Module):
         return self.head.loss(clean, context, generator)
 
     def context(self, condition: Tensor | None) -> Tensor | None:
-        """(B, M, W) embedded condition tokens."""
+        """Embed condition tokens: (B, M, W)."""
         if (condition is None) != (self.embed is None):
             raise ConfigError(
                 f"this prior has {'no' if self.embed is None else 'a'} condition, and was given "
@@ -92,7 +92,7 @@ class Prior(nn.Module):
         guidance: float = 1.0,
         steps: int = 16,
     ) -> Sampled:
-        """New maps of target tokens.
+        """Draw new maps of target tokens.
 
         Args:
             condition: (B, M, C), one map each; None for a prior without a condition.
@@ -118,7 +118,7 @@ class Prior(nn.Module):
         return self.head.sample(count, context, null, generator, sampler, sigmas, guidance, steps)
 
     def swap_condition(self, dim: int, generator: torch.Generator) -> None:
-        """A fresh embedder for conditions (B, M, dim), such as labels (one-hot) or texts; all else stays as trained.
+        """Replace the embedder for conditions (B, M, dim), such as one-hot labels or texts; all else stays as trained.
 
         Source:
             Lumos, 2024: the second stage, fine-tuned on a tenth of the pairs.
@@ -136,7 +136,7 @@ class Prior(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> Prior:
-        """A prior that :meth:`save` wrote, in evaluation mode.
+        """Read a prior that :meth:`save` wrote, in evaluation mode.
 
         Raises:
             WeightsError: the file is missing, damaged or something else.
@@ -161,7 +161,7 @@ class Prior(nn.Module):
 
 
 def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorConfig:
-    """The config of a file, which the file's tensors fit: nothing larger than the file is built."""
+    """Check that a file's tensors fit its config, and return that: nothing larger than the file is built."""
     try:
         config = PriorConfig(**settings)
         if max(config.depth, config.width, config.heads) > sum(value.nbytes for value in state.values()):
@@ -178,7 +178,7 @@ def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorCon
 
 
 def _planned_head(config: PriorConfig) -> Any:
-    """The trunk and its head on the device "meta"."""
+    """Build the trunk and its head on the device "meta"."""
     with torch.device("meta"):
         return ImageHead(config) if config.head == "image" else TokenHead(config)
 
@@ -200,7 +200,7 @@ def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbed
 
 @torch.no_grad()
 def _reset(module: nn.Module, generator: torch.Generator) -> None:
-    """Gates and outputs zero; matrices Glorot, as in DiT; tokens that stand for nothing small."""
+    """Initialise gates and outputs to zero, matrices as Glorot (as in DiT), placeholder tokens to small values."""
     for name, value in module.named_parameters():
         if name.endswith(("hole", "null")):
             nn.init.normal_(value, std=0.02, generator=generator)

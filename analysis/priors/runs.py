@@ -65,7 +65,7 @@ def train_prior(
     progress: Progress | None = None,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Train a prior on images and the tokens that a backbone sees in them, or continue a run.
+    """Train a prior on images and the tokens that a backbone makes of them, or continue a run.
 
     Images are cut to their middle square. The tokens of all images stay in memory, two bytes a value. Started by
     ``accelerate launch`` or ``torchrun`` it uses all of their processes.
@@ -146,7 +146,7 @@ def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: in
 
 
 def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) -> str:
-    """Names the images of a run: with others it is another run."""
+    """Hash the images of a run: with others it is another run."""
     text = "/".join(",".join(sorted(sha256s[i] for i in side)) for side in (chosen, held))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -159,7 +159,7 @@ def _untrained(config: PriorTraining, maps: Tensor, tokens: TokenSet, backbone: 
 
 
 def _standardised(config: PriorTraining, tokens: TokenSet, chosen: list[int]) -> tuple[PriorTarget, Tensor]:
-    """The target with the statistics of the training images, and (N, h, w, D) maps of all images."""
+    """Fit the target to the training images, and make (N, h, w, D) maps of all images."""
     target, parts = PriorTarget(config.target, config.patch, config.vae), []
     for start in range(0, len(tokens.pictures), BATCH):
         some = tokens[list(range(start, min(start + BATCH, len(tokens.pictures))))]
@@ -170,7 +170,7 @@ def _standardised(config: PriorTraining, tokens: TokenSet, chosen: list[int]) ->
 
 
 def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) -> None:
-    """The checkpoint as a prior that `sample_prior` reads, and a picture of what it makes."""
+    """Write the checkpoint as a prior that `sample_prior` reads, and a picture of what it makes."""
     copy = Prior(prior.config, torch.Generator().manual_seed(0)).to(next(prior.parameters()).device)
     copy.load_state_dict(load_file(checkpoint / f"{'ema' if averaged else 'model'}.safetensors"))
     copy.card = prior.card

@@ -41,7 +41,7 @@ def keep(path: Path, held: TokenSet, maps: Tensor, training: Tensor, reals: Tens
 
 @dataclass(frozen=True)
 class PriorRun:
-    """What a run's folder holds for sampling.
+    """Hold what a run's folder has for sampling.
 
     Args:
         prior: the trained prior, on its device.
@@ -57,14 +57,14 @@ class PriorRun:
     names: list[str]
 
     def conditions(self, rows: slice | list[int]) -> Tensor | None:
-        """(n, M, C) on the prior's device, None where there are none."""
+        """Move the conditions (n, M, C) of some rows to the prior's device; None where there are none."""
         if "conditions" not in self.held:
             return None
         return self.held["conditions"][rows].to(next(self.prior.parameters()).device)
 
 
 def open_run(folder: str | Path, device: str | torch.device | None = None) -> PriorRun:
-    """The run that :func:`train_prior` left, or is leaving, in a folder.
+    """Open the run that :func:`train_prior` left, or is leaving, in a folder.
 
     Raises:
         WeightsError: a file is missing or damaged.
@@ -84,7 +84,7 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
 
 
 def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
-    """That what a run keeps fits its prior, and holds numbers."""
+    """Check that what a run keeps fits its prior, and holds numbers."""
     config, count = prior.config, len(names)
     told = prior.card["condition"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -123,7 +123,7 @@ def sample_prior(
     sampler: Sampler = heun,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Draws samples for held-out images, and a picture of each beside the image that its condition comes from.
+    """Draw samples for held-out images, each shown beside the image that its condition comes from.
 
     Args:
         run_dir: of :func:`train_prior`; nothing else is needed.
@@ -167,7 +167,7 @@ def _drawn(
 
 
 def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
-    """Rows of held-out images; their samples to the right of them. Features in the colours of the real ones."""
+    """Draw rows of held-out images, their samples to the right of them; features in the colours of the real ones."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
@@ -198,7 +198,7 @@ def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
 
 
 def _tile(picture: Tensor, side: int) -> Tensor:
-    """(3, side, side) of (h, w, 3), pixels as squares."""
+    """Enlarge (h, w, 3) to (3, side, side), pixels as squares."""
     return functional.interpolate(picture.clamp(0, 1).permute(2, 0, 1)[None].float(), (side, side), mode="nearest")[0]
 
 
@@ -207,7 +207,7 @@ def _tile(picture: Tensor, side: int) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(prior: Prior, maps: Tensor, conditions: Tensor | None, draws: int = _NOISE_DRAWS) -> float:
-    """The loss of images that were not trained on, a mean over images and over `draws` of fixed noise for each."""
+    """Average the loss of images that were not trained on, over images and over `draws` of fixed noise for each."""
     device, total, count = next(prior.parameters()).device, 0.0, 0
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(draws):
@@ -228,7 +228,7 @@ def evaluate_prior(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """One sample for each held-out image, in the backbone's features; each number beside what chance or truth gives.
+    """Measure one sample for each held-out image in the backbone's features, beside what chance or truth gives.
 
     Args:
         run_dir: of :func:`train_prior`.
@@ -305,7 +305,7 @@ def _memorised(made: Tensor, training: Tensor, held: Tensor) -> dict[str, float]
 
 
 def summaries(seen: TokenSet, backbone: Backbone, denoiser: Clean | None, progress: Progress) -> Tensor:
-    """(N, C) mean features of real images, at the size that is generated."""
+    """Compute mean features (N, C) of real images, at the size that is generated."""
     if seen.patches is not None:
         return seen.patches.float().mean((1, 2))
     parts = []

@@ -1,4 +1,4 @@
-"""What a backbone sees in images: the tokens that a prior is told, or shall generate."""
+"""Compute the tokens of images that condition a prior, or that it is trained to generate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_HELD_OUT = 64
 
 @dataclass(frozen=True)
 class TokenSet:
-    """N square images after the backbone.
+    """Hold the tokens and pictures of N square images.
 
     Args:
         conditions: (N, M, C) float16 condition tokens; None for none.
@@ -47,7 +47,7 @@ class TokenSet:
 
 
 def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
-    """(B, M, C) condition tokens: the class token, the patches in raster order, or one before the others.
+    """Select condition tokens (B, M, C): the class token, the patches in raster order, or one before the others.
 
     Raises:
         ConfigError: an unknown kind, or the backbone has no class token.
@@ -63,7 +63,7 @@ def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
 
 
 def square(image: Tensor) -> Tensor:
-    """The middle of an image (3, H, W): (3, S, S) with S its shorter side."""
+    """Cut the middle of an image (3, H, W): (3, S, S) with S its shorter side."""
     side = min(image.shape[1:])
     top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
     return image[:, top : top + side, left : left + side]
@@ -79,7 +79,7 @@ def read_tokens(
     denoiser: Clean | None,
     progress: Progress,
 ) -> TokenSet:
-    """The middle square of each image through the backbone; the tokens stay in memory.
+    """Run the middle square of each image through the backbone; the tokens stay in memory.
 
     Args:
         paths: of the images.
@@ -120,7 +120,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
 
 
 def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Images to train on and images held out; equal files are on one side.
+    """Split images into those to train on and those held out; equal files are on one side.
 
     Raises:
         ConfigError: there are too few different images.
@@ -137,7 +137,7 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
 
 
 def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
-    """What the tokens of a prior come from; a denoiser leaves no trace but that there was one."""
+    """List what the tokens of a prior come from; of a denoiser, only that there was one."""
     spec = backbone.identity
     return {
         "backbone": spec.name,

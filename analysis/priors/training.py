@@ -20,7 +20,6 @@ from dvt.errors import ConfigError
 from dvt.progress import Progress
 from dvt.training import Trained, TrainingConfig, epoch_indices, train
 
-
 _LOOP = TrainingConfig(
     steps=20_000,
     batch_size=64,
@@ -85,7 +84,7 @@ class PriorTraining:
     def to_json(self) -> dict[str, Any]:
         """List all settings as a prior's card holds them: those of the loop beside the others, not inside."""
         flat = asdict(self)
-        return {**flat, **flat.pop("loop")}
+        return flat | flat.pop("loop")
 
     def prior(
         self,

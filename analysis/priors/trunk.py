@@ -16,19 +16,19 @@ from dvt.grids import Size
 
 
 def fourier(values: Tensor, width: int) -> Tensor:
-    """(..., width) sines and cosines of (..., n) values of about unit range, in frequencies from 1 to 128."""
+    """Embed (..., n) values of about unit range as (..., width) sines and cosines, in frequencies from 1 to 128."""
     frequencies = torch.logspace(0, 7, width // (2 * values.shape[-1]), base=2, device=values.device)
     angles = (values[..., None] * frequencies).flatten(-2)
     return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 def places(grid: Size, width: int, device: torch.device) -> Tensor:
-    """(h w, width) embeddings of the cells' centres; two grids of one picture agree where they lie over each other."""
+    """Embed the cells' centres: (h w, width); two grids of one picture agree where they lie over each other."""
     return fourier(grids.grid_centres(grid, device).flatten(0, 1), width)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the condition, MLP; each shifted, scaled and gated by the time (adaLN-zero).
+    """Apply self-attention, cross-attention and an MLP, each shifted, scaled and gated by the time (adaLN-zero).
 
     The gates start at zero, so an untrained block hands its input on.
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """The transformer of both heads: embedded tokens (B, L, W) -> (B, L, W).
+    """Transform embedded tokens (B, L, W) -> (B, L, W), for both heads.
 
     Args:
         config: of the prior.
@@ -71,7 +71,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
 
     def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-        """time is (B, W); context (B, M, W) or None."""
+        """Run all blocks; time is (B, W), context (B, M, W) or None."""
         _, length, width = x.shape
         x = x + places(self.grid, width, x.device).to(x)
         mask = None
@@ -83,7 +83,7 @@ class Trunk(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Condition tokens (B, M, C), L2-normalised, through an MLP of two layers to (B, M, W).
+    """Embed condition tokens (B, M, C), L2-normalised, by an MLP of two layers as (B, M, W).
 
     Source:
         Lumos, 2024, section 3; the length after normalising is sqrt(C), so that channels have unit size.

@@ -1,4 +1,4 @@
-"""Label-based probes behind one interface: fit on features, predict, score; :func:`run_probe` makes a whole table."""
+"""Probe features with labels behind one interface: fit, predict, score; :func:`run_probe` makes a whole table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Correspondence under known warps: does a token find the same image point again in a turned or cropped view?
+"""Measure whether a token finds the same image point again in a turned or cropped view, under known warps.
 
 No labels are needed and the truth is exact, but a view keeps much of the picture's layout: tokens that know nothing
 but their position find some points too. :class:`Matches` puts chance and position alone beside every score.
@@ -31,7 +31,7 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class WarpConfig:
-    """Which warped views of an image are made; all lie wholly inside it and keep its aspect ratio.
+    """Choose which warped views of an image are made; all lie wholly inside it and keep its aspect ratio.
 
     Args:
         crops: views cut out anywhere.
@@ -63,7 +63,7 @@ class WarpConfig:
 
 
 def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Tensor:
-    """(V, 2, 3) maps from a view's coordinates to the image's, for random warps of an image of (H, W) pixels.
+    """Draw maps (V, 2, 3) from a view's coordinates to the image's: random warps of an image of (H, W) pixels.
 
     Drawn on the CPU, in the order crops, rotations, scales; see :func:`dvt.grids.rotated_view`.
     """
@@ -72,7 +72,7 @@ def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Te
 
 
 def kind_of(matrix: Tensor) -> str:
-    """One of :data:`WARP_KINDS`: "rotation" if the (2, 3) map turns, "scale" if it keeps the centre, otherwise "crop"."""
+    """Name the kind of a (2, 3) map: "rotation" if it turns, "scale" if it keeps the centre, otherwise "crop"."""
     if float(matrix[0, 1].abs() + matrix[1, 0].abs()) > 1e-9:
         return "rotation"
     centre = torch.tensor([0.5, 0.5], dtype=matrix.dtype)
@@ -97,7 +97,7 @@ def _between(limits: tuple[float, float], share: float) -> float:
 
 
 def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
-    """(1 + V, 3, H', W') model inputs: the whole image, then its warped views, cut from the image as it was loaded.
+    """Make model inputs (1 + V, 3, H', W'): the whole image, then its warped views, cut from the image as loaded.
 
     Args:
         image: (3, H, W) in [0, 1].
@@ -118,7 +118,7 @@ def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """How well the patches of a view find their place in the image; all are shares in [0, 1].
+    """Hold how well the patches of a view find their place in the image; all are shares in [0, 1].
 
     Args:
         pck: matches whose patch is centred near enough to the true place.
@@ -141,7 +141,7 @@ class Matches:
 def match(
     image: Tensor, view: Tensor, matrix: Tensor, threshold: float = 0.1, centres: Tensor | None = None
 ) -> Matches:
-    """Matches each patch of a warped view to the patch of the image whose token has the largest cosine.
+    """Match each patch of a warped view to the patch of the image whose token has the largest cosine.
 
     A match is right if that patch's centre lies within ``threshold`` times the longer side from the true place,
     measured in patches. Where several patches are equally similar, the score is what a random choice among them gives
@@ -183,7 +183,7 @@ def match(
 
 
 def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Whether each patch of the view lies in the image (n,), and whether a match with each of its patches is right."""
+    """Find which patches of the view lie in the image (n,), and which matches with its patches are right."""
     places = grids.grid_centres(grid) if centres is None else centres
     if tuple(places.shape) != (*grid, 2):
         raise ShapeError(f"centres {tuple(places.shape)} do not belong to maps of {grid} patches")
@@ -199,7 +199,7 @@ def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None)
 
 
 def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, n) probabilities that a view's patch goes to an image's patch (rows add up to 1), and back (columns do)."""
+    """Compute (n, n) probabilities that a view's patch goes to an image's (rows add up to 1), and back (columns do)."""
     if view.ndim != 3 or view.shape != image.shape or not view.numel():
         raise ShapeError(
             f"image and view need token maps (h, w, C) of one shape, not empty; got {tuple(image.shape)} and "
@@ -214,7 +214,7 @@ def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Correspondence(Probe):
-    """Nearest-neighbour matching as a probe; nothing is fitted.
+    """Match nearest neighbours, as a probe; nothing is fitted.
 
     The "map" of an image is (1 + V, h, w, C): the whole image's tokens, then its views'. Its target is the (V, 2, 3)
     maps of :func:`draw_warps`.
@@ -232,7 +232,7 @@ class Correspondence(Probe):
         self.centres = centres
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> Correspondence:
-        """Nothing: matching has no parameters."""
+        """Do nothing: matching has no parameters."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
@@ -273,7 +273,7 @@ class Correspondence(Probe):
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Means over views of :class:`Matches`; `mutual PCK` is the right share of the mutual matches.
+        """Average :class:`Matches` over views; `mutual PCK` is the right share of the mutual matches.
 
         Chance, position and ceiling need no tokens. PCK and position are also given for each kind that occurs.
         """
@@ -298,7 +298,7 @@ def correspondence(
     probe: Correspondence | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Raw features and any variants of them on the same warped views; one pass of the backbone serves all.
+    """Compare raw features and variants of them on the same warped views; one pass of the backbone serves all.
 
     Args:
         backbone: (B, 3, H', W') images in [0, 1] to tokens.

@@ -1,4 +1,4 @@
-"""Metric depth from frozen tokens: a linear head over depth bins."""
+"""Predict metric depth from frozen tokens: a linear head over depth bins."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DEPTH_BINS = 256
 
 
 class DepthProbe(Probe):
-    """BatchNorm and a 1x1 convolution to 256 depth bins; depth is the mean of the bins' centres by their softmax.
+    """Predict depth by BatchNorm and a 1x1 convolution to 256 bins, as the mean of the bins' centres by their softmax.
 
     The bins lie evenly in depth or in its logarithm, between the extremes of the training images; in the logarithm the
     mean is taken there too. Depth is enlarged bilinearly. The loss is the scale-invariant logarithmic one, over pixels
@@ -64,7 +64,7 @@ class DepthProbe(Probe):
 
     @torch.no_grad()
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(H, W) float32 metres of each image, between the extremes of the training images."""
+        """Predict the depth of each image, (H, W) float32 metres, between the extremes of the training images."""
         head = fitted(self.head, self)
         found = []
         for i in range(len(tokens)):
@@ -78,20 +78,20 @@ class DepthProbe(Probe):
         return found
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 4): 1, AbsRel, RMSE and delta1 of each image; zeros where the image has no measurement."""
+        """Compute 1, AbsRel, RMSE and delta1 of each image, (N, 4); zeros where the image has no measurement."""
         check_maps(tokens, targets)
         found = self.predict(tokens, [(target.shape[0], target.shape[1]) for target in targets])
         return torch.stack([depth_errors(p.cpu(), t) for p, t in zip(found, targets, strict=True)])
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """AbsRel, RMSE (metres) and delta1 (share in [0, 1]): means over images, as the field reports them."""
+        """Average AbsRel, RMSE (metres) and delta1 (share in [0, 1]) over images, as the field reports them."""
         means = statistics[..., 1:] / statistics[..., :1]
         return dict(zip(("AbsRel", "RMSE", "delta1"), means.unbind(-1), strict=True))
 
 
 class _Expectation(nn.Module):
-    """(B, 256, h, w) logits to (B, 1, h, w) depth."""
+    """Turn (B, 256, h, w) logits into (B, 1, h, w) depth."""
 
     centres: Tensor
 
@@ -115,7 +115,7 @@ def _log_loss(depth: Tensor, truth: Tensor) -> Tensor:
 
 
 def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
-    """(4,) float64: 1, AbsRel = mean |d - d*| / d*, RMSE, delta1 = share with max(d / d*, d* / d) < 1.25.
+    """Compute (4,) float64: 1, AbsRel = mean |d - d*| / d*, RMSE, delta1 = share with max(d / d*, d* / d) < 1.25.
 
     Pixels without measurement (0) are left out; without any pixel all four are 0.
     """
@@ -132,7 +132,7 @@ def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
 
 
 def _extremes(targets: Sequence[Tensor]) -> tuple[float, float]:
-    """Smallest and largest depth of all pixels with a measurement."""
+    """Find the smallest and largest depth of all pixels with a measurement."""
     low, high = math.inf, 0.0
     for i, target in enumerate(targets):
         if not bool(target.isfinite().all()) or float(target.min()) < 0:

@@ -1,4 +1,4 @@
-"""Object discovery without labels: LOST and TokenCut, one box an image from its tokens alone.
+"""Discover objects without labels: LOST and TokenCut, one box an image from its tokens alone.
 
 A box that covers the middle of the picture is often right without looking at it, so no score means much alone:
 :class:`DiscoveryProbe` puts fixed boxes beside it. Boxes are (x0, y0, x1, y1) in [0, 1]^2 of the image; IoU is the
@@ -24,7 +24,7 @@ TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 
 
 def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
-    """The box that LOST finds in one token map.
+    """Find the box of LOST in one token map.
 
     The patches whose inner product is not negative are joined. The seed is the patch with fewest joined ones (objects
     are smaller than backgrounds). Of the ``lowest`` patches with fewest, those joined to the seed vote: the object is
@@ -64,7 +64,7 @@ def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
 
 
 def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor:
-    """The box that TokenCut finds in one token map, by a normalised cut.
+    """Find the box of TokenCut in one token map, by a normalised cut.
 
     Patches are joined with weight 1 where the cosine of their tokens is at least ``tau``, and with ``epsilon`` where
     it is not. The eigenvector of (D - W) y = lambda D y with the second smallest lambda is cut at its mean; the
@@ -106,7 +106,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
 
 
 class DiscoveryProbe(Probe):
-    """One box an image from its tokens alone; nothing is fitted.
+    """Find one box an image from its tokens alone; nothing is fitted.
 
     Targets are an image's true boxes (n, 4) in [0, 1]; :func:`dvt.grids.boxes_from_pixels` makes them from pixels.
     An image without a true box does not count.
@@ -123,15 +123,15 @@ class DiscoveryProbe(Probe):
         self.centred = centred
 
     def box(self, tokens: Tensor) -> Tensor:
-        """(4,) the box of one map (h, w, C), in [0, 1]."""
+        """Find the box of one map (h, w, C): (4,) in [0, 1]."""
         raise NotImplementedError
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DiscoveryProbe:
-        """Nothing: the method looks at one image alone."""
+        """Do nothing: the method uses one image alone."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(4,) a box for each image, in [0, 1], or in whole pixels of `sizes`."""
+        """Find a box (4,) for each image, in [0, 1], or in whole pixels of `sizes`."""
         maps = (tokens[i].double() for i in range(len(tokens)))
         boxes = [self.box(one - one.mean((0, 1)) if self.centred else one) for one in maps]
         if sizes is None:
@@ -151,7 +151,7 @@ class DiscoveryProbe(Probe):
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """CorLoc, the share of images whose box has IoU > 0.5 with some true box; the same at 0.7; the mean IoU.
+        """Compute CorLoc, the share of images whose box has IoU > 0.5 with a true box; the same at 0.7; the mean IoU.
 
         The same three for the whole image and for the best of the centred boxes of :data:`TRIVIAL_MARGINS`. That one
         is chosen by its CorLoc on these very images, which flatters it: what beats it sees something.
@@ -167,7 +167,7 @@ class DiscoveryProbe(Probe):
 
 
 class Lost(DiscoveryProbe):
-    """:func:`lost` as a probe.
+    """Run :func:`lost` as a probe.
 
     Args:
         lowest: k in the paper, in patches.
@@ -188,7 +188,7 @@ class Lost(DiscoveryProbe):
 
 
 class TokenCut(DiscoveryProbe):
-    """:func:`token_cut` as a probe.
+    """Run :func:`token_cut` as a probe.
 
     Args:
         tau: threshold of the cosine.
@@ -204,7 +204,11 @@ class TokenCut(DiscoveryProbe):
 
 
 def box_statistics(box: Tensor, truth: Tensor) -> Tensor:
-    """(1 + len(TRIVIAL_MARGINS), 4) of :meth:`DiscoveryProbe.sufficient_statistics`, for one image; zeros without a true box."""
+    """Compute :meth:`DiscoveryProbe.sufficient_statistics` of one image; zeros without a true box.
+
+    Returns:
+        (1 + len(TRIVIAL_MARGINS), 4).
+    """
     from torchvision.ops import box_iou
 
     trivial = [[margin, margin, 1 - margin, 1 - margin] for margin in TRIVIAL_MARGINS]
@@ -228,7 +232,7 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
 
 
 def second_eigenvector(weights: Tensor) -> Tensor:
-    """(n,) the y of the second smallest lambda in (D - W) y = lambda D y; its entry of largest size is positive.
+    """Solve (D - W) y = lambda D y for the y (n,) of the second smallest lambda; its entry of largest size is positive.
 
     Args:
         weights: (n, n) W, symmetric and positive, n at least 2; D holds its row sums.
@@ -244,20 +248,20 @@ def second_eigenvector(weights: Tensor) -> Tensor:
 
 
 def _largest(vector: Tensor) -> int:
-    """The first entry of largest size; entries that rounding alone tells apart count as equal."""
+    """Find the first entry of largest size; entries that differ by rounding alone count as equal."""
     size = vector.abs()
     return int((size >= size.max() * (1 - 1e-6)).nonzero()[0])
 
 
 def _features(tokens: Tensor) -> Tensor:
-    """(hw, C) float64 on the CPU."""
+    """Flatten a map to (hw, C) float64 on the CPU."""
     if tokens.ndim != 3 or not tokens.numel():
         raise ShapeError(f"object discovery takes one token map (h, w, C) that is not empty, got {tuple(tokens.shape)}")
     return token_maps(Tokens.of(tokens))[0].flatten(0, 1).double().cpu()
 
 
 def _box_around(mask: Tensor, seed: int, tokens: Tensor) -> Tensor:
-    """(4,) the box in [0, 1] of the connected part of an (hw,) mask that holds the seed."""
+    """Bound the connected part of an (hw,) mask that holds the seed: (4,) in [0, 1]."""
     from scipy.ndimage import find_objects, label
 
     grid = (tokens.shape[0], tokens.shape[1])

@@ -1,4 +1,4 @@
-"""One call from labelled data and a backbone to a table: raw features, variants of them and baselines side by side."""
+"""Make a table from labelled data and a backbone: raw features, variants of them and baselines side by side."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _LEGENDS = {
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """A probe, its data and its protocol.
+    """Choose a probe, its data and its protocol.
 
     Args:
         task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
@@ -131,12 +131,12 @@ class ProbeConfig:
 
     @property
     def folder(self) -> Path:
-        """Where features and crops are kept."""
+        """Find the folder where features and crops are kept."""
         return Path(self.cache) if self.cache else features.default_cache()
 
 
 def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:
-    """The data that a probe sees: splits "train" and "test" only, limited, and cut into crops where asked for.
+    """Prepare the data for a probe: splits "train" and "test" only, limited, and cut into crops where asked for.
 
     The files of its examples are what stores handed to :func:`run_probe` must hold. Where nothing is learnt (discovery)
     "train" is empty.
@@ -161,7 +161,7 @@ def run_probe(
     variants: Mapping[str, Variant] | None = None,
     progress: Progress | None = None,
 ) -> ProbeReport:
-    """Trains and scores one probe on each variant of the features.
+    """Train and score one probe on each variant of the features.
 
     Args:
         config: the probe and its data.
@@ -214,7 +214,7 @@ def _run_correspondence(
     variants: Mapping[str, Variant],
     progress: Progress | None,
 ) -> ProbeReport:
-    """Matches between images and their warped views; any photographs will do."""
+    """Match images with their warped views; any photographs will do."""
     files = pick(find_images([config.data]), config.test_images)
     source = _row_features(config, backbone, files, 0, progress)
     images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.device))
@@ -234,7 +234,7 @@ def _run_correspondence(
 
 
 def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
-    """Patches that overlap do not tile the image; their centres depend on the input's size, which the grid tells."""
+    """Choose the matching probe: centres of overlapping patches depend on the input's size, which the grid tells."""
     sizes = {backbone.input_size(image_size(path)) for path in files}
     return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
 
@@ -269,7 +269,7 @@ def _target(data: LabelledData, example: Example) -> Tensor:
 
 
 def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
-    """The probe that a configuration describes."""
+    """Make the probe that a configuration describes."""
     head = config.head.with_seed(seed)
     if config.task == "segmentation":
         return LinearSegmentation(num_classes, head)
@@ -285,23 +285,23 @@ def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
 
 
 def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Probe]:
-    """One fitted probe a seed; only one where nothing is random."""
+    """Fit one probe a seed; only one where nothing is random."""
     probes = [make_probe(config, num_classes, config.seed + k) for k in range(config.seeds)]
     return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
 
 
 def _statistics(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
-    """(seeds, images, ...) statistics."""
+    """Compute the statistics of each seed's probe: (seeds, images, ...)."""
     return torch.stack([probe.sufficient_statistics(maps, truth) for probe in probes])
 
 
 def _parts(items: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The first `count` items and the others, without reading any."""
+    """Part the first `count` items from the others, without reading any."""
     return Lazy(count, lambda i: items[i]), Lazy(len(items) - count, lambda i: items[count + i])
 
 
 def _notes(train: Sequence[Tensor], test: Sequence[Tensor], data: LabelledData) -> list[str]:
-    """What is odd about the targets; each of these is allowed, and has its effect on the scores."""
+    """List what is odd about the targets; each of these is allowed, and has its effect on the scores."""
     if data.target == "boxes":
         return []
     if data.target == "depth":

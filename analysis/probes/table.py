@@ -1,4 +1,4 @@
-"""Scores side by side: means over seeds, intervals over seeds and over images, and differences from a reference."""
+"""Show scores side by side: means over seeds, intervals over seeds and images, differences from a reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ERRORS = ("AbsRel", "RMSE")
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One variant of the features.
+    """Hold the scores of one variant of the features.
 
     Args:
         variant: its name.
@@ -46,7 +46,7 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe found for all variants of the features.
+    """Hold what a probe found for all variants of the features.
 
     Args:
         task: of the probe.
@@ -67,7 +67,7 @@ class ProbeReport:
     notes: tuple[str, ...] = ()
 
     def row(self, variant: str) -> ProbeRow:
-        """The row of a variant.
+        """Find the row of a variant.
 
         Raises:
             ConfigError: there is none of that name.
@@ -78,11 +78,11 @@ class ProbeReport:
         raise ConfigError(f"no row {variant!r}; there are {', '.join(row.variant for row in self.rows)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; shares lie in [0, 1]."""
+        """Return plain values for JSON; shares lie in [0, 1]."""
         return json.loads(json.dumps(asdict(self), allow_nan=False))
 
     def table(self) -> str:
-        """Aligned text; shares in per cent, errors as they are."""
+        """Write aligned text; shares in per cent, errors as they are."""
         same = self._same()
         names = [name for name in self.rows[0].scores if name not in same]
         head = [
@@ -105,7 +105,7 @@ class ProbeReport:
         return "\n".join([*text, *(f"note: {note}" for note in notes)])
 
     def _same(self) -> list[str]:
-        """Scores beside the headline that no row changes, such as those of trivial guesses."""
+        """List scores beside the headline that no row changes, such as those of trivial guesses."""
         others = [name for name in self.rows[0].scores if name != self.metric]
         return [name for name in others if len(self.rows) > 1 and len({row.scores[name] for row in self.rows}) == 1]
 
@@ -141,10 +141,10 @@ def make_rows(
     draws: int = RESAMPLES,
     seed: int = 0,
 ) -> tuple[ProbeRow, ...]:
-    """Rows from the statistics (seeds, images, ...) of each variant.
+    """Make rows from the statistics (seeds, images, ...) of each variant.
 
     Args:
-        statistics: additive statistics of each test image under each seed; the same images in the same order everywhere.
+        statistics: of each test image under each seed, which add up; the same images in the same order everywhere.
         summarise: the probe's scores of added statistics.
         metric: the headline among the scores.
         reference: the variant that the others are compared with.
@@ -184,7 +184,7 @@ def _row(
 
 
 def resampled(statistics: Tensor, samples: Tensor, summarise: Summarise, metric: str) -> Tensor:
-    """(draws,) one score, mean over seeds, for each sample of the images of statistics (seeds, images, ...)."""
+    """Score each sample of the images of statistics (seeds, images, ...): (draws,), a mean over seeds."""
     flat = statistics.double().flatten(2)
     parts = []
     for some in samples.split(_DRAWS_AT_ONCE):
@@ -194,7 +194,7 @@ def resampled(statistics: Tensor, samples: Tensor, summarise: Summarise, metric:
 
 
 def student(values: Tensor) -> Interval | None:
-    """The 95 % interval of the mean of independent values; None for fewer than two."""
+    """Find the 95 % interval of the mean of independent values; None for fewer than two."""
     from scipy.stats import t
 
     if len(values) < 2 or not bool(values.isfinite().all()):

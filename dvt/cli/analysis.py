@@ -184,7 +184,7 @@ def _variants(command: DenoiserOptions, backbone: Backbone) -> dict[str, Any]:
 
 
 def _decompose(backbone: Backbone, views: int) -> Decompose | None:
-    """An image's terms by stage one, for the analysis; None for no views."""
+    """Make the function that decomposes an image by stage one; None for no views."""
     if views == 0:
         return None
     config = DenoiseConfig(views=ViewConfig(count=views))

@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -97,6 +97,11 @@ def test_a_run_reports_and_keeps_what_sampling_needs(images, backbone, tmp_path)
     prior = Prior.load(report["out"])
     assert prior.card["backbone"] == backbone.name and prior.card["weights_sha256"] == backbone.weights_sha256
     assert prior.card["metrics"]["steps"] == 4
+    # The card lists the loop's settings beside the others, as it did before they were nested.
+    settings = tiny_training()
+    assert "loop" not in prior.card["training"] and TINY.items() <= prior.card["training"].items()
+    assert prior.card["training"] == json.loads(json.dumps(settings.to_json()))
+    assert all(settings.to_json()[name] == value for name, value in asdict(settings.loop).items())
     # The result holds the averaged weights of the last checkpoint.
     averaged = load_file(tmp_path / "run" / "step-00000004" / "ema.safetensors")
     assert all(torch.equal(value, averaged[name]) for name, value in prior.state_dict().items())
