@@ -38,7 +38,7 @@ REPORT_SCHEMA = "dvt-report/1"
 
 
 class Report(Findings):
-    """The findings of :func:`dvt.analysis.analyze`, which can be written to a folder and read back."""
+    """Hold the findings of :func:`dvt.analysis.analyze`; write them to a folder and read them back."""
 
     def to_json(self) -> dict[str, Any]:
         """Return everything but the arrays, ready for JSON."""

@@ -83,8 +83,8 @@ def analyze(
     maps: list[Shown] = []
     about: list[dict[str, Any]] = []
     for each, mapping, source in zip(backbones, mappings, sources, strict=True):
-        label, told = _label(each, about), progress or silent
-        measured = BackboneMeasurement(each, label, config, dict(mapping or {}), source, watch, told)
+        label, report_progress = _label(each, about), progress or silent
+        measured = BackboneMeasurement(each, label, config, dict(mapping or {}), source, watch, report_progress)
         measured.read(sample, set(shown))
         rows += measured.rows()
         maps += measured.shown

@@ -28,7 +28,7 @@ class AnalyzeConfig:
     """Choose what an analysis computes.
 
     Args:
-        images: the sample: at most so many of the images given, evenly spread over them.
+        images: size of the sample at most, evenly spread over the images given.
         layers: "all", or block indices with -1 for the final one, beside the backbone's own layer, which is always
             measured. All layers come from one forward pass.
         layer_images: images of the sample that other layers are measured on; their position share and shift

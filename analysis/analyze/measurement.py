@@ -1,4 +1,4 @@
-"""The measurements of one backbone: read every image once, then score."""
+"""Measure one backbone: read every image once, then score."""
 
 from __future__ import annotations
 

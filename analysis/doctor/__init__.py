@@ -35,7 +35,7 @@ def diagnose(
 ) -> Diagnosis:
     """Tell whether a backbone's tokens have artifacts, of which kind, and what to do about them.
 
-    Position is told from layout by moving the content: windows of the images mirrored into a torus. An artifact is
+    Position is separated from layout by moving the content: windows of the images mirrored into a torus. An artifact is
     called one when its size passes a threshold *and* its bootstrap interval lies above its null.
 
     Args:

@@ -1,4 +1,4 @@
-"""The answer to whether a backbone needs denoising, and the page that says it."""
+"""Hold the answer to whether a backbone needs denoising, and write it as a page."""
 
 from __future__ import annotations
 

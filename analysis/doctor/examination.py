@@ -1,4 +1,4 @@
-"""The measurements behind a diagnosis, image by image, and the rules that turn them into an answer."""
+"""Measure image by image what a diagnosis needs, and turn the numbers into an answer."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ class Examination:
         position = _present(share.own, share.own_interval, config.share)
         if share.shared is not None:
             position |= _present(share.shared, share.shared_interval, config.share)
-        seldom = 0 < images < min(0.25, 2 / len(self.whole["raw"]))
-        norm = outliers.value >= config.outliers and outliers.value > outliers.high and not seldom
+        rare = 0 < images < min(0.25, 2 / len(self.whole["raw"]))
+        norm = outliers.value >= config.outliers and outliers.value > outliers.high and not rare
         kind = {(0, 0): "none", (1, 0): "position", (0, 1): "norm outliers", (1, 1): "both"}[int(position), int(norm)]
         treated = tuple(self._treated(name) for name in self.denoisers)
         return Diagnosis(

@@ -49,7 +49,7 @@ def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: i
     Args:
         train: (features (n, C), targets (n, K)) of two groups or more.
         test: the same of one group or more.
-        width: targets come in blocks of so many, each with a strength of its own; None is one block. Further blocks
+        width: targets come in blocks of this width, each with a strength of its own; None is one block. Further blocks
             (shuffled targets, for a null) cost next to nothing.
 
     Raises:

@@ -103,7 +103,7 @@ def static_rows(
     Args:
         maps: one set of tokens an image.
         draws: of each null.
-        mic_images: images that MIC, the dearest by far, is computed on, evenly spread over all.
+        mic_images: images that MIC, the slowest by far, is computed on, evenly spread over all.
         candidates: channels an axis that MIC scores; see :func:`dvt.analysis.metrics.artifacts.position_mic`.
         period: of the grid, see :func:`dvt.analysis.metrics.artifacts.grid_peak`.
     """

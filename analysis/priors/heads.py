@@ -1,8 +1,9 @@
-"""The two heads of a prior: a whole-image diffusion model (Lumos), and one token after the other (MAR, Fluid)."""
+"""Generate with one of two heads: the whole image at once (Lumos), or token after token (MAR, Fluid)."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,36 @@ class Sampler(Protocol):
     ) -> Sampled: ...
 
 
+@dataclass(frozen=True)
+class SampleRequest:
+    """Say what a head is to sample, and how; all tensors lie on the generator's device.
+
+    Args:
+        count: B, maps to draw.
+        context: (B, M, W) embedded conditions, None for none.
+        null: (B, M, W) embedding of no condition, for guidance.
+        generator: draws everything.
+        sampler: of :mod:`dvt.analysis.priors.diffusion`.
+        sigmas: its noise levels.
+        scale: of the guidance; 1 for none.
+        steps: how often a token head in random order asks its trunk.
+    """
+
+    count: int
+    context: Tensor | None
+    null: Tensor | None
+    generator: torch.Generator
+    sampler: Sampler
+    sigmas: Tensor
+    scale: float
+    steps: int
+
+    def denoise(self, model: X0Model, shape: tuple[int, ...], condition: Tensor | None) -> Sampled:
+        """Draw noise of a shape at the first level and denoise it with a model."""
+        start = float(self.sigmas[0]) * _normal(shape, self.generator)
+        return self.sampler(model, start, self.sigmas, condition, self.generator)
+
+
 class ImageHead(nn.Module):
     """Use the trunk as a diffusion model of all target tokens together."""
 
@@ -59,19 +90,10 @@ class ImageHead(nn.Module):
         sigma = draw_sigmas(len(clean), generator, mean=_CENTRE)
         return denoising_loss(Preconditioned(self), clean, sigma, _normal(clean.shape, generator), context).mean()
 
-    def sample(
-        self,
-        count: int,
-        context: Tensor | None,
-        null: Tensor | None,
-        generator: torch.Generator,
-        sampler: Sampler,
-        sigmas: Tensor,
-        scale: float,
-        steps: int,
-    ) -> Sampled:
-        start = float(sigmas[0]) * _normal((count, *self.shape), generator)
-        return sampler(guided(Preconditioned(self), scale, null), start, sigmas, context, generator)
+    def sample(self, request: SampleRequest) -> Sampled:
+        """Draw all tokens of each map together: (B, h, w, D), and the number of calls of this network."""
+        model = guided(Preconditioned(self), request.scale, request.null)
+        return request.denoise(model, (request.count, *self.shape), request.context)
 
 
 # --- the head for single tokens
@@ -156,28 +178,20 @@ class TokenHead(nn.Module):
             return torch.arange(length, device=generator.device).expand(count, length)
         return torch.rand(count, length, generator=generator, device=generator.device).argsort(1)
 
-    def sample(
-        self,
-        count: int,
-        context: Tensor | None,
-        null: Tensor | None,
-        generator: torch.Generator,
-        sampler: Sampler,
-        sigmas: Tensor,
-        scale: float,
-        steps: int,
-    ) -> Sampled:
+    def sample(self, request: SampleRequest) -> Sampled:
+        """Draw some tokens at a time, given those before: (B, h, w, D), and the number of calls of the small MLP."""
         height, width, channels = self.shape
-        orders = self._orders(count, generator)
-        tokens = torch.zeros(count, height * width, channels, device=generator.device)
+        count, context = request.count, request.context
+        orders = self._orders(count, request.generator)
+        tokens = torch.zeros(count, height * width, channels, device=request.generator.device)
         hidden = torch.ones_like(orders, dtype=torch.bool)
         filled, calls = 0, 0
-        for number in [1] * (height * width) if self.raster else unmasking(height * width, steps):
+        for number in [1] * (height * width) if self.raster else unmasking(height * width, request.steps):
             now = orders[:, filled : filled + number]
             z = _picked(self.z(tokens, hidden, context), now).flatten(0, 1)
-            without = z if scale == 1 else _picked(self.z(tokens, hidden, null), now).flatten(0, 1)
-            start = float(sigmas[0]) * _normal((len(z), channels), generator)
-            fresh, more = sampler(guided(Preconditioned(self.mlp), scale, without), start, sigmas, z, generator)
+            without = z if request.scale == 1 else _picked(self.z(tokens, hidden, request.null), now).flatten(0, 1)
+            model = guided(Preconditioned(self.mlp), request.scale, without)
+            fresh, more = request.denoise(model, (len(z), channels), z)
             tokens.scatter_(1, _wide(now, channels), fresh.view(count, number, channels))
             hidden.scatter_(1, now, False)
             filled, calls = filled + number, calls + more

@@ -1,4 +1,4 @@
-"""A generative prior: a transformer trunk with one of two heads, and its file.
+"""Make a generative prior of a transformer trunk and one of two heads; write and read its file.
 
 It generates standardised maps of target tokens (B, h, w, D): patches of pixels or of latents, or features.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dvt.analysis.priors.condition import drop
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
-from dvt.analysis.priors.heads import ImageHead, Sampler, TokenHead
+from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
 from dvt.analysis.priors.trunk import ConditionEmbedder
 from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.errors import ConfigError, WeightsError
@@ -115,7 +115,7 @@ class Prior(nn.Module):
         if guidance != 1 and context is None:
             raise ConfigError("guidance needs a prior with a condition; leave it at 1")
         sigmas = sampling_sigmas() if sigmas is None else sigmas
-        return self.head.sample(count, context, null, generator, sampler, sigmas, guidance, steps)
+        return self.head.sample(SampleRequest(count, context, null, generator, sampler, sigmas, guidance, steps))
 
     def swap_condition(self, dim: int, generator: torch.Generator) -> None:
         """Replace the embedder for conditions (B, M, dim), such as one-hot labels or texts; all else stays as trained.

@@ -1,4 +1,4 @@
-"""The folder of a trained prior: what it keeps, samples from it, and how good they are."""
+"""Open the folder of a trained prior, draw samples from it, and measure how good they are."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
 def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
     """Check that what a run keeps fits its prior, and holds numbers."""
     config, count = prior.config, len(names)
-    told = prior.card["condition"]
+    condition = prior.card["condition"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError("it names no images")
     wanted: dict[str, tuple[int | None, ...]] = {
@@ -96,7 +96,7 @@ def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Prior
     wanted |= {"training_features": (None, None), "held_out_features": (None, None)}
     if config.condition_dim is not None:
         cells = math.prod(config.condition_grid) if config.condition_grid else None
-        wanted["conditions"] = (count, None if told == "both" else cells, config.condition_dim)
+        wanted["conditions"] = (count, None if condition == "both" else cells, config.condition_dim)
     for name, shape in wanted.items():
         value = held[name]
         same = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
@@ -182,8 +182,10 @@ def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
         flat = [picture.permute(1, 2, 0) for picture in generated]
     columns += [flat[k::samples] for k in range(samples)]
 
-    told = "held-out image" if run.prior.config.condition_dim is None else f"condition: {run.prior.card['condition']}"
-    titles = [told, *(["its features"] if len(columns) > samples + 1 else []), "samples"]
+    condition = (
+        "held-out image" if run.prior.config.condition_dim is None else f"condition: {run.prior.card['condition']}"
+    )
+    titles = [condition, *(["its features"] if len(columns) > samples + 1 else []), "samples"]
     side = math.ceil(_TILE / len(first[0])) * len(first[0])  # a multiple, so that pixels stay squares
     tiles = [_tile(column[row], side) for row in range(images) for column in columns]
     sheet = make_grid(torch.stack(tiles), len(columns), padding=_GAP, pad_value=1.0).permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""How a prior is trained, and the training of one on tokens that are in memory."""
+"""Train a prior on tokens that are in memory, by settings that a run keeps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PriorTraining:
     """Say what a prior generates, from which tokens, and how it is trained.
 
     Args:
-        condition: tokens of the frozen backbone that it is told: "cls" (a picture's kind, no layout), "patch" (the
+        condition: tokens of the frozen backbone that it is given: "cls" (a picture's kind, no layout), "patch" (the
             layout), "both", or None for an unconditional prior.
         target: what it generates: "pixels", "latents" of a VAE, or the backbone's "features".
         head: "image" denoises all target tokens at once (Lumos), "token" one after the other (MAR, Fluid).

@@ -1,4 +1,4 @@
-"""The transformer of the priors: blocks told the noise level, the trunk of them, and the condition's embedder."""
+"""Build the transformer of the priors: blocks given the noise level, the trunk of them, the condition's embedder."""
 
 from __future__ import annotations
 

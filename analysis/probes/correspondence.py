@@ -236,7 +236,7 @@ class Correspondence(Probe):
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(V, h, w, 2) for each image: the coordinates in it of each view patch's match, the first of equal ones.
+        """Find for each image the coordinates of each view patch's match (V, h, w, 2), the first of equal ones.
 
         They lie in [0, 1]; `sizes` means nothing here.
         """
@@ -248,17 +248,19 @@ class Correspondence(Probe):
         return self.centres(grid).flatten(0, 1)[torch.stack(picks)]
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 3, 7) for each image and each of :data:`WARP_KINDS`: the number of views, and the sums of their
-        :class:`Matches`, in the order of its fields.
+        """Count the views of each image and of each of :data:`WARP_KINDS`, and add up their :class:`Matches`.
+
+        Returns:
+            (N, 3, 7): the number of views, then the sums in the order of the fields.
 
         Raises:
             ShapeError: counts or shapes differ.
         """
         if not len(tokens) or len(tokens) != len(targets):
             raise ShapeError(f"{len(tokens)} images came with the warps of {len(targets)}; give one of each an image")
-        return torch.stack([self._image_evidence(tokens[i], targets[i]) for i in range(len(tokens))])
+        return torch.stack([self._image_statistics(tokens[i], targets[i]) for i in range(len(tokens))])
 
-    def _image_evidence(self, views: Tensor, warps: Tensor) -> Tensor:
+    def _image_statistics(self, views: Tensor, warps: Tensor) -> Tensor:
         if views.ndim != 4 or tuple(warps.shape) != (len(views) - 1, 2, 3) or not len(warps):
             raise ShapeError(
                 f"tokens {tuple(views.shape)} must be (1 + V, h, w, C) for warps (V, 2, 3), at least one; "

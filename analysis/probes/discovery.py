@@ -79,12 +79,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
         tau: threshold of the cosine, in [-1, 1]; the paper's is 0.2.
         epsilon: weight of patches that are not joined; it keeps the graph connected.
 
-    Returns:
-        (4,) box in [0, 1], whole patches, on the CPU.
-
-    Raises:
-        ShapeError: the map is empty or not (h, w, C).
-        NonFiniteError: a token is NaN or infinite.
+    Returns and raises: as :func:`lost`.
 
     Source:
         Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut, CVPR 2022.
@@ -139,8 +134,10 @@ class DiscoveryProbe(Probe):
         return [grids.boxes_to_pixels(box, size) for box, size in zip(boxes, sizes, strict=True)]
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 1 + len(TRIVIAL_MARGINS), 4): for the predicted and for each trivial box whether the image counts,
-        whether IoU > 0.5, whether IoU > 0.7, and IoU itself.
+        """Compare the predicted and each trivial box with the true ones.
+
+        Returns:
+            (N, 1 + len(TRIVIAL_MARGINS), 4): whether the image counts, IoU > 0.5, IoU > 0.7, and IoU itself.
 
         Raises:
             ShapeError: counts differ, or a true box is empty or not in [0, 1].

@@ -80,7 +80,7 @@ class HeadConfig:
         batch: images a step.
         learning_rate: highest, of AdamW, under one cycle.
         weight_decay: of AdamW.
-        labels_per_patch: training targets are reduced (nearest) to so many a patch and side; 0 keeps every pixel.
+        labels_per_patch: training targets are reduced (nearest) to this many a patch and side; 0 keeps every pixel.
             Scores are always taken at every pixel.
         seed: of the head's first weights and of the order of the images.
     """

@@ -66,7 +66,7 @@ class ProbeConfig:
         protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
             training and test, so that layout is less of a cue.
         evaluate: the split that is scored; None means test, or val where there is no test.
-        train_images, test_images: at most so many, evenly spaced; None takes all.
+        train_images, test_images: most images of each, evenly spaced; None takes all.
         seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
         head: how a linear head is trained.
         bins: of depth, even in its logarithm or in depth.
@@ -225,8 +225,8 @@ def _run_correspondence(
     for k in range(config.seeds):
         warps = WarpConfig(seed=config.seed + k)
         for row, (model, own) in passes.items():
-            told = progress and _counted(progress, k * len(files), config.seeds * len(files))
-            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), told)
+            report = progress and _counted(progress, k * len(files), config.seeds * len(files))
+            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), report)
             for name in own or (row,):
                 draws[name].append(found[name if own else RAW])
     described = {"root": str(config.data), "test": len(files)}

@@ -44,7 +44,7 @@ class RowFeatures:
     Args:
         backbone: gives the raw tokens, on its device; maps come back on it.
         images: files.
-        train: the first so many are those that the baselines without labels may learn from; 0 means all.
+        train: number of images, from the first, that the baselines without labels may learn from; 0 for all.
         cache: folder for features.
         views: of view averaging.
         position: what :func:`~dvt.analysis.probes.features.with_position` does to each map.
