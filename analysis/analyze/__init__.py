@@ -46,7 +46,7 @@ def analyze(
         images: paths, or images (3, H, W) in [0, 1]; an (N, 3, H, W) tensor too.
         config: settings.
         variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer, or a backbone of the same
-            shapes whose inside was changed; with several backbones a sequence of such mappings, one each.
+            shapes whose model was changed; with several backbones a sequence of such mappings, one each.
         semantic: where the terms come from: a store that ``dvt denoise`` wrote (the sample is then taken from the
             images that it holds, known by their paths), or a function from an image (3, H, W) in [0, 1] to its terms
             {"semantic": (h, w, C), "artifact": ..., "residual": ...}, of which any may be missing; with several

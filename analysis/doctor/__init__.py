@@ -41,7 +41,7 @@ def diagnose(
     Args:
         backbone: its own layer is looked at, on its device.
         images: paths, or images (3, H, W) in [0, 1]; ten or more are better.
-        denoisers: by name, each from Tokens to Tokens, or a backbone whose inside was changed; to be tried and timed.
+        denoisers: by name, each from Tokens to Tokens, or a backbone whose model was changed; to be tried and timed.
         config: thresholds.
         commands: how to get a denoiser, by its name; the page ends with that of the best one.
         decompose: one image's terms, as in :func:`dvt.analysis.analyze.analyze`; tried once, for its time.

@@ -16,7 +16,7 @@ class Treated:
     """Hold what a denoiser does.
 
     Args:
-        name: as it was given.
+        name: of the denoiser, as given to `diagnose`.
         share: share of the variance that still stays at the position.
         outliers: share of tokens that are still norm outliers.
         kept: mean cosine with the raw tokens without their position mean, both about an image's mean, in [-1, 1].

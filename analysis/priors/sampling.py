@@ -235,7 +235,7 @@ def evaluate_prior(
     Args:
         run_dir: of :func:`train_prior`.
         backbone: the one that it was trained with.
-        denoiser: likewise.
+        denoiser: the one that it was trained with, or None.
         steps, guidance, seed, device: as for :func:`sample_prior`.
 
     Returns:

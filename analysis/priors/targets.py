@@ -47,7 +47,7 @@ class PriorTarget:
         patch: pixels, or cells of the latent, along the side of a token; features are tokens already.
         vae: folder of a diffusers AutoencoderKL, for latents.
         mean: of the tokens, one number, or one a channel for features.
-        std: likewise.
+        std: standard deviation, the same way.
     """
 
     kind: TargetKind

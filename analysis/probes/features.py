@@ -20,7 +20,7 @@ from dvt.errors import ConfigError, DataError, ShapeError
 from dvt.grids import Size
 from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
-from dvt.store import FeatureStore, Job, Record, StoreWriter, plan
+from dvt.store import FeatureStore, ImageEntry, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig, Views, resize
 
@@ -91,7 +91,7 @@ def cached_tokens(
     hashes = [file_sha256(path) for path in images]
     with StoreWriter(folder, job) as writer:
         todo = {sha256: path for sha256, path in zip(hashes, images, strict=True) if sha256 not in writer.done}
-        listed = [(str(path), sha256, (0, 0)) for sha256, path in todo.items()]
+        listed = [ImageEntry(str(path), sha256, (0, 0)) for sha256, path in todo.items()]
         done = 0
         for shard in plan(listed, _SHARD_IMAGES, job):
             records = []

@@ -1,4 +1,4 @@
-"""`dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`: what the features hold, with nulls and intervals."""
+"""Run `dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`: what the features hold, with nulls and intervals."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ReportCommand:
 
 
 def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt analyze`: 0 when the report is written."""
+    """Run `dvt analyze`: exit code 0 when the report is written."""
     from dvt.analysis.analyze import analyze as measure
 
     paths = find_images(command.images)
@@ -114,7 +114,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt doctor`: 0 when there is an answer, whatever it is."""
+    """Run `dvt doctor`: exit code 0 when there is an answer, whatever it is."""
     from dvt.analysis.doctor import diagnose
 
     paths = find_images(command.images)
@@ -146,7 +146,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt probe`: 0 when all rows are scored."""
+    """Run `dvt probe`: exit code 0 when all rows are scored."""
     from dvt.analysis.probes.protocol import run_probe
 
     settings = plain(command, command="probe")
@@ -169,7 +169,7 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
 
 
 def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt report`: 0 when the page is written."""
+    """Run `dvt report`: exit code 0 when the page is written."""
     from dvt.analysis.page.report import write_report
 
     path = write_report(command.folder, command.out)

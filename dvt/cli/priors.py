@@ -1,4 +1,4 @@
-"""`dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class PriorCommand:
 
 
 def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt prior`: 0 when the action is done."""
+    """Run `dvt prior`: exit code 0 when the action is done."""
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)
