@@ -12,7 +12,7 @@ class DoctorConfig:
     """Set what counts as an artifact, and how many images are measured.
 
     Args:
-        images: most images, evenly spread over those given.
+        images: number of images at most, evenly spread over those given.
         windows: torus windows of each, an even number.
         share: least share of the variance that stays at the position for a position artifact. Two patches of equal
             content at different positions then have a cosine of .95 instead of 1, about the size of what

@@ -66,7 +66,7 @@ class ProbeConfig:
         protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
             training and test, so that layout is less of a cue.
         evaluate: the split that is scored; None means test, or val where there is no test.
-        train_images, test_images: most images of each, evenly spaced; None takes all.
+        train_images, test_images: number of images at most, evenly spaced; None takes all.
         seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
         head: how a linear head is trained.
         bins: of depth, even in its logarithm or in depth.
