@@ -1,4 +1,4 @@
-"""Generative priors as jobs: train one on images and a backbone, sample from its folder, measure what it holds.
+"""Run generative priors as jobs: train one on images and a backbone, sample from its folder, measure it.
 
 A run's folder holds
 

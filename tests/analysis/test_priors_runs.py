@@ -130,6 +130,17 @@ def test_a_killed_run_ends_with_the_same_weights(images, backbone, tmp_path):
     assert not torch.equal(fresh.head.leave.weight, untrained.head.leave.weight)
 
 
+def test_what_a_run_must_agree_with_to_be_continued_is_what_it_always_was(images, backbone, tmp_path):
+    """Runs that are on users' disks go on only while these names and their values stay."""
+    train_tiny(images, backbone, tmp_path)
+    state = json.loads((tmp_path / "step-00000004" / "state.json").read_text())
+    names = "steps batch_size learning_rate min_learning_rate warmup weight_decay betas clip ema precision seed"
+    assert list(state["config"]) == names.split()
+    assert [state["config"][name] for name in ("steps", "batch_size", "warmup", "ema")] == [4, 4, 0.05, 0.5]
+    names = "backbone weights_sha256 layer denoised condition target data prior"
+    assert list(state["settings"]) == names.split()
+
+
 def test_every_step_meets_other_noise(tmp_path):
     """One map, again and again, at a learning rate of nothing: only the noise moves the loss."""
     prior = Prior(PriorConfig((1, 2), 3, width=16, depth=1, heads=2), torch.Generator().manual_seed(0))
