@@ -61,11 +61,11 @@ def write_report(folder: str | Path, out: str | Path) -> Path:
     """
     page, out = render(Report.load(folder)), Path(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as part:
             part.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write the page to {str(out)!r}: {error.strerror or error}; name a file") from error
+    except ConfigError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise ConfigError(f"cannot write the page to {str(out)!r}: {reason}; name a file") from error
     return out
 
 
