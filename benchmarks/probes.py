@@ -344,8 +344,8 @@ def matched(title: str, passes: Passes, files: Sequence[Path], options: argparse
     for seed in range(options.seeds):
         for row, (model, own) in passes.items():
             found = correspondence(model, images, input_size, WarpConfig(seed=seed), own)
-            for name, evidence in found.items():
-                draws.setdefault(row if name == "raw" else name, []).append(evidence)
+            for name, statistics in found.items():
+                draws.setdefault(row if name == "raw" else name, []).append(statistics)
     rows = make_rows({n: torch.stack(d) for n, d in draws.items()}, Correspondence.summarise, "PCK", "raw")
     report = ProbeReport("correspondence", "PCK", "raw", rows, {"test": len(images)})
     show(title, report)

@@ -1,4 +1,4 @@
-"""`dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class PriorTrain(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
     """The run's folder."""
-    prior: Annotated[PriorTraining, tyro.conf.arg(name="")] = field(default_factory=PriorTraining)
+    # No prefixes: the settings of the training loop inside it are --steps, --batch-size and so on.
+    prior: Annotated[PriorTraining, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
+        default_factory=PriorTraining
+    )
     """What is trained, and how."""
 
 
@@ -71,7 +74,7 @@ class PriorEvaluate(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorCommand:
     """Train, sample or evaluate a generative prior on tokens."""
 
     action: Annotated[
@@ -86,8 +89,8 @@ class Prior:
         return self.action.json
 
 
-def prior(command: Prior, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt prior`: 0 when the action is done."""
+def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior`: exit code 0 when the action is done."""
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)

@@ -13,7 +13,7 @@ from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics.information import mic
 from dvt.analysis.metrics.nulls import matched_noise, shuffled, with_null
-from dvt.analysis.metrics.ridge import held_out_r2
+from dvt.analysis.metrics.ridge import held_out
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 
@@ -176,7 +176,7 @@ def test_ridge_equals_scikit_learn_at_its_best_strength():
     assert strengths[0] < best < strengths[-1]
     model = Ridge(alpha=best * len(x)).fit((x - mean) / deviation, y)
     expected = r2_score(y_test, model.predict((x_test - mean) / deviation), multioutput="raw_values")
-    assert held_out_r2(train, test).tolist() == pytest.approx(expected.tolist(), abs=1e-8)
+    assert held_out(train, test).r2().tolist() == pytest.approx(expected.tolist(), abs=1e-8)
 
 
 def test_decodability_of_one_and_two_images():

@@ -21,7 +21,13 @@ LOOSE = 10  # modules that may lie loose in dvt/
 
 ONLY_IN = {
     "h5py": {"dvt.store"},
-    "timm": {"dvt.backbones", "dvt.denoiser.model", "dvt.denoiser.distill", "dvt.analysis.priors.prior"},
+    "timm": {
+        "dvt.backbones",
+        "dvt.denoiser.model",
+        "dvt.denoiser.distill",
+        "dvt.analysis.priors.trunk",
+        "dvt.analysis.priors.heads",
+    },
     "tyro": {"dvt.cli"},
     "mmseg": {"dvt.denoiser.mmseg"},
     "mmengine": {"dvt.denoiser.mmseg"},
