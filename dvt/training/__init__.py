@@ -12,8 +12,20 @@ at any moment ends with the weights, bit by bit, that it would have had (on one 
 """
 
 from dvt.training.config import TrainingConfig
-from dvt.training.data import epoch_indices, hold_out
+from dvt.training.data import epoch_indices, hold_out, sides_digest
 from dvt.training.log import Row
-from dvt.training.loop import Batches, Loss, Trained, train
+from dvt.training.loop import Batches, LossFunction, Trained, train
+from dvt.training.processes import is_first_process
 
-__all__ = ["Batches", "Loss", "Row", "Trained", "TrainingConfig", "epoch_indices", "hold_out", "train"]
+__all__ = [
+    "Batches",
+    "LossFunction",
+    "Row",
+    "Trained",
+    "TrainingConfig",
+    "epoch_indices",
+    "hold_out",
+    "is_first_process",
+    "sides_digest",
+    "train",
+]

@@ -490,7 +490,7 @@ def test_a_full_disk_is_said_and_leaves_what_was_there(tmp_path, monkeypatch):
 
     train(Net(), loss, batches, config(), tmp_path, on_checkpoint=lambda path: True)
     with monkeypatch.context() as patch:
-        patch.setattr("dvt.training.save_file", full)
+        patch.setattr("dvt.training.checkpoint.save_file", full)
         with pytest.raises(WeightsError, match="No space left"):
             train(Net(), loss, batches, config(), tmp_path)
     assert train(Net(), loss, batches, config(), tmp_path).step == 40
