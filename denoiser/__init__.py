@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from dvt.denoiser.attach import FeatureMaps as FeatureMaps
     from dvt.denoiser.attach import denoised_backbone as denoised_backbone
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
-    from dvt.denoiser.distill.job import BackboneTraining as BackboneTraining
+    from dvt.denoiser.distill.card import read_card as read_card
+    from dvt.denoiser.distill.config import BackboneTraining as BackboneTraining
     from dvt.denoiser.distill.job import distill_backbone as distill_backbone
-    from dvt.denoiser.distill.job import read_card as read_card
     from dvt.denoiser.distill.student import with_registers as with_registers
     from dvt.denoiser.folding import fold as fold
     from dvt.denoiser.folding import fold_after as fold_after
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: the denoiser needs timm.
 _HOME = {
-    "BackboneTraining": "dvt.denoiser.distill.job",
+    "BackboneTraining": "dvt.denoiser.distill.config",
     "Denoiser": "dvt.denoiser.model",
     "DenoiserConfig": "dvt.denoiser.config",
     "DenoiserTraining": "dvt.denoiser.train",
@@ -62,7 +62,7 @@ _HOME = {
     "predict_defect": "dvt.denoiser.remedies.defect",
     "published_backbone_state": "dvt.denoiser.published",
     "published_file": "dvt.denoiser.published",
-    "read_card": "dvt.denoiser.distill.job",
+    "read_card": "dvt.denoiser.distill.card",
     "train_denoiser": "dvt.denoiser.train",
     "with_registers": "dvt.denoiser.distill.student",
 }

@@ -22,7 +22,7 @@ from dvt.errors import WeightsError
 
 REPOSITORY = "jjiaweiyang/DVT"
 
-_DISTILLED = (
+_DISTILLED_BACKBONES = (
     "deit3_base_patch16_224.fb_in1k",
     "eva02_base_patch16_clip_224.merged2b",
     "vit_base_patch14_dinov2.lvd142m",
@@ -42,8 +42,8 @@ _SMALL_AND_LARGE = (
 #: Folder of the repository to the timm models that its authors report results of; a file is FOLDER/NAME.pth.
 #: "denoised" holds denoisers, "distilled" whole backbones; the first part names the images they were trained on.
 PUBLISHED: dict[str, tuple[str, ...]] = {
-    "voc_denoised": tuple(sorted(_DISTILLED + _SMALL_AND_LARGE)),
-    "voc_distilled": _DISTILLED,
+    "voc_denoised": tuple(sorted(_DISTILLED_BACKBONES + _SMALL_AND_LARGE)),
+    "voc_distilled": _DISTILLED_BACKBONES,
     "imgnet_denoised": ("vit_base_patch14_dinov2.lvd142m",),
     "imgnet_distilled": ("vit_base_patch14_dinov2.lvd142m",),
 }

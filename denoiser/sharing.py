@@ -22,9 +22,9 @@ from dvt.errors import BackboneError, ConfigError, WeightsError
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
 
-SCHEMA = "dvt-denoiser/1"
+DENOISER_SCHEMA = "dvt-denoiser/1"
 #: The key of the safetensors metadata under which schema, config and card are stored as JSON.
-METADATA = "dvt"
+METADATA_KEY = "dvt"
 
 D = TypeVar("D", bound="Shared")
 
@@ -206,7 +206,7 @@ def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
 
 def _description(denoiser: Shared) -> dict[str, Any]:
     config = asdict(replace(denoiser.config, strength=denoiser.strength))
-    return {"schema": SCHEMA, "config": config, "card": denoiser.card}
+    return {"schema": DENOISER_SCHEMA, "config": config, "card": denoiser.card}
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -223,7 +223,7 @@ def _save(denoiser: Shared, path: Path) -> None:
 
     (A second key in the metadata would not: safetensors writes the keys in random order.)
     """
-    save_state(path, cast(nn.Module, denoiser).state_dict(), {METADATA: _json(_description(denoiser))})
+    save_state(path, cast(nn.Module, denoiser).state_dict(), {METADATA_KEY: _json(_description(denoiser))})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
@@ -232,16 +232,17 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
         raise WeightsError(f"no denoiser at {path}; `dvt train` writes one, save_pretrained saves one")
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # of the header's JSON, of types that torch lacks, ...
         raise WeightsError(f"cannot read a denoiser from {path}: {error}; the file is damaged or unreadable") from error
     parts = described if isinstance(described, dict) else {}
     config, card = parts.get("config"), parts.get("card")
-    if parts.get("schema") != SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):
+    if parts.get("schema") != DENOISER_SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):
         raise WeightsError(
             f"{path} is not a denoiser of dvt: its metadata has schema {parts.get('schema')!r} instead of "
-            f"{SCHEMA!r}, a config and a card. The weights of a backbone are given by --weights (in Python weights=...)"
+            f"{DENOISER_SCHEMA!r}, a config and a card. The weights of a backbone are given by --weights (in Python "
+            "weights=...)"
         )
     return config, card, state
 

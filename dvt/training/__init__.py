@@ -11,7 +11,7 @@ function of the step, and so is the seed of whatever draws random numbers inside
 at any moment ends with the weights, bit by bit, that it would have had (on one device, with the same processes).
 """
 
-from dvt.training.config import TrainingConfig
+from dvt.training.config import TrainingConfig, flat_settings
 from dvt.training.data import epoch_indices, hold_out, sides_digest
 from dvt.training.log import Row
 from dvt.training.loop import Batches, LossFunction, Trained, train
@@ -24,6 +24,7 @@ __all__ = [
     "Trained",
     "TrainingConfig",
     "epoch_indices",
+    "flat_settings",
     "hold_out",
     "is_first_process",
     "sides_digest",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from dvt.errors import ConfigError
@@ -97,6 +97,17 @@ class TrainingConfig:
         done = (step - rising + 1) / (self.steps - rising)
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         return self.min_learning_rate + (self.peak_rate - self.min_learning_rate) * cosine
+
+
+def flat_settings(job: Any) -> dict[str, Any]:
+    """List the settings of a job with those of its `loop` beside them, as cards hold them.
+
+    Args:
+        job: a dataclass with a field `loop`, a TrainingConfig.
+    """
+    own = asdict(job)
+    loop = own.pop("loop")
+    return {**own, **loop}
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
