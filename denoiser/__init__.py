@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dvt.denoiser.attach import FeatureMaps as FeatureMaps
     from dvt.denoiser.attach import denoised_backbone as denoised_backbone
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
     from dvt.denoiser.distill.card import read_card as read_card
     from dvt.denoiser.distill.config import BackboneTraining as BackboneTraining
     from dvt.denoiser.distill.job import distill_backbone as distill_backbone
     from dvt.denoiser.distill.student import with_registers as with_registers
+    from dvt.denoiser.feature_maps import FeatureMaps as FeatureMaps
     from dvt.denoiser.folding import fold as fold
     from dvt.denoiser.folding import fold_after as fold_after
     from dvt.denoiser.folding import fold_into as fold_into
@@ -41,7 +41,7 @@ _HOME = {
     "Denoiser": "dvt.denoiser.model",
     "DenoiserConfig": "dvt.denoiser.config",
     "DenoiserTraining": "dvt.denoiser.train",
-    "FeatureMaps": "dvt.denoiser.attach",
+    "FeatureMaps": "dvt.denoiser.feature_maps",
     "PUBLISHED": "dvt.denoiser.published",
     "RemedyConfig": "dvt.denoiser.remedies.config",
     "denoised_backbone": "dvt.denoiser.attach",
