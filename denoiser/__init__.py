@@ -1,4 +1,4 @@
-"""All images: the online denoiser, its training, and its place inside timm models."""
+"""The online denoiser for all images: its kinds, its training, and its place inside timm models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A denoiser inside a timm model, which then answers what it answered, denoised; or behind any other backbone.
+"""Put a denoiser inside a timm model, or behind any other backbone.
 
 The result is a copy of the model that shares its modules, of a class derived from the model's own: a plain
 ``nn.Module`` that timm's tools, ``torch.compile``, ``torch.export`` and ``isinstance`` see as the model that it was.

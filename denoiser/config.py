@@ -1,4 +1,4 @@
-"""What a denoiser is made of."""
+"""Settings of a denoiser, and the kinds that there are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """What a denoiser is made of.
+    """Describe what a denoiser is made of.
 
     Args:
         kind: one of :data:`DENOISER_KINDS` or :data:`OUTLIER_KINDS`.
@@ -69,7 +69,7 @@ class DenoiserConfig:
 
     @property
     def heads(self) -> int:
-        """The number of attention heads."""
+        """Count the attention heads of a block."""
         if self.num_heads is not None:
             return self.num_heads
         return next(n for n in range(max(1, self.feature_dim // HEAD_DIM), 0, -1) if self.feature_dim % n == 0)

@@ -1,4 +1,4 @@
-"""How near denoised tokens come to their target: the loss of training and the scores of validation."""
+"""The distance of denoised tokens from their target: loss of training and scores of validation."""
 
 from __future__ import annotations
 

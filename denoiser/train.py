@@ -28,7 +28,7 @@ from dvt.training import TrainingConfig, flat_settings, is_first_process, sides_
 FITTED = ("linear", "subtract")
 
 _MOST_FITTED = 1024  # images from which means and closed forms are computed
-_LOOP = TrainingConfig(
+_DENOISER_LOOP = TrainingConfig(
     steps=1000, batch_size=16, learning_rate=1e-3, ema=0.99, validate_every=200, checkpoint_every=500
 )
 
@@ -59,7 +59,7 @@ class DenoiserTraining:
     use_prefix: bool = False
     target: str = "semantic"
     validation: float = 0.1
-    loop: TrainingConfig = _LOOP
+    loop: TrainingConfig = _DENOISER_LOOP
 
     def __post_init__(self) -> None:
         if self.kind not in DENOISER_KINDS:

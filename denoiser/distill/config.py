@@ -1,4 +1,4 @@
-"""How a backbone is fine-tuned to its teacher."""
+"""Settings of the fine-tuning of a backbone to its teacher."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from dvt.errors import ConfigError
 from dvt.training import TrainingConfig
 
-_LOOP = TrainingConfig(
+_BACKBONE_LOOP = TrainingConfig(
     steps=2000, batch_size=16, learning_rate=1e-4, warmup=0.1, ema=0.99, validate_every=200, checkpoint_every=500
 )
 
@@ -46,7 +46,7 @@ class BackboneTraining:
     grad_checkpointing: bool = False
     scale: tuple[float, float] = (0.3, 1.0)
     validation: float = 0.1
-    loop: TrainingConfig = _LOOP
+    loop: TrainingConfig = _BACKBONE_LOOP
 
     def __post_init__(self) -> None:
         if self.teacher not in ("denoiser", "views"):

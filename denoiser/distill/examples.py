@@ -1,4 +1,4 @@
-"""What a backbone is fine-tuned on: random parts of images, and where their shifted views lie."""
+"""Examples to fine-tune a backbone on: random parts of images, and where their shifted views lie."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How near a student's tokens come to its teacher's: the loss of training and the scores of validation."""
+"""The distance of a student's tokens from its teacher's: loss of training and scores of validation."""
 
 from __future__ import annotations
 

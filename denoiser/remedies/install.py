@@ -1,4 +1,4 @@
-"""Test-time registers inside a timm model: a token appended to its sequence, and activations moved to that token.
+"""Put test-time registers inside a timm model: append a token to its sequence, and move activations to it.
 
 Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010).
 """

@@ -64,7 +64,7 @@ class Export(DenoiserOptions):
 
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt train`: 0 when the denoiser is written."""
+    """Run `dvt train`: 0 when the denoiser is written."""
     settings = plain(command, command="train")
     if command.dry_run:
         console.print_json(data=settings)
@@ -79,7 +79,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt distill`: 0 when the backbone is written."""
+    """Run `dvt distill`: 0 when the backbone is written."""
     from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
@@ -97,7 +97,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt export`: 0 when the file is written and computes what the backbone does."""
+    """Run `dvt export`: 0 when the file is written and computes what the backbone does."""
     from dvt.backbones.export import ExportConfig
     from dvt.backbones.export import export as write
     from dvt.denoiser.attach import denoised_backbone

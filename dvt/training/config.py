@@ -1,4 +1,4 @@
-"""How to train, counted in optimizer steps."""
+"""Settings of the training loop, counted in optimizer steps."""
 
 from __future__ import annotations
 

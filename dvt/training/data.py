@@ -1,4 +1,4 @@
-"""Which examples a step takes, and which images are held out: pure functions of seeds and hashes."""
+"""Choose the examples of a step, and the images held out: pure functions of seeds and hashes."""
 
 from __future__ import annotations
 

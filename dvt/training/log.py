@@ -11,7 +11,7 @@ from dvt.files import whole_file
 from dvt.training.checkpoint import sync_file
 
 #: One row of log.csv: "step", "lr", and numbers by name.
-Row = dict[str, float]
+LogRow = dict[str, float]
 
 
 class RunLog:
@@ -24,7 +24,7 @@ class RunLog:
         if writes:
             self._rewrite()
 
-    def append(self, row: Row) -> None:
+    def append(self, row: LogRow) -> None:
         """Add a row; a name that is new rewrites the file with one more column."""
         self.rows.append(row)
         if not self.writes:
@@ -55,7 +55,7 @@ class RunLog:
             sync_file(part)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[LogRow]:
     """Read the whole rows of a log; a process that was killed may leave half a row at the end."""
     if not path.is_file():
         return []
@@ -64,7 +64,7 @@ def _read_rows(path: Path) -> list[Row]:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, csv.Error) as error:
         raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to go on without it") from error
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     for line in lines:
         if header[:1] == ["step"] and len(line) == len(header) and line[0]:
             with suppress(ValueError):

@@ -38,7 +38,7 @@ from dvt.training.checkpoint import (
     write_checkpoint,
 )
 from dvt.training.config import TrainingConfig
-from dvt.training.log import Row, RunLog
+from dvt.training.log import LogRow, RunLog
 from dvt.training.optimizer import load_moments, parameter_groups
 from dvt.training.processes import accelerator_for, seed_step, to_device
 
@@ -67,7 +67,7 @@ class Trained:
     """
 
     step: int
-    history: list[Row]
+    history: list[LogRow]
     checkpoint: Path
     stopped: bool
 
@@ -208,7 +208,7 @@ class TrainingRun:
         self.pending.append(values)
         self.step += 1
 
-    def _summary(self) -> Row:
+    def _summary(self) -> LogRow:
         """Average the losses since the last row, and refuse those that are not finite.
 
         The losses of a step stay on the GPU until here, because reading one would make each step wait for the GPU.
@@ -222,7 +222,7 @@ class TrainingRun:
         row = {"step": self.step, "lr": self.config.learning_rate_at(self.step - 1)}
         return {**row, **dict(zip(names, table.double().mean(0).tolist(), strict=True))}
 
-    def _report(self, row: Row) -> None:
+    def _report(self, row: LogRow) -> None:
         self.log.append(row)
         if self.config.trackers:
             self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
