@@ -1,4 +1,4 @@
-"""All images: the online denoiser, its training, and its place inside timm models."""
+"""The online denoiser for all images: its kinds, its training, and its place inside timm models."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dvt.denoiser.attach import FeatureMaps as FeatureMaps
     from dvt.denoiser.attach import denoised_backbone as denoised_backbone
     from dvt.denoiser.config import DenoiserConfig as DenoiserConfig
-    from dvt.denoiser.distill.job import BackboneTraining as BackboneTraining
+    from dvt.denoiser.distill.card import read_card as read_card
+    from dvt.denoiser.distill.config import BackboneTraining as BackboneTraining
     from dvt.denoiser.distill.job import distill_backbone as distill_backbone
-    from dvt.denoiser.distill.job import read_card as read_card
     from dvt.denoiser.distill.student import with_registers as with_registers
+    from dvt.denoiser.feature_maps import FeatureMaps as FeatureMaps
     from dvt.denoiser.folding import fold as fold
     from dvt.denoiser.folding import fold_after as fold_after
     from dvt.denoiser.folding import fold_into as fold_into
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 
 # Loaded when first asked for: the denoiser needs timm.
 _HOME = {
-    "BackboneTraining": "dvt.denoiser.distill.job",
+    "BackboneTraining": "dvt.denoiser.distill.config",
     "Denoiser": "dvt.denoiser.model",
     "DenoiserConfig": "dvt.denoiser.config",
     "DenoiserTraining": "dvt.denoiser.train",
-    "FeatureMaps": "dvt.denoiser.attach",
+    "FeatureMaps": "dvt.denoiser.feature_maps",
     "PUBLISHED": "dvt.denoiser.published",
     "RemedyConfig": "dvt.denoiser.remedies.config",
     "denoised_backbone": "dvt.denoiser.attach",
@@ -62,7 +62,7 @@ _HOME = {
     "predict_defect": "dvt.denoiser.remedies.defect",
     "published_backbone_state": "dvt.denoiser.published",
     "published_file": "dvt.denoiser.published",
-    "read_card": "dvt.denoiser.distill.job",
+    "read_card": "dvt.denoiser.distill.card",
     "train_denoiser": "dvt.denoiser.train",
     "with_registers": "dvt.denoiser.distill.student",
 }

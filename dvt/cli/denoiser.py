@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first, writable
-from dvt.denoiser.distill.job import BackboneTraining
+from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
 from dvt.images import find_images
@@ -30,7 +30,7 @@ class Train(Options):
     """A store with raw and semantic tokens."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: Annotated[DenoiserTraining, tyro.conf.arg(name="")] = field(default_factory=DenoiserTraining)
+    training: tyro.conf.OmitArgPrefixes[DenoiserTraining] = field(default_factory=DenoiserTraining)
     """How the denoiser is made."""
 
 
@@ -45,7 +45,7 @@ class Distill(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: Annotated[BackboneTraining, tyro.conf.arg(name="")] = field(default_factory=BackboneTraining)
+    training: tyro.conf.OmitArgPrefixes[BackboneTraining] = field(default_factory=BackboneTraining)
     """How the backbone is trained."""
 
 
@@ -64,7 +64,7 @@ class Export(DenoiserOptions):
 
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt train`: 0 when the denoiser is written."""
+    """Run `dvt train`: 0 when the denoiser is written."""
     settings = plain(command, command="train")
     if command.dry_run:
         console.print_json(data=settings)
@@ -79,7 +79,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt distill`: 0 when the backbone is written."""
+    """Run `dvt distill`: 0 when the backbone is written."""
     from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
@@ -97,7 +97,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt export`: 0 when the file is written and computes what the backbone does."""
+    """Run `dvt export`: 0 when the file is written and computes what the backbone does."""
     from dvt.backbones.export import ExportConfig
     from dvt.backbones.export import export as write
     from dvt.denoiser.attach import denoised_backbone
@@ -125,7 +125,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
 def _print_distillation(console: Console, report: dict[str, Any], backbone: str) -> None:
     table = Table("held-out images", "MSE + 1 - cosine", "MSE", "cosine to the teacher", "prefix to the original")
     for name, scores in {"no op": report["baselines"]["no_op"], "distilled": report["validation"]}.items():
-        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _DISTILLED))
+        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _SCORES))
     console.print(table)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
@@ -133,7 +133,7 @@ def _print_distillation(console: Console, report: dict[str, Any], backbone: str)
     console.print(f"backbone: {out}; every command takes it by --backbone {backbone} --weights {out}")
 
 
-_DISTILLED = ("loss", "mse", "cosine", "prefix_cosine")
+_SCORES = ("loss", "mse", "cosine", "prefix_cosine")
 
 
 def _print_training(console: Console, report: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dvt.images import find_images
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
-    from dvt.denoiser.remedies.outliers import Progress
+    from dvt.progress import Progress
 
 
 @dataclass(frozen=True)
