@@ -13,11 +13,12 @@ from rich.markup import escape
 from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json, writable
+from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json
 from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import denoise_image
+from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
 from dvt.views import ViewConfig

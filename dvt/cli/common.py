@@ -172,22 +172,6 @@ def plain(settings: Any, /, **resolved: Any) -> dict[str, Any]:
     return json.loads(json.dumps({**dataclasses.asdict(settings), **resolved}, default=str))
 
 
-def writable(path: Path) -> Path:
-    """The path of a file to write, its folder made and tried; before hours of work, not after them.
-
-    Raises:
-        ConfigError: nothing can be written there.
-    """
-    trial = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
-    return path
-
-
 def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     with whole_file(path) as part:

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first, writable
+from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first
 from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
+from dvt.files import writable
 from dvt.images import find_images
 
 

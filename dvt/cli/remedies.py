@@ -12,9 +12,10 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.common import BackboneOptions, plain, progress_bar, variant_of, writable
+from dvt.cli.common import BackboneOptions, plain, progress_bar, variant_of
 from dvt.denoiser.remedies.config import WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.errors import ImageError
+from dvt.files import writable
 from dvt.images import find_images
 
 if TYPE_CHECKING:

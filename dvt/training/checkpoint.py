@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dvt.errors import ConfigError
+from dvt.files import PART, open_lock, remove, replaced_folder, take_lock
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -36,17 +35,17 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "run.lock", "a")  # noqa: SIM115  closed below
+        fd = open_lock(folder / "run.lock")
     except OSError as error:
         raise ConfigError(f"cannot write to the folder {str(folder)!r}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder") from error
-        for part in folder.glob("step-*.part"):
-            shutil.rmtree(part, ignore_errors=True)
+    try:
+        if not take_lock(fd):
+            raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder")
+        for part in folder.glob(f"step-*{PART}"):
+            remove(part)
         yield
+    finally:
+        os.close(fd)
 
 
 def run_identity(config: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,17 +92,12 @@ def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_checkpoint(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
     """Write a checkpoint's folder; it has its name only when all of it is on the disk."""
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name, values in tensors.items():
-        # Copies, because safetensors refuses tensors that share memory.
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in values.items()}, part / f"{name}.safetensors")
-    (part / "state.json").write_text(json.dumps(about, indent=1))
-    for file in (*part.iterdir(), part):
-        sync_file(file)
-    os.replace(part, target)
-    sync_file(target.parent)
+    with replaced_folder(target) as part:
+        for name, values in tensors.items():
+            # Copies, because safetensors refuses tensors that share memory.
+            copies = {k: v.detach().cpu().clone().contiguous() for k, v in values.items()}
+            save_file(copies, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps(about, indent=1))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -119,9 +113,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the newest ones."""
     for old in checkpoints_in(folder)[:-keep]:
-        gone = old.with_name(f"{old.name}.part")  # renamed first: half a folder must not look like a checkpoint
+        gone = old.with_name(f"{old.name}{PART}")  # renamed first: half a folder must not look like a checkpoint
         os.replace(old, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(gone)
 
 
 def check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -145,12 +139,3 @@ def damaged(checkpoint: Path, error: Exception) -> str:
         f"the checkpoint {str(checkpoint)!r} is damaged, or of another model ({error}); delete it to go on from the "
         "one before"
     )
-
-
-def sync_file(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -7,8 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dvt.errors import ConfigError, WeightsError
-from dvt.files import whole_file
-from dvt.training.checkpoint import sync_file
+from dvt.files import sync_path, whole_file
 
 #: One row of log.csv: "step", "lr", and numbers by name.
 LogRow = dict[str, float]
@@ -44,7 +43,7 @@ class RunLog:
 
     def sync(self) -> None:
         """Force the rows to the disk: a checkpoint may follow only then."""
-        sync_file(self.path)
+        sync_path(self.path)
 
     def _rewrite(self) -> None:
         with whole_file(self.path) as part:
@@ -52,7 +51,7 @@ class RunLog:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(self.rows)
-            sync_file(part)
+            sync_path(part)
 
 
 def _read_rows(path: Path) -> list[LogRow]:

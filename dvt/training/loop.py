@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -298,7 +297,6 @@ class TrainingRun:
                 write_checkpoint(target, tensors, about)
                 prune_checkpoints(self.folder, self.config.keep)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(target.with_name(f"{target.name}.part"), ignore_errors=True)
                 raise WeightsError(
                     f"cannot write the checkpoint {str(target)!r}: {error}; the ones before it are whole. Make room "
                     "and run the same command again"
