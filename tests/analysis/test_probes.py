@@ -2,8 +2,8 @@
 
 import json
 import math
-from dataclasses import replace
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
