@@ -373,7 +373,7 @@ def product_stores(name: str, images: Sequence[Path], options: argparse.Namespac
         folder = options.cache / f"products-{name}-{product}"
         config = DenoiseConfig(product=product, dtype=options.dtype)
         denoise_images(demo(), sorted(set(images)), folder, config, keep_terms=True, progress=told)
-        stores[product] = FeatureStore(folder)
+        stores[product] = FeatureStore(folder, "semantic")
     return stores
 
 
