@@ -447,6 +447,8 @@ def product_matches(options: argparse.Namespace, backbone: Backbone) -> dict[str
         passes: Passes = {"raw": (backbone, denoisers)}
         report = matched("products, correspondence, one pass", passes, pick(files, options.match_images), options)
         found["one pass"] = against_both("products, correspondence, one pass", report, next(iter(denoisers)))
+    if not options.match_views_images:
+        return found
 
     def made(product: Product) -> Callable[[Tensor], Tokens]:
         config = DenoiseConfig(product=product, dtype=options.dtype)
@@ -533,7 +535,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=24, help="views of stage one where no store is given")
     parser.add_argument("--average-views", type=int, default=10, help="views of view averaging")
     parser.add_argument("--match-images", type=int, default=20, help="photographs of correspondence")
-    parser.add_argument("--match-views-images", type=int, default=6, help="of its second table, minutes each")
+    parser.add_argument("--match-views-images", type=int, default=6, help="of its second table, minutes each; 0: none")
     parser.add_argument("--cache", type=Path, default=Path("probes-cache"), help="folder for features, crops, stores")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products' passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
