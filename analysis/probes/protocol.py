@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -252,8 +253,8 @@ def _report(
         notes = [*notes, _LEGENDS[config.task]]
     if not probe.seeded:
         notes = [*notes, "this probe draws no random numbers, so there is no interval over seeds"]
-    rows = make_rows(statistics, probe.summarise, probe.metric, RAW, seed=config.seed)
-    return ProbeReport(config.task, probe.metric, RAW, rows, described, _plain(config), tuple(notes))
+    compare = partial(make_rows, statistics, probe.summarise, probe.metric, seed=config.seed)
+    return ProbeReport(config.task, probe.metric, RAW, compare(RAW), described, _plain(config), tuple(notes), compare)
 
 
 def _row_features(

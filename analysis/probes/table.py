@@ -56,6 +56,7 @@ class ProbeReport:
         data: root, layout, protocol and the numbers of images and classes.
         config: the settings, ready for JSON.
         notes: what a reader must know: a split that was made, classes that are missing, images left out.
+        compare: makes the rows with another of them as the reference; see :meth:`against`.
     """
 
     task: str
@@ -65,6 +66,18 @@ class ProbeReport:
     data: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    compare: Callable[[str], tuple[Row, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def against(self, reference: str) -> ProbeReport:
+        """The same table with the differences from another row; nothing is computed anew but these.
+
+        Raises:
+            ConfigError: there is no such row, or the report has been read from a file.
+        """
+        self.row(reference)
+        if self.compare is None:
+            raise ConfigError("this report holds no evidence to compare rows by; run the probe again")
+        return replace(self, reference=reference, rows=self.compare(reference))
 
     def row(self, variant: str) -> ProbeRow:
         """Find the row of a variant.
@@ -79,7 +92,9 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; shares lie in [0, 1]."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        values = asdict(replace(self, compare=None))
+        values.pop("compare")
+        return json.loads(json.dumps(values, allow_nan=False))
 
     def table(self) -> str:
         """Write aligned text; shares in per cent, errors as they are."""

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -567,6 +568,15 @@ def test_a_whole_run(tmp_path, tiny_backbone):
     assert ("features", 10, 10) in seen and seen[-1] == ("probes", 10, 10)
     assert report.data["train"] == 5 and report.data["classes"] == 2
 
+    turned = report.against(names[0])
+    assert turned.reference == names[0] and turned.against("raw") == report and turned.row(names[0]).difference is None
+    assert turned.row("raw").difference == pytest.approx(-(report.row(names[0]).difference or 0))
+    low, high = report.row(names[0]).difference_interval or (0, 0)
+    assert turned.row("raw").difference_interval == pytest.approx((-high, -low))
+    with pytest.raises(ConfigError, match="no row"):
+        report.against("nothing")
+    with pytest.raises(ConfigError, match="no evidence"):
+        replace(report, compare=None).against("raw")
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["rows"][0]["scores"] == raw.scores and plain["config"]["data"] == str(root)
     lines = report.table().splitlines()
