@@ -66,7 +66,7 @@ class ProbeReport:
     data: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    compare: Callable[[str], tuple[Row, ...]] | None = field(default=None, repr=False, compare=False)
+    compare: Callable[[str], tuple[ProbeRow, ...]] | None = field(default=None, repr=False, compare=False)
 
     def against(self, reference: str) -> ProbeReport:
         """The same table with the differences from another row; nothing is computed anew but these.
