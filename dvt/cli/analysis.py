@@ -13,7 +13,7 @@ from rich.markup import escape
 from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json
 from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
@@ -89,10 +89,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.analyze import analyze as measure
 
     paths = find_images(command.images)
-    settings = plain(command, command="analyze", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="analyze", images=paths)
     if command.views < 0:
         raise ConfigError(f"views is {command.views}; it must be 0, for no decomposition, or more")
     backbone = command.load()
@@ -119,10 +116,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.doctor import diagnose
 
     paths = find_images(command.images)
-    settings = plain(command, command="doctor", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="doctor", images=paths)
     backbone = command.load()
     variants = _variants(command, backbone)
     commands: dict[str, str] = {}
@@ -150,10 +144,7 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
     """Run `dvt probe`: exit code 0 when all rows are scored."""
     from dvt.analysis.probes.protocol import run_probe
 
-    settings = plain(command, command="probe")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="probe")
     if command.out is not None:
         writable(command.out)
     backbone = command.load()

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first
+from dvt.cli.common import DenoiserOptions, Options, progress_bar, quiet_unless_first, resolved
 from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
+from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.files import writable
 from dvt.images import find_images
@@ -83,10 +84,7 @@ class Export(DenoiserOptions):
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt train`: 0 when the denoiser is written."""
-    settings = plain(command, command="train")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="train")
     console = quiet_unless_first(console)
     with progress_bar(console) as progress:
         _, report = train_denoiser(
@@ -101,10 +99,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
-    settings = plain(command, command="distill", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="distill", images=paths)
     console = quiet_unless_first(console)
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
@@ -121,10 +116,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.denoiser.attach import denoised_backbone
 
     config = ExportConfig(grid=command.grid, opset=command.opset)
-    settings = plain(command, command="export")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="export")
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
     if denoiser is not None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dvt.analysis.priors.runs import PriorTraining
-from dvt.cli.common import DenoiserOptions, find_device, plain, progress_bar, quiet_unless_first
+from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved
 from dvt.images import find_images
 
 
@@ -101,10 +101,7 @@ def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.priors.runs import train_prior
 
     paths = find_images(command.images)
-    settings = plain(command, command="prior train", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="prior train", images=paths)
     console = quiet_unless_first(console)
     backbone = command.load()
     denoiser, device = command.token_function(backbone), find_device(command.device)
@@ -138,10 +135,7 @@ def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]
 def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.priors.runs import evaluate_prior
 
-    settings = plain(command, command="prior evaluate")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="prior evaluate")
     backbone = command.load()
     report = evaluate_prior(
         command.run,

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -177,3 +178,32 @@ def test_docstring_examples_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted and not result.failed
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
+
+
+def exists(name):
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    found = importlib.import_module(parts[0])
+    for place, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:place]))
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part, None) or importlib.import_module(".".join(parts[:place]))
+    return True
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_what_exists(path):
+    names = set(re.findall(r"(?<![\w/.-])dvt(?:\.[A-Za-z_]\w*)+", path.read_text()))
+    names = {name for name in names if not name.endswith(".X") and "mmseg" not in name}  # mmseg: another environment
+    assert not {name for name in names if not exists(name)}
