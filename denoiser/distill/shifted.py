@@ -38,7 +38,7 @@ class Canvas:
 
     @classmethod
     def of(cls, backbone: Backbone, shift: float = 0.0) -> Canvas:
-        """Make the canvas for a backbone's input and shifts up to a share of its sides: a patch or more, or none at 0."""
+        """Make the canvas for a backbone's input and shifts up to a share of its sides: a patch or more, 0 for none."""
         rows, columns = (max(1, round(shift * n)) if shift else 0 for n in backbone.grid(backbone.image_size))
         window, stride = backbone.image_size, backbone.stride
         return cls(window, stride, (rows, columns), (window[1] - backbone.patch_size[1]) % stride[1] == 0)
@@ -69,7 +69,7 @@ class Canvas:
         return cut(image, grids.boxes_to_pixels(boxes[1:], shape), flips[1:], self.size)[0]
 
     def draw_shifts(self, count: int, generator: torch.Generator) -> Tensor:
-        """Draw (count, 3) integers: each view's first row and column on the canvas, in patches, and if it is mirrored."""
+        """Draw (count, 3) integers: each view's first row and column of patches on the canvas, and if mirrored."""
         rows, columns = (torch.randint(2 * m + 1, (count,), generator=generator) for m in self.margin)
         mirrored = (torch.arange(count) % 2) * int(self.mirrors)
         return torch.stack((rows, columns, mirrored), dim=1)

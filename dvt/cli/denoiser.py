@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -17,6 +17,23 @@ from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
 from dvt.errors import ConfigError
 from dvt.images import find_images
+from dvt.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class DenoiserFlags(DenoiserTraining):
+    """Name the flags of the training loop without a prefix: --steps, not --training.loop.steps."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = DenoiserTraining.loop
+    """How the training loop runs."""
+
+
+@dataclass(frozen=True)
+class BackboneFlags(BackboneTraining):
+    """Name the flags of the training loop without a prefix, as :class:`DenoiserFlags` does."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = BackboneTraining.loop
+    """How the training loop runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +47,7 @@ class Train(Options):
     """A store with raw and semantic tokens."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: tyro.conf.OmitArgPrefixes[DenoiserTraining] = field(default_factory=DenoiserTraining)
+    training: Annotated[DenoiserFlags, tyro.conf.arg(name="")] = field(default_factory=DenoiserFlags)
     """How the denoiser is made."""
 
 
@@ -45,7 +62,7 @@ class Distill(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: tyro.conf.OmitArgPrefixes[BackboneTraining] = field(default_factory=BackboneTraining)
+    training: Annotated[BackboneFlags, tyro.conf.arg(name="")] = field(default_factory=BackboneFlags)
     """How the backbone is trained."""
 
 

@@ -24,6 +24,7 @@ from dvt.denoiser.distill.student import Student, layer_groups, with_registers
 from dvt.denoiser.model import Denoiser
 from dvt.errors import BackboneError, ConfigError, ImageError, WeightsError
 from dvt.tokens import Tokens
+from dvt.training.checkpoint import run_identity
 
 SIZE = 64
 
@@ -68,6 +69,15 @@ def short(**changes):
     values = {"steps": 40, "batch_size": 4, "learning_rate": 1e-2, "layer_decay": 0.3, "ema": 0.0}
     values |= {"validate_every": 0, "log_every": 5, "checkpoint_every": 20}
     return settings_of(BackboneTraining, **{**values, **changes})
+
+
+def test_runs_of_earlier_versions_have_the_identity_of_these():
+    """The same keys and values in a checkpoint as when the settings of the loop were fields of the job."""
+    held = {"steps": 2000, "batch_size": 16, "learning_rate": 1e-4, "min_learning_rate": 1e-6, "warmup": 0.1}
+    held |= {"weight_decay": 0.01, "betas": [0.9, 0.999], "clip": 1.0, "ema": 0.99, "precision": "no", "seed": 0}
+    assert run_identity(BackboneTraining().loop, {})["config"] == held
+    every = BackboneTraining().loop
+    assert (every.validate_every, every.checkpoint_every, every.log_every, every.trackers) == (200, 500, 10, ())
 
 
 # -- the mean of shifted views ----------------------------------------------------------------------------------------
