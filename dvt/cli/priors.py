@@ -13,6 +13,7 @@ from rich.table import Table
 
 from dvt.analysis.priors.runs import PriorTraining
 from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved
+from dvt.devices import find_device
 from dvt.images import find_images
 
 

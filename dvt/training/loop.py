@@ -171,16 +171,16 @@ class TrainingRun:
                 self._advance(next_batch())
                 if main:
                     progress("train", self.step, config.steps)
-                validating = validate is not None and self._due(config.validate_every)
                 saving = self._due(config.checkpoint_every)
-                if validating or saving or self._due(config.log_every):
+                validating = validate if self._due(config.validate_every) else None
+                if validating is not None or saving or self._due(config.log_every):
                     row = self._summary()
-                    if validating:
-                        row.update(self._validated(validate))
+                    if validating is not None:
+                        row.update(self._validated(validating))
                     self._report(row)
                 if saving:
-                    self._save()
-                    stopped = self._agreed(bool(main and on_checkpoint and on_checkpoint(self.last)))
+                    saved = self._save()
+                    stopped = self._agreed(bool(main and on_checkpoint and on_checkpoint(saved)))
         stopped = stopped and self.step < config.steps
         self.average.copy_to(self.model)
         self.model.eval()
@@ -284,7 +284,8 @@ class TrainingRun:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
+        """Write a checkpoint, which only the main process does; the others wait for it."""
         target = self.folder / f"step-{self.step:08}"
         if self.accelerator.is_main_process:
             self.log.sync()  # rows up to this step must be on the disk before the checkpoint that follows them
@@ -303,6 +304,7 @@ class TrainingRun:
                 ) from error
         self.accelerator.wait_for_everyone()  # no process goes on from a checkpoint that is not written
         self.last = target
+        return target
 
     def _resume(self, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
         try:
