@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dvt
@@ -228,10 +228,16 @@ def naive_matches(image, view, matrix, threshold):
     st.floats(0.3, 1.5),
     st.sampled_from([0.05, 0.1, 0.3]),
 )
+@example((1, 2), 0, 43.0, 1.5, 0.05)  # a view that shows no patch centre
 def test_matches_equal_a_naive_loop(grid, seed, degrees, zoom, threshold):
     image = noise(*grid, 3, seed=seed)
     view = image + 0.5 * noise(*grid, 3, seed=seed + 1)
     matrix = grids.rotated_view((grid[0] * 10 + 1, grid[1] * 12), degrees, zoom, (0.4, 0.55))
+    places = np.array([matrix.numpy() @ [*each, 1] for each in grids.grid_centres(grid).view(-1, 2).tolist()])
+    if not ((places >= 0) & (places <= 1)).all(1).any():
+        with pytest.raises(ShapeError, match="shows nothing"):
+            match(image, view, matrix, threshold)
+        return
     found, expected = match(image, view, matrix, threshold), naive_matches(image, view, matrix, threshold)
     assert asdict(found) == pytest.approx(asdict(expected), abs=1e-9)
 
