@@ -12,12 +12,13 @@ from dvt.analysis.metrics import (
     blank_response,
     grid_peak,
     norm_outliers,
+    pooled_position_mic,
     position_decodability,
     position_mic,
     shift_stability,
 )
 from dvt.analysis.metrics.information import mic
-from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, with_null
+from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, torus_shifted, with_null
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.pictures import choose_points, decomposition_figure, pca_colours, save, similarity
@@ -47,11 +48,13 @@ __all__ = [
     "norm_outliers",
     "pca_colours",
     "position_decodability",
+    "pooled_position_mic",
     "position_mic",
     "save",
     "shift_stability",
     "shuffled",
     "similarity",
+    "torus_shifted",
     "torus_windows",
     "with_null",
 ]

@@ -145,47 +145,58 @@ def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return direction[0], size, large & (count >= FEWEST) & (between <= IN_GAP * count), member[0]
 
 
-def direction_of_jumps(tokens: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def direction_of_jumps(raw: Tensor, ordinary: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The direction along which tokens of almost one image point differ, all or nothing, in each of B images.
 
-    Content changes little between such tokens, and where it does, some tokens lie between its two values.
+    Content changes little between such tokens, and where it does, some tokens lie between its two values. What is
+    ordinary changes all at once from a position of mostly sky to one of mostly ground, so a jump must be one of the
+    raw tokens too.
 
     Args:
-        tokens: (B, N, S) less what is ordinary at their position.
+        raw: (B, N, S) tokens.
+        ordinary: (B, N, S) what is usual at their position.
         near: (B, N, k) numbers of each token's nearest ones, the first of them itself.
 
     Returns:
         direction (B, S), size (B,) and found (B,) bool. Nothing here waits for a GPU.
     """
-    first = torch.arange(tokens.shape[1], device=near.device)[:, None]
+    tokens = raw - ordinary
     other = near[..., 1 : 1 + PARTNERS]
-    one = first.expand_as(other).flatten(1)
-    pair = torch.stack((one, other.flatten(1)))
-    ends = torch.stack([tokens.gather(1, each[..., None].expand(-1, -1, tokens.shape[-1])) for each in pair])
+    one = torch.arange(tokens.shape[1], device=near.device)[:, None].expand_as(other)
+    pair = torch.stack((one.flatten(1), other.flatten(1)))
     # From the shorter to the longer: a defect adds.
-    jumps = ends[0] - ends[1]
-    jumps = jumps * torch.where(ends[0].norm(dim=-1) < ends[1].norm(dim=-1), -1, 1)[..., None]
+    norm = tokens.norm(dim=-1)
+    pair = torch.where(_at(norm, pair).diff(dim=0) < 0, pair.flip(0), pair)
+    start, end = (tokens.gather(1, each[..., None].expand(-1, -1, tokens.shape[-1])) for each in pair)
+    jumps = end - start
     length = jumps.norm(dim=-1)
     descending = length.sort(dim=-1, descending=True).values
-    trials = [_trial(ends, jumps, length > descending[:, int(share * (length.shape[1] - 1)), None]) for share in TOPS]
+    tops = [length > descending[:, int(share * (length.shape[1] - 1)), None] for share in TOPS]
+    trials = [_trial(tokens, raw, pair, jumps, long) for long in tops]
     directions, sizes, blurred = (torch.stack(part) for part in zip(*trials, strict=True))
-    best = torch.where(sizes >= LARGE * tokens.norm(dim=-1).median(-1).values, blurred, torch.inf).min(0)
+    best = torch.where(sizes >= LARGE * norm.median(-1).values, blurred, torch.inf).min(0)
     image = torch.arange(len(tokens), device=tokens.device)
     return directions[best.indices, image], sizes[best.indices, image], best.values <= IN_GAP
 
 
-def _trial(ends: Tensor, jumps: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) that ends in the gap; inf for none."""
+def _trial(tokens: Tensor, raw: Tensor, pair: Tensor, jumps: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) that is not clear-cut; inf for none."""
     direction, member = _aligned(jumps, long)
     size = _median((jumps @ direction[..., None])[..., 0], member)
-    low, high = torch.einsum("ebnc,bc->ebn", ends, direction).sort(dim=0).values
+    low, high = _at((tokens @ direction[..., None])[..., 0], pair)
     # The defects' own length: jumps between two of them, and such as content makes, are left out.
     size = _median(high, (low < CUT * size[:, None]) & (high >= CUT * size[:, None]))
     low, high = low / size[:, None], high / size[:, None]
+    rise = _at((raw @ direction[..., None])[..., 0], pair).diff(dim=0)[0] / size[:, None]
     across = (low < CUT) & (high >= CUT)
-    blurred = across & ((low > GAP[0]) | (high < GAP[1]))
+    blurred = across & ((low > GAP[0]) | (high < GAP[1]) | (rise < CUT))
     enough = (across.sum(-1) >= FEWEST) & (member.sum(-1) >= CONCERTED * long.sum(-1))
     return direction, size, torch.where(enough, blurred.sum(-1) / across.sum(-1), torch.inf)
+
+
+def _at(values: Tensor, pair: Tensor) -> Tensor:
+    """(2, B, P) the values (B, N) at both ends of pairs (2, B, P)."""
+    return torch.stack([values.gather(1, each) for each in pair])
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:
@@ -222,7 +233,8 @@ class Screen:
         if near is None:
             self.per_size = first.new_ones(len(first), 1)
         else:
-            direction, size, found = direction_of_jumps((first - self._ordinary).flatten(1, 2), near)
+            ordinary = self._ordinary.expand_as(first)
+            direction, size, found = direction_of_jumps(first.flatten(1, 2), ordinary.flatten(1, 2), near)
             # Where there is none, no token lies along nothing.
             self.per_size = torch.where(found[:, None], direction / size[:, None], 0)
         self.first = self._of(first - self._ordinary, self.per_size[:, None])

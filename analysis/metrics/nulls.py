@@ -50,7 +50,8 @@ def with_null(
         tokens: the tokens of one or more images.
         generator: draws the null.
         draws: how many times the null is drawn, at least 2.
-        null: makes tokens without the effect; :func:`shuffled` (the default) or :func:`matched_noise`.
+        null: makes tokens without the effect; :func:`shuffled` (the default), :func:`torus_shifted` or
+            :func:`matched_noise`.
     """
     from scipy.stats import t as student
 
@@ -75,6 +76,27 @@ def _shuffle(tokens: Tokens, generator: torch.Generator) -> Tokens:
     order = torch.rand(flat.shape[:2], generator=generator, device=generator.device).argsort(1).to(flat.device)
     moved = flat.gather(1, order[..., None].expand_as(flat))
     return tokens.with_patches(moved.view_as(tokens.patches))
+
+
+def torus_shifted(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
+    """Each image's map rolled around by a random number of patches: as smooth as before, but at another place.
+
+    The null of position metrics of smooth maps over several images. Smooth maps alone tell of position within an image
+    (neighbours resemble each other): :func:`shuffled`, which breaks that, puts every smooth map beyond chance. A code
+    of position that images share is moved differently in each, so pooled metrics
+    (:func:`dvt.analysis.metrics.pooled_position_mic`, :func:`dvt.analysis.metrics.position_decodability`) lose it. A
+    metric within single images does not: a coordinate rolled around is still a function of position.
+    """
+    if not isinstance(tokens, Tokens):
+        return [_roll(each, generator) for each in tokens]
+    return _roll(tokens, generator)
+
+
+def _roll(tokens: Tokens, generator: torch.Generator) -> Tokens:
+    size = torch.tensor(tokens.patches.shape[1:3])
+    steps = (torch.rand(len(tokens), 2, generator=generator, device=generator.device).cpu() * size).long()
+    moved = [each.roll(step, (0, 1)) for each, step in zip(tokens.patches, steps.tolist(), strict=True)]
+    return tokens.with_patches(torch.stack(moved))
 
 
 def matched_noise(tokens: TokenSets, generator: torch.Generator) -> TokenSets:

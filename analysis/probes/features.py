@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
 from dvt.store import FeatureStore, ImageEntry, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
-from dvt.views import ViewConfig, Views, resize
+from dvt.views import Shifts, ViewConfig, Views, resize
 
 log = logging.getLogger(__name__)
 
 LazyItem = TypeVar("LazyItem")
+
+PH_REG: dict[str, Any] = {"kind": "shifts", "reach": 0.15, "flip": 0.5}
+"""Views of PH-Reg's teacher ("Vision Transformers with Self-Distilled Registers", 2025): shifts of at most 15 % of the
+image's sides, and mirroring, at one scale. Ours: whole patches, and tokens of what lies outside the image left out."""
 
 _SHARD_IMAGES = 64
 _HELD_BYTES = 2 << 30
@@ -140,21 +144,24 @@ def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[
 
 @torch.no_grad()
 def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> Tokens:
-    """Average a view's tokens (bilinear between them) over all views that show a patch's centre.
+    """Average, over all views that show a patch's centre, the view's tokens there (bilinear between them).
 
     The baseline that any estimate from views must beat: it spreads a position artifact out instead of finding it.
 
     Args:
         image: (3, H, W) in [0, 1].
-        config: how views are drawn; the whole image is always the first of them.
+        config: how views are drawn; the whole image is always the first of them. Crops [ours] mix scales; shifts are
+            at the image's own, each mirrored with probability `flip`, as in :data:`PH_REG`.
 
-    Source:
-        PH-Reg's teacher ("Vision Transformers with Self-Distilled Registers", 2025).
+    Raises:
+        ShapeError: the grid is smaller than 2 x 2 patches.
     """
     size = backbone.input_size((image.shape[1], image.shape[2]))
     centres = backbone.centres(size)
     if min(centres.shape[:2]) < 2:
         raise ShapeError(f"views are averaged on grids of 2 x 2 patches or more, got {tuple(centres.shape[:2])}")
+    if config.kind == "shifts":
+        return _averaged_shifts(backbone, Shifts(image, size, centres, config))
     views = Views(image, size, centres, config)
     total = torch.zeros(*centres.shape[:2], backbone.feature_dim, device=centres.device)
     count = torch.zeros(*centres.shape[:2], 1, device=centres.device)
@@ -172,6 +179,36 @@ def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> To
         total = total + (seen * at_centres).sum(0)
         count = count + seen.sum(0)
     return Tokens((total / count)[None], torch.as_tensor(prefix))
+
+
+def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
+    """The mean of each patch's tokens over windows shifted by whole patches, where they show it and not its mirror."""
+    config, (height, width) = windows.config, windows.centres.shape[:2]
+    total = torch.zeros(height, width, backbone.feature_dim, device=windows.centres.device)
+    count = torch.zeros(height, width, 1, device=windows.centres.device)
+    flips = torch.rand(len(windows), generator=torch.Generator().manual_seed(config.seed)) < config.flip
+    flips[0] = False
+    prefix, start = None, 0
+    for images, _ in windows:
+        mirrored = flips[start : start + len(images)].tolist()
+        views = torch.stack([each.flip(-1) if flip else each for each, flip in zip(images, mirrored, strict=True)])
+        tokens = backbone(views).to(torch.float32)
+        prefix = tokens.prefix[:1] if prefix is None else prefix
+        offsets = windows.offsets[start : start + len(images)].tolist()
+        for patches, (down, right), flip in zip(tokens.patches, offsets, mirrored, strict=True):
+            image_rows, view_rows = _overlap(height, down)
+            image_columns, view_columns = _overlap(width, right)
+            own = patches.flip(1) if flip else patches
+            total[image_rows, image_columns] += own[view_rows, view_columns]
+            count[image_rows, image_columns] += 1
+        start += len(images)
+    return Tokens((total / count)[None], torch.as_tensor(prefix))
+
+
+def _overlap(length: int, offset: int) -> tuple[slice, slice]:
+    """What a window shifted by so many patches shares with the image: places in the image and in the window."""
+    first, last = max(0, offset), length + min(0, offset)
+    return slice(first, last), slice(first - offset, last - offset)
 
 
 # -- baselines without labels -----------------------------------------------------------------------------------------

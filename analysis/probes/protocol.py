@@ -78,7 +78,8 @@ class ProbeConfig:
         position: put the position back into all features: "none", "concatenate" or "add".
         baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
             training images' mean map), "linear-removal" (without the directions that tell position),
-            "view-averaging" (takes `views` passes an image).
+            "view-averaging" (the mean over `views` random crops of .1 to .5) and "ph-reg" (over as many shifts of at
+            most 15 %, mirrored or not, at one scale, as PH-Reg's teacher takes).
         transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
         views: of view averaging, besides the whole image.
         seed: of the crops, the views and the first probe.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,8 +22,8 @@ from dvt.views import ViewConfig
 Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
 """A function of the raw tokens, a store that holds the images (its `term` is read), or another backbone."""
 
-Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging"]
-BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging")
+Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg"]
+BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
 RAW = "raw"
 
 
@@ -46,7 +47,7 @@ class RowFeatures:
         images: files.
         train: number of images, from the first, that the baselines without labels may learn from; 0 for all.
         cache: folder for features.
-        views: of view averaging.
+        views: of view averaging; PH-Reg's are as many, of its own kind.
         position: what :func:`~dvt.analysis.probes.features.with_position` does to each map.
         seed: of noise.
         progress: called with (what, done, total).
@@ -90,7 +91,7 @@ class RowFeatures:
         if name == "random":
             generator = torch.Generator().manual_seed(self.seed)
             change: Callable[[Tokens], Tokens] = lambda tokens: _noise(tokens, generator)  # noqa: E731
-        elif name == "view-averaging" or isinstance(variant, FeatureStore):
+        elif name in ("view-averaging", "ph-reg") or isinstance(variant, FeatureStore):
             raise ConfigError(f"{name} exists for whole images only, not for warped views of them; leave this row out")
         else:
             change = variant or self._learnt(name)
@@ -110,8 +111,9 @@ class RowFeatures:
             return stored_tokens(variant, self.images)
         if isinstance(variant, Backbone):
             return cached_tokens(variant, self.images, self.cache, progress=self.progress)
-        if name == "view-averaging":
-            return cached_tokens(self.backbone, self.images, self.cache, self.views, self.progress)
+        if name in ("view-averaging", "ph-reg"):
+            views = self.views if name == "view-averaging" else replace(self.views, **features.PH_REG)
+            return cached_tokens(self.backbone, self.images, self.cache, views, self.progress)
         if name == "random":
             seed = 1_000_003 * self.seed
             return Lazy(len(self.raw), lambda i: _noise(self.raw[i], torch.Generator().manual_seed(seed + i)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics.information import mic
-from dvt.analysis.metrics.nulls import matched_noise, shuffled, with_null
+from dvt.analysis.metrics.nulls import matched_noise, shuffled, torus_shifted, with_null
 from dvt.analysis.metrics.ridge import held_out
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
@@ -128,6 +128,60 @@ def test_shuffled_positions_give_the_null_within_its_interval(metric):
     score = with_null(metric, shuffled(tokens, generator(5)), generator(6), draws=8)
     assert score.low <= score.value <= score.high
     assert score.high - score.low < 0.35
+
+
+def smooth_maps(images, grid=(12, 12), channels=12, seed=0, width=2.0):
+    """Periodic Gaussian random fields of unit variance, smooth over some patches; no two have anything in common."""
+    waves = [torch.fft.fftfreq(n) for n in grid]
+    filtered = torch.exp(-2 * (torch.pi * width) ** 2 * (waves[0][:, None] ** 2 + waves[1] ** 2))
+    fields = torch.fft.ifft2(torch.fft.fft2(noise(images, channels, *grid, seed=seed)) * filtered).real
+    return (fields / fields.std((2, 3), keepdim=True)).permute(0, 2, 3, 1)
+
+
+def test_smooth_maps_look_bound_to_position_beside_shuffled_ones_and_not_beside_shifted_ones():
+    """MIC within an image cannot tell smoothness from a code of position; pooled over images, it can."""
+    tokens = Tokens.of(smooth_maps(8))
+    within = with_null(metrics.position_mic, tokens, generator(), draws=3)
+    assert within.value > 0.5 > 0.35 > within.high  # far beyond the null that is no null of it
+    pooled = with_null(metrics.pooled_position_mic, tokens, generator(), draws=6, null=torus_shifted)
+    assert not pooled.beyond_chance and pooled.value < 0.3
+
+
+def test_a_code_of_position_in_smooth_maps_lies_outside_the_null_of_shifts():
+    code = (grids.grid_centres((12, 12)) - 0.5) @ noise(2, 12, seed=3)
+    tokens = Tokens.of(smooth_maps(8) + 3 * code)
+    for metric in (metrics.pooled_position_mic, metrics.position_decodability):
+        score = with_null(metric, tokens, generator(), draws=6, null=torus_shifted)
+        assert score.value > score.high, metric
+
+
+def test_the_null_of_shifts_is_rarely_left_by_maps_without_a_code():
+    left = 0
+    for seed in range(10):
+        tokens = Tokens.of(smooth_maps(6, (10, 10), 6, seed))
+        score = with_null(lambda each: metrics.pooled_position_mic(each, 3), tokens, generator(seed), 6, torus_shifted)
+        left += score.beyond_chance
+    assert left <= 3  # one in twenty is expected
+
+
+def test_shifting_only_rolls_maps_each_by_steps_of_its_own():
+    tokens = Tokens.of(noise(5, 6, 7, 3))
+    moved = torus_shifted(tokens, generator(4))
+    steps = []
+    for before, after in zip(tokens.patches, moved.patches, strict=True):
+        found = [(y, x) for y in range(6) for x in range(7) if torch.equal(before.roll((y, x), (0, 1)), after)]
+        steps += found
+    assert len(steps) == 5 and len(set(steps)) > 1
+    assert torch.equal(moved.patches, torus_shifted(tokens, generator(4)).patches)
+    one, other = torus_shifted([tokens, tokens], generator(4))
+    assert torch.equal(one.patches, moved.patches) and not torch.equal(other.patches, moved.patches)
+
+
+def test_a_pooled_metric_needs_images_of_one_grid():
+    with pytest.raises(ShapeError, match="two or more images"):
+        metrics.pooled_position_mic(Tokens.of(noise(1, 5, 5, 3)))
+    with pytest.raises(ShapeError, match="two or more images"):
+        metrics.pooled_position_mic([Tokens.of(noise(5, 5, 3)), Tokens.of(noise(5, 6, 3))])
 
 
 def test_decodability_of_exact_coordinates_is_one_on_mixed_grids():
@@ -269,6 +323,21 @@ def test_grid_peak_is_blind_to_smooth_maps_and_other_periods():
     rows = torch.arange(24.0)[:, None, None]
     third = Tokens.of(torch.cos(2 * torch.pi * rows / 3).expand(24, 24, 4) * 2 + noise(24, 24, 4))
     assert metrics.grid_peak(third, period=3) > 20 > 3 > metrics.grid_peak(third)
+
+
+@pytest.mark.parametrize(
+    ("channels", "images", "low", "high"), [(4, 1, 1.4, 2.1), (64, 1, 1.05, 1.3), (64, 20, 0.99, 1.1)]
+)
+def test_the_documented_nulls_of_grid_peak(channels, images, low, high):
+    drawn = [metrics.grid_peak(Tokens.of(noise(images, 14, 14, channels, seed=seed))) for seed in range(40)]
+    assert low < np.mean(drawn) < high
+
+
+def test_channels_that_depend_on_each_other_raise_the_null_of_grid_peak_and_matched_noise_knows():
+    tokens = Tokens.of(noise(1, 14, 14, 2) @ noise(2, 64, seed=1))
+    independent = with_null(metrics.grid_peak, Tokens.of(noise(1, 14, 14, 64)), generator(), 20, matched_noise)
+    score = with_null(metrics.grid_peak, tokens, generator(), 20, matched_noise)
+    assert score.null > 1.25 * independent.null and not score.beyond_chance
 
 
 def test_grid_peak_of_shuffled_noise_and_of_constants_is_about_one():

@@ -374,6 +374,30 @@ def test_averaged_views_of_an_affine_picture_are_its_tokens():
     assert (many - whole)[inner].abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_averaged_shifts_of_a_backbone_that_sees_its_patch_alone_are_its_tokens(photo, flip):
+    """Such tokens do not depend on shifts, and mean colours not on mirroring: every patch must come back to its place."""
+    views = replace(ViewConfig(count=10, batch=4), **features.PH_REG | {"flip": flip})
+    image = photo[:, :192, :288]
+    whole, mean = (
+        features.averaged_tokens(pooling_backbone(), image, each).patches for each in (ViewConfig(count=0), views)
+    )
+    torch.testing.assert_close(mean, whole, atol=1e-5, rtol=0)
+
+
+def test_ph_reg_spreads_an_artifact_over_shifts_of_at_most_15_per_cent(photo):
+    spike = torch.zeros(1, 20, 20, 1)
+    spike[0, 10, 10] = 1
+    backbone = wrap(
+        torch.nn.Identity(), lambda m, x: Tokens.of(spike.expand(len(x), -1, -1, -1)), 16, name="spike", image_size=320
+    )
+    views = replace(ViewConfig(count=40), **features.PH_REG | {"flip": 0.0})
+    mean = features.averaged_tokens(backbone, photo[:, :320, :320], views).patches[0, ..., 0]
+    where = mean.nonzero()
+    assert (where - 10).abs().max() <= 3 < (where - 10).abs().max() + 1  # 15 % of 20 patches, and it is reached
+    assert mean.max() < 0.3 and mean.sum() == pytest.approx(1, rel=0.1)
+
+
 def test_averaging_views_removes_what_stays_at_its_place(tiny_backbone, photo):
     raw, mean = (features.averaged_tokens(tiny_backbone, photo, ViewConfig(count=count)).patches for count in (0, 16))
     assert (raw - mean).abs().mean() > 0.01 and mean.var() < raw.var()
@@ -535,7 +559,7 @@ def test_position_alone_solves_layout_on_frames_and_fails_on_crops(tmp_path, tin
 def test_a_whole_run(tmp_path, tiny_backbone):
     """Variants of every kind, transfer, all baselines; equal variants score the same; it repeats itself exactly."""
     root = checkered(tmp_path / "data", count=5)
-    names = ("position-only", "random", "subtract", "linear-removal", "view-averaging")
+    names = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
     settings = config(root, transfer=True, baselines=names, views=2)
     data = prepare(settings)
     images = [example.image for part in data.splits.values() for example in part]
@@ -565,7 +589,7 @@ def test_a_whole_run(tmp_path, tiny_backbone):
     for name in ("raw probe on minus", "minus probe on raw"):
         assert report.row(name).scores["mIoU"] < min(own, raw.scores["mIoU"]) - 0.1
     assert any("different numbers of channels" in note for note in report.notes)
-    assert ("features", 10, 10) in seen and seen[-1] == ("probes", 10, 10)
+    assert ("features", 10, 10) in seen and seen[-1] == ("probes", 11, 11)
     assert report.data["train"] == 5 and report.data["classes"] == 2
 
     turned = report.against(names[0])
@@ -657,8 +681,9 @@ def test_warped_views_are_matched(tmp_path, tiny_backbone, photo):
     assert report.row("position-only").scores["PCK"] == pytest.approx(raw["position PCK"])
     assert report.row("random").scores["PCK"] == pytest.approx(raw["chance PCK"], abs=0.05)
     assert raw["PCK"] > raw["chance PCK"] + 0.1
-    with pytest.raises(ConfigError, match="view-averaging exists for whole images only"):
-        run_probe(config(tmp_path, task="correspondence", baselines=("view-averaging",)), pooling_backbone())
+    for name in ("view-averaging", "ph-reg"):
+        with pytest.raises(ConfigError, match=f"{name} exists for whole images only"):
+            run_probe(config(tmp_path, task="correspondence", baselines=(name,)), pooling_backbone())
 
 
 def test_odd_labels_are_allowed_and_said(tmp_path, tiny_backbone):

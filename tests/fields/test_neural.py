@@ -176,6 +176,33 @@ def test_a_known_artifact_is_kept(problem):
     assert (total - problem.tokens[0]).square().mean().sqrt() < 0.2
 
 
+def test_weight_decay_is_adams_l2(problem):
+    """Nodes that no token touches have no other gradient: they follow Adam's formula for a gradient of decay times p."""
+    config = replace(CONFIG, steps=12, weight_decay=1e-3)
+    half = [(tokens, 0.4 * coords) for tokens, coords in problem.batches()]
+    found = next(NeuralSolver(config).fit(half).field[0].parameters())
+    kept = next(NeuralSolver(replace(config, weight_decay=0.0)).fit(half).field[0].parameters())
+    initial = config.layout.initial_table(torch.Generator().manual_seed(config.seed))
+    untouched = (kept == initial).all(-1)
+    assert 0.3 < untouched.float().mean() < 1
+    value, first, second = initial[untouched].double(), 0.0, 0.0
+    for step in range(config.steps):
+        gradient = config.weight_decay * value
+        first = config.betas[0] * first + (1 - config.betas[0]) * gradient
+        second = config.betas[1] * second + (1 - config.betas[1]) * gradient**2
+        corrected = [m / (1 - beta ** (step + 1)) for m, beta in zip((first, second), config.betas, strict=True)]
+        value = value - config.learning_rate(step) * corrected[0] / (corrected[1].sqrt() + config.eps)
+    torch.testing.assert_close(found[untouched].double(), value, rtol=1e-2, atol=1e-5)
+
+
+def test_the_defaults_are_those_of_the_papers_code():
+    config = NeuralConfig()
+    assert (config.steps, config.weight_decay, config.lr, config.levels) == (25_000, 1e-5, 0.01, 16)
+    assert config.warmup * config.steps == 2500
+    with pytest.raises(ConfigError, match="weight_decay"):
+        NeuralConfig(weight_decay=-1e-5)
+
+
 def test_same_seed_same_result_and_another_seed_another(problem):
     one, same, other = (
         numbers(NeuralSolver(replace(QUICK, seed=s)).fit(problem.batches()), problem) for s in (4, 4, 5)
