@@ -440,10 +440,11 @@ def natural(options: argparse.Namespace) -> dict[str, Any]:
     maps: dict[str, list[Tokens]] = {}
     paths = pick(sorted(options.natural.glob("*.jpg")), options.limit)
     load_image(paths[0])
-    denoise_image(backbone, paths[0], DenoiseConfig())
+    config = DenoiseConfig(product="blend")
+    denoise_image(backbone, paths[0], config)
     clock.seconds, start, spent = 0.0, time.perf_counter(), {"extraction": 0.0, "fitting": 0.0}
     for path in paths:
-        done = denoise_image(backbone, path, DenoiseConfig())
+        done = denoise_image(backbone, path, config)
         terms = done.decomposition
         spent["extraction"] += done.extraction_seconds
         spent["fitting"] += done.fitting_seconds
@@ -453,7 +454,7 @@ def natural(options: argparse.Namespace) -> dict[str, Any]:
     spent |= {"all": time.perf_counter() - start, "forward": clock.seconds}
     seconds = {name: value / len(paths) for name, value in spent.items()}
     rows = [position_row(name, tokens, options.mic_images) for name, tokens in maps.items()]
-    table(f"{len(paths)} photographs, {DenoiseConfig().views.count} views: position in each term", rows)
+    table(f"{len(paths)} photographs, {config.views.count} views: position in each term", rows)
     share = 1 - seconds["forward"] / seconds["all"]
     print(f"  seconds an image: {', '.join(f'{name} {value:.2f}' for name, value in seconds.items())}")
     print(f"  share of everything but the backbone's forward pass: {share:.2f}")
