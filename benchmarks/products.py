@@ -115,15 +115,14 @@ def planted_errors(config: PlantedBackboneConfig, pixels: Tensor) -> tuple[dict[
     batches = list(views)
     truth = backbone.semantic(views.views.image[None])[0]
     raw = views.whole.patches[0]
+    blend = denoise_image(backbone, pixels, DenoiseConfig(product="blend")).decomposition.semantic
     fit = ShiftSolver().fit(batches)
     tokens, coords = (torch.cat(part) for part in zip(*batches, strict=True))
     wrong = coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(config.seed))]
     lost = ShiftSolver().fit([(tokens, wrong)])
     errors = {
         "raw": relative_error(raw, truth),
-        "blend": relative_error(
-            denoise_image(backbone, pixels, DenoiseConfig(product="blend")).decomposition.semantic, truth
-        ),
+        "blend": relative_error(blend, truth),
         "removed": relative_error(fit.decompose(raw, views.coords).semantic, truth),
         "shuffled": relative_error(lost.decompose(raw, views.coords).semantic, truth),
     }

@@ -376,7 +376,7 @@ def test_averaged_views_of_an_affine_picture_are_its_tokens():
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_averaged_shifts_of_a_backbone_that_sees_its_patch_alone_are_its_tokens(photo, flip):
-    """Such tokens do not depend on shifts, and mean colours not on mirroring: every patch must come back to its place."""
+    """Such tokens do not depend on shifts, and mean colours not on mirroring: each patch comes back to its place."""
     views = replace(ViewConfig(count=10, batch=4), **features.PH_REG | {"flip": flip})
     image = photo[:, :192, :288]
     whole, mean = (
