@@ -17,6 +17,7 @@ from pathlib import Path
 from dvt.errors import ConfigError
 
 PART = ".part"
+_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _NAME_BYTES = 160  # of a file's name in that of its unfinished one: file systems take 255 in all
 
 
@@ -39,28 +40,51 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         ) from error
 
 
-@contextmanager
-def replaced(
-    path: Path, *, part: Path | None = None, sync: bool = False, allowed: Callable[[], None] = lambda: None
-) -> Iterator[Path]:
-    """Give a new file to write to, which takes the name `path` at the end of the block, with the umask's permissions.
+def write_whole(path: Path, content: bytes, part: Path, allowed: Callable[[], None] = lambda: None) -> None:
+    """Write a file's bytes, synced, to `part`, which then takes the name `path`.
 
     Args:
         path: in a folder that exists.
-        part: the unfinished file, where its name matters; one that is left there is removed. None takes a name that
-            nobody has, and removes what dead processes left of this file.
-        sync: put the file and its name on the disk before the block ends.
+        content: of the file.
+        part: the unfinished file; one that is left there is removed, so the caller holds a lock.
         allowed: called before the file takes its name; an OSError keeps it from that.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    if part is None:
-        _remove_dead_parts(path)
-        part = path.with_name(f"{_short(path)}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
-    else:
-        part.unlink(missing_ok=True)
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    if os.path.lexists(part):
+        part.unlink()
+    fd = os.open(part, _NEW, 0o666)
+    try:
+        with open(fd, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        allowed()
+        os.replace(part, path)
+        sync_path(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replaced(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Give a new file to write to, which takes the name `path` at the end of the block, with the umask's permissions.
+
+    Until then it has a name that nobody has; what dead processes left of this file is removed.
+
+    Args:
+        path: in a folder that exists.
+        sync: put the file and its name on the disk before the block ends.
+
+    Raises:
+        OSError: something cannot be written; nothing is left of it.
+    """
+    _remove_dead_parts(path)
+    part = path.with_name(f"{_short(path)}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
+    fd = os.open(part, _NEW, 0o666)
     mode = os.fstat(fd).st_mode & 0o777
     os.close(fd)
     try:
@@ -68,7 +92,6 @@ def replaced(
         part.chmod(mode)  # some writers make a file of their own, for its owner alone
         if sync:
             sync_path(part)
-        allowed()
         os.replace(part, path)
         if sync:
             sync_path(path.parent)
@@ -102,11 +125,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 def remove(path: Path) -> None:
     """Remove a file, a link or a folder with all in it, if it is there; what a link leads to stays."""
-    if path.is_symlink() or not path.is_dir():
-        with suppress(FileNotFoundError):
-            path.unlink()
-    else:
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def sync_path(path: Path) -> None:
@@ -127,7 +149,7 @@ def writable(path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.with_name(f"{_short(path)}.{secrets.token_hex(4)}{PART}")
-        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW))
+        os.close(os.open(trial, _NEW))
         trial.unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.blank import blank_correlation, blank_energy
 from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
 from dvt.analysis.metrics.nulls import matched_noise, shuffled, token_maps
 from dvt.analysis.metrics.positions import PositionShare, score_of
@@ -217,12 +218,12 @@ def blank_rows(
     A model without position answers a grey with equal tokens: the null of the energy is 0. That of the correlation
     is the artifact with its positions permuted.
     """
-    energies = torch.tensor([metrics.blank_energy(each) for each in responses]).double()
+    energies = torch.tensor([blank_energy(each) for each in responses]).double()
     rows = [replace(_mean_row("blank_energy", energies, None, generator, "interval over greys"), null=0.0)]
     if artifact is None:
         return [*rows, missing("blank_correlation", "no artifact is known to correlate with")]
-    values = torch.tensor([metrics.blank_correlation(each, artifact) for each in responses]).double()
-    null = torch.tensor([metrics.blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
+    values = torch.tensor([blank_correlation(each, artifact) for each in responses]).double()
+    null = torch.tensor([blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
     interval = _bootstrap_mean(values, generator)
     return [*rows, _row("blank_correlation", float(values.mean()), null, interval, len(values), "interval over greys")]
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dvt.errors import StoreError
-from dvt.files import PART, open_lock, replaced, take_lock
+from dvt.files import PART, open_lock, take_lock, write_whole
 from dvt.store.format import Record, shard_file
 from dvt.store.index import _read_shard, _Shard, _shard_files
 from dvt.store.job import Job
@@ -116,8 +116,7 @@ def commit_shard(
     """
     target = folder / f"{name}.h5"
     try:
-        with replaced(target, part=folder / f"{name}{part}.h5{PART}", sync=True, allowed=allowed) as unfinished:
-            unfinished.write_bytes(image)
+        write_whole(target, image, folder / f"{name}{part}.h5{PART}", allowed)
     except OSError as error:
         raise StoreError(
             f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "
