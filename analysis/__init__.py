@@ -1,4 +1,4 @@
-"""What features hold: artifact metrics and the pictures that show them.
+"""Measure what features hold: artifact metrics, the pictures that show them, label-based probes.
 
 Everything here is light to import: plotting and learning libraries are loaded by the functions that use them.
 """
@@ -47,8 +47,8 @@ __all__ = [
     "mic",
     "norm_outliers",
     "pca_colours",
-    "position_decodability",
     "pooled_position_mic",
+    "position_decodability",
     "position_mic",
     "save",
     "shift_stability",

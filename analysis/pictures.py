@@ -1,4 +1,4 @@
-"""Pictures of token maps: the same colours for the same features, norms, and similarity to chosen points.
+"""Draw token maps: the same colours for the same features, norms, and similarity to chosen points.
 
 Figures are made without pyplot, so that no backend is chosen and no global state is touched.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 # Four hues that stay apart for the colour-blind and on photographs (after Okabe and Ito).
 _MARKS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
-_INK = "#222222"
+INK = "#222222"
 
 
 def pca_colours(reference: Tensor | Sequence[Tensor], *others: Tensor) -> list[Tensor]:
-    """Token maps in colours: three principal components as red, green and blue, the same directions in all maps.
+    """Colour token maps: three principal components as red, green and blue, the same directions in all maps.
 
     Each map is centred and scaled to unit variance by itself. The components and the colour range (percentiles 1
     and 99, where it is clipped) come from all references together, with equal weight: fitted on the raw map alone,
@@ -67,7 +67,7 @@ def _standardised(tokens: Tensor) -> Tensor:
 
 
 def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
-    """(count, 2) coordinates (x, y) of patches that stand for the parts of a picture; the same for the same map.
+    """Choose patches that stand for the parts of a picture: (count, 2) coordinates (x, y); the same for the same map.
 
     Tokens away from the border, where there is room, are put into twice as many clusters as points. The largest
     cluster is taken first and then each time the one whose centre is farthest from those taken, each
@@ -101,7 +101,7 @@ def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
 
 
 def similarity(tokens: Tensor, point: Tensor) -> Tensor:
-    """(h, w) cosine similarity, in [-1, 1], of every token of an (h, w, C) map to the token at (x, y).
+    """Compute the cosine similarity (h, w), in [-1, 1], of every token of an (h, w, C) map to the token at (x, y).
 
     The map's mean is removed first: semantic features are only known up to one constant vector, and a cosine that
     includes it would say more of that constant than of the picture.
@@ -120,7 +120,7 @@ def decomposition_figure(
     residual: Tensor | None = None,
     points: Tensor | None = None,
 ) -> Figure:
-    """One image's decomposition on a page: features in colour, norms, and similarities before and after.
+    """Draw one image's decomposition on a page: features in colour, norms, and similarities before and after.
 
     Args:
         image: (3, H, W) in [0, 1].
@@ -164,12 +164,12 @@ def decomposition_figure(
 
 
 def _show(axis: Axes, values: Tensor, title: str, aspect: float, **options: Any) -> Any:
-    """A map stretched over the unit square's pixels, so that points in [0, 1]^2 fall where they belong."""
+    """Show a map stretched over the unit square's pixels, so that points in [0, 1]^2 fall where they belong."""
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_title(title, fontsize=10.5, color=_INK, loc="left", pad=5)
+    axis.set_title(title, fontsize=10.5, color=INK, loc="left", pad=5)
     return axis.imshow(values.numpy(), extent=(0, 1, 1, 0), interpolation="nearest", aspect=aspect, **options)
 
 
@@ -186,7 +186,7 @@ def _mark(axis: Axes, point: Tensor, number: int, label: bool = True) -> None:
         clip_on=False,
     )
     if label:
-        axis.text(x, y, str(number + 1), fontsize=9, weight="bold", color=_INK, ha="center", va="center_baseline")
+        axis.text(x, y, str(number + 1), fontsize=9, weight="bold", color=INK, ha="center", va="center_baseline")
 
 
 def _colour_row(
@@ -226,8 +226,8 @@ def _similarity_rows(figure: Figure, axes: Any, raw: Tensor, semantic: Tensor, p
 
 def _quiet(bar: Any, label: str) -> None:
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=9, colors=_INK, length=2)
-    bar.set_label(label, fontsize=10, color=_INK)
+    bar.ax.tick_params(labelsize=9, colors=INK, length=2)
+    bar.set_label(label, fontsize=10, color=INK)
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:

@@ -1,4 +1,4 @@
-"""The report of an analysis: a table with nulls and intervals, the data behind its pictures, and a folder on disk.
+"""Write and read the report of an analysis: a table with nulls and intervals, and the data behind its pictures.
 
 A folder holds, schema ``dvt-report/1``,
 
@@ -20,171 +20,30 @@ array:
 
 from __future__ import annotations
 
-import csv
 import io
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from html import escape
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import dvt
-from dvt.analysis.metrics.scores import METRICS, Row
+from dvt.analysis.findings import Findings
+from dvt.analysis.metrics.scores import Row
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 
-SCHEMA = "dvt-report/1"
+REPORT_SCHEMA = "dvt-report/1"
 
 
-@dataclass
-class Report:
-    """What :func:`dvt.analysis.analyze` found.
-
-    Attributes:
-        rows: metric x variant x layer x backbone.
-        images: names of the images of the sample.
-        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim} of each.
-        seconds: {forward, fields, denoisers, metrics, total}: in the backbone (views included), in decompositions
-            besides the backbone, in denoisers, in everything else, and all.
-        config: the settings.
-        index: what the arrays are; see the module.
-        arrays: by the names in the index.
-    """
-
-    rows: list[Row]
-    images: list[str]
-    backbones: list[dict[str, Any]]
-    seconds: dict[str, float]
-    config: dict[str, Any] = field(default_factory=dict)
-    index: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def share(self) -> float:
-        """Seconds in everything but the backbone, over the seconds in it."""
-        return (self.seconds["total"] - self.seconds["forward"]) / max(self.seconds["forward"], 1e-9)
-
-    def get(self, metric: str, variant: str = "raw", layer: int | None = None, backbone: str | None = None) -> Row:
-        """One row; layer None is the backbone's own, backbone None the first.
-
-        Raises:
-            ConfigError: there is no such row.
-        """
-        backbone = self.backbones[0]["label"] if backbone is None else backbone
-        own = {each["label"]: each["layer"] for each in self.backbones}
-        layer = own.get(backbone, -1) if layer is None else layer
-        for row in self.rows:
-            if (row.metric, row.variant, row.layer, row.backbone) == (metric, variant, layer, backbone):
-                return row
-        raise ConfigError(
-            f"the report has no {metric!r} of {variant!r} at layer {layer} of {backbone!r}; it has the metrics "
-            f"{sorted({row.metric for row in self.rows})}, the variants {sorted({row.variant for row in self.rows})}, "
-            f"the layers {sorted({row.layer for row in self.rows})} of {sorted(own)}"
-        )
-
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(title, header, lines) of the main table and, with several layers, of one table for each backbone."""
-        tables = [self._main_table()]
-        for each in self.backbones:
-            rows = [row for row in self.rows if row.backbone == each["label"] and row.variant == "raw"]
-            layers = sorted({row.layer for row in rows}, key=lambda layer: (layer == -1, layer))
-            if len(layers) > 1:
-                names = [name for name in METRICS if any(row.metric == name for row in rows)]
-                cells = {(row.layer, row.metric): "-" if row.value is None else f"{row.value:.3g}" for row in rows}
-                lines = [[_layer(layer), *(cells.get((layer, name), "-") for name in names)] for layer in layers]
-                tables.append((f"Layers of {each['label']}, raw", ["layer", *(METRICS[n].title for n in names)], lines))
-        return tables
-
-    def _main_table(self) -> tuple[str, list[str], list[list[str]]]:
-        own = {each["label"]: each["layer"] for each in self.backbones}
-        rows = [row for row in self.rows if row.layer == own.get(row.backbone)]
-        columns = list(dict.fromkeys((row.backbone, row.variant) for row in rows))
-        several = len(self.backbones) > 1
-        header = ["metric", "better", *(f"{name}, {variant}" if several else variant for name, variant in columns)]
-        cells = {(row.metric, row.backbone, row.variant): _cell(row) for row in rows}
-        lines = []
-        for name, metric in METRICS.items():
-            if any(row.metric == name for row in rows):
-                lines.append([metric.title, metric.better, *(cells.get((name, *column), "-") for column in columns)])
-        title = "Artifacts: value [95 % interval over images] (null and its 95 % interval)"
-        return title, header, lines
-
-    def notes(self) -> list[str]:
-        """The reasons for missing values and the remarks, each once."""
-        own = {each["label"]: each["layer"] for each in self.backbones}
-        found: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.note and row.layer == own.get(row.backbone):
-                title = METRICS[row.metric].title
-                if row.value is None:
-                    found.setdefault(f"not computed: {row.note}", []).append(f"{title} of {row.variant}")
-                else:
-                    count = f"{row.images} image" if row.images == 1 else f"{row.images} images"
-                    found.setdefault(f"{title}, {count}: {row.note}", []).append(row.variant)
-        return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
-
-    def to_text(self) -> str:
-        """All tables with the notes below, for a terminal."""
-        parts = []
-        for title, header, lines in self.tables():
-            widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-            body = [
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                for line in [header, ["-" * width for width in widths], *lines]
-            ]
-            parts.append("\n".join([title, "", *body]))
-        return "\n\n".join([*parts, "\n".join(self._closing())])
-
-    def _closing(self) -> list[str]:
-        seconds = self.seconds
-        return [
-            f"{len(self.images)} images. Backbone {seconds['forward']:.1f} s, decompositions besides it "
-            f"{seconds['fields']:.1f} s, denoisers {seconds['denoisers']:.1f} s, metrics and reading "
-            f"{seconds['metrics']:.1f} s: everything but the backbone takes {self.share:.2f} of its time.",
-            "Smooth features please most of these metrics: read them beside a score that needs labels (dvt probe).",
-            *(f"- {note}" for note in self.notes()),
-        ]
-
-    def to_markdown(self) -> str:
-        """All tables with the notes below."""
-        parts = []
-        for title, header, lines in self.tables():
-            escaped = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
-            rule = ["---"] * len(header)
-            parts.append(
-                f"## {title}\n\n"
-                + "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
-            )
-        return "\n\n".join([*parts, "\n".join(f"- {each.removeprefix('- ')}" for each in self._closing())]) + "\n"
-
-    def to_csv(self) -> str:
-        """Every row with all of its fields."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(
-            {name: "" if value is None else value for name, value in asdict(row).items()} for row in self.rows
-        )
-        return out.getvalue()
-
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        parts = []
-        for title, header, lines in self.tables():
-            head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
-            body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
-            parts.append(
-                f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            )
-        return "".join(parts) + "".join(f"<p>{escape(each)}</p>" for each in self._closing())
+class Report(Findings):
+    """Hold the findings of :func:`dvt.analysis.analyze`; write them to a folder and read them back."""
 
     def to_json(self) -> dict[str, Any]:
-        """Everything but the arrays, ready for JSON."""
+        """Return everything but the arrays, ready for JSON."""
         return {
-            "schema": SCHEMA,
+            "schema": REPORT_SCHEMA,
             "version": dvt.__version__,
             "config": self.config,
             "backbones": self.backbones,
@@ -231,9 +90,11 @@ class Report:
         folder = Path(folder)
         try:
             content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            if not isinstance(content, dict) or content.get("schema") != REPORT_SCHEMA:
                 given = content.get("schema") if isinstance(content, dict) else None
-                raise ConfigError(f"{str(folder)!r} holds a report of schema {given!r}; this version reads {SCHEMA!r}")
+                raise ConfigError(
+                    f"{str(folder)!r} holds a report of schema {given!r}; this version reads {REPORT_SCHEMA!r}"
+                )
             with np.load(folder / "data.npz", allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
             names = {entry["array"] for entries in content["index"].values() for entry in entries}
@@ -249,23 +110,3 @@ class Report:
                 f"{str(folder)!r} is not a report that can be read ({type(error).__name__}: {error}); "
                 "make it with `dvt analyze IMAGES... --out DIR`"
             ) from error
-
-
-def matching(entries: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    """The entries of an index list whose fields have the values given."""
-    return [entry for entry in entries if all(entry[name] == value for name, value in fields.items())]
-
-
-def _layer(layer: int) -> str:
-    return "final" if layer == -1 else str(layer)
-
-
-def _cell(row: Row) -> str:
-    if row.value is None:
-        return "-"
-    text = f"{row.value:.3f}"
-    if row.low is not None and row.high is not None:
-        text += f" [{row.low:.3f}, {row.high:.3f}]"
-    if row.null_low is not None and row.null_high is not None:
-        return f"{text} (null {row.null:.3f}, {row.null_low:.3f} to {row.null_high:.3f})"
-    return text if row.null is None else f"{text} (null {row.null:.3f})"

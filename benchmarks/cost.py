@@ -36,7 +36,7 @@ import dvt
 from cost_model import Fleet, Machine, Size, Vit
 from dvt.backbones import Backbone, load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
-from dvt.denoiser.train import denoiser_loss
+from dvt.denoiser.scores import denoiser_loss
 from dvt.fields import LinearSolver
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import TokenViews

@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from dvt.analysis import position_decodability, with_null
 from dvt.backbones import load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
 from dvt.denoiser.attach import attach
-from dvt.denoiser.train import FITTED, DenoiserTraining, InMemory, Pairs, batches_of, denoiser_loss, evaluate, split
+from dvt.denoiser.pairs import InMemory, Pairs, pair_batches, split
+from dvt.denoiser.scores import denoiser_loss, evaluate
+from dvt.denoiser.train import FITTED, DenoiserTraining
 from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
@@ -163,13 +166,14 @@ def made(
     if kind == "subtract":
         return fit_subtract(item["raw"].float() - item["target"].float() for item in items)
     assert kind not in FITTED
-    config = DenoiserTraining(kind=kind, steps=options.steps, batch_size=options.batch, seed=seed)
+    loop = replace(DenoiserTraining().loop, steps=options.steps, batch_size=options.batch, seed=seed)
+    config = DenoiserTraining(kind=kind, loop=loop)
     channels = items[0]["raw"].shape[-1]
     grid = max({pairs.grids[i] for i in chosen}, key=[pairs.grids[i] for i in chosen].count)
     denoiser = Denoiser(config.denoiser(channels, grid), torch.Generator().manual_seed(seed))
-    batches = batches_of(pairs, chosen, options.batch, options.steps, seed)
+    batches = pair_batches(pairs, chosen, options.batch, options.steps, seed)
     with tempfile.TemporaryDirectory() as folder:
-        train(denoiser, denoiser_loss, batches, config.training(), folder)
+        train(denoiser, denoiser_loss, batches, config.loop, folder)
     return denoiser.eval()
 
 
@@ -209,7 +213,7 @@ def pipeline(options: argparse.Namespace) -> dict[str, Any]:
 def steps_of(source: Pairs | InMemory, chosen: list[int], options: argparse.Namespace) -> float:
     channels, steps = source[0]["raw"].shape[-1], options.pipeline_steps
     denoiser = Denoiser(DenoiserConfig("block", channels, source.grids[0]), torch.Generator().manual_seed(0))
-    batches = batches_of(source, chosen, options.batch, steps, seed=0)
+    batches = pair_batches(source, chosen, options.batch, steps, seed=0)
     config = TrainingConfig(steps, options.batch, 1e-4, validate_every=0, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

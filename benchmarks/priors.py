@@ -38,8 +38,8 @@ from dvt.analysis.priors.evaluate import features, fit_power_law, frechet_distan
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.runs import fit_prior
 from dvt.analysis.priors.sampling import held_out_loss
-from dvt.analysis.priors.seen import square
-from dvt.analysis.priors.targets import Target
+from dvt.analysis.priors.targets import PriorTarget
+from dvt.analysis.priors.token_set import square
 from dvt.backbones import Backbone
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import denoise
@@ -161,7 +161,7 @@ def run(job: Job, material: Material, budget: Budget) -> dict[str, Any]:
     torch.set_num_threads(1)
     cut, tokens = budget.sizes[-1], material.tokens[job.kind]
     rows = torch.randperm(cut, generator=torch.Generator().manual_seed(job.seed))[: job.size]
-    target = Target("pixels", budget.patch)
+    target = PriorTarget("pixels", budget.patch)
     target = target.fitted(target.encode(material.pictures[:cut], material.tokens["raw"]))
     maps = target.standardise(target.encode(material.pictures, material.tokens["raw"]))
     config = PriorConfig(

@@ -2,6 +2,7 @@
 
 python benchmarks/probes.py crops frames --data DATA --store-frames STORE --store-crops STORE --denoiser FILE
 python benchmarks/probes.py depth discovery correspondence --data DATA --limit 40 --seeds 5
+python benchmarks/probes.py product-crops product-frames product-discovery product-correspondence --data DATA --limit 60
 
 DATA holds the folders camvid, depth, boxes and natural in the layouts of docs/probes.md. A store that is not given is
 made below --cache by stage one, which is most of the time; the minutes of a section are printed before it. What is
@@ -17,6 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from dvt.analysis.probes.table import make_rows
 from dvt.analysis.probes.variants import Variant
 from dvt.backbones import Backbone, load_backbone
 from dvt.denoiser import Denoiser, fit_linear, fit_subtract
-from dvt.fields.config import DenoiseConfig
+from dvt.fields.config import DenoiseConfig, Product
 from dvt.fields.image import denoise_image
 from dvt.fields.images import denoise_images
 from dvt.images import find_images, load_image
@@ -323,7 +325,9 @@ def matches(options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
     }
     tables = {"one pass": (fast, options.match_images), "many views": (slow, options.match_views_images)}
     return {
-        name: matched(f"correspondence, {name}", passes, pick(files, min(options.limit or count, count)), options)
+        name: matched(
+            f"correspondence, {name}", passes, pick(files, min(options.limit or count, count)), options
+        ).to_dict()
         for name, (passes, count) in tables.items()
     }
 
@@ -332,7 +336,7 @@ Passes = dict[str, tuple[Callable[[Tensor], Tokens], Mapping[str, Way]]]
 """Row -> what makes tokens of a batch of images, and further rows that are functions of these."""
 
 
-def matched(title: str, passes: Passes, files: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
+def matched(title: str, passes: Passes, files: Sequence[Path], options: argparse.Namespace) -> ProbeReport:
     """A table of one kind of rows; the minutes come from one image."""
     images, input_size = [load_image(path) for path in files], demo().input_size
     start = time.perf_counter()
@@ -344,17 +348,116 @@ def matched(title: str, passes: Passes, files: Sequence[Path], options: argparse
     for seed in range(options.seeds):
         for row, (model, own) in passes.items():
             found = correspondence(model, images, input_size, WarpConfig(seed=seed), own)
-            for name, evidence in found.items():
-                draws.setdefault(row if name == "raw" else name, []).append(evidence)
-    rows = make_rows({n: torch.stack(d) for n, d in draws.items()}, Correspondence.summarise, "PCK", "raw")
-    report = ProbeReport("correspondence", "PCK", "raw", rows, {"test": len(images)})
+            for name, statistics in found.items():
+                draws.setdefault(row if name == "raw" else name, []).append(statistics)
+    compare = partial(make_rows, {n: torch.stack(d) for n, d in draws.items()}, Correspondence.summarise, "PCK")
+    report = ProbeReport("correspondence", "PCK", "raw", compare("raw"), {"test": len(images)}, compare=compare)
     show(title, report)
-    return report.to_dict()
+    return report
 
 
 def per_view(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tokens]:
     """A backbone of batches from what is computed for one image (3, H, W)."""
     return lambda batch: Tokens.of(torch.stack([make(each) for each in batch]))
+
+
+# -- the products of stage one ----------------------------------------------------------------------------------------
+
+PRODUCTS: tuple[Product, ...] = ("blend", "removed", "ensembled")
+
+
+def product_stores(name: str, images: Sequence[Path], options: argparse.Namespace) -> dict[str, FeatureStore]:
+    """The store of each product with its own views, made below the cache where it is not there yet."""
+    stores = {}
+    for product in PRODUCTS:
+        folder = options.cache / f"products-{name}-{product}"
+        config = DenoiseConfig(product=product, dtype=options.dtype)
+        denoise_images(demo(), sorted(set(images)), folder, config, keep_terms=True, progress=told)
+        stores[product] = FeatureStore(folder, "semantic")
+    return stores
+
+
+def product_rows(stores: Mapping[str, FeatureStore], beside: bool) -> dict[str, Variant]:
+    """Each product, and beside the raw tokens (twice the channels) where this is wanted."""
+    rows: dict[str, Variant] = dict(stores)
+    for name, store in stores.items() if beside else ():
+        rows[f"raw and {name}"] = Mixed(store.path, lambda raw, f, g: torch.cat((raw, f), dim=-1))
+    return rows
+
+
+def against_both(title: str, report: ProbeReport, first: str) -> dict[str, Any]:
+    """The table over raw and over another row."""
+    other = report.against(first)
+    show(f"{title}, over raw", report)
+    show(f"{title}, over {first}", other)
+    return {"over raw": report.to_dict(), f"over {first}": other.to_dict()}
+
+
+def product_camvid(protocol: str, options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """Linear and kNN segmentation of each product, of raw beside it and of denoisers; nothing is chosen."""
+    config = ProbeConfig(
+        "segmentation",
+        options.data / "camvid",
+        ignore=(CAMVID_VOID,),
+        protocol=protocol,
+        train_images=options.limit,
+        test_images=options.limit and max(2, options.limit // 2),
+        baselines=("position-only",),
+        evaluate="test",
+        seeds=options.seeds,
+        cache=options.cache,
+    )
+    images = [e.image for part in prepare(config, told).splits.values() for e in part]
+    rows = product_rows(product_stores(protocol, images, options), beside=True)
+    rows |= {file.stem: blended(Denoiser.from_pretrained(file).eval(), 1.0) for file in options.denoiser}
+    rows["raw twice"] = controls()["raw twice"]
+    return {
+        task: against_both(
+            f"products, CamVid {protocol}, {task}", run_probe(replace(config, task=task), backbone, rows, told), "blend"
+        )
+        for task in options.tasks
+    }
+
+
+def product_discovery(options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """CorLoc of each product, each image's mean token subtracted."""
+    images = pick(find_images([options.data / "boxes" / "images"]), options.limit or None)
+    rows = product_rows(product_stores("boxes", images, options), beside=False)
+    rows |= {file.stem: blended(Denoiser.from_pretrained(file).eval(), 1.0) for file in options.denoiser}
+    found = {}
+    for method in ("lost", "tokencut"):
+        config = ProbeConfig(
+            "discovery",
+            options.data / "boxes",
+            method=method,
+            test_images=options.limit,
+            baselines=(),
+            cache=options.cache,
+        )
+        found[method] = against_both(f"products, {method}", run_probe(config, backbone, rows, told), "blend")
+    return found
+
+
+def product_matches(options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """PCK under known warps: denoisers in one pass, and each product made anew of every warped view."""
+    files = find_images([options.data / "boxes" / "images"])
+    denoisers = {file.stem: blended(Denoiser.from_pretrained(file).eval(), 1.0) for file in options.denoiser}
+    found = {}
+    if denoisers:
+        passes: Passes = {"raw": (backbone, denoisers)}
+        report = matched("products, correspondence, one pass", passes, pick(files, options.match_images), options)
+        found["one pass"] = against_both("products, correspondence, one pass", report, next(iter(denoisers)))
+    if not options.match_views_images:
+        return found
+
+    def made(product: Product) -> Callable[[Tensor], Tokens]:
+        config = DenoiseConfig(product=product, dtype=options.dtype)
+        return per_view(lambda image: denoise_image(backbone, image, config).decomposition.semantic)
+
+    views: Passes = {"raw": (backbone, {}), **{product: (made(product), {}) for product in PRODUCTS}}
+    title = "products, correspondence, many views"
+    report = matched(title, views, pick(files, options.match_views_images), options)
+    return found | {"many views": against_both(title, report, "blend")}
 
 
 # -- the whole --------------------------------------------------------------------------------------------------------
@@ -365,6 +468,10 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, Backbone], dict[str, Any]]] = 
     "depth": depth,
     "discovery": discovery,
     "correspondence": matches,
+    "product-crops": lambda options, backbone: product_camvid("crops", options, backbone),
+    "product-frames": lambda options, backbone: product_camvid("frames", options, backbone),
+    "product-discovery": product_discovery,
+    "product-correspondence": product_matches,
 }
 
 
@@ -428,8 +535,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--views", type=int, default=24, help="views of stage one where no store is given")
     parser.add_argument("--average-views", type=int, default=10, help="views of view averaging")
     parser.add_argument("--match-images", type=int, default=20, help="photographs of correspondence")
-    parser.add_argument("--match-views-images", type=int, default=6, help="of its second table, minutes each")
+    parser.add_argument("--match-views-images", type=int, default=6, help="of its second table, minutes each; 0: none")
     parser.add_argument("--cache", type=Path, default=Path("probes-cache"), help="folder for features, crops, stores")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of the products' passes")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()
 

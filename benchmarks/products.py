@@ -1,10 +1,12 @@
 """The products of stage one: is `removed` faithful and harmless, does `ensembled` serve labels, and at what cost.
 
 python benchmarks/products.py planted faithful labels --natural DIR --segments DIR
+python benchmarks/products.py pictures --natural DIR --sheet docs/products.png
 
 planted   relative error on a backbone of pixels whose F and G are known, ten photographs and seeds
 faithful  cosine to the mean of real windows shifted by whole patches (docs/method.md), the image's own window left out
 labels    same-segment AUC: does the cosine of two tokens tell pairs of one human segment, at equal distance
+pictures  a sheet of photographs, raw tokens, both products and the artifact, in joint colours
 
 Each section prints a table with 95 % t intervals over images; the last line of the output is one JSON object.
 """
@@ -113,15 +115,14 @@ def planted_errors(config: PlantedBackboneConfig, pixels: Tensor) -> tuple[dict[
     batches = list(views)
     truth = backbone.semantic(views.views.image[None])[0]
     raw = views.whole.patches[0]
+    blend = denoise_image(backbone, pixels, DenoiseConfig(product="blend")).decomposition.semantic
     fit = ShiftSolver().fit(batches)
     tokens, coords = (torch.cat(part) for part in zip(*batches, strict=True))
     wrong = coords[torch.randperm(len(coords), generator=torch.Generator().manual_seed(config.seed))]
     lost = ShiftSolver().fit([(tokens, wrong)])
     errors = {
         "raw": relative_error(raw, truth),
-        "blend": relative_error(
-            denoise_image(backbone, pixels, DenoiseConfig(product="blend")).decomposition.semantic, truth
-        ),
+        "blend": relative_error(blend, truth),
         "removed": relative_error(fit.decompose(raw, views.coords).semantic, truth),
         "shuffled": relative_error(lost.decompose(raw, views.coords).semantic, truth),
     }
@@ -302,19 +303,54 @@ def majority(segments: Tensor, grid: grids.Size) -> Tensor:
     return counts.view(-1, kinds).argmax(1)
 
 
+# -- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(options: argparse.Namespace) -> dict[str, Any]:
+    """A sheet: one photograph a row; the colours of a row are the same directions in all its maps."""
+    from matplotlib.figure import Figure
+
+    from dvt.analysis import pca_colours
+
+    backbone = load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights())
+    files = pick(sorted(options.natural.glob("*.jpg")), options.pictures)
+    titles = ("photograph", "raw", "removed", "ensembled", "artifact")
+    sheet = Figure(figsize=(2.0 * len(titles), 1.5 * len(files)), layout="constrained")
+    rows = sheet.subplots(len(files), len(titles), squeeze=False)
+    for path, axes in zip(files, rows, strict=True):
+        pixels = load_image(path)
+        removed, ensembled = (
+            denoise_image(backbone, pixels, DenoiseConfig(product=product, dtype=options.dtype)).decomposition
+            for product in ("removed", "ensembled")
+        )
+        colours = pca_colours([removed.raw, removed.semantic, ensembled.semantic], removed.artifact)
+        shape = (pixels.shape[2] / colours[0].shape[1], pixels.shape[1] / colours[0].shape[0])
+        axes[0].imshow(pixels.permute(1, 2, 0).numpy())
+        for axis, each in zip(axes[1:], colours, strict=True):
+            axis.imshow(each.numpy(), aspect=shape[1] / shape[0], interpolation="nearest")
+        for axis in axes:
+            axis.set_axis_off()
+    for axis, title in zip(rows[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    sheet.savefig(options.sheet, dpi=80)
+    return {"files": [path.name for path in files], "sheet": str(options.sheet)}
+
+
 # -- the command ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"planted": planted, "outliers": outliers, "faithful": faithful, "labels": labels}
+SECTIONS = {"planted": planted, "outliers": outliers, "faithful": faithful, "labels": labels, "pictures": pictures}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=[*SECTIONS], choices=[*SECTIONS])
+    parser.add_argument("sections", nargs="+", choices=[*SECTIONS])
     parser.add_argument("--natural", type=Path, required=True, help="folder of photographs (.jpg)")
     parser.add_argument("--segments", type=Path, help="folder of segmentations (.png) of some of them")
     parser.add_argument("--planted", type=int, default=10, help="photographs and seeds of the planted backbone")
     parser.add_argument("--images", type=int, default=24, help="photographs of the shift target")
     parser.add_argument("--segmented", type=int, default=40, help="segmented photographs")
+    parser.add_argument("--pictures", type=int, default=8, help="photographs of the sheet")
+    parser.add_argument("--sheet", type=Path, default=Path("products.png"), help="where the sheet is written")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of forward passes")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()

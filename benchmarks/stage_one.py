@@ -454,7 +454,7 @@ def natural(options: argparse.Namespace) -> dict[str, Any]:
     spent |= {"all": time.perf_counter() - start, "forward": clock.seconds}
     seconds = {name: value / len(paths) for name, value in spent.items()}
     rows = [position_row(name, tokens, options.mic_images) for name, tokens in maps.items()]
-    table(f"{len(paths)} photographs, {DenoiseConfig(product='blend').views.count} views: position in each term", rows)
+    table(f"{len(paths)} photographs, {config.views.count} views: position in each term", rows)
     share = 1 - seconds["forward"] / seconds["all"]
     print(f"  seconds an image: {', '.join(f'{name} {value:.2f}' for name, value in seconds.items())}")
     print(f"  share of everything but the backbone's forward pass: {share:.2f}")

@@ -1,4 +1,4 @@
-"""What a denoiser may consist of besides a transformer block: baselines, and removals fitted in closed form.
+"""Bodies of denoisers other than a transformer block: trained baselines, and removals fitted in closed form.
 
 Each is a module of (patches (B, h, w, C), prefix) -> patches with a `reset` that makes it the identity.
 """
@@ -17,7 +17,7 @@ from dvt.denoiser.remedies.bodies import Defect, Registers
 
 
 class Convolution(nn.Module):
-    """x + Conv(x), the convolution 1 x 1 or 3 x 3 over the token map, zero beyond its border."""
+    """Compute x + Conv(x), the convolution 1 x 1 or 3 x 3 over the token map, zero beyond its border."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Convolution(nn.Module):
         self.conv = nn.Conv2d(config.feature_dim, config.feature_dim, size, padding=size // 2)
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Nothing added."""
+        """Start as the identity: add nothing."""
         for parameter in self.conv.parameters():
             nn.init.zeros_(parameter)
 
@@ -34,7 +34,7 @@ class Convolution(nn.Module):
 
 
 class Linear(nn.Module):
-    """x - (x - mean) W W': along the directions W (C, rank), orthonormal or zero, tokens are set to the mean."""
+    """Compute x - (x - mean) W W': along W (C, rank), orthonormal or zero, tokens are set to the mean."""
 
     mean: Tensor
     directions: Tensor
@@ -45,7 +45,7 @@ class Linear(nn.Module):
         self.register_buffer("directions", torch.empty(config.feature_dim, config.rank))
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Nothing removed."""
+        """Start as the identity: remove nothing."""
         self.mean.zero_()
         self.directions.zero_()
 
@@ -54,7 +54,7 @@ class Linear(nn.Module):
 
 
 class Subtract(nn.Module):
-    """x - G(p): a stored artifact (h, w, C), resampled to the grid of the tokens."""
+    """Subtract a stored artifact (h, w, C), resampled to the grid of the tokens: x - G(p)."""
 
     artifact: Tensor
 
@@ -63,7 +63,7 @@ class Subtract(nn.Module):
         self.register_buffer("artifact", torch.empty(*config.grid, config.feature_dim))
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Nothing subtracted."""
+        """Start as the identity: subtract nothing."""
         self.artifact.zero_()
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a denoiser is made of."""
+"""Settings of a denoiser, and the kinds that there are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dvt.grids import Size
 
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
 #: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
-KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
+DENOISER_KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
 #: Remedies of norm outliers: "defect", removal of one direction from the tokens that lie far along it, all others stay
 #: as they are; "registers", test-time registers, which act inside the model and not on its tokens.
 OUTLIER_KINDS = ("defect", "registers")
@@ -21,10 +21,10 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """What a denoiser is made of.
+    """Describe what a denoiser is made of.
 
     Args:
-        kind: one of :data:`KINDS` or :data:`OUTLIER_KINDS`.
+        kind: one of :data:`DENOISER_KINDS` or :data:`OUTLIER_KINDS`.
         feature_dim: C, channels of a token.
         grid: (h, w) of the stored position embedding or artifact; for tokens of another grid it is resampled.
         num_heads: attention heads of a block; None means C / 64, at least 1, lowered until it divides C.
@@ -54,8 +54,8 @@ class DenoiserConfig:
     strength: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, *OUTLIER_KINDS):
-            known = ", ".join((*KINDS, *OUTLIER_KINDS))
+        if self.kind not in (*DENOISER_KINDS, *OUTLIER_KINDS):
+            known = ", ".join((*DENOISER_KINDS, *OUTLIER_KINDS))
             raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
         object.__setattr__(self, "grid", tuple(self.grid))
         if len(self.grid) != 2 or min(self.grid) < 1:
@@ -69,7 +69,7 @@ class DenoiserConfig:
 
     @property
     def heads(self) -> int:
-        """The number of attention heads."""
+        """Count the attention heads of a block."""
         if self.num_heads is not None:
             return self.num_heads
         return next(n for n in range(max(1, self.feature_dim // HEAD_DIM), 0, -1) if self.feature_dim % n == 0)

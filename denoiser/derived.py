@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
 
@@ -18,7 +18,7 @@ _METHODS = ("forward", "forward_features", "forward_intermediates")
 
 @cache
 def derived(mixin: Any, base: Any) -> type[nn.Module]:
-    """`base` with a mixin before it, under its own name, because families go by that."""
+    """Derive a class from a mixin and `base`, under the name of `base`, because families go by that."""
 
     def method(name: str) -> Callable[..., Any]:
         own = getattr(mixin, name)
@@ -35,12 +35,12 @@ def derived(mixin: Any, base: Any) -> type[nn.Module]:
 
 
 def reduced(module: nn.Module) -> tuple[Any, ...]:
-    """What ``__reduce_ex__`` of a mixin returns: a derived class has no name to be found by, its parts have."""
+    """Answer ``__reduce_ex__`` for a mixin: a derived class has no name to be found by, its parts have."""
     return blank, _parts(type(module)), module.__dict__.copy()
 
 
 def blank(root: Any, *mixins: Any) -> nn.Module:
-    """A module without content, which unpickling fills."""
+    """Make a module without content, which unpickling fills."""
     kind = root
     for mixin in mixins:
         kind = derived(mixin, kind)
@@ -48,7 +48,7 @@ def blank(root: Any, *mixins: Any) -> nn.Module:
 
 
 def shared_copy(model: nn.Module, kind: type[nn.Module] | None = None) -> Any:
-    """A module, of another class if wanted, with the same submodules and parameters; its own changes stay its own."""
+    """Copy a module, perhaps to another class, with the same submodules and parameters; later changes stay its own."""
     kind = kind or type(model)
     result = kind.__new__(kind)
     containers = (dict, list, set)
@@ -56,8 +56,17 @@ def shared_copy(model: nn.Module, kind: type[nn.Module] | None = None) -> Any:
     return result
 
 
+def around(model: nn.Module, inner: nn.Module) -> nn.Module:
+    """Put a changed encoder where a model has its own: inside a copy of timm's wrapper, if there is one."""
+    if families.core(model) is model:
+        return inner
+    outer = shared_copy(model)
+    outer.encoder = inner
+    return outer
+
+
 def stride_of(model: families.Model) -> Size:
-    """Pixels between patches: fewer than the patch where a backbone was loaded with a stride."""
+    """Find the pixels between patches: fewer than the patch where a backbone was loaded with a stride."""
     patch = families.patch_size(model)
     embed = families.embedding(model)
     layer = embed[0] if isinstance(embed, nn.Sequential) else getattr(embed, "proj", None)
@@ -67,12 +76,19 @@ def stride_of(model: families.Model) -> Size:
 
 
 def grid_of(model: families.Model, images: Tensor) -> Size:
-    """(h, w) of images (B, 3, H, W)."""
+    """Compute the grid (h, w) of images (B, 3, H, W)."""
     patch = families.patch_size(model)
     size = images.shape[2], images.shape[3]
     if getattr(families.embedding(model), "dynamic_img_pad", False):
         size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
     return grids.grid_shape(size, patch, stride_of(model))
+
+
+def taken_blocks(count: int, indices: int | Sequence[int] | None) -> list[int]:
+    """List the blocks that timm means by `indices`: None is all, n the last n, negative ones count from the end."""
+    if indices is None or isinstance(indices, int):
+        return list(range(count))[-indices if indices else 0 :]
+    return sorted({i % count for i in indices})
 
 
 def _parts(kind: Any) -> tuple[Any, ...]:

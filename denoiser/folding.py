@@ -1,4 +1,4 @@
-"""Affine denoisers folded into the layers beside them, exactly.
+"""Fold affine denoisers into the layers beside them, exactly.
 
 A denoiser of kind "linear" or "conv1x1" is one affine map x -> M x + c of each patch token, so it merges with a linear
 layer just behind or just before it at no cost: :func:`fold_into` and :func:`fold_after`. It does not commute with
@@ -25,7 +25,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def affine(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
-    """(M (C, C), c (C,)) in float64 such that the denoiser, at its strength, is x -> M x + c.
+    """Find M (C, C) and c (C,), float64, such that the denoiser, at its strength, is x -> M x + c.
 
     Raises:
         ConfigError: the denoiser is not of the same affine map at each position.
@@ -47,7 +47,7 @@ def affine(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
 
 
 def fold_into(denoiser: Denoiser, layer: L) -> L:
-    """A copy of a layer that reads patch tokens, such that copy(x) = layer(denoiser(x)) for raw tokens x.
+    """Copy a layer that reads patch tokens, such that copy(x) = layer(denoiser(x)) for raw tokens x.
 
     Args:
         denoiser: of kind "linear" or "conv1x1".
@@ -64,7 +64,7 @@ def fold_into(denoiser: Denoiser, layer: L) -> L:
 
 
 def fold_after(denoiser: Denoiser, layer: L) -> L:
-    """A copy of a layer that makes patch tokens, such that copy(h) = denoiser(layer(h)).
+    """Copy a layer that makes patch tokens, such that copy(h) = denoiser(layer(h)).
 
     Args:
         denoiser: of kind "linear" or "conv1x1".
@@ -81,7 +81,7 @@ def fold_after(denoiser: Denoiser, layer: L) -> L:
 
 
 def fold(denoiser: Denoiser, model: M, force: bool = False) -> M:
-    """A copy of a backbone whose final LayerNorm gives denoised patch tokens; its prefix tokens stay as they are.
+    """Copy a backbone so that its final LayerNorm gives denoised patch tokens; its prefix tokens stay as they are.
 
     Args:
         denoiser: of kind "linear" or "conv1x1", for the last layer.
@@ -112,7 +112,7 @@ def fold(denoiser: Denoiser, model: M, force: bool = False) -> M:
 
 
 class DenoisedNorm(nn.Module):
-    """A LayerNorm over tokens (B, P + n, C), followed for the n patches by the affine map x -> M x + c."""
+    """Apply a LayerNorm to tokens (B, P + n, C), and then the affine map x -> M x + c to the n patches."""
 
     def __init__(self, norm: nn.LayerNorm, matrix: Tensor, offset: Tensor, prefix: int) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def _replaced(layer: L, weight: Tensor, bias: Tensor) -> L:
-    """A copy of a layer with other values and, always, a bias."""
+    """Copy a layer with other values and, always, a bias."""
     new = copy.deepcopy(layer)
     new.weight = nn.Parameter(weight.reshape(layer.weight.shape).to(layer.weight), layer.weight.requires_grad)
     new.bias = nn.Parameter(bias.to(layer.weight), layer.weight.requires_grad)

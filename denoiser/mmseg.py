@@ -1,4 +1,4 @@
-"""Any backbone of dvt, raw or denoised, inside mmsegmentation: a backbone, a linear head and the CamVid data set.
+"""Run any backbone of dvt, raw or denoised, in mmsegmentation: a backbone, a linear head and the CamVid data set.
 
 The one module that imports mmseg; nothing else in dvt imports it. A config of mmseg makes its classes known by
 ``custom_imports = dict(imports=["dvt.denoiser.mmseg"], allow_failed_imports=False)``; see ``docs/mmseg.md`` and
@@ -38,7 +38,7 @@ __all__ = ["CamVidDataset", "DvtBackbone", "DvtLinearHead"]
 
 @MODELS.register_module()
 class DvtBackbone(BaseModule):
-    """A frozen backbone that gives mmseg one feature map, raw or denoised.
+    """Give mmseg one feature map of a frozen backbone, raw or denoised.
 
     Args:
         name: a single-scale timm model, as :func:`dvt.load_backbone` takes it.
@@ -87,7 +87,7 @@ class DvtBackbone(BaseModule):
         self._range_checked = False
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
-        """One map (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
+        """Compute one map (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
 
         A size that is no multiple of the patch is resized to the nearest one, so that the map still covers the whole
         image, as mmseg's heads take for granted when they enlarge it. Models of fixed size have every image resized.
@@ -104,17 +104,17 @@ class DvtBackbone(BaseModule):
             return (backbone(images).patches.permute(0, 3, 1, 2).contiguous(),)
 
     def train(self, mode: bool = True) -> DvtBackbone:
-        """Training mode for mmengine's bookkeeping only; the frozen model inside stays in evaluation mode."""
+        """Set training mode for mmengine's bookkeeping only; the frozen model inside stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
 
     def init_weights(self) -> None:
-        """Nothing: the weights came with the backbone, and timm's own initialisation must not overwrite them."""
+        """Do nothing: the weights came with the backbone, and timm's own initialisation must not overwrite them."""
         self._is_init = True
 
     def _check_range(self, images: Tensor) -> None:
-        """Once, because looking at values makes a GPU wait."""
+        """Check the range of the first images only, because looking at values makes a GPU wait."""
         if self._range_checked:
             return
         low, high = float(images.min()), float(images.max())
@@ -128,7 +128,7 @@ class DvtBackbone(BaseModule):
 
 @MODELS.register_module()
 class DvtLinearHead(BaseDecodeHead):
-    """BatchNorm and a 1x1 convolution: the linear probe of frozen features.
+    """Classify frozen features by BatchNorm and a 1x1 convolution, the linear probe.
 
     Args:
         in_channels: C of the backbone, or one number a map where `in_index` and `input_transform` pick several.
@@ -144,13 +144,13 @@ class DvtLinearHead(BaseDecodeHead):
         self.bn = nn.BatchNorm2d(channels)  # `sync_bn = "torch"` in the config shares its statistics between GPUs
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """(B, num_classes, h, w) scores of the maps that the backbone gave."""
+        """Compute scores (B, num_classes, h, w) of the maps that the backbone gave."""
         return self.cls_seg(self.bn(self._transform_inputs(inputs)))
 
 
 @DATASETS.register_module()
 class CamVidDataset(BaseSegDataset):
-    """CamVid's 11 classes; id 11 in the label files is void and becomes mmseg's 255.
+    """Read CamVid with its 11 classes; id 11 in the label files is void and becomes mmseg's 255.
 
     Args:
         options: those of mmseg's ``BaseSegDataset``. The suffixes are .jpg for images and .png for labels.

@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from functools import partial
-from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from dvt.backbones import weights_sha256
+from dvt.backbones import Backbone, weights_sha256
+from dvt.denoiser.attach import attach
 from dvt.denoiser.bodies import BODIES
-from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
-from dvt.denoiser.sharing import Shared
+from dvt.denoiser.config import INSIDE, DenoiserConfig
+from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import ShapeError
 
 __all__ = ["Blocks", "Denoiser", "DenoiserConfig"]
+
+M = TypeVar("M", bound=nn.Module)
 
 LAYER_NORM_EPS = 1e-6
 INITIAL_STD = 0.02
 
 
-class Denoiser(nn.Module, Shared):
-    """Token maps in, token maps without artifacts out, in one forward pass.
+class Denoiser(PretrainedDenoiser):
+    """Remove artifacts from token maps, in one forward pass.
 
     The kind "block" is stage 2 of Denoising Vision Transformers (arXiv 2401.02957); the others are its baselines.
-    :class:`~dvt.denoiser.sharing.Shared` saves, loads and publishes it.
+    :class:`~dvt.denoiser.sharing.PretrainedDenoiser` saves, loads and publishes it.
 
     Args:
         config: what it is made of.
@@ -44,10 +46,7 @@ class Denoiser(nn.Module, Shared):
     """
 
     def __init__(self, config: DenoiserConfig, generator: torch.Generator | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.card: dict[str, Any] = {}
-        self.strength = config.strength
+        super().__init__(config, generator)
         # Built without values, so that only `reset` draws numbers, and from the generator given.
         body: Any = self._plan(config)["body"]
         self.body = body
@@ -61,27 +60,12 @@ class Denoiser(nn.Module, Shared):
             return nn.ModuleDict({"body": ({"block": Blocks} | BODIES)[config.kind](config)})
 
     @property
-    def feature_dim(self) -> int:
-        """C, channels of a token."""
-        return self.config.feature_dim
-
-    @property
-    def strength(self) -> float:
-        """How much of the change is made, in [0, 1]: 0 gives the input back bit for bit, 1 the denoised tokens."""
-        return self._strength
-
-    @strength.setter
-    def strength(self, value: float) -> None:
-        check_strength(value)
-        self._strength = float(value)
-
-    @property
     def identity(self) -> dict[str, Any]:
-        """What its output depends on, as plain JSON values: the hash of its weights, its settings and its strength."""
+        """List what its output depends on, as plain JSON values: hash of the weights, settings and strength."""
         return {"weights_sha256": weights_sha256(self), **asdict(replace(self.config, strength=self.strength))}
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """raw + strength (denoised - raw).
+        """Compute raw + strength (denoised - raw).
 
         Args:
             patches: (B, h, w, C) raw tokens of any grid and floating point dtype.
@@ -107,9 +91,15 @@ class Denoiser(nn.Module, Shared):
         denoised = self.body(patches.to(dtype), self._prefix(patches, prefix)).to(patches.dtype)
         return denoised if self.strength == 1 else patches + self.strength * (denoised - patches)
 
+    @overload
+    def attach(self, model: Backbone, layer: int = -1, force: bool = False) -> nn.Module: ...
+
+    @overload
+    def attach(self, model: M, layer: int = -1, force: bool = False) -> M: ...
+
     def attach(self, model: nn.Module, layer: int = -1, force: bool = False) -> nn.Module:
-        """A backbone or timm model with this denoiser inside: see :func:`dvt.denoiser.attach.attach`."""
-        return import_module("dvt.denoiser.attach").attach(self, model, layer, force)  # that module imports this one
+        """Put this denoiser inside a timm model, or that of a backbone: see :func:`dvt.denoiser.attach.attach`."""
+        return attach(self, model, layer, force)
 
     def _prefix(self, patches: Tensor, prefix: Tensor | None) -> Tensor | None:
         if not self.config.use_prefix:
@@ -124,7 +114,7 @@ class Denoiser(nn.Module, Shared):
 
 
 class Blocks(nn.Module):
-    """Transformer blocks with a learned position embedding at their input (Denoising ViT, stage 2).
+    """Run transformer blocks, with a learned position embedding at their input (Denoising ViT, stage 2).
 
     Reading a grid other than its own resamples the embedding (bicubic, as timm does for its models).
     """
@@ -140,7 +130,7 @@ class Blocks(nn.Module):
         )
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Small random matrices: what the blocks add to their input starts small."""
+        """Draw small random matrices: what the blocks add to their input starts small."""
         for name, value in self.named_parameters():
             if value.ndim > 1:
                 nn.init.trunc_normal_(value, std=INITIAL_STD, generator=generator)

@@ -1,4 +1,4 @@
-"""The checkpoints that the authors of Denoising ViT publish: what there is, where, and how to read it.
+"""Find and read the checkpoints that the authors of Denoising ViT publish.
 
 A denoiser's file is a dict whose "denoiser" holds ``pos_embed`` (1, n n, C) and the names of a timm Block after
 ``denoiser.`` (with several blocks after ``denoiser.0.``, ``denoiser.1.``, ...). A distilled backbone's file is a dict
@@ -22,7 +22,7 @@ from dvt.errors import WeightsError
 
 REPOSITORY = "jjiaweiyang/DVT"
 
-_DISTILLED = (
+_DISTILLED_BACKBONES = (
     "deit3_base_patch16_224.fb_in1k",
     "eva02_base_patch16_clip_224.merged2b",
     "vit_base_patch14_dinov2.lvd142m",
@@ -42,8 +42,8 @@ _SMALL_AND_LARGE = (
 #: Folder of the repository to the timm models that its authors report results of; a file is FOLDER/NAME.pth.
 #: "denoised" holds denoisers, "distilled" whole backbones; the first part names the images they were trained on.
 PUBLISHED: dict[str, tuple[str, ...]] = {
-    "voc_denoised": tuple(sorted(_DISTILLED + _SMALL_AND_LARGE)),
-    "voc_distilled": _DISTILLED,
+    "voc_denoised": tuple(sorted(_DISTILLED_BACKBONES + _SMALL_AND_LARGE)),
+    "voc_distilled": _DISTILLED_BACKBONES,
     "imgnet_denoised": ("vit_base_patch14_dinov2.lvd142m",),
     "imgnet_distilled": ("vit_base_patch14_dinov2.lvd142m",),
 }
@@ -82,7 +82,7 @@ def published_file(name: str, folder: str = "voc_denoised", **options: Any) -> P
 
 
 def published_denoiser(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], State]:
-    """(settings of a DenoiserConfig, card, tensors by dvt's names) of a published denoiser's file.
+    """Read a published denoiser's file: (settings of a DenoiserConfig, card, tensors by dvt's names).
 
     Its grid is square, its side the root of the embedding's length.
 
@@ -111,7 +111,7 @@ def published_denoiser(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def _settings(path: Path, state: State, position: Tensor | None, depth: int) -> dict[str, Any]:
-    """The settings that the shapes of the tensors imply; adds the position embedding to the state."""
+    """Infer the settings from the shapes of the tensors; add the position embedding to the state."""
     hidden = state.get("body.blocks.0.mlp.fc1.weight")
     if hidden is None or hidden.ndim != 2:
         raise WeightsError(f"{path} lacks the weight of mlp.fc1 (hidden, C), which tells the feature size")
@@ -136,13 +136,13 @@ def _settings(path: Path, state: State, position: Tensor | None, depth: int) -> 
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """What the place of a file tells: published tokens are those of the last layer, after the norm."""
+    """Make a card from the name of a file: published tokens are those of the last layer, after the norm."""
     known = any(path.stem in names for names in PUBLISHED.values())
     return {"layer": -1, "source": REPOSITORY} | ({"backbone": path.stem} if known else {})
 
 
 def published_backbone_state(path: str | Path) -> State:
-    """The tensors, by timm's names, of a distilled backbone as it is published.
+    """Read a distilled backbone as it is published: its tensors, by timm's names.
 
     ``dvt.load_backbone(name, weights=path)`` reads such a file by itself; this is for a timm model of your own.
 

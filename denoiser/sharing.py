@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
@@ -15,30 +15,54 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dvt.backbones.weights import State, check_state, load_state, save_state
-from dvt.denoiser.config import INSIDE, DenoiserConfig
+from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
 
-SCHEMA = "dvt-denoiser/1"
+DENOISER_SCHEMA = "dvt-denoiser/1"
 #: The key of the safetensors metadata under which schema, config and card are stored as JSON.
-METADATA = "dvt"
+METADATA_KEY = "dvt"
 
-D = TypeVar("D", bound="Shared")
+D = TypeVar("D", bound="PretrainedDenoiser")
 
 
-class Shared(ModelHubMixin):
-    """Saving, loading and publishing of a denoiser; the file holds the config and the card beside the weights."""
+class PretrainedDenoiser(nn.Module, ModelHubMixin):
+    """Save, load and publish a denoiser; its file holds the config and the card beside the weights.
+
+    This is the base of :class:`~dvt.denoiser.model.Denoiser`, and all of it that attaching takes.
+    """
 
     config: DenoiserConfig
     card: dict[str, Any]
-    strength: float
+    body: Any
+
+    def __init__(self, config: DenoiserConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.card = {}
+        self.strength = config.strength
+
+    @property
+    def feature_dim(self) -> int:
+        """Give C, channels of a token."""
+        return self.config.feature_dim
+
+    @property
+    def strength(self) -> float:
+        """Give how much of the change is made, in [0, 1]: 0 returns the input bit for bit, 1 the denoised tokens."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        check_strength(value)
+        self._strength = float(value)
 
     @staticmethod
     def _plan(config: DenoiserConfig) -> nn.Module:
-        """The modules that hold the values, on the device "meta"."""
+        """Build the modules that hold the values, on the device "meta"."""
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
@@ -65,7 +89,7 @@ class Shared(ModelHubMixin):
 
     @classmethod
     def from_pretrained(cls: type[D], pretrained_model_name_or_path: str | Path, **options: Any) -> D:
-        """A denoiser from a file, a folder or a repository of the Hugging Face hub, in evaluation mode.
+        """Load a denoiser from a file, a folder or a repository of the Hugging Face hub, in evaluation mode.
 
         Args:
             pretrained_model_name_or_path: a .safetensors file or a folder written by :meth:`save_pretrained`; a .pth
@@ -87,7 +111,7 @@ class Shared(ModelHubMixin):
 
     @classmethod
     def from_published(cls: type[D], name: str, folder: str = "voc_denoised", **options: Any) -> D:
-        """A denoiser that the authors of Denoising ViT published, downloaded from the Hugging Face hub.
+        """Download a denoiser that the authors of Denoising ViT published, from the Hugging Face hub.
 
         Args:
             name: the timm model that it was trained for, such as ``vit_base_patch14_dinov2.lvd142m``.
@@ -107,7 +131,7 @@ class Shared(ModelHubMixin):
 
     @classmethod
     def _build(cls: type[D], config: Mapping[str, Any], card: Mapping[str, Any], state: State, source: str) -> D:
-        """The denoiser of a config as read from JSON, a card and weights by its own names."""
+        """Make the denoiser of a config as read from JSON, a card and weights by its own names."""
         try:
             settings = DenoiserConfig(**config)
             inside = settings.kind in INSIDE  # these hold indices, however wide the tokens are
@@ -122,16 +146,15 @@ class Shared(ModelHubMixin):
                 f"{source} describes a denoiser that this version of dvt cannot make: {error}; a description holds "
                 f"{known}. Was the file written by a newer dvt, or edited?"
             ) from error
-        denoiser = cls(settings, torch.Generator())  # its initial weights are replaced
-        module = cast(nn.Module, denoiser).eval()
-        load_state(module, state, source)
+        denoiser = cls(settings, torch.Generator()).eval()  # its initial weights are replaced
+        load_state(denoiser, state, source)
         denoiser.card = dict(card)
         return denoiser
 
     def check_fits(self, backbone: Backbone, force: bool = False) -> None:
         """Refuse a backbone that this denoiser was not made for.
 
-        Name, layer and weights are compared where the card tells them. Weights with the same hash are the same model
+        Name, layer and weights are compared where the card states them. Weights with the same hash are the same model
         under whatever name. The stride is not compared: a position embedding is resampled to any grid.
 
         Args:
@@ -155,7 +178,7 @@ class Shared(ModelHubMixin):
             )
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """The README.md of a folder or repository: what the denoiser is for, how to use it, and its card."""
+        """Write the README.md of a folder or repository: what the denoiser is for, how to use it, and its card."""
         backbone = str(self.card.get("backbone", "the backbone it was made for"))
         data = ModelCardData(
             library_name="denoising-vit",
@@ -193,20 +216,20 @@ Settings: `{settings}`
 
 
 def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
-    """What a card says of the backbone that this one is not, each as a phrase."""
+    """List what a card says of the backbone that this one is not, each as a phrase."""
     hashed = card.get("weights_sha256")
     same = hashed is not None and hashed == backbone.weights_sha256
-    told = {
+    stated = {
         "backbone": (card.get("backbone"), backbone.name if not same else card.get("backbone")),
         "layer": (card.get("layer"), backbone.layer),
         "weights": (hashed, backbone.weights_sha256 if hashed else None),
     }
-    return [f"{what} {own}, got {other}" for what, (own, other) in told.items() if own is not None and own != other]
+    return [f"{what} {own}, got {other}" for what, (own, other) in stated.items() if own is not None and own != other]
 
 
-def _description(denoiser: Shared) -> dict[str, Any]:
+def _description(denoiser: PretrainedDenoiser) -> dict[str, Any]:
     config = asdict(replace(denoiser.config, strength=denoiser.strength))
-    return {"schema": SCHEMA, "config": config, "card": denoiser.card}
+    return {"schema": DENOISER_SCHEMA, "config": config, "card": denoiser.card}
 
 
 def _json(value: Any, indent: int | None = None) -> str:
@@ -218,30 +241,31 @@ def _json(value: Any, indent: int | None = None) -> str:
         ) from error
 
 
-def _save(denoiser: Shared, path: Path) -> None:
-    """Whole or not at all: another name first, then a rename. Equal denoisers give equal bytes.
+def _save(denoiser: PretrainedDenoiser, path: Path) -> None:
+    """Write a denoiser whole or not at all: another name first, then a rename. Equal denoisers give equal bytes.
 
-    (A second key in the metadata would not: safetensors writes the keys in random order.)
+    There is one key in the metadata, because safetensors writes several in random order.
     """
-    save_state(path, cast(nn.Module, denoiser).state_dict(), {METADATA: _json(_description(denoiser))})
+    save_state(path, denoiser.state_dict(), {METADATA_KEY: _json(_description(denoiser))})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
-    """(config, card, tensors) of a .safetensors file that :func:`_save` wrote."""
+    """Read (config, card, tensors) from a .safetensors file that :func:`_save` wrote."""
     if not path.is_file():
         raise WeightsError(f"no denoiser at {path}; `dvt train` writes one, save_pretrained saves one")
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
             state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # of the header's JSON, of types that torch lacks, ...
         raise WeightsError(f"cannot read a denoiser from {path}: {error}; the file is damaged or unreadable") from error
     parts = described if isinstance(described, dict) else {}
     config, card = parts.get("config"), parts.get("card")
-    if parts.get("schema") != SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):
+    if parts.get("schema") != DENOISER_SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):
         raise WeightsError(
             f"{path} is not a denoiser of dvt: its metadata has schema {parts.get('schema')!r} instead of "
-            f"{SCHEMA!r}, a config and a card. The weights of a backbone are given by --weights (in Python weights=...)"
+            f"{DENOISER_SCHEMA!r}, a config and a card. The weights of a backbone are given by --weights (in Python "
+            "weights=...)"
         )
     return config, card, state
 

@@ -1,4 +1,4 @@
-"""Denoisers without training: fitted in closed form, in one pass over token maps that are never kept."""
+"""Fit denoisers in closed form, in one pass over token maps that are never kept."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.grids import Size
 
 #: Singular values of the position waves, and directions, below this share of the largest count as absent.
-_NEGLIGIBLE = 1e-9
+_NEGLIGIBLE_SHARE = 1e-9
 
 
 def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoiser:
-    """Removal of the directions in which tokens encode where they are [ours; the aim is RASA's].
+    """Remove the directions in which tokens encode where they are [ours; the aim is RASA's].
 
     Tokens are regressed on smooth functions of position, the cosine waves cos(pi i x) cos(pi j y) with i, j < waves.
     The `rank` principal directions of what these predict span the position subspace, and tokens are moved to the mean
@@ -62,7 +62,7 @@ def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoise
 
 
 def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoiser:
-    """Subtraction of the mean artifact over images, stored on one grid and resampled to that of the tokens.
+    """Subtract the mean artifact over images, stored on one grid and resampled to that of the tokens.
 
     Args:
         artifacts: (h, w, C) maps of what to subtract, one an image: artifact terms (G), which have mean zero, or
@@ -86,7 +86,7 @@ def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoi
 
 
 def checked_maps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The maps one by one, at least one, all finite and of the same feature size."""
+    """Yield the maps one by one; refuse none at all, several feature sizes, NaN and infinity."""
     channels = None
     for number, tokens in enumerate(maps):
         if tokens.ndim != 3 or tokens.shape[-1] != (channels or tokens.shape[-1]):
@@ -102,7 +102,7 @@ def checked_maps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _waves(grid: Size, count: int, like: Tensor) -> Tensor:
-    """(h w, count^2 - 1) cosine waves at the patch centres, without the constant one."""
+    """Compute cosine waves (h w, count^2 - 1) at the patch centres, without the constant one."""
     x, y = grids.grid_centres(grid).to(like).flatten(0, 1).unbind(-1)
     steps = math.pi * torch.arange(count).to(like)
     waves = torch.cos(y[:, None] * steps)[:, :, None] * torch.cos(x[:, None] * steps)[:, None]
@@ -110,13 +110,13 @@ def _waves(grid: Size, count: int, like: Tensor) -> Tensor:
 
 
 def _position_subspace(products: Tensor, channels: int, rank: int) -> tuple[Tensor, Tensor]:
-    """(mean (C,), directions (C, rank)) from sums of products of the rows [token, waves, 1]."""
+    """Find the mean (C,) and directions (C, rank) from sums of products of the rows [token, waves, 1]."""
     count = products[-1, -1]
     mean = products[-1, :-1] / count
     covariance = products[:-1, :-1] / count - mean[:, None] * mean
     across, within = covariance[:channels, channels:], covariance[channels:, channels:]
     # Few positions cannot tell all waves apart: the pseudo-inverse then takes the smallest coefficients.
-    explained = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE, hermitian=True) @ across.T
+    explained = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE_SHARE, hermitian=True) @ across.T
     variances, directions = torch.linalg.eigh(explained)
     variances, directions = variances.flip(0)[:rank], directions.flip(1)[:, :rank]
-    return mean[:channels], directions * (variances > _NEGLIGIBLE * variances[0])
+    return mean[:channels], directions * (variances > _NEGLIGIBLE_SHARE * variances[0])

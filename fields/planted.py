@@ -190,6 +190,8 @@ class PlantedBackbone(Backbone):
         config: sizes and amplitudes.
     """
 
+    model: _PlantedNet
+
     def __init__(self, image: Tensor, config: PlantedBackboneConfig | None = None):
         config = config or PlantedBackboneConfig()
         net = _PlantedNet(config)
@@ -199,21 +201,26 @@ class PlantedBackbone(Backbone):
         net.calibrate(self.normalise(resize(image, self.input_size((image.shape[1], image.shape[2])))[None]))
 
     def semantic(self, images: Tensor) -> Tensor:
-        """F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
+        """Give F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
         return self.model.semantic(self.normalise(images))
 
     def artifact(self, grid: Size) -> Tensor:
-        """G (h, w, C), mean zero over positions."""
+        """Give G (h, w, C), mean zero over positions."""
         return self.model.artifact(grid)
 
     def outliers(self, images: Tensor) -> Tensor:
-        """(B, h, w) bool, which patches of images (B, 3, H, W) in [0, 1] carry an outlier."""
+        """Tell (B, h, w) which patches of images (B, 3, H, W) in [0, 1] carry an outlier."""
         return self.model.outliers(self.normalise(images))
 
 
 class _PlantedNet(nn.Module):
     """The terms of :class:`PlantedBackbone` for normalised images."""
 
+    filters: Tensor
+    mix: Tensor
+    direction: Tensor
+    phases: Tensor
+    attention: Tensor
     scale: Tensor
     flat_below: Tensor
     mean_norm: Tensor

@@ -171,8 +171,8 @@ class _Run:
         self.grid, self.period = head[0].grid, head[0].period
         if solver.config.robust:
             head += _until(windows, HELD - len(head[0].tokens))
-            parts = ([each.tokens for each in head], [each.offsets for each in head])
-            self.trust = Trust(*(torch.cat(part) for part in parts), self.grid, self.period, solver.config)
+            tokens, offsets = torch.cat([each.tokens for each in head]), torch.cat([each.offsets for each in head])
+            self.trust = Trust(tokens, offsets, self.grid, self.period, solver.config)
         first = head[0].tokens
         self.sums = TwoWay(1, self.grid, self.period, first.shape[2], first)
         if test and artifact is None and solver.config.alarm < 1:

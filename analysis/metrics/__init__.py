@@ -1,13 +1,8 @@
 """Metrics of artifacts that need no labels, each with its null."""
 
 from dvt.analysis.metrics.artifacts import (
-    Backbone,
-    BlankResponse,
     NormOutliers,
     ShiftStability,
-    blank_correlation,
-    blank_energy,
-    blank_response,
     grid_peak,
     grid_powers,
     log_norm_outliers,
@@ -22,9 +17,9 @@ from dvt.analysis.metrics.artifacts import (
     shifted_windows,
     stability_of,
 )
+from dvt.analysis.metrics.blank import BlankResponse, blank_correlation, blank_energy, blank_response
 
 __all__ = [
-    "Backbone",
     "BlankResponse",
     "NormOutliers",
     "ShiftStability",

@@ -7,21 +7,19 @@ what the same metric says of tokens that carry no position (``shuffled``) or no 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.analysis.metrics.blank import TokensOfImages
 from dvt.analysis.metrics.information import mic, most_informative
 from dvt.analysis.metrics.nulls import TokenSets, token_maps
 from dvt.analysis.metrics.ridge import HeldOut, held_out
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
-from dvt.tokens import Tokens
-
-Backbone = Callable[[Tensor], Tokens]
 
 # Standard deviations of a normal variable in one median absolute deviation.
 _MAD_TO_SIGMA = 1.4826
@@ -302,7 +300,7 @@ _SHIFTS = ((0, 1), (1, 0), (1, 1), (2, 3), (4, 4))
 
 @torch.no_grad()
 def shift_stability(
-    backbone: Backbone,
+    backbone: TokensOfImages,
     image: Tensor,
     size: Size,
     patch: Size,
@@ -367,49 +365,3 @@ def stability_of(patches: Tensor, places: Tensor) -> ShiftStability:
     p1, p5, p50 = torch.cat(same).double().quantile(levels).tolist()
     unmatched = torch.cat(other).double().quantile(levels)
     return ShiftStability(p1, p5, p50, float(torch.cat(other).median()), float(unmatched[1]))
-
-
-@dataclass(frozen=True)
-class BlankResponse:
-    """The response to an image of one grey.
-
-    Args:
-        energy: share of its mean squared value that varies over positions, in [0, 1].
-        correlation: with an artifact, over positions and channels, in [-1, 1]; None without one.
-    """
-
-    energy: float
-    correlation: float | None
-
-
-@torch.no_grad()
-def blank_response(backbone: Backbone, size: Size, artifact: Tensor | None = None, level: float = 0.5) -> BlankResponse:
-    """What a backbone adds to an image that holds nothing: any variation over positions is its own.
-
-    Args:
-        backbone: (B, 3, H, W) images in [0, 1] to tokens.
-        size: (H, W) of the image in pixels.
-        artifact: (h, w, C) to compare with, resampled to the response's grid; a constant vector is ignored.
-        level: the grey, in [0, 1].
-    """
-    if not 0 <= level <= 1:
-        raise ConfigError(f"level must be in [0, 1], got {level}")
-    response = token_maps(backbone(torch.full((1, 3, *size), level)))[0].double()
-    energy = blank_energy(response)
-    return BlankResponse(energy, None if artifact is None else blank_correlation(response, artifact))
-
-
-def blank_energy(response: Tensor) -> float:
-    """The share of the mean squared value of an (h, w, C) response that varies over positions."""
-    varying = response.double() - response.double().mean((0, 1))
-    return float(varying.square().sum() / response.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
-
-
-def blank_correlation(response: Tensor, artifact: Tensor) -> float:
-    """The correlation of an (h, w, C) response with an artifact on any grid, over positions and channels."""
-    if artifact.ndim != 3 or artifact.shape[-1] != response.shape[-1]:
-        raise ShapeError(f"the artifact must be (h, w, {response.shape[-1]}), got {tuple(artifact.shape)}")
-    varying = response.double() - response.double().mean((0, 1))
-    other = grids.resample(artifact.to(varying), (response.shape[0], response.shape[1]))
-    other = other - other.mean((0, 1))
-    return float(torch.cosine_similarity(varying.flatten(), other.flatten(), dim=0))

@@ -1,4 +1,4 @@
-"""The maximal information coefficient between many features and one position axis, all features at once."""
+"""Compute the maximal information coefficient of many features at once with one position axis."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor
 from dvt.errors import ConfigError, ShapeError
 
 # Channels handled together: bounds the interval tables at some tens of megabytes without slowing small inputs.
-_CHUNK = 64
+_FEATURES_AT_ONCE = 64
 
 
 def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int = 15) -> Tensor:
-    """Maximal information coefficient (MIC) of each feature with one position axis.
+    """Compute the maximal information coefficient (MIC) of each feature with one position axis.
 
     MIC is the largest mutual information that any grid of a x b cells with a b <= B = n^exponent finds between
     the two variables, over log min(a, b), so that any noiseless relation scores 1 and independence tends to 0.
@@ -49,12 +49,12 @@ def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int =
     if not 0 < exponent <= 1 or clumps < 1:
         raise ConfigError(f"exponent must be in (0, 1] and clumps at least 1, got {exponent} and {clumps}")
     _, codes = position.unique(return_inverse=True)
-    chunks = features.detach().float().T.split(_CHUNK)
+    chunks = features.detach().float().T.split(_FEATURES_AT_ONCE)
     return torch.cat([_mic_chunk(chunk.contiguous(), codes, exponent, clumps) for chunk in chunks])
 
 
 def most_informative(features: Tensor, position: Tensor, count: int, exponent: float = 0.6) -> Tensor:
-    """The features that most likely have the largest MIC: those with most information on fixed cuts.
+    """Choose the features that most likely have the largest MIC: those with most information on fixed cuts.
 
     Both axes are cut into parts of equal counts, on every grid that :func:`mic` would search, which takes a
     fiftieth of its time.
@@ -89,7 +89,7 @@ def most_informative(features: Tensor, position: Tensor, count: int, exponent: f
 
 
 def _mic_chunk(features: Tensor, codes: Tensor, exponent: float, clumps: int) -> Tensor:
-    """MIC of (C, n) features with n position codes 0 .. levels - 1."""
+    """Compute the MIC of (C, n) features with n position codes 0 .. levels - 1."""
     channels, count = features.shape
     levels = int(codes.max()) + 1
     bound = max(count**exponent, 4.0)
@@ -118,7 +118,7 @@ def _mic_chunk(features: Tensor, codes: Tensor, exponent: float, clumps: int) ->
 
 
 def _middle_rank(ordered: Tensor, values: Tensor) -> Tensor:
-    """Rank in (0, n) of each value of (C, n); equal values share the middle of their ranks."""
+    """Rank each value of (C, n) in (0, n); equal values share the middle of their ranks."""
     return (torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)) / 2
 
 
@@ -127,7 +127,7 @@ def _equal_parts(rank: Tensor, parts: int, count: int) -> Tensor:
 
 
 def _spread_cuts(useful: Tensor, most: int) -> Tensor:
-    """(C, k + 1) places of 0 and of at most ``most`` useful cuts of each row, every so many; the end is one of them.
+    """Place at most ``most`` useful cuts of each row, evenly, the end included: (C, k + 1) with 0 first.
 
     Args:
         useful: (C, n) whether a cut may come after each token; the last is true.
@@ -142,12 +142,12 @@ def _spread_cuts(useful: Tensor, most: int) -> Tensor:
 
 
 def _from_zero(counts: Tensor) -> Tensor:
-    """Cumulative (C, k + 1, rows) counts, with a row of zeros first."""
+    """Add a row of zeros before cumulative counts: (C, k + 1, rows)."""
     return torch.cat((torch.zeros_like(counts[:, :1]), counts.cumsum(1)), dim=1)
 
 
 def _best_cuts(cumulative: Tensor, columns: int) -> Tensor:
-    """(C,) the best normalised mutual information of 2 .. ``columns`` columns with the given rows.
+    """Find the best normalised mutual information of 2 .. ``columns`` columns with the given rows: (C,).
 
     Args:
         cumulative: (C, k + 1, rows) tokens of each row left of each of k + 1 possible cuts, ends included.

@@ -1,4 +1,4 @@
-"""How much of the tokens stays at the patch position when the content moves: the artifact, without labels.
+"""Measure how much of the tokens stays at the patch position when the content moves: the artifact, without labels.
 
 A probe that reads position from photographs also reads their layout (sky above, road below). Here the content moves:
 windows are cut at random offsets out of the image mirrored into a torus, so that every position sees every place of
@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dvt.analysis.metrics.intervals import central_interval, resample_counts
 from dvt.analysis.metrics.nulls import Score
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 
 
 def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
-    """Windows of an image that is mirrored along both axes and repeated without end, so that it has no seams.
+    """Cut windows from an image that is mirrored along both axes and repeated without end, so that it has no seams.
 
     Args:
         image: (3, H, W), at the scale that the model is meant to see.
@@ -46,7 +47,7 @@ def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionShare:
-    """The share of the tokens' variance within an image that stays at the position; see :class:`PositionMeans`.
+    """Hold the share of the tokens' variance within an image that stays at the position; see :class:`PositionMeans`.
 
     Args:
         shared: of the variance, what is the same in all images, beside its null; None with a single image.
@@ -66,7 +67,7 @@ class PositionShare:
 
 
 class PositionMeans:
-    """Collects the tokens of each image's torus windows; :meth:`share` says how much of them is position.
+    """Collect the tokens of each image's torus windows; :meth:`share` says how much of them is position.
 
     With tokens y = F + G + noise over windows and positions, F independent of the position by construction, the mean
     over one half of an image's windows is G plus noise, and that over the other half G plus other noise: the product
@@ -123,7 +124,7 @@ class PositionMeans:
         )
 
     def share(self, resamples: int = 1000) -> PositionShare:
-        """The shares, their nulls and intervals.
+        """Compute the shares, their nulls and intervals.
 
         Raises:
             ShapeError: no image was added.
@@ -134,9 +135,9 @@ class PositionMeans:
         total = variance.mean().clamp(min=torch.finfo(torch.float64).tiny)
         products = torch.stack(self._products)
         own = products.mean(0) / total
-        weights = resampled(count, resamples, self._generator)
+        weights = resample_counts(count, resamples, self._generator)
         interval = (
-            interval_of((weights @ products[:, 0]) / (weights @ variance).clamp(min=1e-300)) if count > 1 else None
+            central_interval((weights @ products[:, 0]) / (weights @ variance).clamp(min=1e-300)) if count > 1 else None
         )
         means = torch.stack(self._means)
         shared, shared_interval = None, None
@@ -151,7 +152,7 @@ class PositionMeans:
             apart = weights.sum(1).square() - weights.square().sum(1)
             several = apart > 0  # a resample that drew one image only has no pairs
             spread = (weights @ variance / count).clamp(min=1e-300)
-            shared_interval = interval_of(both[several] / apart[several] / spread[several])
+            shared_interval = central_interval(both[several] / apart[several] / spread[several])
         artifact = means.mean(0)
         return PositionShare(
             shared, score_of(float(own[0]), own[1:]), shared_interval, interval, artifact - artifact.mean((0, 1)), count
@@ -159,7 +160,7 @@ class PositionMeans:
 
 
 def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The product of the two halves' position means, averaged over positions, and the mean of both (h, w, C)."""
+    """Multiply the two halves' position means, averaged over positions; also return the mean of both (h, w, C)."""
     first, second = (half.mean(0) for half in tokens.chunk(2))
     first, second = first - first.mean((0, 1)), second - second.mean((0, 1))
     return (first * second).sum(-1).mean(), (first + second) / 2
@@ -171,14 +172,3 @@ def score_of(value: float, null: Tensor) -> Score:
     half = float(student.ppf(0.975, len(null) - 1)) * float(null.std()) * (1 + 1 / len(null)) ** 0.5
     mean = float(null.mean())
     return Score(value, mean, mean - half, mean + half)
-
-
-def resampled(count: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """(R, N) how often each image is drawn, with replacement."""
-    drawn = torch.randint(count, (resamples, count), generator=generator)
-    return torch.zeros(resamples, count, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-
-
-def interval_of(values: Tensor) -> tuple[float, float]:
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high

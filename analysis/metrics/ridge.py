@@ -1,4 +1,4 @@
-"""A ridge regression that is scored on held-out groups, from sums of products alone."""
+"""Score a ridge regression on held-out groups, from sums of products alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvt.errors import ShapeError
 
-Group = tuple[Tensor, Tensor]
+RegressionGroup = tuple[Tensor, Tensor]
 
 # Relative to the mean variance of a standardised feature, which is 1.
 _STRENGTHS = torch.logspace(-7, 2, 19, dtype=torch.float64)
@@ -18,7 +18,7 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Squared errors of prediction, held-out group by group, and what they are measured against.
+    """Hold squared errors of prediction, held-out group by group, and what they are measured against.
 
     Args:
         errors: (G, K) sums of squared errors, float64.
@@ -33,26 +33,15 @@ class HeldOut:
     counts: Tensor
 
     def r2(self, weights: Tensor | None = None) -> Tensor:
-        """(..., K) R^2 over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
+        """Compute R^2 (..., K) over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
         weights = torch.ones_like(self.counts) if weights is None else weights.to(self.counts)
         total = weights @ self.sums
         spread = weights @ self.squares - total.square() / (weights @ self.counts)[..., None]
         return 1 - (weights @ self.errors) / spread
 
 
-def held_out_r2(train: list[Group], test: list[Group]) -> Tensor:
-    """R^2 on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
-
-    Args and raises: as :func:`held_out`.
-
-    Returns:
-        (K,) R^2 of each target, in float64; it can be below 0.
-    """
-    return held_out(train, test).r2()
-
-
-def held_out(train: list[Group], test: list[Group], width: int | None = None) -> HeldOut:
-    """Errors on held-out groups of a ridge with intercept, its strength chosen by folds of whole training groups.
+def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: int | None = None) -> HeldOut:
+    """Measure the errors on held-out groups of a ridge whose strength is chosen by folds of whole training groups.
 
     Features are standardised on the training groups. Only sums of products of a group's rows are kept, so the
     tokens are read twice and never joined.
@@ -60,7 +49,7 @@ def held_out(train: list[Group], test: list[Group], width: int | None = None) ->
     Args:
         train: (features (n, C), targets (n, K)) of two groups or more.
         test: the same of one group or more.
-        width: targets come in blocks of so many, each with a strength of its own; None is one block. Further blocks
+        width: targets come in blocks of this width, each with a strength of its own; None is one block. Further blocks
             (shuffled targets, for a null) cost next to nothing.
 
     Raises:
@@ -86,7 +75,7 @@ def held_out(train: list[Group], test: list[Group], width: int | None = None) ->
     return _held_out_errors(test, mean, deviation, weights)
 
 
-def _held_out_errors(test: list[Group], mean: Tensor, deviation: Tensor, weights: Tensor) -> HeldOut:
+def _held_out_errors(test: list[RegressionGroup], mean: Tensor, deviation: Tensor, weights: Tensor) -> HeldOut:
     parts = []
     for features, targets in test:
         values = targets.double()
@@ -99,8 +88,8 @@ def _held_out_errors(test: list[Group], mean: Tensor, deviation: Tensor, weights
     return HeldOut(errors, sums, squares, counts)
 
 
-def _products(groups: list[Group], mean: Tensor, deviation: Tensor) -> Tensor:
-    """(C + K + 1, C + K + 1) sums of products of the rows [standardised features, targets, 1]."""
+def _products(groups: list[RegressionGroup], mean: Tensor, deviation: Tensor) -> Tensor:
+    """Sum the products of the rows [standardised features, targets, 1]: (C + K + 1, C + K + 1)."""
     total = mean.new_zeros(())
     for features, targets in groups:
         scaled = (features.double() - mean) / deviation
@@ -110,7 +99,7 @@ def _products(groups: list[Group], mean: Tensor, deviation: Tensor) -> Tensor:
 
 
 def _ridge(products: Tensor, size: int, strengths: Tensor) -> Tensor:
-    """(A, C + K + 1, K) such that a row [features, targets, 1] times it is the error of prediction."""
+    """Solve for (A, C + K + 1, K) such that a row [features, targets, 1] times it is the error of prediction."""
     mean = products[:, -1] / products[-1, -1]
     centred = products - products[-1, -1] * mean[:, None] * mean
     values, directions = torch.linalg.eigh(centred[:size, :size])
@@ -123,5 +112,5 @@ def _ridge(products: Tensor, size: int, strengths: Tensor) -> Tensor:
 
 
 def _squared_errors(products: Tensor, errors: Tensor) -> Tensor:
-    """(A, K) sums of squared errors of the rows behind ``products``."""
+    """Sum the squared errors of the rows behind ``products``: (A, K)."""
     return (errors * (products @ errors)).sum(1)

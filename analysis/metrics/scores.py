@@ -1,4 +1,4 @@
-"""The metrics as rows of a table: a value, what chance gives, and a bootstrap interval over images."""
+"""Make rows of a table from the metrics: a value, what chance gives, and a bootstrap interval over images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.blank import blank_correlation, blank_energy
+from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
 from dvt.analysis.metrics.nulls import matched_noise, shuffled, token_maps
-from dvt.analysis.metrics.positions import PositionShare, interval_of, resampled, score_of
+from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
 from dvt.tokens import Tokens
 
-RESAMPLES = 1000
 # A grey image of one level has no other to be averaged with.
 GREYS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What a metric means, for tables.
+    """Explain a metric, for tables.
 
     Args:
         title: short name.
@@ -56,7 +57,7 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One number of a report.
+    """Hold one number of a report.
 
     Args:
         metric: a key of :data:`METRICS`.
@@ -86,7 +87,7 @@ class Row:
 
 
 def missing(metric: str, reason: str) -> Row:
-    """A row without a value."""
+    """Make a row without a value."""
     return Row(metric, None, note=reason)
 
 
@@ -98,12 +99,12 @@ def static_rows(
     candidates: int | None,
     period: int = 2,
 ) -> list[Row]:
-    """The four metrics that need nothing but the tokens of photographs.
+    """Compute the four metrics that need only the tokens of photographs.
 
     Args:
         maps: one set of tokens an image.
         draws: of each null.
-        mic_images: images that MIC, the dearest by far, is computed on, evenly spread over all.
+        mic_images: images that MIC, the slowest by far, is computed on, evenly spread over all.
         candidates: channels an axis that MIC scores; see :func:`dvt.analysis.metrics.artifacts.position_mic`.
         period: of the grid, see :func:`dvt.analysis.metrics.artifacts.grid_peak`.
     """
@@ -135,14 +136,14 @@ def position_r2(maps: Sequence[Tokens], generator: torch.Generator, draws: int) 
     values = found.r2().unflatten(0, (-1, 2)).mean(1).cpu()
     interval = None
     if (groups := len(found.counts)) > 1:
-        weights = resampled(groups, RESAMPLES, generator)
-        interval = interval_of(found.r2(weights)[:, :2].mean(1).cpu())
+        weights = resample_counts(groups, RESAMPLES, generator)
+        interval = central_interval(found.r2(weights)[:, :2].mean(1).cpu())
     note = "" if len(maps) > 1 else "one image: its tokens are on both sides, so the number is optimistic"
     return _row("position_r2", float(values[0]), values[1:], interval, len(maps), note)
 
 
 def position_mic(maps: Sequence[Tokens], generator: torch.Generator, candidates: int | None) -> Row:
-    """:func:`dvt.analysis.metrics.artifacts.position_mic`."""
+    """Score :func:`dvt.analysis.metrics.artifacts.position_mic`."""
     values = metrics.position_mics(maps, candidates)
     rounds = _rounds(len(maps))
     null = torch.cat([metrics.position_mics(shuffled(maps, generator), candidates) for _ in range(rounds)])
@@ -152,7 +153,7 @@ def position_mic(maps: Sequence[Tokens], generator: torch.Generator, candidates:
 
 
 def outliers(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
-    """The share of norm outliers, and how far the norms of an image spread, against noise of the same covariance.
+    """Score the share of norm outliers and the spread of an image's norms against noise of the same covariance.
 
     The thresholds are those of all images together, also in the bootstrap. The null comes from up to 16 images.
     """
@@ -165,19 +166,19 @@ def outliers(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
 
 
 def _rounds(images: int) -> int:
-    """How often a null of one draw an image is drawn: the spread of its mean is known from at least six values."""
+    """Choose how often a null of one draw an image is drawn: its mean's spread is known from at least six values."""
     return max(1, -(-6 // images))
 
 
 def _shares(maps: Sequence[Tokens]) -> Tensor:
-    """(N,) share of outliers of each image."""
+    """Compute the share of outliers of each image: (N,)."""
     low, high = metrics.norm_outliers(maps).bounds
     norms = [each.norm(dim=-1).double() for each in token_maps(maps)]
     return torch.stack([((each > high) | (each < low)).double().mean() for each in norms])
 
 
 def _spreads(maps: Sequence[Tokens]) -> Tensor:
-    """(N,) p99 / p50 of the norms of each image."""
+    """Compute p99 / p50 of the norms of each image: (N,)."""
     return torch.stack([_ratio(each.norm(dim=-1).flatten().double()) for each in token_maps(maps)])
 
 
@@ -187,7 +188,7 @@ def _ratio(norms: Tensor) -> Tensor:
 
 
 def grid_peak(maps: Sequence[Tokens], generator: torch.Generator, draws: int, period: int = 2) -> Row:
-    """:func:`dvt.analysis.metrics.artifacts.grid_peak`."""
+    """Score :func:`dvt.analysis.metrics.artifacts.grid_peak`."""
     powers = metrics.grid_powers(maps, period)
     value = float(metrics.peak_of(powers.mean(0)))
     null = [
@@ -195,8 +196,8 @@ def grid_peak(maps: Sequence[Tokens], generator: torch.Generator, draws: int, pe
     ]
     interval = None
     if len(maps) > 1:
-        weights = resampled(len(maps), RESAMPLES, generator).to(powers)
-        interval = interval_of(metrics.peak_of(torch.einsum("ri,i...->r...", weights, powers)).cpu())
+        weights = resample_counts(len(maps), RESAMPLES, generator).to(powers)
+        interval = central_interval(metrics.peak_of(torch.einsum("ri,i...->r...", weights, powers)).cpu())
     return _row("grid_peak", value, torch.tensor(null), interval, len(maps))
 
 
@@ -212,17 +213,17 @@ def shift_rows(found: Sequence[metrics.ShiftStability], generator: torch.Generat
 def blank_rows(
     responses: Sequence[Tensor], artifact: Tensor | None, generator: torch.Generator, draws: int
 ) -> list[Row]:
-    """Energy and correlation of the responses (h, w, C) to several greys; the interval is over greys.
+    """Score energy and correlation of the responses (h, w, C) to several greys; the interval is over greys.
 
     A model without position answers a grey with equal tokens: the null of the energy is 0. That of the correlation
     is the artifact with its positions permuted.
     """
-    energies = torch.tensor([metrics.blank_energy(each) for each in responses]).double()
+    energies = torch.tensor([blank_energy(each) for each in responses]).double()
     rows = [replace(_mean_row("blank_energy", energies, None, generator, "interval over greys"), null=0.0)]
     if artifact is None:
         return [*rows, missing("blank_correlation", "no artifact is known to correlate with")]
-    values = torch.tensor([metrics.blank_correlation(each, artifact) for each in responses]).double()
-    null = torch.tensor([metrics.blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
+    values = torch.tensor([blank_correlation(each, artifact) for each in responses]).double()
+    null = torch.tensor([blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
     interval = _bootstrap_mean(values, generator)
     return [*rows, _row("blank_correlation", float(values.mean()), null, interval, len(values), "interval over greys")]
 
@@ -232,7 +233,7 @@ def _permuted(artifact: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def share_row(share: PositionShare) -> Row:
-    """The share of position that all images have in common; with one image, that image's own."""
+    """Make the row of the position share that all images have in common; with one image, that image's own."""
     score, interval = share.shared or share.own, share.shared_interval
     note = f"{share.own.value:.3f} within each image" if share.shared else "one image: what is its own counts too"
     low, high = interval or (None, None)
@@ -242,7 +243,7 @@ def share_row(share: PositionShare) -> Row:
 
 
 def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch.Generator, note: str = "") -> Row:
-    """A mean over images beside the mean of a null that has one draw an image, independent of each other."""
+    """Make the row of a mean over images beside the mean of a null that has one draw an image."""
     from scipy.stats import t as student
 
     interval = _bootstrap_mean(values, generator)
@@ -261,7 +262,7 @@ def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch
 def _bootstrap_mean(values: Tensor, generator: torch.Generator) -> tuple[float, float] | None:
     if len(values) < 2:
         return None
-    return interval_of(resampled(len(values), RESAMPLES, generator) @ values.double().cpu() / len(values))
+    return central_interval(resample_counts(len(values), RESAMPLES, generator) @ values.double().cpu() / len(values))
 
 
 def _row(

@@ -1,1 +1,1 @@
-"""Reports that people look at: tables, charts and one interactive page."""
+"""Show reports to people: tables, charts and one interactive page."""

@@ -1,4 +1,4 @@
-"""Charts for the page of a report: small SVG drawings that take their colours from the page, and maps as PNG."""
+"""Draw charts for the page of a report: small SVG drawings in the page's colours, and maps as PNG."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DASHES = ("", "6 2", "2 2", "8 2 2 2", "4 4", "1 3")
 
 @dataclass(frozen=True)
 class Point:
-    """A value over a layer.
+    """Hold a value at a layer.
 
     Args:
         place: where on the axis.
@@ -37,7 +37,7 @@ class Point:
 
 @dataclass
 class _Axis:
-    """From values to pixels."""
+    """Map values to pixels."""
 
     low: float
     high: float
@@ -56,7 +56,7 @@ class _Axis:
 
 
 def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
-    """A number with some decimals, or four digits where that would be long, and a real minus sign."""
+    """Write a number with a few decimals, or with four digits where that would be long, and a real minus sign."""
     if value is None:
         return "\N{EN DASH}"
     value = value * times
@@ -65,7 +65,7 @@ def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
 
 
 def png(colours: np.ndarray) -> str:
-    """A data address of (h, w, 3) colours in [0, 1]."""
+    """Make a data address of (h, w, 3) colours in [0, 1]."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -74,19 +74,19 @@ def png(colours: np.ndarray) -> str:
 
 
 def heat(values: np.ndarray) -> str:
-    """A data address of an (h, w) map in viridis, from 0 to its maximum."""
+    """Make a data address of an (h, w) map in viridis, from 0 to its maximum."""
     return png(viridis()[(np.clip(values / max(float(values.max()), 1e-12), 0, 1) * 255).round().astype(int)])
 
 
 def viridis() -> np.ndarray:
-    """(256, 3) colours in [0, 1], even in lightness and apart for the colour-blind."""
+    """List 256 colours (256, 3) in [0, 1], even in lightness and distinct for the colour-blind."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](np.arange(256)))[:, :3]
 
 
 def marker(series: int, x: float, y: float, size: float = 4.0) -> str:
-    """A circle, square, diamond or triangle: shape and colour both tell the series."""
+    """Draw a circle, square, diamond or triangle: shape and colour both tell the series."""
     name, r = f"mark s{series % SERIES}", size
     if series % 4 == 0:
         return f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
@@ -100,7 +100,7 @@ def marker(series: int, x: float, y: float, size: float = 4.0) -> str:
 
 
 def key(series: int, label: str, line: bool = False) -> str:
-    """An entry of a legend."""
+    """Draw an entry of a legend."""
     drawn = _stroke(series, "M0 6H22") if line else marker(series, 6, 6)
     return (
         f'<span class="key"><svg width="{22 if line else 12}" height="12" aria-hidden="true">{drawn}</svg>'
@@ -109,7 +109,7 @@ def key(series: int, label: str, line: bool = False) -> str:
 
 
 def dots(rows: Sequence[Row | None], label: str) -> str:
-    """One line for each variant: its value and interval over the band of its null; None leaves a line empty."""
+    """Draw a line for each variant: its value and interval over the band of its null; None leaves a line empty."""
     width, step = 210.0, 18
     known = [row for row in rows if row is not None and row.value is not None]
     fields = ("value", "low", "high", "null", "null_low", "null_high")
@@ -141,7 +141,7 @@ def _dot(row: Row, value: float, series: int, y: float, axis: _Axis) -> list[str
 
 
 def curves(lines: Sequence[tuple[int, Sequence[Point]]], names: dict[float, str], label: str) -> str:
-    """Values over layers with the band of their interval; the null dotted.
+    """Draw values over layers with the band of their interval; the null dotted.
 
     Args:
         lines: (series, points) each.
@@ -173,7 +173,7 @@ def _curve(series: int, line: Sequence[Point], x: _Axis, y: _Axis) -> list[str]:
 
 
 def histogram(counts: Sequence[tuple[int, np.ndarray, Sequence[float]]], label: str) -> str:
-    """Outlines of (series, counts, edges), counts on a logarithmic scale that shows 0."""
+    """Draw outlines of (series, counts, edges), counts on a logarithmic scale that shows 0."""
     width, height = 560.0, 260.0
     top = max(_log(float(values.max())) for _, values, _ in counts)
     y = _Axis(0, 1.05 * top, height - 40, 10)
@@ -195,7 +195,7 @@ def _log(count: float) -> float:
 
 
 def _rules(y: _Axis, width: float, ticks: dict[float, str]) -> tuple[list[str], float]:
-    """Horizontal lines with their numbers, and where the numbers end."""
+    """Draw horizontal lines with their numbers, and return where the numbers end."""
     start = 14 + 6.5 * max(len(text) for text in ticks.values())
     parts = [_line("grid", start, y(tick), width - 8, y(tick)) for tick in ticks]
     return parts + [_text(start - 7, y(tick) + 3.5, text, "end") for tick, text in ticks.items()], start
@@ -224,7 +224,7 @@ def _svg(width: float, height: float, label: str, parts: Sequence[str], fixed: b
 
 
 def _wide(low: float, high: float, room: float = 0.06) -> tuple[float, float]:
-    """A range with room, which is never empty."""
+    """Widen a range so that it is never empty."""
     span = high - low
     if span < 1e-9 * max(1.0, abs(high)):
         return low - 0.5, high + 0.5
@@ -236,6 +236,6 @@ def _short(value: float) -> str:
 
 
 def _thinned(places: Sequence[Any], most: int) -> list[Any]:
-    """Evenly, with the last one."""
+    """Keep some, evenly spread, with the last one."""
     step = -(-len(places) // most)
     return list(reversed(places[::-1][::step]))

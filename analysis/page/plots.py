@@ -1,4 +1,4 @@
-"""The pictures of a report: what stays at the position, norms, features in colours, and curves over layers."""
+"""Draw the pictures of a report: what stays at the position, norms, features in colours, and curves over layers."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import numpy as np
 import torch
 
 from dvt.analysis.metrics.scores import METRICS, Row
-from dvt.analysis.pictures import pca_colours, save
+from dvt.analysis.pictures import INK, pca_colours, save
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dvt.analysis.results import Report
+    from dvt.analysis.findings import Findings
 
-_INK = "#222222"
 # Hues that stay apart for the colour-blind (after Okabe and Ito), in this order.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STRIPS = 6
 _MAPS = 6
 
 
-def save_plots(report: Report, folder: Path) -> list[Path]:
+def save_plots(report: Findings, folder: Path) -> list[Path]:
     """Write the pictures that the report has data for, as PNG."""
     makers = {"position": position_figure, "norms": norm_figure, "pca": pca_figure, "layers": layer_figure}
     figures = {name: make(report) for name, make in makers.items()}
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None]
 
 
-def position_figure(report: Report) -> Figure | None:
-    """Norm of what stays at each position, for each variant and up to six layers; one row a backbone."""
+def position_figure(report: Findings) -> Figure | None:
+    """Draw the norm of what stays at each position, for each variant and up to six layers; one row a backbone."""
     rows = [_thinned(_entries(report, "positions", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
         return None
@@ -45,11 +44,11 @@ def position_figure(report: Report) -> Figure | None:
             bar = figure.colorbar(picture, ax=axis, shrink=0.8)
             bar.outline.set_visible(False)
             bar.ax.tick_params(labelsize=7)
-    figure.suptitle("Norm of what stays at the position", fontsize=11, color=_INK)
+    figure.suptitle("Norm of what stays at the position", fontsize=11, color=INK)
     return figure
 
 
-def norm_figure(report: Report) -> Figure | None:
+def norm_figure(report: Findings) -> Figure | None:
     """Histograms of token norms at each backbone's own layer, on a logarithmic count."""
     rows = [_own(_entries(report, "norms", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
@@ -69,8 +68,8 @@ def norm_figure(report: Report) -> Figure | None:
     return figure
 
 
-def pca_figure(report: Report) -> Figure | None:
-    """Images and their token maps in three principal colours, the same for all variants of an image."""
+def pca_figure(report: Findings) -> Figure | None:
+    """Draw images and their token maps in three principal colours, the same for all variants of an image."""
     label, layer = report.backbones[0]["label"], report.backbones[0]["layer"]
     entries = _own(_entries(report, "maps", label), layer)
     pictures = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
@@ -95,12 +94,12 @@ def pca_figure(report: Report) -> Figure | None:
             if name in colours:
                 axis.imshow(colours[name].numpy(), interpolation="nearest")
             _title(axis, name if number == numbers[0] else "")
-    figure.suptitle(f"{label}: features in colour", fontsize=11, color=_INK)
+    figure.suptitle(f"{label}: features in colour", fontsize=11, color=INK)
     return figure
 
 
-def layer_figure(report: Report) -> Figure | None:
-    """Each metric of the raw tokens over layers, with its interval, and its null where it has one."""
+def layer_figure(report: Findings) -> Figure | None:
+    """Draw each metric of the raw tokens over layers, with its interval, and its null where it has one."""
     curves = {each["label"]: _curve(report, each["label"]) for each in report.backbones}
     if all(len({row.layer for row in rows}) < 2 for rows in curves.values()):
         return None
@@ -125,7 +124,7 @@ def layer_figure(report: Report) -> Figure | None:
     return figure
 
 
-def _curve(report: Report, label: str) -> list[Row]:
+def _curve(report: Findings, label: str) -> list[Row]:
     rows = [row for row in report.rows if row.backbone == label and row.variant == "raw"]
     return sorted(rows, key=lambda row: (row.layer == -1, row.layer))
 
@@ -143,7 +142,7 @@ def _draw_curve(axis: Any, rows: list[Row], label: str, colour: str) -> None:
         axis.plot(*zip(*null, strict=True), ":", color=colour, lw=1.2, label=f"{label}, null")
 
 
-def _entries(report: Report, kind: str, label: str) -> list[dict[str, Any]]:
+def _entries(report: Findings, kind: str, label: str) -> list[dict[str, Any]]:
     return [entry for entry in report.index.get(kind, []) if entry["backbone"] == label]
 
 
@@ -152,14 +151,14 @@ def _own(entries: list[dict[str, Any]], layer: int) -> list[dict[str, Any]]:
 
 
 def _thinned(entries: list[dict[str, Any]], own: int) -> list[dict[str, Any]]:
-    """The own layer's variants and a few other layers, in order."""
+    """Choose the own layer's variants and a few other layers, in order."""
     others = sorted((e for e in entries if e["layer"] != own), key=lambda e: (e["layer"] == -1, e["layer"]))
     step = max(1, -(-len(others) // _MAPS))
     return others[::step] + _own(entries, own)
 
 
 def _page(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
-    """A figure without pyplot, and its (rows, columns) axes, which are off until they are used."""
+    """Make a figure without pyplot, and its (rows, columns) axes, which are off until they are used."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(columns * width + 0.4, rows * height + 0.5), layout="constrained", facecolor="white")
@@ -172,11 +171,11 @@ def _page(rows: int, columns: int, width: float, height: float) -> tuple[Figure,
 def _frame(axis: Any) -> None:
     axis.set_axis_on()
     axis.spines[["top", "right"]].set_visible(False)
-    axis.tick_params(labelsize=8, colors=_INK)
+    axis.tick_params(labelsize=8, colors=INK)
 
 
 def _title(axis: Any, text: str) -> None:
-    axis.set_title(text, fontsize=9, color=_INK, loc="left")
+    axis.set_title(text, fontsize=9, color=INK, loc="left")
 
 
 def _layer(entry: dict[str, Any]) -> str:

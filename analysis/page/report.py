@@ -1,4 +1,4 @@
-"""One page of HTML that shows an analysis: numbers, charts, galleries, and features to point at; nothing is fetched."""
+"""Write one HTML page of an analysis: numbers, charts, galleries, features to point at; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -17,10 +16,11 @@ from typing import Any
 import numpy as np
 
 import dvt
-from dvt.analysis.analyze import spread
+from dvt.analysis.analyze.sample import spread
 from dvt.analysis.page import charts, sections
 from dvt.analysis.results import Report
 from dvt.errors import ConfigError
+from dvt.files import whole_file
 
 _ASSETS = Path(__file__).parent / "assets"
 # A page of 8 MB, of which charts, words and script take well under one.
@@ -30,8 +30,8 @@ _LEAST_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
-class Fit:
-    """What of a report's pictures fits into a page.
+class PageBudget:
+    """Hold what of a report's pictures fits into a page.
 
     Args:
         images: those shown, by their number in the report.
@@ -60,21 +60,17 @@ def write_report(folder: str | Path, out: str | Path) -> Path:
         ConfigError: the folder holds no report, a damaged one, or the page cannot be written.
     """
     page, out = render(Report.load(folder)), Path(out)
-    part = out.with_name(out.name + ".part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with whole_file(out) as part:
             part.write_text(page, encoding="utf-8")
-            os.replace(part, out)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot write the page to {str(out)!r}: {error.strerror or error}; name a file") from error
+    except ConfigError as error:
+        reason = getattr(error.__cause__, "strerror", None) or error
+        raise ConfigError(f"cannot write the page to {str(out)!r}: {reason}; name a file") from error
     return out
 
 
 def render(report: Report) -> str:
-    """The page itself.
+    """Write the page as HTML.
 
     Raises:
         ConfigError: arrays or entries are not what :mod:`dvt.analysis.results` says.
@@ -114,8 +110,8 @@ def render(report: Report) -> str:
     )
 
 
-def fitting(report: Report) -> Fit:
-    """How many directions, and if those get too few how many images, a page of 8 MB can hold."""
+def fitting(report: Report) -> PageBudget:
+    """Find how many directions, and if those get too few how many images, a page of 8 MB can hold."""
     pixels = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
     patches: dict[int, int] = {}
     for entry in report.index["maps"]:
@@ -131,12 +127,12 @@ def fitting(report: Report) -> Fit:
         bytes_left -= 150 * len(report.index["maps"])
         directions = min(most, bytes_left // total)
         if directions >= min(most, _LEAST_DIRECTIONS):
-            return Fit(kept, directions, len(images) - count, most)
-    return Fit([], 0, len(images), most)
+            return PageBudget(kept, directions, len(images) - count, most)
+    return PageBudget([], 0, len(images), most)
 
 
 def _without_zeros(report: Report) -> tuple[Report, list[str]]:
-    """Without terms that are zero, of which there is nothing to see, and a sentence that says so."""
+    """Leave out terms that are zero, which show nothing, and return a sentence that says so."""
     zero = [
         entry
         for entry in report.index["maps"]
@@ -151,7 +147,7 @@ def _without_zeros(report: Report) -> tuple[Report, list[str]]:
     return replace(report, index={**report.index, "maps": kept}), [said]
 
 
-def _reduced(report: Report, fit: Fit) -> list[str]:
+def _reduced(report: Report, fit: PageBudget) -> list[str]:
     if not fit.of:
         return ["The analysis kept no token maps (its setting shown is 0), so there is nothing to point at."]
     channels = ", ".join(str(each["feature_dim"]) for each in report.backbones)
@@ -185,8 +181,8 @@ def _check(report: Report) -> None:
                 raise ConfigError(f"the array {name!r} belongs to image {image} of {len(report.images)}, layer {layer}")
 
 
-def _data(report: Report, fit: Fit) -> dict[str, Any]:
-    """What the script needs: photographs, and token maps in the directions that fit."""
+def _data(report: Report, fit: PageBudget) -> dict[str, Any]:
+    """Collect what the script needs: photographs, and token maps in the directions that fit."""
     names = sections.image_names(report)
     jpegs = {entry["image"]: report.arrays[entry["array"]] for entry in report.index["jpegs"]}
     order = {each["label"]: sections.variants_of(report, each["label"]) for each in report.backbones}
@@ -224,5 +220,5 @@ def _base64(array: np.ndarray) -> str:
 
 
 def _digest(text: str) -> str:
-    """A hash by which the page allows this text and no other script or style."""
+    """Hash a script or style, so that the page allows this text and no other."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""The parts of a report's page that need no script: words, tables, charts and galleries, as HTML.
+"""Write the parts of a report's page that need no script: words, tables, charts and galleries, as HTML.
 
 Whatever comes from a report is escaped here: names of files and denoisers may hold anything.
 """
@@ -13,30 +13,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from dvt.analysis.findings import Findings, matching
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.page import charts
 from dvt.analysis.pictures import pca_colours
-from dvt.analysis.results import Report, matching
 
-TERMS = {"semantic": "semantic F", "artifact": "artifact G", "residual": "residual h"}
+TERM_LABELS = {"semantic": "semantic F", "artifact": "artifact G", "residual": "residual h"}
 SUBTRACTED = ("artifact", "residual")
 _95 = "95\N{NARROW NO-BREAK SPACE}%"
 _HEAT_MAPS = 12
 
 
 def label(variant: str) -> str:
-    """What a variant is called on the page."""
-    return TERMS.get(variant, variant)
+    """Name a variant as the page does."""
+    return TERM_LABELS.get(variant, variant)
 
 
-def image_names(report: Report) -> list[str]:
-    """File names without folders, which are the reader's own business; numbered where two are the same."""
+def image_names(report: Findings) -> list[str]:
+    """List file names without their folders, which stay private; numbered where two are the same."""
     names = [PurePath(each).name or each for each in report.images]
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def variants_of(report: Report, backbone: str) -> list[str]:
-    """Raw first, then denoisers, then terms, of all that a backbone has numbers or maps of."""
+def variants_of(report: Findings, backbone: str) -> list[str]:
+    """List the variants that a backbone has numbers or maps of: raw first, then denoisers, then terms."""
     found = [row.variant for row in report.rows if row.backbone == backbone]
     found += [each["variant"] for each in matching(report.index["maps"], backbone=backbone)]
     rank = {"raw": 0, "semantic": 2, "artifact": 3, "residual": 4}
@@ -46,8 +46,8 @@ def variants_of(report: Report, backbone: str) -> list[str]:
 # -- words
 
 
-def summary(report: Report) -> str:
-    """What was measured and what was found, in sentences."""
+def summary(report: Findings) -> str:
+    """Say what was measured and what was found, in sentences."""
     names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
     lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
@@ -76,13 +76,13 @@ _FINDINGS = (
 )
 
 
-def _findings(report: Report, about: dict[str, Any]) -> str:
+def _findings(report: Findings, about: dict[str, Any]) -> str:
     items = "".join(_finding(report, about, *each) for each in _FINDINGS)
     heading = f"<h3>{escape(about['label'])}</h3>" if len(report.backbones) > 1 else ""
     return f'{heading}<dl class="findings">{items}</dl>'
 
 
-def _finding(report: Report, about: dict[str, Any], metric: str, title: str, meaning: str) -> str:
+def _finding(report: Findings, about: dict[str, Any], metric: str, title: str, meaning: str) -> str:
     rows = {row.variant: row for row in _own_rows(report, about) if row.metric == metric and row.value is not None}
     if "raw" not in rows:
         return ""
@@ -117,12 +117,12 @@ def _percent(value: float | None) -> str:
 # -- the table
 
 
-def tables(report: Report) -> str:
-    """For each backbone: value, interval and null of every metric and variant, with the notes they carry."""
+def tables(report: Findings) -> str:
+    """Write for each backbone the value, interval and null of every metric and variant, with their notes."""
     return "".join(_table(report, about) for about in report.backbones)
 
 
-def _table(report: Report, about: dict[str, Any]) -> str:
+def _table(report: Findings, about: dict[str, Any]) -> str:
     rows = _own_rows(report, about)
     variants = [name for name in variants_of(report, about["label"]) if any(row.variant == name for row in rows)]
     cells = {(row.metric, row.variant): row for row in rows}
@@ -175,8 +175,8 @@ def _spoken(row: Row) -> str:
 # -- charts
 
 
-def layer_charts(report: Report) -> str:
-    """Each metric of the raw tokens over layers; nothing if no backbone has several."""
+def layer_charts(report: Findings) -> str:
+    """Draw each metric of the raw tokens over layers; nothing if no backbone has several."""
     lines = {each["label"]: _layer_rows(report, each["label"]) for each in report.backbones}
     lines = {name: rows for name, rows in lines.items() if len({row.layer for row in rows}) > 1}
     if not lines:
@@ -206,7 +206,7 @@ def _layer_chart(metric: str, lines: Sequence[Sequence[Row]], last: int) -> str:
     )
 
 
-def _layer_rows(report: Report, backbone: str) -> list[Row]:
+def _layer_rows(report: Findings, backbone: str) -> list[Row]:
     rows = [row for row in report.rows if row.backbone == backbone and row.variant == "raw" and row.value is not None]
     return sorted(rows, key=lambda row: (row.layer == -1, row.layer))
 
@@ -217,8 +217,8 @@ def _point(row: Row, last: int) -> charts.Point:
     return charts.Point(last if row.layer == -1 else row.layer, value, low, high, row.null)
 
 
-def position_maps(report: Report) -> str:
-    """What stays at each position, for all variants and some layers."""
+def position_maps(report: Findings) -> str:
+    """Draw what stays at each position, for all variants and some layers."""
     figures = []
     for about in report.backbones:
         entries = matching(report.index["positions"], backbone=about["label"])
@@ -242,7 +242,7 @@ def position_maps(report: Report) -> str:
     )
 
 
-def norm_charts(report: Report) -> str:
+def norm_charts(report: Findings) -> str:
     """Histograms of token norms at each backbone's own layer."""
     figures = []
     for about in report.backbones:
@@ -277,8 +277,8 @@ def _median(counts: np.ndarray, edges: Sequence[float]) -> float:
 # -- galleries
 
 
-def gallery(report: Report, shown: Sequence[int]) -> str:
-    """Photographs beside their token maps in colours, at each backbone's own layer."""
+def gallery(report: Findings, shown: Sequence[int]) -> str:
+    """Show photographs beside their token maps in colours, at each backbone's own layer."""
     parts = "".join(_gallery(report, about, shown) for about in report.backbones)
     if not parts:
         return ""
@@ -289,7 +289,7 @@ def gallery(report: Report, shown: Sequence[int]) -> str:
     )
 
 
-def _gallery(report: Report, about: dict[str, Any], shown: Sequence[int]) -> str:
+def _gallery(report: Findings, about: dict[str, Any], shown: Sequence[int]) -> str:
     names = image_names(report)
     entries = matching(report.index["maps"], backbone=about["label"], layer=about["layer"])
     order = [name for name in variants_of(report, about["label"]) if matching(entries, variant=name)]
@@ -301,7 +301,7 @@ def _gallery(report: Report, about: dict[str, Any], shown: Sequence[int]) -> str
     return _scrolling(caption, f'<table class="gallery"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
 
 
-def _strip(report: Report, entries: Sequence[dict[str, Any]], order: Sequence[str], image: int, name: str) -> str:
+def _strip(report: Findings, entries: Sequence[dict[str, Any]], order: Sequence[str], image: int, name: str) -> str:
     maps = {entry["variant"]: torch.from_numpy(report.arrays[entry["array"]].astype(np.float32)) for entry in entries}
     together = [each for each in order if each in maps and each not in SUBTRACTED]
     colours = dict(zip(together, pca_colours([maps[each] for each in together]), strict=True)) if together else {}
@@ -322,8 +322,8 @@ def _map(address: str, shape: Sequence[int], alt: str) -> str:
 # -- how
 
 
-def method(report: Report, reduced: Sequence[str]) -> str:
-    """What it took, which weights, which settings, and what the page leaves out."""
+def method(report: Findings, reduced: Sequence[str]) -> str:
+    """Say how long it took, which weights and settings it used, and what the page leaves out."""
     seconds = report.seconds
     facts = {each["label"]: _described(each) for each in report.backbones} | {
         "time": f"backbone {seconds['forward']:.1f} s, decompositions besides it {seconds['fields']:.1f} s, denoisers "
@@ -356,5 +356,5 @@ def _layer_phrase(layer: int) -> str:
     return "final layer" if layer == -1 else f"block {layer}"
 
 
-def _own_rows(report: Report, about: dict[str, Any]) -> list[Row]:
+def _own_rows(report: Findings, about: dict[str, Any]) -> list[Row]:
     return [row for row in report.rows if row.backbone == about["label"] and row.layer == about["layer"]]

@@ -1,4 +1,4 @@
-"""Token maps made small: what pictures and the interactive report need of an analysis, quantised to bytes."""
+"""Make token maps small: what pictures and the interactive report need of an analysis, quantised to bytes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dvt.views import resize
 _BUDGET_BYTES = 5_000_000
 _MOST_DIRECTIONS = 48
 _JPEG_SIDE = 336
-_BINS = 60
+_NORM_BINS = 60
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A token map to show.
+    """Hold a token map to show.
 
     Args:
         image: its index in the report's images.
@@ -41,7 +41,7 @@ class Shown:
 
 
 class Arrays:
-    """Collects a report's arrays and the index that says what they are."""
+    """Collect a report's arrays and the index that says what they are."""
 
     def __init__(self) -> None:
         self.index: dict[str, list[dict[str, Any]]] = {"jpegs": [], "maps": [], "positions": [], "norms": []}
@@ -86,14 +86,14 @@ class Arrays:
             variant: np.concatenate([each.patches.float().norm(dim=-1).flatten().cpu().numpy() for each in maps])
             for variant, maps in tokens.items()
         }
-        edges = np.linspace(0, max(float(each.max()) for each in norms.values()) * 1.0001 + 1e-9, _BINS + 1)
+        edges = np.linspace(0, max(float(each.max()) for each in norms.values()) * 1.0001 + 1e-9, _NORM_BINS + 1)
         for variant, values in norms.items():
             counts = np.histogram(values, edges)[0].astype(np.int64)
             self._add("norms", counts, backbone=backbone, layer=layer, variant=variant, edges=edges.tolist())
 
 
 def quantise(maps: Sequence[Tensor], count: int) -> list[tuple[np.ndarray, float]]:
-    """Token maps in their principal directions, as bytes.
+    """Write token maps in their principal directions, as bytes.
 
     Args:
         maps: (h, w, C) each; grids may differ.

@@ -18,7 +18,7 @@ Texts = Sequence[Sequence[str]]
 
 
 def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """(B, ...) conditions of which a random share is replaced by ``null``, for classifier-free guidance.
+    """Replace a random share of conditions (B, ...) by ``null``, for classifier-free guidance.
 
     Args:
         condition: (B, ...).
@@ -35,7 +35,7 @@ def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generat
 
 
 def pseudo_text(features: Tensor, generator: torch.Generator, xi: float = 3.0) -> Tensor:
-    """Fixed pseudo-text features h = norm(f + xi |f| eps / |eps|), eps standard normal.
+    """Draw fixed pseudo-text features h = norm(f + xi |f| eps / |eps|), eps standard normal.
 
     The mean cosine of f and h tends to 1 / sqrt(1 + xi^2) in high dimension.
 
@@ -53,7 +53,7 @@ def pseudo_text(features: Tensor, generator: torch.Generator, xi: float = 3.0) -
 
 
 class PseudoText(nn.Module):
-    """Trained pseudo-text features h = norm(f + mu(f) + exp(s(f)) eps) of f = norm(feature).
+    """Learn pseudo-text features h = norm(f + mu(f) + exp(s(f)) eps) of f = norm(feature).
 
     It starts as the fixed kind does in high dimension: mu = 0 and exp(s) = xi / sqrt(C). Train it together with the
     generator through ``contrast(h, ..., temperature=.5)``.
@@ -78,7 +78,7 @@ class PseudoText(nn.Module):
         nn.init.constant_(self.log_scale.bias, torch.tensor(xi / feature_dim**0.5).log().item())
 
     def forward(self, features: Tensor, generator: torch.Generator) -> Tensor:
-        """(..., C) unit vectors of (..., C) features."""
+        """Draw pseudo-text (..., C), unit vectors, for features (..., C)."""
         features = functional.normalize(features, dim=-1)
         hidden = self.hidden(features)
         noise = _normal_like(features, generator)
@@ -93,7 +93,7 @@ def _normal_like(features: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]:
-    """For each image its text and rewrites, from a file of JSON lines.
+    """Read each image's text and rewrites from a file of JSON lines.
 
     A line is ``{"image": NAME, "text": ORIGINAL, "rewrites": [TEXT, ...]}``; rewrites may be missing.
 
@@ -151,7 +151,7 @@ def _check_step(path: Path, images: list[str], named: list[str]) -> None:
 
 
 def draw_texts(texts: Texts, generator: torch.Generator) -> list[str]:
-    """One text for each image, uniformly among its original and rewrites.
+    """Draw one text for each image, uniformly among its original and rewrites.
 
     One random number is drawn for each image, however many rewrites it has: adding some moves no other draw.
     """
@@ -160,7 +160,7 @@ def draw_texts(texts: Texts, generator: torch.Generator) -> list[str]:
 
 
 class TextTower(nn.Module):
-    """A frozen text encoder of open_clip: list of N texts -> (N, C) features.
+    """Encode texts with a frozen text encoder of open_clip: list of N texts -> (N, C) features.
 
     Args:
         name: an open_clip model such as ``ViT-B-32``.
@@ -184,7 +184,7 @@ class TextTower(nn.Module):
 
     @torch.no_grad()
     def forward(self, texts: Sequence[str]) -> Tensor:
-        """(N, C) features of N texts, not normalised."""
+        """Encode N texts as (N, C) features, not normalised."""
         device = next(self.model.parameters()).device
         return self.model.encode_text(self._tokenize(list(texts)).to(device)).float()
 
@@ -194,13 +194,13 @@ class TextTower(nn.Module):
 
 @dataclass(frozen=True)
 class Codebook:
-    """Cluster centres (K, C) in feature space: discrete tokens, the baseline that continuous ones are compared with."""
+    """Hold cluster centres (K, C) in feature space: discrete tokens, the baseline for continuous ones."""
 
     centres: Tensor
 
     @classmethod
     def fit(cls, features: Tensor, count: int, seed: int = 0) -> Codebook:
-        """k-means centres of (..., C) features, such as the patch tokens of many images.
+        """Find the k-means centres of (..., C) features, such as the patch tokens of many images.
 
         Raises:
             ConfigError: there are fewer features than centres.
@@ -217,7 +217,7 @@ class Codebook:
         return cls(torch.from_numpy(means.cluster_centers_).to(features))
 
     def encode(self, features: Tensor) -> Tensor:
-        """(...) index of the nearest centre of each of (..., C) features."""
+        """Find the index (...) of the nearest centre of each of (..., C) features."""
         if features.shape[-1] != self.centres.shape[1]:
             raise ShapeError(f"features have {features.shape[-1]} channels, the codebook {self.centres.shape[1]}")
         rows = features.flatten(0, -2).to(self.centres)
@@ -225,5 +225,5 @@ class Codebook:
         return torch.cat(parts).view(features.shape[:-1])
 
     def decode(self, ids: Tensor) -> Tensor:
-        """(..., C) centres of (...) indices."""
+        """Look up the centres (..., C) of indices (...)."""
         return self.centres[ids]

@@ -1,4 +1,4 @@
-"""What a prior is made of."""
+"""Set what a prior is made of."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dvt.grids import Size
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """What a prior is made of.
+    """Set what a prior is made of.
 
     Args:
         grid: (h, w) target tokens.
         token_dim: D, channels of a target token.
         condition_dim: C, channels of a condition token; None for a prior without a condition.
-        condition_grid: (h, w) if the last h w condition tokens lie on a grid, whose places the prior is then told;
+        condition_grid: (h, w) if the last h w condition tokens lie on a grid, whose places the prior is then given;
             None for class tokens, labels and texts.
         head: "image" denoises all target tokens at once; "token" each by itself, given the trunk's answer for it.
         order: of a token head: "random" (masked, all see all) or "raster" (causal).

@@ -1,4 +1,4 @@
-"""One contrastive loss: the cross-entropy between an assignment of positives and softmaxed cosines."""
+"""Compute one contrastive loss: the cross-entropy between an assignment of positives and softmaxed cosines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def contrast(
     positives: Tensor | None = None,
     symmetric: bool = False,
 ) -> Tensor:
-    """Mean over queries of H(p, q) = -sum_j p_j log q_j with q = softmax(cosine(query, key_j) / temperature).
+    """Average H(p, q) = -sum_j p_j log q_j over queries, with q = softmax(cosine(query, key_j) / temperature).
 
     ======================  ========================================================================
     InfoNCE                 contrast(a, b)
@@ -60,7 +60,7 @@ def contrast(
 
 
 def same(labels: Tensor, others: Tensor | None = None) -> Tensor:
-    """(N, M) booleans: which samples share a label, such as the images made from one caption.
+    """Mark which samples share a label, such as the images made from one caption: (N, M) booleans.
 
     Args:
         labels: (N,) of the queries.

@@ -28,7 +28,7 @@ def _beside(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 class Preconditioned(nn.Module):
-    """A network as an x0 model whose inputs and targets have unit variance at every noise level.
+    """Make a network an x0 model whose inputs and targets have unit variance at every noise level.
 
     x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4, condition); a network that answers 0 shrinks x linearly.
 
@@ -56,7 +56,7 @@ class Preconditioned(nn.Module):
 def denoising_loss(
     x0_model: X0Model, clean: Tensor, sigma: Tensor, noise: Tensor, condition: Any = None, sigma_data: float = 1.0
 ) -> Tensor:
-    """(B,) squared errors of x0, a mean over dimensions, weighted so that an untrained model scores 1 everywhere.
+    """Compute squared errors of x0, (B,) means over dimensions, weighted so that an untrained model scores 1.
 
     Args:
         x0_model: :class:`Preconditioned`, or any other.
@@ -73,12 +73,12 @@ def denoising_loss(
 
 
 def draw_sigmas(count: int, generator: torch.Generator, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """(count,) training noise levels, log-normal: ln(sigma) ~ N(mean, std^2) (EDM)."""
+    """Draw training noise levels (count,), log-normal: ln(sigma) ~ N(mean, std^2) (EDM)."""
     return (mean + std * torch.randn(count, generator=generator, device=generator.device)).exp()
 
 
 def guided(x0_model: X0Model, scale: float, null: Any) -> X0Model:
-    """Classifier-free guidance: x0(null) + scale [x0(condition) - x0(null)]; each call runs the model twice.
+    """Guide without a classifier: x0(null) + scale [x0(condition) - x0(null)]; each call runs the model twice.
 
     At scale 1 the model itself is returned. Source: Ho and Salimans, 2022, equation 6, where w = scale - 1.
     """
@@ -96,7 +96,7 @@ def guided(x0_model: X0Model, scale: float, null: Any) -> X0Model:
 
 
 def karras_sigmas(count: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
-    """(count + 1,) noise levels from high to low, evenly spaced in sigma^(1/rho), then 0.
+    """List noise levels (count + 1,) from high to low, evenly spaced in sigma^(1/rho), then 0.
 
     >>> karras_sigmas(3, low=1.0, high=16.0, rho=2.0).tolist()
     [16.0, 6.25, 1.0, 0.0]
@@ -112,7 +112,7 @@ def karras_sigmas(count: int, low: float = 0.002, high: float = 80.0, rho: float
 
 
 def alpha_bars(kind: Literal["cosine", "linear"], steps: int = 1000) -> Tensor:
-    """(steps,) products of 1 - beta of a DDPM schedule, falling; its noise level is sigma = sqrt(1 / alpha_bar - 1).
+    """Multiply 1 - beta along a DDPM schedule: (steps,), falling; its noise level is sigma = sqrt(1 / alpha_bar - 1).
 
     Source:
         linear: Ho et al., DDPM, 2020 (beta from 1e-4 to .02 at 1,000 steps); cosine: Nichol and Dhariwal, 2021, eq. 17.
@@ -131,7 +131,7 @@ def alpha_bars(kind: Literal["cosine", "linear"], steps: int = 1000) -> Tensor:
 
 
 def ddpm_sigmas(kind: Literal["cosine", "linear"], count: int, steps: int = 1000) -> Tensor:
-    """(count + 1,) falling noise levels at evenly spaced steps of a DDPM schedule, then 0."""
+    """List falling noise levels (count + 1,) at evenly spaced steps of a DDPM schedule, then 0."""
     if not 1 <= count <= steps:
         raise ConfigError(f"count must lie in 1 ... {steps}, the steps of the schedule, got {count}")
     times = torch.linspace(steps - 1, 0, count, dtype=torch.float64).round().long()
@@ -140,7 +140,7 @@ def ddpm_sigmas(kind: Literal["cosine", "linear"], count: int, steps: int = 1000
 
 
 def x0_from_noise(noise_model: Callable[[Tensor, Tensor, Any], Tensor], schedule: Tensor) -> X0Model:
-    """A DDPM network as an x0 model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
+    """Make a DDPM network an x0 model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
 
     Args:
         noise_model: (x of variance one (B, ...), step (B,) integers, condition) -> its noise (B, ...).
@@ -167,7 +167,7 @@ def heun(
     condition: Any = None,
     generator: torch.Generator | None = None,
 ) -> Sampled:
-    """Heun's method on dx/dsigma = (x - x0(x, sigma)) / sigma; N steps down to 0 call the model 2N - 1 times.
+    """Sample by Heun's method on dx/dsigma = (x - x0(x, sigma)) / sigma; N steps down to 0 call the model 2N - 1 times.
 
     Args:
         x0_model: the model; wrap it in :func:`guided` for guidance.
@@ -191,7 +191,7 @@ def heun(
 
 @dataclass(frozen=True)
 class Restart:
-    """An interval in which sampling restarts.
+    """Describe an interval in which sampling restarts.
 
     Args:
         low: noise level to restart from; the nearest inner one of the sampler's grid is taken.
@@ -219,7 +219,7 @@ def restart(
     generator: torch.Generator | None = None,
     intervals: Sequence[Restart] = (),
 ) -> Sampled:
-    """Heun that, on reaching the low end of an interval, adds noise up to its high end and comes back, K times.
+    """Sample by Heun that, at the low end of an interval, adds noise up to its high end and comes back, K times.
 
     The model is called 2N - 1 + sum 2 K_i (points_i - 1) times. It contracts errors made above the interval, and does
     not beat :func:`heun` where the model is exact. Arguments as there.
@@ -259,7 +259,7 @@ def ddim(
     generator: torch.Generator | None = None,
     eta: float = 0.0,
 ) -> Sampled:
-    """DDIM: Euler steps, each calling the model once; eta = 1 is DDPM's ancestral sampling. Arguments as :func:`heun`.
+    """Sample by DDIM: Euler steps of one call each; eta = 1 is DDPM's ancestral sampling. Arguments as :func:`heun`.
 
     Args:
         generator: draws the noise; needed with eta > 0.
@@ -304,7 +304,7 @@ def _checked(sigmas: Tensor) -> list[float]:
 
 
 def _node(interval: Restart, grid: list[float]) -> int:
-    """Index of the grid's inner level that is nearest to an interval's low end."""
+    """Find the grid's inner level that is nearest to an interval's low end."""
     inner = range(1, len(grid) - 1 if grid[-1] == 0 else len(grid))
     nearest = min(inner, key=lambda index: abs(grid[index] - interval.low), default=0)
     if not 0 < grid[nearest] < interval.high or nearest == 0:

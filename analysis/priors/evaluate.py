@@ -1,4 +1,4 @@
-"""How good generated samples are, in the features of any backbone: distance, faithfulness, scaling, memorisation."""
+"""Measure generated samples in the features of any backbone: distance, faithfulness, scaling, memorisation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def features(
     size: Size | None = None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Features of images, real or generated, for the functions below.
+    """Compute features of images, real or generated, for the functions below.
 
     Args:
         backbone: (B, 3, H, W) images in [0, 1] to tokens.
@@ -73,7 +73,7 @@ def _rows(values: Tensor, name: str, least: int) -> Tensor:
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
-    """Squared Frechet distance of the normal distributions with the features' means and covariances.
+    """Compute the squared Frechet distance of the normal distributions with the features' means and covariances.
 
     Few samples bias it upwards by much more than its noise: compare only numbers of equal counts, and read it beside
     ``frechet_distance(real, held_out)`` with as many held-out real images as generated ones. Features are taken as
@@ -103,7 +103,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 class _Rows(nn.Identity):
-    """What torchmetrics takes for a network: the rows are features already."""
+    """Stand in for the network that torchmetrics expects: the rows are features already."""
 
     num_features: int
 
@@ -113,7 +113,7 @@ class _Rows(nn.Identity):
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Cosines between the features of generated images and conditions.
+    """Hold cosines between the features of generated images and conditions.
 
     Args:
         matched: mean cosine with the own condition.
@@ -127,12 +127,12 @@ class RoundTrip:
 
     @property
     def sigmas(self) -> float:
-        """(matched - shuffled) in standard errors."""
+        """Express matched - shuffled in standard errors."""
         return (self.matched - self.shuffled) / max(self.error, torch.finfo(torch.float64).tiny)
 
 
 def round_trip_cosine(generated: Tensor, conditions: Tensor) -> RoundTrip:
-    """How well a generated image's features give its condition back.
+    """Measure how well a generated image's features give its condition back.
 
     Args:
         generated: (N, ..., C) features of generated images, N at least 3; maps (N, h, w, C) are compared by token.
@@ -156,7 +156,7 @@ def round_trip_cosine(generated: Tensor, conditions: Tensor) -> RoundTrip:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """log L = -k log D + b.
+    """Hold a power law log L = -k log D + b.
 
     Args:
         k: the exponent; positive where more data helps.
@@ -173,12 +173,12 @@ class PowerLaw:
     residual: float
 
     def __call__(self, size: float) -> float:
-        """The loss that the line gives at a data size."""
+        """Predict the loss at a data size."""
         return float(torch.tensor(self.b, dtype=torch.float64).exp()) * size**-self.k
 
 
 def fit_power_law(sizes: Sequence[float], losses: Sequence[float] | Sequence[Sequence[float]]) -> PowerLaw:
-    """Least squares on logarithms, with Student's interval for the exponent.
+    """Fit a power law by least squares on logarithms, with Student's interval for the exponent.
 
     A bootstrap of 6 or 8 points covers the truth in 89 % of cases only; Student's interval in 95 %.
 
@@ -215,7 +215,7 @@ def fit_power_law(sizes: Sequence[float], losses: Sequence[float] | Sequence[Seq
 
 @dataclass(frozen=True)
 class Memorisation:
-    """Distances from generated images to their nearest training images, beside those of real held-out images.
+    """Hold distances from generated images to their nearest training images, beside those of real held-out images.
 
     Args:
         distances: (N,) 1 - cosine from each generated image to its nearest training image.
@@ -233,7 +233,7 @@ class Memorisation:
 
 
 def memorisation(generated: Tensor, training: Tensor, held_out: Tensor) -> Memorisation:
-    """Whether generated images lie nearer to training images than other real images do.
+    """Test whether generated images lie nearer to training images than other real images do.
 
     Args:
         generated: (N, C) features.

@@ -32,7 +32,7 @@ def closed_loop(
     transform: Transform | None = None,
     start: Generate | None = None,
 ) -> Iterator[Generate]:
-    """Generate -> transform -> refit on the real and the transformed samples, round after round.
+    """Generate, transform, and refit on the real and the transformed samples, round after round.
 
     Args:
         fit: samples (n, ...) -> what generates more of them.
@@ -68,7 +68,7 @@ def closed_loop(
 
 
 def mixing(target: Transform, gamma: float) -> Transform:
-    """The corrector pi_gamma p = (p + gamma p*) / (1 + gamma): each sample is replaced with chance gamma / (1 + gamma).
+    """Correct by pi_gamma p = (p + gamma p*) / (1 + gamma): replace each sample with chance gamma / (1 + gamma).
 
     Args:
         target: gives samples of p*: :func:`redraw`, or for each sample its own correction: :func:`nearest_centre`.
@@ -87,7 +87,7 @@ def mixing(target: Transform, gamma: float) -> Transform:
 
 
 def redraw(real: Tensor) -> Transform:
-    """A random real sample in place of each one: the ideal correction, if ``real`` (n, ...) stands for p* itself."""
+    """Replace each sample by a random real one: the ideal correction, if ``real`` (n, ...) stands for p* itself."""
 
     def draw(samples: Tensor, generator: torch.Generator) -> Tensor:
         return real[torch.randint(len(real), (len(samples),), generator=generator, device=generator.device)]
@@ -96,7 +96,7 @@ def redraw(real: Tensor) -> Transform:
 
 
 def nearest_centre(codebook: Codebook) -> Transform:
-    """The nearest centre in feature space in place of each one; fit the codebook to real features."""
+    """Put the nearest centre in feature space in place of each sample; fit the codebook to real features."""
     return lambda samples, _: codebook.decode(codebook.encode(samples)).to(samples)
 
 
@@ -107,7 +107,7 @@ TokenModel = Callable[[Tensor], Tensor]
 
 
 def straight_through(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """(..., V) one-hot samples of softmax(logits); their gradient is that of the probabilities.
+    """Draw one-hot samples (..., V) of softmax(logits); their gradient is that of the probabilities.
 
     Source:
         Bengio et al., Estimating or Propagating Gradients Through Stochastic Neurons, 2013.
@@ -120,7 +120,7 @@ def straight_through(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def token_loss(model: TokenModel, source: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of target ids (B, L') given one-hot source tokens (B, L, V), in nats a token."""
+    """Compute the cross-entropy of target ids (B, L') given one-hot source tokens (B, L, V), in nats a token."""
     logits = model(source)
     if logits.shape[:2] != target.shape:
         raise ShapeError(f"the model gives logits {tuple(logits.shape)} for target tokens {tuple(target.shape)}")
@@ -135,7 +135,7 @@ def cycle_loss(
     generator: torch.Generator,
     through: bool = True,
 ) -> Tensor:
-    """The loss of finding unpaired tokens again: tokens -> first -> straight-through sample -> second -> tokens.
+    """Compute the loss of finding tokens again: tokens -> first -> straight-through sample -> second -> tokens.
 
     Args:
         first: tokens of this kind to logits of the other.
@@ -162,7 +162,7 @@ def itit_losses(
     generator: torch.Generator,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Both directions on a few pairs and both cycles on unpaired tokens; "loss" is their sum.
+    """Compute both directions' losses on a few pairs and both cycles' on unpaired tokens; "loss" is their sum.
 
     Args:
         pairs: image ids (B, L) and text ids (B, M) that belong together.

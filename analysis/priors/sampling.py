@@ -1,4 +1,4 @@
-"""The folder of a trained prior: what it keeps, samples from it, and how good they are."""
+"""Open the folder of a trained prior, draw samples from it, and measure how good they are."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from torch.nn import functional
 from dvt.analysis.pictures import pca_colours, save
 from dvt.analysis.priors.diffusion import heun
 from dvt.analysis.priors.evaluate import features, frechet_distance, memorisation, round_trip_cosine
-from dvt.analysis.priors.prior import Prior, Sampler, sampling_sigmas
-from dvt.analysis.priors.seen import BATCH, Clean, Seen, identity
-from dvt.analysis.priors.targets import Target
+from dvt.analysis.priors.heads import Sampler
+from dvt.analysis.priors.prior import Prior, sampling_sigmas
+from dvt.analysis.priors.targets import PriorTarget
+from dvt.analysis.priors.token_set import BATCH, Clean, TokenSet, token_identity
 from dvt.backbones import Backbone
 from dvt.backbones.weights import save_state
 from dvt.errors import BackboneError, ConfigError, WeightsError
 from dvt.progress import Progress
 
 _FEWEST_COMPARED = 20  # held-out images that the memorisation check needs
-_DRAWS = 8  # of noise for each held-out image in a validation
+_NOISE_DRAWS = 8  # of noise for each held-out image in a validation
 _TILE, _GAP = 96, 4  # pixels of a picture of samples
 
 
-def keep(path: Path, held: Seen, maps: Tensor, training: Tensor, reals: Tensor, names: Sequence[Path]) -> None:
+def keep(path: Path, held: TokenSet, maps: Tensor, training: Tensor, reals: Tensor, names: Sequence[Path]) -> None:
     tensors = {"pictures": held.pictures, "maps": maps, "training_features": training, "held_out_features": reals}
     if held.conditions is not None:
         tensors["conditions"] = held.conditions
@@ -39,8 +40,8 @@ def keep(path: Path, held: Seen, maps: Tensor, training: Tensor, reals: Tensor, 
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run's folder holds for sampling.
+class PriorRun:
+    """Hold what a run's folder has for sampling.
 
     Args:
         prior: the trained prior, on its device.
@@ -51,19 +52,19 @@ class Run:
     """
 
     prior: Prior
-    target: Target
+    target: PriorTarget
     held: dict[str, Tensor]
     names: list[str]
 
     def conditions(self, rows: slice | list[int]) -> Tensor | None:
-        """(n, M, C) on the prior's device, None where there are none."""
+        """Move the conditions (n, M, C) of some rows to the prior's device; None where there are none."""
         if "conditions" not in self.held:
             return None
         return self.held["conditions"][rows].to(next(self.prior.parameters()).device)
 
 
-def open_run(folder: str | Path, device: str | torch.device | None = None) -> Run:
-    """The run that :func:`train_prior` left, or is leaving, in a folder.
+def open_run(folder: str | Path, device: str | torch.device | None = None) -> PriorRun:
+    """Open the run that :func:`train_prior` left, or is leaving, in a folder.
 
     Raises:
         WeightsError: a file is missing or damaged.
@@ -75,17 +76,17 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Ru
         with safe_open(str(path), "pt") as file:
             names = json.loads((file.metadata() or {})["images"])
         held = load_file(path)
-        target = Target(**prior.card["target"])
+        target = PriorTarget(**prior.card["target"])
         _check_held(held, names, prior, target)
     except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
-    return Run(prior, target, held, names)
+    return PriorRun(prior, target, held, names)
 
 
-def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Target) -> None:
-    """That what a run keeps fits its prior, and holds numbers."""
+def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
+    """Check that what a run keeps fits its prior, and holds numbers."""
     config, count = prior.config, len(names)
-    told = prior.card["condition"]
+    condition = prior.card["condition"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError("it names no images")
     wanted: dict[str, tuple[int | None, ...]] = {
@@ -95,7 +96,7 @@ def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Targe
     wanted |= {"training_features": (None, None), "held_out_features": (None, None)}
     if config.condition_dim is not None:
         cells = math.prod(config.condition_grid) if config.condition_grid else None
-        wanted["conditions"] = (count, None if told == "both" else cells, config.condition_dim)
+        wanted["conditions"] = (count, None if condition == "both" else cells, config.condition_dim)
     for name, shape in wanted.items():
         value = held[name]
         same = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
@@ -122,7 +123,7 @@ def sample_prior(
     sampler: Sampler = heun,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """Draws samples for held-out images, and a picture of each beside the image that its condition comes from.
+    """Draw samples for held-out images, each shown beside the image that its condition comes from.
 
     Args:
         run_dir: of :func:`train_prior`; nothing else is needed.
@@ -150,7 +151,9 @@ def sample_prior(
     return {"out": str(out), "images": images, "samples": samples, "calls": calls}
 
 
-def _drawn(run: Run, rows: list[int], steps: int, guidance: float, seed: int, sampler: Sampler) -> tuple[Tensor, int]:
+def _drawn(
+    run: PriorRun, rows: list[int], steps: int, guidance: float, seed: int, sampler: Sampler
+) -> tuple[Tensor, int]:
     generator = torch.Generator(next(run.prior.parameters()).device).manual_seed(seed)
     sigmas, parts, calls = sampling_sigmas(steps), [], 0
     for start in range(0, len(rows), BATCH):
@@ -163,8 +166,8 @@ def _drawn(run: Run, rows: list[int], steps: int, guidance: float, seed: int, sa
     return torch.cat(parts), calls
 
 
-def _figure(run: Run, generated: Tensor, images: int, samples: int) -> Any:
-    """Rows of held-out images; their samples to the right of them. Features in the colours of the real ones."""
+def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
+    """Draw rows of held-out images, their samples to the right of them; features in the colours of the real ones."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
@@ -179,8 +182,10 @@ def _figure(run: Run, generated: Tensor, images: int, samples: int) -> Any:
         flat = [picture.permute(1, 2, 0) for picture in generated]
     columns += [flat[k::samples] for k in range(samples)]
 
-    told = "held-out image" if run.prior.config.condition_dim is None else f"condition: {run.prior.card['condition']}"
-    titles = [told, *(["its features"] if len(columns) > samples + 1 else []), "samples"]
+    condition = (
+        "held-out image" if run.prior.config.condition_dim is None else f"condition: {run.prior.card['condition']}"
+    )
+    titles = [condition, *(["its features"] if len(columns) > samples + 1 else []), "samples"]
     side = math.ceil(_TILE / len(first[0])) * len(first[0])  # a multiple, so that pixels stay squares
     tiles = [_tile(column[row], side) for row in range(images) for column in columns]
     sheet = make_grid(torch.stack(tiles), len(columns), padding=_GAP, pad_value=1.0).permute(1, 2, 0)
@@ -195,7 +200,7 @@ def _figure(run: Run, generated: Tensor, images: int, samples: int) -> Any:
 
 
 def _tile(picture: Tensor, side: int) -> Tensor:
-    """(3, side, side) of (h, w, 3), pixels as squares."""
+    """Enlarge (h, w, 3) to (3, side, side), pixels as squares."""
     return functional.interpolate(picture.clamp(0, 1).permute(2, 0, 1)[None].float(), (side, side), mode="nearest")[0]
 
 
@@ -203,8 +208,8 @@ def _tile(picture: Tensor, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def held_out_loss(prior: Prior, maps: Tensor, conditions: Tensor | None, draws: int = _DRAWS) -> float:
-    """The loss of images that were not trained on, a mean over images and over `draws` of fixed noise for each."""
+def held_out_loss(prior: Prior, maps: Tensor, conditions: Tensor | None, draws: int = _NOISE_DRAWS) -> float:
+    """Average the loss of images that were not trained on, over images and over `draws` of fixed noise for each."""
     device, total, count = next(prior.parameters()).device, 0.0, 0
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(draws):
@@ -225,12 +230,12 @@ def evaluate_prior(
     seed: int = 0,
     device: str | torch.device | None = None,
 ) -> dict[str, Any]:
-    """One sample for each held-out image, in the backbone's features; each number beside what chance or truth gives.
+    """Measure one sample for each held-out image in the backbone's features, beside what chance or truth gives.
 
     Args:
         run_dir: of :func:`train_prior`.
         backbone: the one that it was trained with.
-        denoiser: likewise.
+        denoiser: the one that it was trained with, or None.
         steps, guidance, seed, device: as for :func:`sample_prior`.
 
     Returns:
@@ -245,7 +250,7 @@ def evaluate_prior(
         BackboneError: the prior was trained with another backbone, or with and not without a denoiser.
     """
     run = open_run(run_dir, device)
-    _check_same(run.prior.card, identity(backbone, denoiser))
+    _check_same(run.prior.card, token_identity(backbone, denoiser))
     rows = list(range(len(run.names)))
     maps, calls = _drawn(run, rows, steps, guidance, seed, heun)
     made = run.target.decode(maps)
@@ -280,7 +285,7 @@ def _check_same(card: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def _round_trip(run: Run, made: Tensor, reals: Tensor | None, ceiling: Tensor | None) -> dict[str, float] | None:
+def _round_trip(run: PriorRun, made: Tensor, reals: Tensor | None, ceiling: Tensor | None) -> dict[str, float] | None:
     if "conditions" not in run.held or len(made) < 3:
         return None
     if reals is None:
@@ -301,8 +306,8 @@ def _memorised(made: Tensor, training: Tensor, held: Tensor) -> dict[str, float]
     return {"share": found.share, "p_value": found.p_value, "threshold": found.threshold}
 
 
-def summaries(seen: Seen, backbone: Backbone, denoiser: Clean | None, progress: Progress) -> Tensor:
-    """(N, C) mean features of real images, at the size that is generated."""
+def summaries(seen: TokenSet, backbone: Backbone, denoiser: Clean | None, progress: Progress) -> Tensor:
+    """Compute mean features (N, C) of real images, at the size that is generated."""
     if seen.patches is not None:
         return seen.patches.float().mean((1, 2))
     parts = []

@@ -1,4 +1,4 @@
-"""What a prior generates: square pictures as patches of pixels or of latents, or a backbone's feature tokens."""
+"""Make target tokens of a prior: square pictures as patches of pixels or of latents, or a backbone's features."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
-Kind = Literal["pixels", "latents", "features"]
-KINDS = ("pixels", "latents", "features")
+TargetKind = Literal["pixels", "latents", "features"]
+TARGET_KINDS = ("pixels", "latents", "features")
 
 
 def patchify(maps: Tensor, patch: int) -> Tensor:
-    """(B, C, H, W) in square patches, as tokens (B, H / patch, W / patch, C patch^2).
+    """Cut (B, C, H, W) into square patches, as tokens (B, H / patch, W / patch, C patch^2).
 
     >>> maps = torch.rand(2, 3, 8, 12)
     >>> torch.equal(unpatchify(patchify(maps, 4), 4), maps)
@@ -32,25 +32,25 @@ def patchify(maps: Tensor, patch: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, patch: int) -> Tensor:
-    """The inverse of :func:`patchify`."""
+    """Invert :func:`patchify`."""
     height, width = tokens.shape[1:3]
     columns = tokens.flatten(1, 2).transpose(1, 2)
     return functional.fold(columns, (height * patch, width * patch), patch, stride=patch)
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is generated, and how it becomes maps of tokens with mean 0 and standard deviation 1.
+class PriorTarget:
+    """Describe what is generated, and make it maps of tokens with mean 0 and standard deviation 1.
 
     Args:
         kind: "pixels", "latents" or "features".
         patch: pixels, or cells of the latent, along the side of a token; features are tokens already.
         vae: folder of a diffusers AutoencoderKL, for latents.
         mean: of the tokens, one number, or one a channel for features.
-        std: likewise.
+        std: standard deviation, the same way.
     """
 
-    kind: Kind
+    kind: TargetKind
     patch: int = 1
     vae: str | None = None
     mean: tuple[float, ...] = (0.0,)
@@ -59,27 +59,27 @@ class Target:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if self.kind not in KINDS:
-            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(KINDS)}")
+        if self.kind not in TARGET_KINDS:
+            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
         if (self.vae is None) == (self.kind == "latents"):
             raise ConfigError(f"latents, and only they, need a VAE; the target is {self.kind!r} and vae {self.vae!r}")
 
     def encode(self, pictures: Tensor, features: Tensor) -> Tensor:
-        """Target tokens (B, h, w, D), not standardised, of pictures (B, 3, S, S) and their features (B, h, w, C)."""
+        """Make target tokens (B, h, w, D), unstandardised, of pictures (B, 3, S, S) or features (B, h, w, C)."""
         if self.kind == "features":
             return features.float()
         return patchify(self._latents(pictures) if self.kind == "latents" else pictures, self.patch)
 
     def decode(self, maps: Tensor) -> Tensor:
-        """Pictures (B, 3, S, S), clipped to [0, 1], of standardised maps; for features, the tokens themselves."""
+        """Turn standardised maps into pictures (B, 3, S, S), clipped to [0, 1]; for features, into tokens."""
         raw = self.restore(maps)
         if self.kind == "features":
             return raw
         pictures = unpatchify(raw, self.patch)
         return (self._pictures(pictures) if self.kind == "latents" else pictures).clamp(0, 1)
 
-    def fitted(self, raw: Tensor) -> Target:
-        """With the mean and standard deviation of (N, h, w, D) training tokens."""
+    def fitted(self, raw: Tensor) -> PriorTarget:
+        """Return the target with the mean and standard deviation of (N, h, w, D) training tokens."""
         if not bool(raw.isfinite().all()):
             raise NonFiniteError("target tokens hold NaN or infinity; check the images, the VAE and the backbone")
         rows = raw.double().flatten(0, 2) if self.kind == "features" else raw.double().flatten()[:, None]
@@ -90,11 +90,11 @@ class Target:
         return replace(self, mean=tuple(rows.mean(0).tolist()), std=tuple(std.tolist()))
 
     def standardise(self, raw: Tensor) -> Tensor:
-        """Tokens of mean 0 and standard deviation 1."""
+        """Scale tokens to mean 0 and standard deviation 1."""
         return (raw - raw.new_tensor(self.mean)) / raw.new_tensor(self.std)
 
     def restore(self, maps: Tensor) -> Tensor:
-        """The inverse of :meth:`standardise`."""
+        """Invert :meth:`standardise`."""
         return maps * maps.new_tensor(self.std) + maps.new_tensor(self.mean)
 
     @cached_property
@@ -111,7 +111,7 @@ class Target:
 
 
 def load_vae(folder: str) -> Any:
-    """diffusers' AutoencoderKL of a local folder (config.json and safetensors weights), frozen.
+    """Load diffusers' AutoencoderKL from a local folder (config.json and safetensors weights), frozen.
 
     Raises:
         ConfigError: diffusers is not installed, or the folder holds no such model.

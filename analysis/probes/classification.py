@@ -1,4 +1,4 @@
-"""Classification of whole images from their mean patch token: a linear classifier and nearest neighbours."""
+"""Classify whole images from their mean patch token: a linear classifier and nearest neighbours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvt.grids import Size
 
 
 class ClassificationProbe(Probe):
-    """The class of an image from the mean of its patch tokens.
+    """Predict the class of an image from the mean of its patch tokens.
 
     The class token is not used: no patch denoiser changes it, so it could not tell one variant from another.
     Targets are () class indices; an image of class IGNORE does not count.
@@ -34,7 +34,7 @@ class ClassificationProbe(Probe):
         self.model: Any = None
 
     def make(self, images: int) -> Any:
-        """A scikit-learn classifier for so many training images."""
+        """Make a scikit-learn classifier for a number of training images."""
         raise NotImplementedError
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> ClassificationProbe:
@@ -48,7 +48,7 @@ class ClassificationProbe(Probe):
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """() int64 class of each image; `sizes` means nothing here."""
+        """Predict the class of each image, () int64; `sizes` is ignored."""
         model, vectors = fitted(self.model, self), _vectors(tokens)
         if vectors.shape[1] != model.n_features_in_:
             raise ShapeError(
@@ -56,21 +56,21 @@ class ClassificationProbe(Probe):
             )
         return list(torch.from_numpy(model.predict(vectors)))
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, K, 3): whether each image was right, its true and its predicted class, each as a 1 at its class."""
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Mark for each image whether it was right, its true and its predicted class, each by class: (N, K, 3)."""
         check_maps(tokens, targets, rank=0)
         pairs = zip(self.predict(tokens), targets, strict=True)
         return torch.stack([class_counts(found[None], target[None], self.num_classes) for found, target in pairs])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """accuracy, and the mean of the classes' accuracies, over the classes that occur in the truth; in [0, 1]."""
-        scores = count_scores(evidence)
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Compute accuracy, and the mean of the classes' accuracies, over the classes in the truth; in [0, 1]."""
+        scores = count_scores(statistics)
         return {"accuracy": scores["aAcc"], "class accuracy": scores["mAcc"]}
 
 
 class LinearClassification(ClassificationProbe):
-    """Logistic regression on standardised mean tokens.
+    """Classify by logistic regression on standardised mean tokens.
 
     Args:
         num_classes: K.
@@ -92,7 +92,7 @@ class LinearClassification(ClassificationProbe):
 
 
 class KnnClassification(ClassificationProbe):
-    """The vote of the nearest training images by the cosine of their mean tokens.
+    """Classify by the vote of the nearest training images by the cosine of their mean tokens.
 
     Args:
         num_classes: K.
@@ -112,5 +112,5 @@ class KnnClassification(ClassificationProbe):
 
 
 def _vectors(tokens: Maps) -> np.ndarray:
-    """(N, C) mean token of each image."""
+    """Average the tokens of each image: (N, C)."""
     return torch.stack([tokens[i].float().mean((0, 1)) for i in range(len(tokens))]).cpu().numpy()

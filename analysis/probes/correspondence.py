@@ -1,4 +1,4 @@
-"""Correspondence under known warps: does a token find the same image point again in a turned or cropped view?
+"""Measure whether a token finds the same image point again in a turned or cropped view, under known warps.
 
 No labels are needed and the truth is exact, but a view keeps much of the picture's layout: tokens that know nothing
 but their position find some points too. :class:`Matches` puts chance and position alone beside every score.
@@ -22,7 +22,7 @@ from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize
 
-KINDS = ("crop", "rotation", "scale")
+WARP_KINDS = ("crop", "rotation", "scale")
 """Kinds of warps: a part cut out anywhere, a turn about the centre, a part about the centre."""
 
 # Cosines that rounding alone tells apart count as equal.
@@ -31,7 +31,7 @@ _TIE = 1e-9
 
 @dataclass(frozen=True)
 class WarpConfig:
-    """Which warped views of an image are made; all lie wholly inside it and keep its aspect ratio.
+    """Choose which warped views of an image are made; all lie wholly inside it and keep its aspect ratio.
 
     Args:
         crops: views cut out anywhere.
@@ -63,7 +63,7 @@ class WarpConfig:
 
 
 def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Tensor:
-    """(V, 2, 3) maps from a view's coordinates to the image's, for random warps of an image of (H, W) pixels.
+    """Draw maps (V, 2, 3) from a view's coordinates to the image's: random warps of an image of (H, W) pixels.
 
     Drawn on the CPU, in the order crops, rotations, scales; see :func:`dvt.grids.rotated_view`.
     """
@@ -72,7 +72,7 @@ def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Te
 
 
 def kind_of(matrix: Tensor) -> str:
-    """One of :data:`KINDS`: "rotation" if the (2, 3) map turns, "scale" if it keeps the centre, otherwise "crop"."""
+    """Name the kind of a (2, 3) map: "rotation" if it turns, "scale" if it keeps the centre, otherwise "crop"."""
     if float(matrix[0, 1].abs() + matrix[1, 0].abs()) > 1e-9:
         return "rotation"
     centre = torch.tensor([0.5, 0.5], dtype=matrix.dtype)
@@ -97,7 +97,7 @@ def _between(limits: tuple[float, float], share: float) -> float:
 
 
 def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
-    """(1 + V, 3, H', W') model inputs: the whole image, then its warped views, cut from the image as it was loaded.
+    """Make model inputs (1 + V, 3, H', W'): the whole image, then its warped views, cut from the image as loaded.
 
     Args:
         image: (3, H, W) in [0, 1].
@@ -118,7 +118,7 @@ def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """How well the patches of a view find their place in the image; all are shares in [0, 1].
+    """Hold how well the patches of a view find their place in the image; all are shares in [0, 1].
 
     Args:
         pck: matches whose patch is centred near enough to the true place.
@@ -141,7 +141,7 @@ class Matches:
 def match(
     image: Tensor, view: Tensor, matrix: Tensor, threshold: float = 0.1, centres: Tensor | None = None
 ) -> Matches:
-    """Matches each patch of a warped view to the patch of the image whose token has the largest cosine.
+    """Match each patch of a warped view to the patch of the image whose token has the largest cosine.
 
     A match is right if that patch's centre lies within ``threshold`` times the longer side from the true place,
     measured in patches. Where several patches are equally similar, the score is what a random choice among them gives
@@ -183,7 +183,7 @@ def match(
 
 
 def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Whether each patch of the view lies in the image (n,), and whether a match with each of its patches is right."""
+    """Find which patches of the view lie in the image (n,), and which matches with its patches are right."""
     places = grids.grid_centres(grid) if centres is None else centres
     if tuple(places.shape) != (*grid, 2):
         raise ShapeError(f"centres {tuple(places.shape)} do not belong to maps of {grid} patches")
@@ -199,7 +199,7 @@ def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None)
 
 
 def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, n) probabilities that a view's patch goes to an image's patch (rows add up to 1), and back (columns do)."""
+    """Compute (n, n) probabilities that a view's patch goes to an image's (rows add up to 1), and back (columns do)."""
     if view.ndim != 3 or view.shape != image.shape or not view.numel():
         raise ShapeError(
             f"image and view need token maps (h, w, C) of one shape, not empty; got {tuple(image.shape)} and "
@@ -214,7 +214,7 @@ def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Correspondence(Probe):
-    """Nearest-neighbour matching as a probe; nothing is fitted.
+    """Match nearest neighbours, as a probe; nothing is fitted.
 
     The "map" of an image is (1 + V, h, w, C): the whole image's tokens, then its views'. Its target is the (V, 2, 3)
     maps of :func:`draw_warps`.
@@ -232,11 +232,11 @@ class Correspondence(Probe):
         self.centres = centres
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> Correspondence:
-        """Nothing: matching has no parameters."""
+        """Do nothing: matching has no parameters."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(V, h, w, 2) for each image: the coordinates in it of each view patch's match, the first of equal ones.
+        """Find for each image the coordinates of each view patch's match (V, h, w, 2), the first of equal ones.
 
         They lie in [0, 1]; `sizes` means nothing here.
         """
@@ -247,41 +247,43 @@ class Correspondence(Probe):
         picks = [_matches(view, views[0])[0].argmax(1).view(grid) for view in views[1:]]
         return self.centres(grid).flatten(0, 1)[torch.stack(picks)]
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 3, 7) for each image and each of :data:`KINDS`: the number of views, and the sums of their
-        :class:`Matches`, in the order of its fields.
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Count the views of each image and of each of :data:`WARP_KINDS`, and add up their :class:`Matches`.
+
+        Returns:
+            (N, 3, 7): the number of views, then the sums in the order of the fields.
 
         Raises:
             ShapeError: counts or shapes differ.
         """
         if not len(tokens) or len(tokens) != len(targets):
             raise ShapeError(f"{len(tokens)} images came with the warps of {len(targets)}; give one of each an image")
-        return torch.stack([self._image_evidence(tokens[i], targets[i]) for i in range(len(tokens))])
+        return torch.stack([self._image_statistics(tokens[i], targets[i]) for i in range(len(tokens))])
 
-    def _image_evidence(self, views: Tensor, warps: Tensor) -> Tensor:
+    def _image_statistics(self, views: Tensor, warps: Tensor) -> Tensor:
         if views.ndim != 4 or tuple(warps.shape) != (len(views) - 1, 2, 3) or not len(warps):
             raise ShapeError(
                 f"tokens {tuple(views.shape)} must be (1 + V, h, w, C) for warps (V, 2, 3), at least one; "
                 f"got warps {tuple(warps.shape)}"
             )
         centres = self.centres((views.shape[1], views.shape[2]))
-        total = torch.zeros(len(KINDS), 7, dtype=torch.float64)
+        total = torch.zeros(len(WARP_KINDS), 7, dtype=torch.float64)
         for view, matrix in zip(views[1:], warps, strict=True):
             found = match(views[0], view, matrix, self.threshold, centres)
-            total[KINDS.index(kind_of(matrix))] += torch.tensor([1.0, *astuple(found)], dtype=torch.float64)
+            total[WARP_KINDS.index(kind_of(matrix))] += torch.tensor([1.0, *astuple(found)], dtype=torch.float64)
         return total
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """Means over views of :class:`Matches`; `mutual PCK` is the right share of the mutual matches.
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Average :class:`Matches` over views; `mutual PCK` is the right share of the mutual matches.
 
         Chance, position and ceiling need no tokens. PCK and position are also given for each kind that occurs.
         """
-        total = evidence.sum(-2)
+        total = statistics.sum(-2)
         pck, mutual, both, chance, position, ceiling = (total[..., 1:] / total[..., :1]).unbind(-1)
         scores = {"PCK": pck, "mutual": mutual, "mutual PCK": both / mutual}
         scores |= {"chance PCK": chance, "position PCK": position, "ceiling PCK": ceiling}
-        for kind, values in zip(KINDS, evidence.unbind(-2), strict=True):
+        for kind, values in zip(WARP_KINDS, statistics.unbind(-2), strict=True):
             if bool(values[..., 0].any()):
                 shares = values[..., 1:] / values[..., :1]
                 scores |= {f"PCK {kind}": shares[..., 0], f"position PCK {kind}": shares[..., 4]}
@@ -298,7 +300,7 @@ def correspondence(
     probe: Correspondence | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Raw features and any variants of them on the same warped views; one pass of the backbone serves all.
+    """Compare raw features and variants of them on the same warped views; one pass of the backbone serves all.
 
     Args:
         backbone: (B, 3, H', W') images in [0, 1] to tokens.
@@ -310,7 +312,7 @@ def correspondence(
         progress: called with (what, done, total); total is 0 where the number of images is not known.
 
     Returns:
-        Variant -> evidence (N, 3, 7) of each image; ``Correspondence.summarise(evidence.sum(0))`` are its scores.
+        Variant -> statistics (N, 3, 7) of each image; ``Correspondence.summarise(statistics.sum(0))`` are its scores.
 
     Raises:
         ShapeError: there is no image.
@@ -325,7 +327,7 @@ def correspondence(
         warps = draw_warps(shape, config, generator)
         tokens = backbone(warped_images(image, warps, input_size(shape)))
         for name, way in ways.items():
-            found[name].append(probe.evidence([way(tokens).patches], [warps])[0])
+            found[name].append(probe.sufficient_statistics([way(tokens).patches], [warps])[0])
         if progress is not None:
             progress("correspondence", done, total)
     if not found["raw"]:

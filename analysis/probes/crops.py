@@ -1,4 +1,4 @@
-"""The layout-decorrelated protocol: labelled data cut once into random squares, so that position tells less."""
+"""Cut labelled data once into random squares, so that position tells less: the layout-decorrelated protocol."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from dvt.images import load_image
 
 log = logging.getLogger(__name__)
 
-SHARE = (0.5, 0.65)
+CROP_SHARE = (0.5, 0.65)
 _FOLDERS = {"labels": "annotations", "depth": "depth"}
 _TRIES = 20
 
 
-def draw_square(size: Size, generator: torch.Generator, share: tuple[float, float] = SHARE) -> tuple[int, int, int]:
-    """(top, left, side) in pixels of a random square inside an image.
+def draw_square(
+    size: Size, generator: torch.Generator, share: tuple[float, float] = CROP_SHARE
+) -> tuple[int, int, int]:
+    """Draw a random square inside an image: (top, left, side) in pixels.
 
     Args:
         size: (H, W) of the image.
@@ -47,10 +49,10 @@ def write_crops(
     data: LabelledData,
     folder: str | Path,
     generator: torch.Generator,
-    share: tuple[float, float] = SHARE,
+    share: tuple[float, float] = CROP_SHARE,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> LabelledData:
-    """One random square of every image and its label or depth map, as a data set in the plain folder layout.
+    """Write one random square of every image and its label or depth map, as a data set in the plain folder layout.
 
     A square without any label or measurement is drawn again, up to 20 times. Images are written as PNG, without loss.
     The crops are files like any others: `dvt denoise FOLDER/images` makes their stores.
@@ -81,9 +83,9 @@ def write_crops(
 def cached_crops(
     data: LabelledData, cache: Path, seed: int = 0, progress: Callable[[str, int, int], None] | None = None
 ) -> LabelledData:
-    """:func:`write_crops` once for the same examples and seed: later calls open what the first one wrote."""
+    """Call :func:`write_crops` once for the same examples and seed: later calls open what the first one wrote."""
     files = [[split, e.name, *_stamp(e)] for split, part in data.splits.items() for e in part]
-    recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, SHARE, files])
+    recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, CROP_SHARE, files])
     folder = cache / f"crops-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         part = folder.with_suffix(".part")
@@ -94,19 +96,19 @@ def cached_crops(
 
 
 def _stamp(example: Example) -> list[int]:
-    """Sizes and times of the files, so that edited labels are cut again."""
+    """List sizes and times of the files, so that edited labels are cut again."""
     files = [path.stat() for path in (example.image, example.truth) if path is not None]
     return [number for stat in files for number in (stat.st_size, stat.st_mtime_ns)]
 
 
 def _opened(data: LabelledData, folder: Path) -> LabelledData:
-    """The crops with what is known of the data that they were cut from."""
+    """Open the crops with what is known of the data that they were cut from."""
     crops = open_data(folder, data.target, layout="folder", ignore=(_void(data),) if data.target == "labels" else ())
     return replace(crops, num_classes=data.num_classes, classes=data.classes, notes=data.notes)
 
 
 def _void(data: LabelledData) -> int:
-    """The id of ignored pixels in the files of crops."""
+    """Find the id of ignored pixels in the files of crops."""
     return 255 if data.num_classes <= 255 else 65535
 
 

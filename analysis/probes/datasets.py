@@ -1,4 +1,4 @@
-"""Labelled data on disk: one folder layout of our own, five well-known ones, and clear words for what is wrong.
+"""Read labelled data from disk: one folder layout of our own and five well-known ones; errors say what is wrong.
 
 The layout, where the split folders may be missing::
 
@@ -33,9 +33,9 @@ from dvt.images import image_size
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+Picked = TypeVar("Picked")
 
-Target = Literal["labels", "depth", "boxes", "category"]
+AnnotationKind = Literal["labels", "depth", "boxes", "category"]
 
 MOST_CLASSES = 1000
 _METRES = 0.001
@@ -43,7 +43,7 @@ _METRES = 0.001
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Examples by split, with all that is needed to read their truth.
+    """Hold examples by split, with all that is needed to read their truth.
 
     Args:
         root: where they lie.
@@ -59,7 +59,7 @@ class LabelledData:
 
     root: Path
     layout: str
-    target: Target
+    target: AnnotationKind
     splits: Mapping[str, tuple[Example, ...]]
     classes: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
@@ -68,7 +68,7 @@ class LabelledData:
     notes: tuple[str, ...] = field(default=())
 
     def read(self, example: Example) -> Tensor:
-        """The truth of an example.
+        """Read the truth of an example.
 
         Returns:
             labels: (H, W) int16 class indices, IGNORE where left out. depth: (H, W) float32 metres, 0 where unknown.
@@ -85,15 +85,15 @@ class LabelledData:
         return _depth(values, example) if self.target == "depth" else self._labels(values, example)
 
     def limited(self, **counts: int | None) -> LabelledData:
-        """At most so many examples of each split, evenly spaced so that every part of it is there; None keeps all."""
+        """Keep at most a number of examples of each split, evenly spaced over it; None keeps all."""
         return replace(self, splits={name: pick(part, counts.get(name)) for name, part in self.splits.items()})
 
     def filtered(self, keep: Callable[[Example], bool]) -> LabelledData:
-        """Only the examples for which `keep` is true."""
+        """Keep only the examples for which `keep` is true."""
         return replace(self, splits={k: tuple(e for e in v if keep(e)) for k, v in self.splits.items()})
 
     def counted(self) -> LabelledData:
-        """The same data with its number of classes; where no layout tells it, all labels of all splits are read.
+        """Add the number of classes; where no layout gives it, all labels of all splits are read.
 
         Raises:
             DataError: ids look like colours or regions (more than MOST_CLASSES), or like an unmarked void (a lone 255).
@@ -145,7 +145,7 @@ def _path(truth: Path | None) -> Path:
 
 
 def _read_map(path: Path) -> np.ndarray:
-    """The (H, W) integers of a single-channel image, palette indices included."""
+    """Read the (H, W) integers of a single-channel image, palette indices included."""
     image_size(path)  # refuses what must not be opened: pipes, huge headers, empty files
     try:
         with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "PPM")) as image:
@@ -163,13 +163,13 @@ def _read_map(path: Path) -> np.ndarray:
 
 def open_data(
     root: str | Path,
-    target: Target,
+    target: AnnotationKind,
     *,
     layout: str = "auto",
     ignore: Sequence[int] = (),
     num_classes: int | None = None,
 ) -> LabelledData:
-    """Finds the examples below a folder and checks names and sizes.
+    """Find the examples below a folder, and check names and sizes.
 
     Args:
         root: the folder, in one of the :data:`LAYOUTS`.
@@ -183,8 +183,8 @@ def open_data(
         ConfigError: an unknown layout or target.
     """
     root = Path(root)
-    if target not in get_args(Target):
-        raise ConfigError(f"target is {target!r}; it must be one of {', '.join(get_args(Target))}")
+    if target not in get_args(AnnotationKind):
+        raise ConfigError(f"target is {target!r}; it must be one of {', '.join(get_args(AnnotationKind))}")
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; it must be auto or one of {', '.join(LAYOUTS)}")
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
@@ -225,7 +225,7 @@ def _recognise(root: Path, target: str, layout: str) -> tuple[str, Path]:
 
 
 def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """70, 10 and 20 % in blocks of the sorted names: neighbouring frames of one film stay together."""
+    """Split 70, 10 and 20 % in blocks of the sorted names: neighbouring frames of one film stay together."""
     groups: dict[int, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.category, []).append(example)
@@ -243,7 +243,7 @@ def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Ex
 
 
 def _check_sizes(data: LabelledData) -> None:
-    """Label and depth maps are as large as their images; boxes lie in theirs."""
+    """Check that label and depth maps are as large as their images, and that boxes lie in theirs."""
     wrong = []
     for examples in data.splits.values():
         for example in examples:
@@ -255,8 +255,8 @@ def _check_sizes(data: LabelledData) -> None:
         raise DataError(f"{len(wrong)} images and their maps differ in size (height x width): {some(wrong)}")
 
 
-def pick(items: Sequence[Item], count: int | None) -> tuple[Item, ...]:
-    """At most so many, evenly spaced, in their order; None takes all.
+def pick(items: Sequence[Picked], count: int | None) -> tuple[Picked, ...]:
+    """Take at most `count` items, evenly spaced, in their order; None takes all.
 
     >>> pick("abcdefg", 3)
     ('a', 'c', 'e')

@@ -1,4 +1,4 @@
-"""Metric depth from frozen tokens: a linear head over depth bins."""
+"""Predict metric depth from frozen tokens: a linear head over depth bins."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from dvt.grids import Size
 
 # Shares of the squared mean error that the loss forgives: 1 would leave the scale free (Eigen et al. take .5).
 _FORGIVEN = 0.85
-_BINS = 256
+_DEPTH_BINS = 256
 
 
 class DepthProbe(Probe):
-    """BatchNorm and a 1x1 convolution to 256 depth bins; depth is the mean of the bins' centres by their softmax.
+    """Predict depth by BatchNorm and a 1x1 convolution to 256 bins, as the mean of the bins' centres by their softmax.
 
     The bins lie evenly in depth or in its logarithm, between the extremes of the training images; in the logarithm the
     mean is taken there too. Depth is enlarged bilinearly. The loss is the scale-invariant logarithmic one, over pixels
@@ -58,13 +58,13 @@ class DepthProbe(Probe):
         channels = check_maps(tokens, targets)
         low, high = _extremes(targets)
         generator = torch.Generator().manual_seed(self.config.seed)
-        head = nn.Sequential(*linear_head(channels, _BINS, generator), _Expectation(self.bins, low, high))
+        head = nn.Sequential(*linear_head(channels, _DEPTH_BINS, generator), _Expectation(self.bins, low, high))
         self.head = train_head(head, _log_loss, tokens, targets, self.config, generator)
         return self
 
     @torch.no_grad()
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(H, W) float32 metres of each image, between the extremes of the training images."""
+        """Predict the depth of each image, (H, W) float32 metres, between the extremes of the training images."""
         head = fitted(self.head, self)
         found = []
         for i in range(len(tokens)):
@@ -77,21 +77,21 @@ class DepthProbe(Probe):
             found.append(enlarged(head(one.permute(2, 0, 1)[None]), size)[0, 0])
         return found
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 4): 1, AbsRel, RMSE and delta1 of each image; zeros where the image has no measurement."""
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Compute 1, AbsRel, RMSE and delta1 of each image, (N, 4); zeros where the image has no measurement."""
         check_maps(tokens, targets)
         found = self.predict(tokens, [(target.shape[0], target.shape[1]) for target in targets])
         return torch.stack([depth_errors(p.cpu(), t) for p, t in zip(found, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """AbsRel, RMSE (metres) and delta1 (share in [0, 1]): means over images, as the field reports them."""
-        means = evidence[..., 1:] / evidence[..., :1]
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Average AbsRel, RMSE (metres) and delta1 (share in [0, 1]) over images, as the field reports them."""
+        means = statistics[..., 1:] / statistics[..., :1]
         return dict(zip(("AbsRel", "RMSE", "delta1"), means.unbind(-1), strict=True))
 
 
 class _Expectation(nn.Module):
-    """(B, 256, h, w) logits to (B, 1, h, w) depth."""
+    """Turn (B, 256, h, w) logits into (B, 1, h, w) depth."""
 
     centres: Tensor
 
@@ -99,7 +99,7 @@ class _Expectation(nn.Module):
         super().__init__()
         self.log = bins == "log"
         ends = (math.log(low), math.log(high)) if self.log else (low, high)
-        self.register_buffer("centres", torch.linspace(*ends, _BINS))
+        self.register_buffer("centres", torch.linspace(*ends, _DEPTH_BINS))
 
     def forward(self, logits: Tensor) -> Tensor:
         depth = torch.einsum("bkhw,k->bhw", logits.softmax(1), self.centres)[:, None]
@@ -115,7 +115,7 @@ def _log_loss(depth: Tensor, truth: Tensor) -> Tensor:
 
 
 def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
-    """(4,) float64: 1, AbsRel = mean |d - d*| / d*, RMSE, delta1 = share with max(d / d*, d* / d) < 1.25.
+    """Compute (4,) float64: 1, AbsRel = mean |d - d*| / d*, RMSE, delta1 = share with max(d / d*, d* / d) < 1.25.
 
     Pixels without measurement (0) are left out; without any pixel all four are 0.
     """
@@ -132,7 +132,7 @@ def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
 
 
 def _extremes(targets: Sequence[Tensor]) -> tuple[float, float]:
-    """Smallest and largest depth of all pixels with a measurement."""
+    """Find the smallest and largest depth of all pixels with a measurement."""
     low, high = math.inf, 0.0
     for i, target in enumerate(targets):
         if not bool(target.isfinite().all()) or float(target.min()) < 0:

@@ -1,4 +1,4 @@
-"""Object discovery without labels: LOST and TokenCut, one box an image from its tokens alone.
+"""Discover objects without labels: LOST and TokenCut, one box an image from its tokens alone.
 
 A box that covers the middle of the picture is often right without looking at it, so no score means much alone:
 :class:`DiscoveryProbe` puts fixed boxes beside it. Boxes are (x0, y0, x1, y1) in [0, 1]^2 of the image; IoU is the
@@ -24,7 +24,7 @@ TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 
 
 def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
-    """The box that LOST finds in one token map.
+    """Find the box of LOST in one token map.
 
     The patches whose inner product is not negative are joined. The seed is the patch with fewest joined ones (objects
     are smaller than backgrounds). Of the ``lowest`` patches with fewest, those joined to the seed vote: the object is
@@ -64,7 +64,7 @@ def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
 
 
 def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor:
-    """The box that TokenCut finds in one token map, by a normalised cut.
+    """Find the box of TokenCut in one token map, by a normalised cut.
 
     Patches are joined with weight 1 where the cosine of their tokens is at least ``tau``, and with ``epsilon`` where
     it is not. The eigenvector of (D - W) y = lambda D y with the second smallest lambda is cut at its mean; the
@@ -79,12 +79,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
         tau: threshold of the cosine, in [-1, 1]; the paper's is 0.2.
         epsilon: weight of patches that are not joined; it keeps the graph connected.
 
-    Returns:
-        (4,) box in [0, 1], whole patches, on the CPU.
-
-    Raises:
-        ShapeError: the map is empty or not (h, w, C).
-        NonFiniteError: a token is NaN or infinite.
+    Returns and raises: as :func:`lost`.
 
     Source:
         Wang et al., Self-Supervised Transformers for Unsupervised Object Discovery using Normalized Cut, CVPR 2022.
@@ -106,7 +101,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
 
 
 class DiscoveryProbe(Probe):
-    """One box an image from its tokens alone; nothing is fitted.
+    """Find one box an image from its tokens alone; nothing is fitted.
 
     Targets are an image's true boxes (n, 4) in [0, 1]; :func:`dvt.grids.boxes_from_pixels` makes them from pixels.
     An image without a true box does not count.
@@ -123,40 +118,42 @@ class DiscoveryProbe(Probe):
         self.centred = centred
 
     def box(self, tokens: Tensor) -> Tensor:
-        """(4,) the box of one map (h, w, C), in [0, 1]."""
+        """Find the box of one map (h, w, C): (4,) in [0, 1]."""
         raise NotImplementedError
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DiscoveryProbe:
-        """Nothing: the method looks at one image alone."""
+        """Do nothing: the method uses one image alone."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(4,) a box for each image, in [0, 1], or in whole pixels of `sizes`."""
+        """Find a box (4,) for each image, in [0, 1], or in whole pixels of `sizes`."""
         maps = (tokens[i].double() for i in range(len(tokens)))
         boxes = [self.box(one - one.mean((0, 1)) if self.centred else one) for one in maps]
         if sizes is None:
             return boxes
         return [grids.boxes_to_pixels(box, size) for box, size in zip(boxes, sizes, strict=True)]
 
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, 1 + len(TRIVIAL_MARGINS), 4): for the predicted and for each trivial box whether the image counts,
-        whether IoU > 0.5, whether IoU > 0.7, and IoU itself.
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Compare the predicted and each trivial box with the true ones.
+
+        Returns:
+            (N, 1 + len(TRIVIAL_MARGINS), 4): whether the image counts, IoU > 0.5, IoU > 0.7, and IoU itself.
 
         Raises:
             ShapeError: counts differ, or a true box is empty or not in [0, 1].
         """
         check_maps(tokens, targets)
         predicted = torch.stack(self.predict(tokens)).double()
-        return torch.stack([box_evidence(box, truth) for box, truth in zip(predicted, targets, strict=True)])
+        return torch.stack([box_statistics(box, truth) for box, truth in zip(predicted, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """CorLoc, the share of images whose box has IoU > 0.5 with some true box; the same at 0.7; the mean IoU.
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Compute CorLoc, the share of images whose box has IoU > 0.5 with a true box; the same at 0.7; the mean IoU.
 
         The same three for the whole image and for the best of the centred boxes of :data:`TRIVIAL_MARGINS`. That one
         is chosen by its CorLoc on these very images, which flatters it: what beats it sees something.
         """
-        shares = evidence[..., 1:] / evidence[..., :1]
+        shares = statistics[..., 1:] / statistics[..., :1]
         # Mean IoU decides only between equal CorLocs.
         best = (shares[..., 1:, 0] + 1e-6 * shares[..., 1:, 2]).argmax(-1, keepdim=True)
         centred = shares[..., 1:, :].gather(-2, best[..., None].expand(*best.shape, 3))[..., 0, :]
@@ -167,7 +164,7 @@ class DiscoveryProbe(Probe):
 
 
 class Lost(DiscoveryProbe):
-    """:func:`lost` as a probe.
+    """Run :func:`lost` as a probe.
 
     Args:
         lowest: k in the paper, in patches.
@@ -188,7 +185,7 @@ class Lost(DiscoveryProbe):
 
 
 class TokenCut(DiscoveryProbe):
-    """:func:`token_cut` as a probe.
+    """Run :func:`token_cut` as a probe.
 
     Args:
         tau: threshold of the cosine.
@@ -203,8 +200,12 @@ class TokenCut(DiscoveryProbe):
         return token_cut(tokens, self.tau)
 
 
-def box_evidence(box: Tensor, truth: Tensor) -> Tensor:
-    """(1 + len(TRIVIAL_MARGINS), 4) of :meth:`DiscoveryProbe.evidence`, for one image; zeros without a true box."""
+def box_statistics(box: Tensor, truth: Tensor) -> Tensor:
+    """Compute :meth:`DiscoveryProbe.sufficient_statistics` of one image; zeros without a true box.
+
+    Returns:
+        (1 + len(TRIVIAL_MARGINS), 4).
+    """
     from torchvision.ops import box_iou
 
     trivial = [[margin, margin, 1 - margin, 1 - margin] for margin in TRIVIAL_MARGINS]
@@ -228,7 +229,7 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
 
 
 def second_eigenvector(weights: Tensor) -> Tensor:
-    """(n,) the y of the second smallest lambda in (D - W) y = lambda D y; its entry of largest size is positive.
+    """Solve (D - W) y = lambda D y for the y (n,) of the second smallest lambda; its entry of largest size is positive.
 
     Args:
         weights: (n, n) W, symmetric and positive, n at least 2; D holds its row sums.
@@ -244,20 +245,20 @@ def second_eigenvector(weights: Tensor) -> Tensor:
 
 
 def _largest(vector: Tensor) -> int:
-    """The first entry of largest size; entries that rounding alone tells apart count as equal."""
+    """Find the first entry of largest size; entries that differ by rounding alone count as equal."""
     size = vector.abs()
     return int((size >= size.max() * (1 - 1e-6)).nonzero()[0])
 
 
 def _features(tokens: Tensor) -> Tensor:
-    """(hw, C) float64 on the CPU."""
+    """Flatten a map to (hw, C) float64 on the CPU."""
     if tokens.ndim != 3 or not tokens.numel():
         raise ShapeError(f"object discovery takes one token map (h, w, C) that is not empty, got {tuple(tokens.shape)}")
     return token_maps(Tokens.of(tokens))[0].flatten(0, 1).double().cpu()
 
 
 def _box_around(mask: Tensor, seed: int, tokens: Tensor) -> Tensor:
-    """(4,) the box in [0, 1] of the connected part of an (hw,) mask that holds the seed."""
+    """Bound the connected part of an (hw,) mask that holds the seed: (4,) in [0, 1]."""
     from scipy.ndimage import find_objects, label
 
     grid = (tokens.shape[0], tokens.shape[1])

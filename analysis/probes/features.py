@@ -1,4 +1,4 @@
-"""Token maps for probes: computed once and kept in a feature store, or made from others."""
+"""Make token maps for probes: computed once and kept in a feature store, or made from others."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from dvt.errors import ConfigError, DataError, ShapeError
 from dvt.grids import Size
 from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
-from dvt.store import FeatureStore, Job, Record, StoreWriter, plan
+from dvt.store import FeatureStore, ImageEntry, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
 from dvt.views import Shifts, ViewConfig, Views, resize
 
 log = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+LazyItem = TypeVar("LazyItem")
 
 PH_REG: dict[str, Any] = {"kind": "shifts", "reach": 0.15, "flip": 0.5}
 """Views of PH-Reg's teacher ("Vision Transformers with Self-Distilled Registers", 2025): shifts of at most 15 % of the
@@ -34,13 +34,13 @@ image's sides, and mirroring, at one scale. Ours: whole patches, and tokens of w
 
 _SHARD_IMAGES = 64
 _HELD_BYTES = 2 << 30
-_NEGLIGIBLE = 1e-9
+_LEAST_EIGENVALUE = 1e-9
 
 
-class Lazy(Sequence, Generic[Item]):
-    """A sequence whose items are made when they are asked for."""
+class Lazy(Sequence, Generic[LazyItem]):
+    """Make the items of a sequence when they are asked for."""
 
-    def __init__(self, length: int, make: Callable[[int], Item]) -> None:
+    def __init__(self, length: int, make: Callable[[int], LazyItem]) -> None:
         self.length, self.make = length, make
 
     def __len__(self) -> int:
@@ -55,14 +55,14 @@ class Lazy(Sequence, Generic[Item]):
 
 
 def held(items: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The items in memory when they are likely to take less than 2 GB there; otherwise as they were."""
+    """Read the items into memory if they are likely to take less than 2 GB there; otherwise leave them as they are."""
     if not len(items):
         return items
     return list(items) if items[0].nbytes * len(items) < _HELD_BYTES else items
 
 
 def default_cache() -> Path:
-    """The user's cache folder for features: $XDG_CACHE_HOME/dvt, or ~/.cache/dvt."""
+    """Find the user's cache folder for features: $XDG_CACHE_HOME/dvt, or ~/.cache/dvt."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dvt"
 
 
@@ -76,7 +76,7 @@ def cached_tokens(
     views: ViewConfig | None = None,
     progress: Progress | None = None,
 ) -> Sequence[Tokens]:
-    """The raw tokens of image files, or their average over views; what the cache lacks is computed first.
+    """Read the raw tokens of image files, or their average over views; compute what the cache lacks first.
 
     Args:
         backbone: runs on its own device.
@@ -89,15 +89,13 @@ def cached_tokens(
         Tokens (a batch of one) of each image, read when asked for.
     """
     settings = {"verb": "extract"} if views is None else {"verb": "average views", "views": _numbers(views)}
-    job = Job(
-        backbone.name, backbone.weights_sha256, backbone.layer, backbone.stride, backbone.image_size, config=settings
-    )
+    job = Job.of(backbone, settings)
     what = "features" if views is None else "view averages"
     folder = cache / f"{what.replace(' ', '-')}-{job.digest[:16]}"
     hashes = [file_sha256(path) for path in images]
     with StoreWriter(folder, job) as writer:
         todo = {sha256: path for sha256, path in zip(hashes, images, strict=True) if sha256 not in writer.done}
-        listed = [(str(path), sha256, (0, 0)) for sha256, path in todo.items()]
+        listed = [ImageEntry(str(path), sha256, (0, 0)) for sha256, path in todo.items()]
         done = 0
         for shard in plan(listed, _SHARD_IMAGES, job):
             records = []
@@ -126,7 +124,7 @@ def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None
 
 
 def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[str] | None = None) -> Sequence[Tokens]:
-    """A store's tokens (batches of one) of image files, found by their bytes.
+    """Read a store's tokens (batches of one) of image files, found by their bytes.
 
     Raises:
         DataError: the store lacks some of them; they are listed.
@@ -217,19 +215,19 @@ def _overlap(length: int, offset: int) -> tuple[slice, slice]:
 
 
 def position_features(grid: Size, waves: int = 4, device: torch.device | None = None) -> Tensor:
-    """(h, w, waves^2) products of cosines of the patch centres' coordinates: what position alone can tell."""
+    """Multiply cosines of the patch centres' coordinates: (h, w, waves^2), what position alone can tell."""
     coords = grids.grid_centres(grid, device=device)
     cosines = torch.cos(torch.pi * coords[..., None] * torch.arange(waves, device=device))
     return (cosines[:, :, 0, :, None] * cosines[:, :, 1, None, :]).flatten(2)
 
 
 def position_only(tokens: Tokens) -> Tokens:
-    """Coordinates in place of tokens: the baseline of a task in which layout is a cue."""
+    """Put coordinates in place of tokens: the baseline of a task in which layout is a cue."""
     return Tokens.of(position_features(tokens.grid, device=tokens.patches.device).expand(len(tokens), -1, -1, -1))
 
 
 def with_position(tokens: Tensor, how: str) -> Tensor:
-    """A map (h, w, C) with its position put back in.
+    """Put the position back into a map (h, w, C).
 
     Args:
         how: "concatenate" appends :func:`position_features`, "add" adds sines and cosines of the coordinates as
@@ -248,7 +246,7 @@ def with_position(tokens: Tensor, how: str) -> Tensor:
 
 
 def _sines(grid: Size, channels: int) -> Tensor:
-    """(h, w, C) sines and cosines of patch numbers at C / 4 frequencies, as in masked autoencoders."""
+    """Compute sines and cosines of patch numbers at C / 4 frequencies, (h, w, C), as in masked autoencoders."""
     if channels % 4:
         raise ConfigError(f"adding a position needs channels in multiples of 4, got {channels}; use 'concatenate'")
     frequency = 10000.0 ** -torch.linspace(0, 1, channels // 4 + 1)[:-1]
@@ -258,7 +256,7 @@ def _sines(grid: Size, channels: int) -> Tensor:
 
 
 def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
-    """Subtracts the mean map over training images (less its own mean): what all images share at a position.
+    """Subtract the mean map over training images (less its own mean): what all images share at a position.
 
     Maps of another grid take the mean resampled.
     """
@@ -275,7 +273,7 @@ def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
 
 
 def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Callable[[Tokens], Tokens]:
-    """Moves tokens to their mean along the directions in which they encode where they are [ours; the aim is RASA's].
+    """Move tokens to their mean along the directions in which they encode where they are [ours; the aim is RASA's].
 
     Tokens are regressed on :func:`position_features`; the `rank` principal directions of what these predict are
     removed. Everything comes from covariances, so the tokens are read once. (The directions from which a regression
@@ -293,9 +291,9 @@ def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Ca
     covariance = products[:-1, :-1] / products[-1, -1] - mean[:, None] * mean
     across, within = covariance[:channels, channels:], covariance[channels:, channels:]
     # Small grids cannot tell all waves apart.
-    predicted = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE, hermitian=True) @ across.T
+    predicted = across @ torch.linalg.pinv(within, rtol=_LEAST_EIGENVALUE, hermitian=True) @ across.T
     variances, directions = torch.linalg.eigh(predicted)
-    used = directions[:, -rank:] * (variances[-rank:] > _NEGLIGIBLE * variances[-1])
+    used = directions[:, -rank:] * (variances[-rank:] > _LEAST_EIGENVALUE * variances[-1])
     remove, centre = (used @ used.T).float(), mean[:channels].float()
 
     def change(tokens: Tokens) -> Tokens:
@@ -306,6 +304,6 @@ def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Ca
 
 
 def _rows(tokens: Tokens, waves: int) -> Tensor:
-    """(B h w, C + waves^2) rows [token, position features without the constant, 1] in float64."""
+    """Join rows [token, position features without the constant, 1]: (B h w, C + waves^2) float64."""
     position = position_features(tokens.grid, waves, tokens.patches.device).expand(len(tokens), -1, -1, -1)
     return torch.cat((tokens.patches, position[..., 1:], position[..., :1]), dim=-1).flatten(0, 2).double()

@@ -1,4 +1,4 @@
-"""The layouts in which labelled data lie on disk: our own folders, and VOC, ADE20K, CamVid, Cityscapes and NYUv2.
+"""Find labelled data on disk in our own folders or those of VOC, ADE20K, CamVid, Cityscapes and NYUv2.
 
 Each reader turns a folder into examples by split; which files belong together is decided by names alone.
 """
@@ -27,7 +27,7 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Example:
-    """One image and where its truth is.
+    """Name one image and where its truth is.
 
     Args:
         name: the path below its split, without suffix; unique in a split.
@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """A known layout: where its root is below a folder, its examples by split, and its label ids."""
+    """Describe a known layout: where its root is below a folder, its examples by split, and its label ids."""
 
     targets: tuple[str, ...]
     find: Callable[[Path], Path | None]
@@ -64,12 +64,12 @@ PLAIN = {
 
 
 def size_text(size: Size) -> str:
-    """Height and width for people."""
+    """Write height and width for people."""
     return f"{size[0]} x {size[1]}"
 
 
 def some(items: Sequence[object]) -> str:
-    """The first few of a list for people, and how many more there are."""
+    """Write the first few of a list for people, and how many more there are."""
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return ", ".join(str(item) for item in items[:_LISTED]) + more
 
@@ -78,7 +78,7 @@ def some(items: Sequence[object]) -> str:
 
 
 def _files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """Image files below a folder by their path without suffix (and without `ending`); none where there is no folder."""
+    """Find image files below a folder, by their path without suffix (and without `ending`); none without a folder."""
     found: dict[str, Path] = {}
     with suppress(ImageError):  # an empty folder; whatever lacks a file is listed by its name later
         for path in find_images([folder]):
@@ -102,7 +102,7 @@ def _paired(images: Mapping[str, Path], maps: Mapping[str, Path], where: Path) -
 
 
 def _by_split(images: Path, maps: Path, names: Mapping[str, str]) -> dict[str, list[Example]]:
-    """Pairs of images/SPLIT and maps/SPLIT; `names` maps our split names to the folders'."""
+    """Pair images/SPLIT with maps/SPLIT; `names` maps our split names to the folders'."""
     there = {split: name for split, name in names.items() if (images / name).is_dir() or (maps / name).is_dir()}
     return {split: _paired(_files(images / name), _files(maps / name), images / name) for split, name in there.items()}
 
@@ -111,7 +111,7 @@ def _by_split(images: Path, maps: Path, names: Mapping[str, str]) -> dict[str, l
 
 
 def _has(*inside: str) -> Callable[[Path], Path | None]:
-    """Finds the first folder, at or just below the root, that holds all the given names."""
+    """Find the first folder, at or just below the root, that holds all the given names."""
 
     def find(root: Path) -> Path | None:
         # Backwards, so that of several years of VOC the latest is taken.
@@ -161,7 +161,7 @@ def _boxes_json(root: Path) -> list[Example]:
 
 
 def _checked_boxes(boxes: Any, size: Any, image: Path) -> tuple[tuple[float, ...], ...]:
-    """Boxes clipped to their image, which they leave by half a pixel at most; the stated size is the image's."""
+    """Clip boxes to their image, which they leave by half a pixel at most; the stated size is the image's."""
     real = image_size(image)
     if tuple(size) != real:
         raise DataError(f"{str(image)!r} is {size_text(real)} pixels (height x width), but its entry says {size}")
@@ -201,7 +201,7 @@ def category_names(root: Path) -> tuple[str, ...]:
 
 
 def _voc(root: Path, target: str) -> dict[str, list[Example]]:
-    """The labels of the test split are not public, so val is scored."""
+    """Find VOC's examples; the labels of the test split are not public, so val is scored."""
     folder = "Segmentation" if target == "labels" else "Main"
     missing: list[str] = []
     found = {
@@ -255,7 +255,7 @@ def _camvid(root: Path, target: str) -> dict[str, list[Example]]:
 
 
 def _cityscapes(root: Path, target: str) -> dict[str, list[Example]]:
-    """The labels of the test split are not public (its files are void), so val is scored."""
+    """Find Cityscapes' examples; the labels of the test split are not public (its files are void), so val is scored."""
     images, maps = root / "leftImg8bit", root / "gtFine"
     return {
         split: _paired(_files(images / split, "_leftImg8bit"), _files(maps / split, "_gtFine_labelIds"), images / split)
@@ -265,7 +265,7 @@ def _cityscapes(root: Path, target: str) -> dict[str, list[Example]]:
 
 
 def _nyuv2(root: Path, target: str) -> dict[str, list[Example]]:
-    """The official split as the depth literature unpacks it: SCENE/rgb_N.jpg beside SCENE/sync_depth_N.png."""
+    """Find NYUv2's official split as the depth literature unpacks it: SCENE/rgb_N.jpg, SCENE/sync_depth_N.png."""
     found: dict[str, list[Example]] = {}
     for split in ("train", "test"):
         every = _files(root / split) if (root / split).is_dir() else {}

@@ -1,4 +1,4 @@
-"""The interface of all labelled probes, and the training loop of those that are a small head on frozen tokens."""
+"""Define the interface of labelled probes, and train those that are a small head on frozen tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SomeProbe = TypeVar("SomeProbe", bound="Probe")
 
 
 class Probe(ABC):
-    """What frozen tokens hold about a target: fit on some images, predict, score on others.
+    """Measure what frozen tokens hold about a target: fit on some images, predict, score on others.
 
-    A score is made from *evidence*: numbers of each image that may be added up over images (counts of pixels, sums of
+    A score is made from *statistics*: numbers of each image that may be added up over images (counts of pixels, sums of
     errors). So scores of any resampling of the images need no second prediction.
 
     Attributes:
@@ -38,7 +38,7 @@ class Probe(ABC):
 
     @abstractmethod
     def fit(self: SomeProbe, tokens: Maps, targets: Sequence[Tensor]) -> SomeProbe:
-        """Learns from the token maps of images and their targets, as :meth:`LabelledData.read` gives them.
+        """Learn from the token maps of images and their targets, as :meth:`LabelledData.read` gives them.
 
         Raises:
             DataError: no target holds anything to learn from, or one is out of range.
@@ -48,39 +48,39 @@ class Probe(ABC):
 
     @abstractmethod
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """The target of each image, at (H, W) of `sizes`, or a value a token where None."""
+        """Predict the target of each image, at (H, W) of `sizes`, or a value a token where None."""
 
     @abstractmethod
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, ...) float64 evidence of each image; zeros for an image whose targets are all left out."""
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Compute what the scores need of each image, (N, ...) float64; zeros where all targets are left out."""
 
     @staticmethod
     @abstractmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """Scores of evidence that was added up; leading dimensions are kept, NaN where there is none."""
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Compute scores of statistics that were added up; leading dimensions are kept, NaN where there is none."""
 
     def score(self, tokens: Maps, targets: Sequence[Tensor]) -> dict[str, float]:
-        """Scores of the predictions; shares and errors, not per cent.
+        """Score the predictions; shares and errors, not per cent.
 
         Raises:
             DataError: no image has anything to score.
         """
-        evidence = self.evidence(tokens, targets).sum(0)
-        if not bool(evidence.any()):
+        statistics = self.sufficient_statistics(tokens, targets).sum(0)
+        if not bool(statistics.any()):
             raise DataError(f"nothing to score: the targets of all {len(targets)} images are left out (ignored or 0)")
-        return {name: float(value) for name, value in self.summarise(evidence).items()}
+        return {name: float(value) for name, value in self.summarise(statistics).items()}
 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """How a head is trained on frozen tokens.
+    """Set how a head is trained on frozen tokens.
 
     Args:
         epochs: passes over the training images.
         batch: images a step.
         learning_rate: highest, of AdamW, under one cycle.
         weight_decay: of AdamW.
-        labels_per_patch: training targets are reduced (nearest) to so many a patch and side; 0 keeps every pixel.
+        labels_per_patch: training targets are reduced (nearest) to this many a patch and side; 0 keeps every pixel.
             Scores are always taken at every pixel.
         seed: of the head's first weights and of the order of the images.
     """
@@ -102,15 +102,15 @@ class HeadConfig:
             raise ConfigError(f"learning rate {self.learning_rate} or weight decay {self.weight_decay} is out of range")
 
     def with_seed(self, seed: int) -> HeadConfig:
-        """The same with another seed."""
+        """Copy the settings with another seed."""
         return replace(self, seed=seed)
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+HeadLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
-    """BatchNorm and a 1x1 convolution. The tokens are frozen, so BatchNorm keeps a plain mean of all its batches."""
+    """Make BatchNorm and a 1x1 convolution; as the tokens are frozen, BatchNorm keeps a plain mean of its batches."""
     head = nn.Sequential(nn.BatchNorm2d(channels, momentum=None), nn.Conv2d(channels, outputs, 1))
     weights: Any = head[1]
     nn.init.normal_(weights.weight, std=0.01, generator=generator)
@@ -120,13 +120,13 @@ def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.S
 
 def train_head(
     head: nn.Module,
-    loss: Loss,
+    loss: HeadLoss,
     tokens: Maps,
     targets: Sequence[Tensor],
     config: HeadConfig,
     generator: torch.Generator,
 ) -> nn.Module:
-    """Trains a head (B, C, h, w) -> (B, K, h, w) so that `loss` of its bilinearly enlarged output is small.
+    """Train a head (B, C, h, w) -> (B, K, h, w) so that `loss` of its bilinearly enlarged output is small.
 
     Args:
         loss: of (B, K, H, W) and the targets (B, H, W); it must be finite for targets that are all left out.
@@ -156,7 +156,7 @@ def train_head(
 
 
 class _Batches:
-    """Indices in batches of equal shapes."""
+    """List indices in batches of equal shapes."""
 
     def __init__(self, shapes: list[tuple[int, ...]], batch: int) -> None:
         self.groups = [
@@ -186,24 +186,24 @@ def _target_size(target: Tensor, grid: Size, config: HeadConfig) -> Size:
 
 
 def reduced(target: Tensor, size: Size) -> Tensor:
-    """A target (H, W) at another size: each pixel takes the nearest value, so that classes and holes stay exact."""
+    """Resize a target (H, W): each pixel takes the nearest value, so that classes and holes stay exact."""
     if tuple(target.shape) == tuple(size):
         return target
     return nnf.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
 
 
 def enlarged(maps: Tensor, size: Size) -> Tensor:
-    """Maps (B, K, h, w) at another size, bilinear, centres aligned."""
+    """Resize maps (B, K, h, w), bilinear, centres aligned."""
     return maps if maps.shape[2:] == size else nnf.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def grid_of(tokens: Tensor) -> Size:
-    """(h, w) of a map (h, w, C)."""
+    """Return (h, w) of a map (h, w, C)."""
     return tokens.shape[0], tokens.shape[1]
 
 
 def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = None, rank: int = 2) -> int:
-    """C of the maps, when they and their targets fit together.
+    """Check that maps and targets fit together, and return C of the maps.
 
     Raises:
         ShapeError: counts, ranks or feature sizes differ.
@@ -224,7 +224,7 @@ def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = N
 
 
 def fitted(value: Any, probe: Probe) -> Any:
-    """A value that fit() sets.
+    """Return a value that fit() sets, or say that fit() is missing.
 
     Raises:
         ConfigError: it is still missing.

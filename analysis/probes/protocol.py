@@ -1,10 +1,11 @@
-"""One call from labelled data and a backbone to a table: raw features, variants of them and baselines side by side."""
+"""Make a table from labelled data and a backbone: raw features, variants of them and baselines side by side."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
-from dvt.analysis.probes.datasets import LabelledData, Target, open_data, pick
+from dvt.analysis.probes.datasets import AnnotationKind, LabelledData, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
 from dvt.analysis.probes.features import Lazy, held
@@ -35,7 +36,7 @@ from dvt.views import ViewConfig
 log = logging.getLogger(__name__)
 
 Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
-TARGETS: dict[str, Target] = {
+TARGETS: dict[str, AnnotationKind] = {
     "segmentation": "labels",
     "knn": "labels",
     "depth": "depth",
@@ -53,7 +54,7 @@ _LEGENDS = {
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """A probe, its data and its protocol.
+    """Choose a probe, its data and its protocol.
 
     Args:
         task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
@@ -66,7 +67,7 @@ class ProbeConfig:
         protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
             training and test, so that layout is less of a cue.
         evaluate: the split that is scored; None means test, or val where there is no test.
-        train_images, test_images: at most so many, evenly spaced; None takes all.
+        train_images, test_images: number of images at most, evenly spaced; None takes all.
         seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
         head: how a linear head is trained.
         bins: of depth, even in its logarithm or in depth.
@@ -132,12 +133,12 @@ class ProbeConfig:
 
     @property
     def folder(self) -> Path:
-        """Where features and crops are kept."""
+        """Find the folder where features and crops are kept."""
         return Path(self.cache) if self.cache else features.default_cache()
 
 
 def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:
-    """The data that a probe sees: splits "train" and "test" only, limited, and cut into crops where asked for.
+    """Prepare the data for a probe: splits "train" and "test" only, limited, and cut into crops where asked for.
 
     The files of its examples are what stores handed to :func:`run_probe` must hold. Where nothing is learnt (discovery)
     "train" is empty.
@@ -162,7 +163,7 @@ def run_probe(
     variants: Mapping[str, Variant] | None = None,
     progress: Progress | None = None,
 ) -> ProbeReport:
-    """Trains and scores one probe on each variant of the features.
+    """Train and score one probe on each variant of the features.
 
     Args:
         config: the probe and its data.
@@ -188,15 +189,15 @@ def run_probe(
 
     probes: dict[str, list[Probe]] = {}
     maps: dict[str, Sequence[Tensor]] = {}
-    evidence: dict[str, Tensor] = {}
+    statistics: dict[str, Tensor] = {}
     for number, name in enumerate(names):
         learnt, maps[name] = _parts(source.maps(name, variants.get(name)), count)
         probes[name] = _fit(config, data.num_classes, learnt, train)
-        evidence[name] = _evidence(probes[name], maps[name], test)
+        statistics[name] = _statistics(probes[name], maps[name], test)
         if config.transfer and name != RAW:
             if maps[name][0].shape[-1] == maps[RAW][0].shape[-1]:
-                evidence[f"{RAW} probe on {name}"] = _evidence(probes[RAW], maps[name], test)
-                evidence[f"{name} probe on {RAW}"] = _evidence(probes[name], maps[RAW], test)
+                statistics[f"{RAW} probe on {name}"] = _statistics(probes[RAW], maps[name], test)
+                statistics[f"{name} probe on {RAW}"] = _statistics(probes[name], maps[RAW], test)
             else:
                 notes.append(f"no transfer between {RAW} and {name}: they have different numbers of channels")
         if name != RAW:
@@ -205,7 +206,7 @@ def run_probe(
             progress("probes", number + 1, len(names))
     described: dict[str, Any] = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
     described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
-    return _report(config, probes[RAW][0], evidence, described, notes)
+    return _report(config, probes[RAW][0], statistics, described, notes)
 
 
 def _run_correspondence(
@@ -215,7 +216,7 @@ def _run_correspondence(
     variants: Mapping[str, Variant],
     progress: Progress | None,
 ) -> ProbeReport:
-    """Matches between images and their warped views; any photographs will do."""
+    """Match images with their warped views; any photographs will do."""
     files = pick(find_images([config.data]), config.test_images)
     source = _row_features(config, backbone, files, 0, progress)
     images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.device))
@@ -226,8 +227,8 @@ def _run_correspondence(
     for k in range(config.seeds):
         warps = WarpConfig(seed=config.seed + k)
         for row, (model, own) in passes.items():
-            told = progress and _counted(progress, k * len(files), config.seeds * len(files))
-            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), told)
+            report = progress and _counted(progress, k * len(files), config.seeds * len(files))
+            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), report)
             for name in own or (row,):
                 draws[name].append(found[name if own else RAW])
     described = {"root": str(config.data), "test": len(files)}
@@ -235,7 +236,7 @@ def _run_correspondence(
 
 
 def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
-    """Patches that overlap do not tile the image; their centres depend on the input's size, which the grid tells."""
+    """Choose the matching probe: centres of overlapping patches depend on the input's size, which the grid tells."""
     sizes = {backbone.input_size(image_size(path)) for path in files}
     return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
 
@@ -245,16 +246,16 @@ def _counted(progress: Progress, before: int, total: int) -> Progress:
 
 
 def _report(
-    config: ProbeConfig, probe: Probe, evidence: Mapping[str, Tensor], described: Mapping[str, Any], notes: list[str]
+    config: ProbeConfig, probe: Probe, statistics: Mapping[str, Tensor], described: Mapping[str, Any], notes: list[str]
 ) -> ProbeReport:
-    if not described.get("train") and (without := {"subtract", "linear-removal"} & set(evidence)):
+    if not described.get("train") and (without := {"subtract", "linear-removal"} & set(statistics)):
         notes = [*notes, f"learnt without labels from the scored images themselves: {', '.join(sorted(without))}"]
     if config.task in _LEGENDS:
         notes = [*notes, _LEGENDS[config.task]]
     if not probe.seeded:
         notes = [*notes, "this probe draws no random numbers, so there is no interval over seeds"]
-    rows = make_rows(evidence, probe.summarise, probe.metric, RAW, seed=config.seed)
-    return ProbeReport(config.task, probe.metric, RAW, rows, described, _plain(config), tuple(notes))
+    compare = partial(make_rows, statistics, probe.summarise, probe.metric, seed=config.seed)
+    return ProbeReport(config.task, probe.metric, RAW, compare(RAW), described, _plain(config), tuple(notes), compare)
 
 
 def _row_features(
@@ -270,7 +271,7 @@ def _target(data: LabelledData, example: Example) -> Tensor:
 
 
 def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
-    """The probe that a configuration describes."""
+    """Make the probe that a configuration describes."""
     head = config.head.with_seed(seed)
     if config.task == "segmentation":
         return LinearSegmentation(num_classes, head)
@@ -286,23 +287,23 @@ def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
 
 
 def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Probe]:
-    """One fitted probe a seed; only one where nothing is random."""
+    """Fit one probe a seed; only one where nothing is random."""
     probes = [make_probe(config, num_classes, config.seed + k) for k in range(config.seeds)]
     return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
 
 
-def _evidence(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
-    """(seeds, images, ...) evidence."""
-    return torch.stack([probe.evidence(maps, truth) for probe in probes])
+def _statistics(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence[Tensor]) -> Tensor:
+    """Compute the statistics of each seed's probe: (seeds, images, ...)."""
+    return torch.stack([probe.sufficient_statistics(maps, truth) for probe in probes])
 
 
 def _parts(items: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """The first `count` items and the others, without reading any."""
+    """Part the first `count` items from the others, without reading any."""
     return Lazy(count, lambda i: items[i]), Lazy(len(items) - count, lambda i: items[count + i])
 
 
 def _notes(train: Sequence[Tensor], test: Sequence[Tensor], data: LabelledData) -> list[str]:
-    """What is odd about the targets; each of these is allowed, and has its effect on the scores."""
+    """List what is odd about the targets; each of these is allowed, and has its effect on the scores."""
     if data.target == "boxes":
         return []
     if data.target == "depth":

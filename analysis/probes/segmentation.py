@@ -1,4 +1,4 @@
-"""Semantic segmentation from frozen tokens: a linear head, and nearest class centroids without training."""
+"""Segment from frozen tokens: a linear head, and nearest class centroids without training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TOKENS_AT_ONCE = 256
 
 
 class SegmentationProbe(Probe):
-    """What both segmentation probes share: predictions by classes' scores, and counts of pixels as evidence.
+    """Share between both segmentation probes: predictions by classes' scores, and counts of pixels as statistics.
 
     Args:
         num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.probes.layouts.IGNORE` where they do not count.
@@ -43,12 +43,12 @@ class SegmentationProbe(Probe):
         self.num_classes = num_classes
 
     def class_scores(self, tokens: Tensor) -> Tensor:
-        """(1, K, h, w) scores of the classes at each token of a map (h, w, C)."""
+        """Score the classes at each token of a map (h, w, C): (1, K, h, w)."""
         raise NotImplementedError
 
     @torch.no_grad()
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """(H, W) int64 classes of each image; the classes' scores are enlarged before the best is taken."""
+        """Predict the classes of each image, (H, W) int64; class scores are enlarged before the best is taken."""
         return list(self._predictions(tokens, sizes))
 
     def _predictions(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> Iterator[Tensor]:
@@ -57,21 +57,21 @@ class SegmentationProbe(Probe):
             yield enlarged(self.class_scores(tokens[i].float()), size)[0].argmax(0)
 
     @torch.no_grad()
-    def evidence(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """(N, K, 3) pixels of each image by class, as :func:`class_counts` gives them."""
+    def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
+        """Count the pixels of each image by class, as :func:`class_counts` does: (N, K, 3)."""
         check_maps(tokens, targets)
         sizes = [(target.shape[0], target.shape[1]) for target in targets]
         found = self._predictions(tokens, sizes)
         return torch.stack([class_counts(p.cpu(), t, self.num_classes) for p, t in zip(found, targets, strict=True)])
 
     @staticmethod
-    def summarise(evidence: Tensor) -> dict[str, Tensor]:
-        """mIoU and mAcc over the classes that occur in the truth, and aAcc, the share of right pixels; in [0, 1]."""
-        return count_scores(evidence)
+    def summarise(statistics: Tensor) -> dict[str, Tensor]:
+        """Compute mIoU and mAcc over the classes in the truth, and aAcc, the share of right pixels; in [0, 1]."""
+        return count_scores(statistics)
 
 
 class LinearSegmentation(SegmentationProbe):
-    """BatchNorm and a 1x1 convolution on frozen tokens, bilinear enlargement, cross-entropy.
+    """Segment by BatchNorm and a 1x1 convolution on frozen tokens, bilinear enlargement, cross-entropy.
 
     Args:
         num_classes: K.
@@ -108,13 +108,13 @@ class LinearSegmentation(SegmentationProbe):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labelled pixels; 0, not NaN, when there is none."""
+    """Average over labelled pixels; 0, not NaN, when there is none."""
     total = nnf.cross_entropy(logits, labels.long(), ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp(min=1)
 
 
 class KnnSegmentation(SegmentationProbe):
-    """Each token takes the vote of the nearest class centroids of the training images; nothing is trained.
+    """Give each token the vote of the nearest class centroids of the training images; nothing is trained.
 
     A centroid is the mean token of one class in one image, each token weighted by the share of its patch that the
     class covers. Likeness is the cosine. Among classes of equal votes the more similar wins.
@@ -144,7 +144,7 @@ class KnnSegmentation(SegmentationProbe):
         return self
 
     def _centroids(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(m, C) mean tokens and (m,) classes of the m classes in an image."""
+        """Average the tokens of each of the m classes in an image: (m, C), and their classes (m,)."""
         share = class_shares(labels, self.num_classes, grid_of(tokens)).flatten(0, 1).to(tokens.device)
         present = share.sum(0).nonzero()[:, 0]
         weight = share[:, present] / share[:, present].sum(0)
@@ -158,7 +158,7 @@ class KnnSegmentation(SegmentationProbe):
         return votes.view(*grid_of(tokens), self.num_classes).permute(2, 0, 1)[None]
 
     def _vote(self, likeness: Tensor, classes: Tensor) -> Tensor:
-        """(n, K) share of votes of each class, from (n, m) likeness to the centroids."""
+        """Compute the share of votes of each class, (n, K), from (n, m) likeness to the centroids."""
         best = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=1)
         # Below half a vote in all, so that likeness decides between equal votes and never against a vote.
         worth = (1 + 0.2 / self.neighbours * best.values) / best.values.shape[1]
@@ -166,7 +166,7 @@ class KnnSegmentation(SegmentationProbe):
 
 
 def class_shares(labels: Tensor, num_classes: int, grid: Size) -> Tensor:
-    """(h, w, K) share of each class in each patch, from 4 x 4 labels a patch; ignored pixels count for no class."""
+    """Compute the share of each class in each patch, (h, w, K), from 4 x 4 labels; ignored pixels do not count."""
     height, width = grid
     step = _LABELS_A_PATCH
     small = reduced(labels, (step * height, step * width)).long()
@@ -175,7 +175,7 @@ def class_shares(labels: Tensor, num_classes: int, grid: Size) -> Tensor:
 
 
 def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """(K, 3) float64 pixels of each class: right ones, those of the truth, and those predicted."""
+    """Count pixels of each class: right ones, those of the truth, and those predicted; (K, 3) float64."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     _check_range(labels, num_classes)
@@ -188,7 +188,7 @@ def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def count_scores(counts: Tensor) -> dict[str, Tensor]:
-    """mIoU, mAcc and aAcc of counts (..., K, 3); classes that the truth lacks are left out of the means.
+    """Compute mIoU, mAcc and aAcc of counts (..., K, 3); classes that the truth lacks are left out of the means.
 
     Predicting a class that the truth lacks still costs: those pixels are missing from the right ones.
     """
@@ -201,7 +201,7 @@ def count_scores(counts: Tensor) -> dict[str, Tensor]:
 
 
 def check_labels(targets: Sequence[Tensor], num_classes: int) -> None:
-    """Raises a DataError where a label is out of range or all pixels of all images are ignored."""
+    """Raise a DataError where a label is out of range or all pixels of all images are ignored."""
     labelled = False
     for target in targets:
         _check_range(target, num_classes)

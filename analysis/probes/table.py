@@ -1,4 +1,4 @@
-"""Scores side by side: means over seeds, intervals over seeds and over images, and differences from a reference."""
+"""Show scores side by side: means over seeds, intervals over seeds and images, differences from a reference."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
 from dvt.errors import ConfigError, ShapeError
 
 Summarise = Callable[[Tensor], dict[str, Tensor]]
 Interval = tuple[float, float]
 
-_DRAWS = 1000
 _DRAWS_AT_ONCE = 50
 _ERRORS = ("AbsRel", "RMSE")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One variant of the features.
+class ProbeRow:
+    """Hold the scores of one variant of the features.
 
     Args:
         variant: its name.
@@ -46,7 +46,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What a probe found for all variants of the features.
+    """Hold what a probe found for all variants of the features.
 
     Args:
         task: of the probe.
@@ -56,18 +56,31 @@ class ProbeReport:
         data: root, layout, protocol and the numbers of images and classes.
         config: the settings, ready for JSON.
         notes: what a reader must know: a split that was made, classes that are missing, images left out.
+        compare: makes the rows with another of them as the reference; see :meth:`against`.
     """
 
     task: str
     metric: str
     reference: str
-    rows: tuple[Row, ...]
+    rows: tuple[ProbeRow, ...]
     data: Mapping[str, Any]
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    compare: Callable[[str], tuple[ProbeRow, ...]] | None = field(default=None, repr=False, compare=False)
 
-    def row(self, variant: str) -> Row:
-        """The row of a variant.
+    def against(self, reference: str) -> ProbeReport:
+        """The same table with the differences from another row; nothing is computed anew but these.
+
+        Raises:
+            ConfigError: there is no such row, or the report has been read from a file.
+        """
+        self.row(reference)
+        if self.compare is None:
+            raise ConfigError("this report holds no evidence to compare rows by; run the probe again")
+        return replace(self, reference=reference, rows=self.compare(reference))
+
+    def row(self, variant: str) -> ProbeRow:
+        """Find the row of a variant.
 
         Raises:
             ConfigError: there is none of that name.
@@ -78,11 +91,13 @@ class ProbeReport:
         raise ConfigError(f"no row {variant!r}; there are {', '.join(row.variant for row in self.rows)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; shares lie in [0, 1]."""
-        return json.loads(json.dumps(asdict(self), allow_nan=False))
+        """Return plain values for JSON; shares lie in [0, 1]."""
+        values = asdict(replace(self, compare=None))
+        values.pop("compare")
+        return json.loads(json.dumps(values, allow_nan=False))
 
     def table(self) -> str:
-        """Aligned text; shares in per cent, errors as they are."""
+        """Write aligned text; shares in per cent, errors as they are."""
         same = self._same()
         names = [name for name in self.rows[0].scores if name not in same]
         head = [
@@ -105,11 +120,11 @@ class ProbeReport:
         return "\n".join([*text, *(f"note: {note}" for note in notes)])
 
     def _same(self) -> list[str]:
-        """Scores beside the headline that no row changes, such as those of trivial guesses."""
+        """List scores beside the headline that no row changes, such as those of trivial guesses."""
         others = [name for name in self.rows[0].scores if name != self.metric]
         return [name for name in others if len(self.rows) > 1 and len({row.scores[name] for row in self.rows}) == 1]
 
-    def _line(self, row: Row, names: Sequence[str]) -> list[str]:
+    def _line(self, row: ProbeRow, names: Sequence[str]) -> list[str]:
         scores = [_number(name, row.scores[name]) for name in names]
         intervals = [_interval(self.metric, each) for each in (row.seeds, row.images)]
         difference = "" if row.difference is None else _number(self.metric, row.difference, "+")
@@ -134,18 +149,18 @@ def _interval(name: str, interval: Interval | None) -> str:
 
 
 def make_rows(
-    evidence: Mapping[str, Tensor],
+    statistics: Mapping[str, Tensor],
     summarise: Summarise,
     metric: str,
     reference: str,
-    draws: int = _DRAWS,
+    draws: int = RESAMPLES,
     seed: int = 0,
-) -> tuple[Row, ...]:
-    """Rows from the evidence (seeds, images, ...) of each variant.
+) -> tuple[ProbeRow, ...]:
+    """Make rows from the statistics (seeds, images, ...) of each variant.
 
     Args:
-        evidence: additive evidence of each test image under each seed; the same images in the same order everywhere.
-        summarise: the probe's scores of added evidence.
+        statistics: of each test image under each seed, which add up; the same images in the same order everywhere.
+        summarise: the probe's scores of added statistics.
         metric: the headline among the scores.
         reference: the variant that the others are compared with.
         draws: bootstrap samples of the images.
@@ -154,14 +169,14 @@ def make_rows(
     Raises:
         ShapeError: variants were scored on different numbers of images.
     """
-    counts = {name: each.shape[1] for name, each in evidence.items()}
+    counts = {name: each.shape[1] for name, each in statistics.items()}
     if len(set(counts.values())) > 1:
         raise ShapeError(f"variants were scored on different numbers of images: {counts}")
-    samples = bootstrap_samples(counts[reference], draws, torch.Generator().manual_seed(seed))
-    base = resampled(evidence[reference], samples, summarise, metric)
-    level = float(summarise(evidence[reference].sum(1))[metric].mean())
+    samples = resample_counts(counts[reference], draws, torch.Generator().manual_seed(seed))
+    base = resampled(statistics[reference], samples, summarise, metric)
+    level = float(summarise(statistics[reference].sum(1))[metric].mean())
     rows = []
-    for name, each in evidence.items():
+    for name, each in statistics.items():
         scores = summarise(each.sum(1))
         drawn = base if name == reference else resampled(each, samples, summarise, metric)
         against = None if name == reference else (level, base)
@@ -171,47 +186,30 @@ def make_rows(
 
 def _row(
     name: str, each: Mapping[str, Tensor], metric: str, drawn: Tensor, against: tuple[float, Tensor] | None
-) -> Row:
+) -> ProbeRow:
     scores = {key: _finite(float(values.mean())) for key, values in each.items()}
     reasons = tuple(
         f"{key} is not defined: no scored image has anything that counts for it" for key in each if scores[key] is None
     )
-    row = Row(name, scores, student(each[metric]), quantiles(drawn), notes=reasons)
+    row = ProbeRow(name, scores, student(each[metric]), central_interval(drawn), notes=reasons)
     if against is None:
         return row
     difference = _finite(float(each[metric].mean()) - against[0])
-    return replace(row, difference=difference, difference_interval=quantiles(drawn - against[1]))
+    return replace(row, difference=difference, difference_interval=central_interval(drawn - against[1]))
 
 
-def bootstrap_samples(images: int, draws: int, generator: torch.Generator) -> Tensor:
-    """(draws, images) how often each image occurs in samples of as many images, drawn with replacement."""
-    chosen = torch.randint(images, (draws, images), generator=generator)
-    return torch.zeros(draws, images, dtype=torch.float64).scatter_add_(
-        1, chosen, torch.ones(draws, images, dtype=torch.float64)
-    )
-
-
-def resampled(evidence: Tensor, samples: Tensor, summarise: Summarise, metric: str) -> Tensor:
-    """(draws,) one score, mean over seeds, for each sample of the images of evidence (seeds, images, ...)."""
-    flat = evidence.double().flatten(2)
+def resampled(statistics: Tensor, samples: Tensor, summarise: Summarise, metric: str) -> Tensor:
+    """Score each sample of the images of statistics (seeds, images, ...): (draws,), a mean over seeds."""
+    flat = statistics.double().flatten(2)
     parts = []
     for some in samples.split(_DRAWS_AT_ONCE):
-        total = torch.einsum("dn,snk->dsk", some, flat).unflatten(-1, evidence.shape[2:])
+        total = torch.einsum("dn,snk->dsk", some, flat).unflatten(-1, statistics.shape[2:])
         parts.append(summarise(total)[metric].mean(1))
     return torch.cat(parts)
 
 
-def quantiles(values: Tensor) -> Interval | None:
-    """The central 95 % of the values that are numbers; None where none is."""
-    values = values[values.isfinite()]
-    if not len(values):
-        return None
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return low, high
-
-
 def student(values: Tensor) -> Interval | None:
-    """The 95 % interval of the mean of independent values; None for fewer than two."""
+    """Find the 95 % interval of the mean of independent values; None for fewer than two."""
     from scipy.stats import t
 
     if len(values) < 2 or not bool(values.isfinite().all()):

@@ -1,4 +1,4 @@
-"""The rows of a table of probes: which features each of them stands for."""
+"""Make the features that the rows of a table of probes stand for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RAW = "raw"
 
 
 def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list[str]:
-    """The rows of a table, raw features first.
+    """List the rows of a table, raw features first.
 
     Raises:
         ConfigError: two have one name.
@@ -40,12 +40,12 @@ def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list
 
 
 class RowFeatures:
-    """Token maps of images by the name of a row.
+    """Make token maps of images by the name of a row.
 
     Args:
         backbone: gives the raw tokens, on its device; maps come back on it.
         images: files.
-        train: the first so many are those that the baselines without labels may learn from; 0 means all.
+        train: number of images, from the first, that the baselines without labels may learn from; 0 for all.
         cache: folder for features.
         views: of view averaging; PH-Reg's are as many, of its own kind.
         position: what :func:`~dvt.analysis.probes.features.with_position` does to each map.
@@ -71,7 +71,7 @@ class RowFeatures:
         self.raw = cached_tokens(backbone, images, cache, progress=progress)
 
     def maps(self, name: str, variant: Variant | None) -> Sequence[Tensor]:
-        """(h, w, C) of each image, with its position put back in where that is asked for."""
+        """Make the map (h, w, C) of each image, with its position put back in where that is asked for."""
         tokens = self._tokens(name, variant)
 
         def make(i: int) -> Tensor:
@@ -83,7 +83,7 @@ class RowFeatures:
         return held(Lazy(len(tokens), make))
 
     def function(self, name: str, variant: Variant | None) -> Callable[[Tokens], Tokens]:
-        """The row as a function of raw tokens of any images.
+        """Return the row as a function of raw tokens of any images.
 
         Raises:
             ConfigError: the row needs more than tokens.
@@ -98,7 +98,7 @@ class RowFeatures:
         return lambda tokens: self.placed(name, change(tokens.to(self.device)))
 
     def placed(self, name: str, tokens: Tokens) -> Tokens:
-        """Tokens in float32 with their position put back in, unless they are nothing but position or noise."""
+        """Convert tokens to float32 and put their position back in, unless they are nothing but position or noise."""
         if self.position == "none" or name in ("position-only", "random"):
             return tokens.to(torch.float32)
         maps = [features.with_position(each.float(), self.position) for each in tokens.patches]

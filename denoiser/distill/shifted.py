@@ -22,7 +22,7 @@ from dvt.views import ViewConfig, cut, draw_boxes
 
 @dataclass(frozen=True)
 class Canvas:
-    """What an example shows: the student's input, its window, in the middle, and a margin for shifted views.
+    """Lay out an example: the student's input, its window, in the middle, and a margin for shifted views.
 
     Args:
         window: (H, W) of the backbone's input.
@@ -38,28 +38,28 @@ class Canvas:
 
     @classmethod
     def of(cls, backbone: Backbone, shift: float = 0.0) -> Canvas:
-        """The canvas for a backbone's input size and shifts of up to a share of its sides, at least one patch; or 0."""
+        """Make the canvas for a backbone's input and shifts up to a share of its sides: a patch or more, 0 for none."""
         rows, columns = (max(1, round(shift * n)) if shift else 0 for n in backbone.grid(backbone.image_size))
         window, stride = backbone.image_size, backbone.stride
         return cls(window, stride, (rows, columns), (window[1] - backbone.patch_size[1]) % stride[1] == 0)
 
     @property
     def size(self) -> Size:
-        """(H, W) of the canvas."""
+        """Compute (H, W) of the canvas."""
         height, width = (w + 2 * m * s for w, m, s in zip(self.window, self.margin, self.stride, strict=True))
         return height, width
 
     def cut(self, canvases: Tensor, row: int, column: int) -> Tensor:
-        """The view (B, 3, H, W) of canvases (B, 3, H', W') whose first patch is this one of the canvas."""
+        """Cut out the view (B, 3, H, W) of canvases (B, 3, H', W') that begins at this patch of the canvas."""
         top, left = row * self.stride[0], column * self.stride[1]
         return canvases[:, :, top : top + self.window[0], left : left + self.window[1]]
 
     def middle(self, canvases: Tensor) -> Tensor:
-        """The student's input."""
+        """Cut out the student's input."""
         return self.cut(canvases, *self.margin)
 
     def read(self, path: str | Path, scale: tuple[float, float], generator: torch.Generator) -> Tensor:
-        """A random part of an image as a canvas (3, H', W'), its aspect ratio kept, mirrored half of the time."""
+        """Read a random part of an image as a canvas (3, H', W'), its aspect ratio kept, mirrored half of the time."""
         image, (height, width) = load_image(path), self.size
         shape = (image.shape[1], image.shape[2])
         ratio = width * shape[0] / (height * shape[1])  # the canvas's aspect ratio over the image's
@@ -69,7 +69,7 @@ class Canvas:
         return cut(image, grids.boxes_to_pixels(boxes[1:], shape), flips[1:], self.size)[0]
 
     def draw_shifts(self, count: int, generator: torch.Generator) -> Tensor:
-        """(count, 3) integers: first row and column of a view's patches on the canvas, and whether it is mirrored."""
+        """Draw (count, 3) integers: each view's first row and column of patches on the canvas, and if mirrored."""
         rows, columns = (torch.randint(2 * m + 1, (count,), generator=generator) for m in self.margin)
         mirrored = (torch.arange(count) % 2) * int(self.mirrors)
         return torch.stack((rows, columns, mirrored), dim=1)
@@ -77,7 +77,7 @@ class Canvas:
 
 @torch.no_grad()
 def view_mean(backbone: Backbone, canvas: Canvas, canvases: Tensor, shifts: Tensor) -> tuple[Tensor, Tokens]:
-    """The mean of the tokens of the same patch in shifted views (Post Hoc Registers, but by whole patches).
+    """Average the tokens of the same patch over shifted views (Post Hoc Registers, but by whole patches).
 
     An artifact of position becomes its mean over the positions at which the views show the patch. Where no view
     shows it, its own token stays.

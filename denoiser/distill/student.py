@@ -1,4 +1,4 @@
-"""What stage 3 fine-tunes: a copy of a backbone, with register tokens if wanted, and learning rates by layer."""
+"""The copy of a backbone that stage three fine-tunes: added register tokens, and learning rates by layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _REGISTER_STD = 0.02
 
 
 class Student(nn.Module):
-    """A copy of a backbone in float32 that can be trained: images (B, 3, H, W) in [0, 1] to Tokens.
+    """Copy a backbone in float32 so that it can be trained: images (B, 3, H, W) in [0, 1] to Tokens.
 
     Parameters that its tokens do not depend on stay frozen. It is in evaluation mode also while it is trained: no
     dropout, and BatchNorm keeps its statistics.
@@ -40,7 +40,7 @@ class Student(nn.Module):
 
 
 def with_registers(backbone: Backbone, count: int, generator: torch.Generator | None = None) -> Backbone:
-    """The same backbone with register tokens added behind its prefix tokens.
+    """Copy a backbone with register tokens added behind its prefix tokens.
 
     Their values are small random numbers; where position embeddings reach the prefix, theirs are zero. The model
     is the one that ``timm.create_model(name, reg_tokens=...)`` makes.
@@ -74,7 +74,7 @@ def with_registers(backbone: Backbone, count: int, generator: torch.Generator | 
 
 
 def layers_of(model: nn.Module, read: int = -1) -> dict[str, int]:
-    """The layer of each parameter of a timm model's encoder that the tokens of a layer depend on, by name.
+    """Find the layer of each parameter, by name, that the tokens of a layer of a timm model depend on.
 
     What comes before the blocks is layer 0, block i is layer i + 1, and what comes after them belongs to the last one.
 
@@ -98,7 +98,7 @@ def layers_of(model: nn.Module, read: int = -1) -> dict[str, int]:
 def layer_groups(
     model: nn.Module, decay: float, weight_decay: float, added: bool = False, read: int = -1
 ) -> list[dict[str, Any]]:
-    """Parameters of a timm model by layer, for :func:`dvt.training.train`: the deeper, the faster they learn.
+    """Group the parameters of a timm model by layer, for :func:`dvt.training.train`: deeper ones learn faster.
 
     The last layer that is read has "lr_scale" 1, the one before it `decay`, and so on, as in timm.
 

@@ -1,4 +1,4 @@
-"""What the remedies that are no plain removal or subtraction consist of."""
+"""Bodies of the remedies of norm outliers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvt.errors import BackboneError
 
 
 class Defect(nn.Module):
-    """Along a unit direction d, tokens beyond a limit are put back to where the others are; these stay as they are.
+    """Put tokens that lie beyond a limit along a unit direction d back to where the others are; these stay.
 
     With a = (x - mean)'d, a token with |a - centre| > limit becomes mean + centre d + scale (x - mean - a d).
     """
@@ -26,7 +26,7 @@ class Defect(nn.Module):
         self.register_buffer("bounds", torch.empty(3))
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """No token lies beyond the limit."""
+        """Start as the identity: no token lies beyond the limit."""
         for buffer in self.buffers():
             buffer.zero_()
 
@@ -39,7 +39,7 @@ class Defect(nn.Module):
 
 
 class Registers(nn.Module):
-    """The neurons whose activation an appended token takes over, as (n, 2) pairs (block, neuron)."""
+    """Hold the neurons whose activation an appended token takes over, as (n, 2) pairs (block, neuron)."""
 
     places: Tensor
 
@@ -48,7 +48,7 @@ class Registers(nn.Module):
         self.register_buffer("places", torch.empty(config.rank, 2, dtype=torch.long))
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """No neuron of any block."""
+        """Start with no neuron of any block."""
         self.places.fill_(-1)
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
@@ -59,7 +59,7 @@ class Registers(nn.Module):
         )
 
     def move(self, hidden: Tensor, block: int, prefix: int, strength: float = 1.0) -> Tensor:
-        """Activations (B, P + n + 1, D) of a block's MLP, its neurons' moved from the n patches to the last token.
+        """Move activations (B, P + n + 1, D) of a block's MLP from the n patches to the last token.
 
         The last token gets the activation of the largest magnitude (arXiv 2506.08010 takes the largest; GELU has no
         large negative ones), the patches 0, and prefix tokens keep theirs. A strength s moves the share s.

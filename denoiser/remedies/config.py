@@ -1,4 +1,4 @@
-"""Which remedies there are, and how they are found."""
+"""The remedies that there are, and the settings to find them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WITHOUT_IMAGES = ("noise", "insid3")
 
 @dataclass(frozen=True)
 class RemedyConfig:
-    """How the remedies are found.
+    """Say how the remedies are found.
 
     Args:
         noise_images: images of noise, for noise and insid3.

@@ -1,4 +1,4 @@
-"""The defect direction: outlier tokens of all images lie along one direction, which is removed from them.
+"""Remove the defect direction, along which the outlier tokens of all images lie.
 
 Source: SINDER (arXiv 2407.16826), which finds the direction in DINOv2's weights and fine-tunes them. Here it is
 projected away from the tokens that lie far along it, and nothing is trained.
@@ -89,7 +89,7 @@ def fit_defect(
 
 @torch.no_grad()
 def predict_defect(backbone: Backbone, block: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """(C,) the direction that a model's weights make large, whatever the image: no image is needed.
+    """Find the direction (C,) that a model's weights make large whatever the image: no image is needed.
 
     It is the leading left singular vector of the product of the linearised blocks (SINDER, section 4). A block is
     linearised by least squares over random tokens of unit variance, each alone in its sequence, so that its attention
@@ -129,7 +129,7 @@ def predict_defect(backbone: Backbone, block: int | None = None, generator: torc
 
 
 def _linearised(block: nn.Module, device: torch.device, generator: torch.Generator) -> Tensor:
-    """(C, C) in float64: the least squares fit x -> M x + c of a block on single random tokens."""
+    """Fit x -> M x + c to a block by least squares over single random tokens: M (C, C), float64."""
     weight = next(p for p in block.parameters())
     channels = next(m.normalized_shape[0] for m in block.modules() if isinstance(m, nn.LayerNorm))
     x = torch.randn(_SAMPLES * channels, channels, generator=generator)
@@ -139,14 +139,14 @@ def _linearised(block: nn.Module, device: torch.device, generator: torch.Generat
 
 
 def _leading(vectors: Tensor) -> Tensor:
-    """(C,) the direction that unit vectors along (n, C) share, on the side where they lie."""
+    """Find the direction (C,) that unit vectors along (n, C) share, on the side where they lie."""
     units = torch.nn.functional.normalize(vectors.double(), dim=-1)
     leading = torch.linalg.eigh(units.T @ units)[1][:, -1]
     return (leading * torch.sign((units @ leading).sum())).float()
 
 
 def _checked_direction(direction: Tensor, away: Tensor, chosen: Tensor) -> Tensor:
-    """A direction given, of length 1 and turned towards the outliers."""
+    """Bring a direction given to length 1, and turn it towards the outliers."""
     if direction.shape != away.shape[1:] or not direction.isfinite().all() or not direction.norm() > 0:
         raise ShapeError(
             f"the direction must be ({away.shape[1]},), finite and not zero, beside tokens of as many channels; "
@@ -157,7 +157,7 @@ def _checked_direction(direction: Tensor, away: Tensor, chosen: Tensor) -> Tenso
 
 
 def _bounds(along: Tensor, rest: Tensor, chosen: Tensor, name: str) -> Tensor:
-    """(limit, centre, scale) of the removal."""
+    """Compute (limit, centre, scale) of the removal."""
     centre = along[~chosen].median()
     far = (along - centre).abs()
     own = far[~chosen].sort().values

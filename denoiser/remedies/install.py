@@ -1,4 +1,4 @@
-"""Test-time registers inside a timm model: a token appended to its sequence, and activations moved to that token.
+"""Put test-time registers inside a timm model: append a token to its sequence, and move activations to it.
 
 Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010).
 """
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import Backbone, families
-from dvt.denoiser.derived import derived, grid_of, reduced, shared_copy
-from dvt.denoiser.model import Denoiser
+from dvt.denoiser.derived import around, derived, grid_of, reduced, shared_copy
+from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import BackboneError
 
 #: Families whose blocks keep one sequence of tokens and take any number of them.
 FAMILIES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 
 
-def with_test_time_registers(denoiser: Denoiser, model: nn.Module) -> nn.Module:
-    """A copy of a timm model, sharing its weights, with an extra token that takes over the register neurons.
+def with_test_time_registers(denoiser: PretrainedDenoiser, model: nn.Module) -> nn.Module:
+    """Copy a timm model, sharing its weights, with an extra token that takes over the register neurons.
 
     Outputs have the shapes that they had: the extra token is dropped from all of them. With strength 0 it is never
     appended, and the model answers as before, bit for bit. The neurons are in its state dict under ``registers.``.
@@ -58,15 +58,11 @@ def with_test_time_registers(denoiser: Denoiser, model: nn.Module) -> nn.Module:
     clean.registers = denoiser
     clean.option_names = tuple(signature(inner.forward_intermediates).parameters)[1:]
     clean.blocks = _hooked(inner.blocks, denoiser, families.prefix_tokens(inner))
-    if inner is model:
-        return clean
-    outer = shared_copy(model)
-    outer.encoder = clean
-    return outer
+    return around(model, clean)
 
 
-def registered_backbone(denoiser: Denoiser, backbone: Backbone) -> Backbone:
-    """A backbone with test-time registers, from one of :func:`dvt.load_backbone`; the denoiser is copied.
+def registered_backbone(denoiser: PretrainedDenoiser, backbone: Backbone) -> Backbone:
+    """Make a backbone with test-time registers, from one of :func:`dvt.load_backbone`; the denoiser is copied.
 
     Raises:
         BackboneError: the backbone is made by :func:`dvt.wrap`, or its model cannot take registers.
@@ -78,7 +74,7 @@ def registered_backbone(denoiser: Denoiser, backbone: Backbone) -> Backbone:
 
 
 def timm_model(backbone: Backbone) -> nn.Module:
-    """The timm model inside a backbone.
+    """Find the timm model inside a backbone.
 
     Raises:
         BackboneError: it is no timm model, so that nothing is known about its inside.
@@ -93,7 +89,7 @@ def timm_model(backbone: Backbone) -> nn.Module:
 
 
 def mlp_outputs(model: nn.Module) -> list[nn.Linear]:
-    """The last layer of each block's MLP; what enters it are the activations of the block's neurons.
+    """List the last layer of each block's MLP; what enters it are the activations of the block's neurons.
 
     Raises:
         BackboneError: the model is of another family, or its blocks have no such MLP.
@@ -110,18 +106,18 @@ def mlp_outputs(model: nn.Module) -> list[nn.Linear]:
 
 
 class Registered(nn.Module):
-    """What changes in a timm model with test-time registers."""
+    """Change a timm model to drop the extra token of test-time registers from all that it answers."""
 
-    registers: Denoiser
+    registers: PretrainedDenoiser
     option_names: tuple[str, ...]  # of forward_intermediates, after the images
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """As timm's, without the extra token."""
+        """Answer as timm's, without the extra token."""
         return self._cut(cast(Any, super()).forward_features(x, *args, **options))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """As timm's, without the extra token."""
-        asked = dict(zip(self.option_names, args)) | options  # noqa: B905 (seldom are all given)
+        """Answer as timm's, without the extra token."""
+        asked = dict(zip(self.option_names, args)) | options  # noqa: B905 (most calls give only some)
         take = cast(Any, super()).forward_intermediates
         if not self.registers.strength:
             return take(x, **asked)
@@ -142,7 +138,7 @@ class Registered(nn.Module):
         return tokens[:, :-1] if self.registers.strength else tokens
 
     def _entry(self, entry: Any, images: Tensor, maps: bool) -> Any:
-        """One intermediate output (B, n + 1, C), perhaps with its prefix beside it, in the form asked for."""
+        """Convert an intermediate output (B, n + 1, C), perhaps with its prefix beside it, to the form asked for."""
         if isinstance(entry, tuple):
             return self._entry(entry[0], images, maps), entry[1]
         patches = self._cut(entry)
@@ -150,9 +146,9 @@ class Registered(nn.Module):
 
 
 class _Appending:
-    """Before a block: the extra token, zero, joins in front of the first one; rotary positions leave it alone."""
+    """Hook before a block: append the extra token, zero, before the first one; rotary positions leave it alone."""
 
-    def __init__(self, denoiser: Denoiser, first: bool) -> None:
+    def __init__(self, denoiser: PretrainedDenoiser, first: bool) -> None:
         self.denoiser, self.first = denoiser, first
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -170,9 +166,9 @@ class _Appending:
 
 
 class _Moving:
-    """Before the last layer of a block's MLP: activations go to the extra token."""
+    """Hook before the last layer of a block's MLP: move activations to the extra token."""
 
-    def __init__(self, denoiser: Denoiser, block: int, prefix: int) -> None:
+    def __init__(self, denoiser: PretrainedDenoiser, block: int, prefix: int) -> None:
         self.denoiser, self.block, self.prefix = denoiser, block, prefix
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -180,8 +176,8 @@ class _Moving:
         return (self.denoiser.body.move(args[0], self.block, self.prefix, strength),) if strength else None
 
 
-def _hooked(blocks: nn.Module, denoiser: Denoiser, prefix: int) -> nn.Module:
-    """The blocks, sharing their weights, with hooks of their own."""
+def _hooked(blocks: nn.Module, denoiser: PretrainedDenoiser, prefix: int) -> nn.Module:
+    """Copy the blocks, sharing their weights, with hooks of their own."""
     result = shared_copy(blocks)
     for name, block in blocks.named_children():
         number = int(name)

@@ -1,4 +1,4 @@
-"""`dvt remedy`: one of the training-free remedies for a backbone, or all of them to be compared."""
+"""Find one of the training-free remedies for a backbone (`dvt remedy`), or all of them to be compared."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from dvt.denoiser.model import Denoiser
 from dvt.denoiser.remedies.config import REMEDIES, WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.denoiser.remedies.defect import fit_defect, predict_defect
 from dvt.denoiser.remedies.noise import fit_insid3, fit_noise, noise_maps
-from dvt.denoiser.remedies.outliers import ImageLike, Outliers, Progress, block_norms, find_outliers, inputs
+from dvt.denoiser.remedies.outliers import ImageLike, Outliers, block_norms, find_outliers, inputs
 from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
+from dvt.progress import Progress
 
 
 def fit_remedy(
@@ -68,11 +69,11 @@ def fit_remedy(
 
 def fit_remedies(
     backbone: Backbone,
-    images: Sequence[ImageLike],
+    images: Sequence[ImageLike] = (),
     config: RemedyConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Denoiser], dict[str, str]]:
-    """All remedies that a backbone can take, by name, and of the others the reason why not."""
+    """Find all remedies that a backbone can take, by name, and of the others the reason why not."""
     found, refused = {}, {}
     for remedy in REMEDIES:
         try:
@@ -131,6 +132,6 @@ def _noise_maps(backbone: Backbone, config: RemedyConfig) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def _maps(backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None) -> Iterator[Tensor]:
-    """(h, w, C) tokens of each image, on the CPU."""
+    """Compute the tokens (h, w, C) of each image, on the CPU."""
     for image in inputs(backbone, images, progress, "tokens"):
         yield backbone(image).patches[0].float().cpu()

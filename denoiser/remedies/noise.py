@@ -1,4 +1,4 @@
-"""The artifact of position from images that show nothing: no photograph is needed."""
+"""Estimate the artifact of position from images of noise: no photograph is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BEYOND_CHANCE = 2.0
 
 @torch.no_grad()
 def noise_maps(backbone: Backbone, count: int = 16, generator: torch.Generator | None = None) -> Iterator[Tensor]:
-    """The tokens (h, w, C) of images of noise, at the backbone's own size.
+    """Compute the tokens (h, w, C) of images of noise, at the backbone's own size.
 
     Args:
         backbone: of any kind.
@@ -38,7 +38,7 @@ def noise_maps(backbone: Backbone, count: int = 16, generator: torch.Generator |
 
 
 def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
-    """Subtraction of the mean over noise images, without its own mean: an estimate of the artifact of position.
+    """Subtract the mean map over noise images, less its own mean: an estimate of the artifact of position.
 
     It is shrunk by 1 - (variance that chance leaves in the mean) / (its variance over positions), at least 0, the
     positive-part James-Stein factor [ours]: where tokens do not depend on position, hardly anything is subtracted.
@@ -58,7 +58,7 @@ def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
         centred = each.double() - each.double().mean((0, 1))
         total, squares, count = total + centred, squares + float(centred.square().sum()), count + 1
     if count < 2:
-        raise ShapeError(f"what chance does to the mean is told from 2 maps or more, got {count}")
+        raise ShapeError(f"the mean needs 2 maps or more, so that chance can be told from position, got {count}")
     artifact = total / count
     size = float(artifact.square().sum())
     chance = (squares - count * size) / (count - 1) / count
@@ -71,7 +71,7 @@ def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
 
 
 def fit_insid3(maps: Iterable[Tensor], rank: int = 8) -> Denoiser:
-    """Removal of the leading directions of position in noise images (the aim and the SVD are INSID3's).
+    """Remove the leading directions of position in noise images (the aim and the SVD are INSID3's).
 
     Directions are those of the mean map's covariance over positions, estimated from two independent halves of the
     images, whose noise then has no preferred sign [ours]: directions whose eigenvalue is not twice that of the most

@@ -1,4 +1,4 @@
-"""Which tokens are outliers: found by their norms after each block, over several images."""
+"""Find the outliers among tokens, by their norms after each block, over several images."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from dvt.backbones import Backbone, families
 from dvt.errors import BackboneError, ImageError
 from dvt.images import load_image
+from dvt.progress import Progress
 from dvt.views import resize
 
-#: An outlier's norm is at least so many times the median, and its logarithm so many robust sigmas above.
+#: An outlier's norm is at least RATIO times the median, and its logarithm SIGMAS robust sigmas above that.
 RATIO, SIGMAS = 2.0, 5.0
 #: The least share of tokens that counts as a defect of the model: a tenth of what Darcet et al. count in DINOv2-g.
-SHARE = 0.0025
+DEFECT_SHARE = 0.0025
 
 ImageLike = str | Path | Tensor
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """Tokens of several images that are outliers at the block where most are.
+    """Mark the tokens of several images that are outliers, at the block where most are.
 
     Args:
         masks: (n,) bool of each image's patches, row by row.
@@ -46,7 +46,7 @@ class Outliers:
 
 
 def bound_of(norms: Tensor) -> float:
-    """The norm beyond which a token is an outlier, from the norms of many; the doctor counts by the same rule."""
+    """Compute the norm beyond which a token is an outlier, from those of many; the doctor counts by the same rule."""
     logs = norms.double().clamp(min=1e-12).log()
     median = logs.median()
     sigma = 1.4826 * (logs - median).abs().median()
@@ -54,7 +54,7 @@ def bound_of(norms: Tensor) -> float:
 
 
 def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
-    """Outliers from the norms of tokens.
+    """Find outliers from the norms of tokens.
 
     Args:
         norms: of each image, the (n,) norms of its patches after each block.
@@ -68,11 +68,11 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
     found = [each > bound for each, bound in zip(blocks, bounds, strict=True)]
     shares = [float(each.double().mean()) for each in found]
     block = max(range(len(shares)), key=shares.__getitem__)
-    if shares[block] < SHARE:
+    if shares[block] < DEFECT_SHARE:
         raise BackboneError(
             f"{name} has no norm outliers to remove: at most {shares[block]:.3%} of its tokens, over {len(norms)} "
-            f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {SHARE:.2%} and "
-            "more. Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
+            f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {DEFECT_SHARE:.2%} "
+            "and more. Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
         )
     own = found[block]
     rising = next(i for i, each in enumerate(found) if (each & own).sum() >= 0.9 * own.sum())
@@ -83,7 +83,7 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
 def block_norms(
     backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None
 ) -> list[list[Tensor]]:
-    """The norms (n,) of patch tokens after each block up to the backbone's layer, of each image.
+    """Compute the norms (n,) of each image's patch tokens after each block up to the backbone's layer.
 
     A wrapped model has its own tokens only.
     """
@@ -102,7 +102,7 @@ def block_norms(
 def inputs(
     backbone: Backbone, images: Sequence[ImageLike], progress: Progress | None = None, what: str = "images"
 ) -> Iterator[Tensor]:
-    """(1, 3, H, W) each image at the backbone's input size, on its device.
+    """Read each image as (1, 3, H, W) at the backbone's input size, on its device.
 
     Raises:
         ImageError: there is no image, or one cannot be read.
@@ -119,7 +119,7 @@ def inputs(
 
 @contextmanager
 def entering(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """What enters some layers during a forward pass, by their number."""
+    """Record what enters some layers during a forward pass, by their number."""
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""Removal of position round by round: a linear probe reads it, and what the probe reads is taken away."""
+"""Remove position round by round: a linear probe reads it, and what the probe reads is taken away."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NOTHING = 0.02
 
 
 def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Denoiser:
-    """Removal of the directions from which linear probes read (x, y), one probe after the other (RASA-like).
+    """Remove the directions from which linear probes read (x, y), one probe after the other (RASA-like).
 
     Each round fits a ridge probe to what the rounds before have left and removes its two weight directions. It ends
     early when the probe's R^2, adjusted for the number of channels, falls below .02. The penalty must be large: a probe
@@ -69,7 +69,7 @@ def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Den
 
 
 def _rounds(covariance: Tensor, channels: int, rounds: int, ridge: float, count: int) -> tuple[Tensor, list[float]]:
-    """(directions (C, n), adjusted R^2 before each round and after the last)."""
+    """Find directions (C, n), and the adjusted R^2 before each round and after the last."""
     within, across, places = (
         covariance[:channels, :channels],
         covariance[:channels, channels:],

@@ -1,4 +1,4 @@
-"""Test-time registers: the few MLP neurons that make the outlier tokens, found over some images.
+"""Find test-time registers: the few MLP neurons that make the outlier tokens.
 
 Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010), which ranks neurons by their mean
 activation at the outliers. How many are taken, and up to which block, is found from the outliers here [ours].
@@ -20,13 +20,13 @@ from dvt.denoiser.remedies.install import mlp_outputs, registered_backbone, timm
 from dvt.denoiser.remedies.outliers import (
     ImageLike,
     Outliers,
-    Progress,
     block_norms,
     entering,
     find_outliers,
     inputs,
 )
 from dvt.errors import BackboneError, ConfigError
+from dvt.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def fit_registers(
 
 
 class _Shares:
-    """The share of outliers that is left when the first so many neurons are moved."""
+    """Measure the share of outliers that is left when the first n neurons are moved."""
 
     def __init__(
         self,
@@ -93,6 +93,7 @@ class _Shares:
         self.known = {0: found.share}
 
     def of(self, count: int) -> float:
+        """Measure the share that moving the first `count` neurons leaves, once."""
         if count not in self.known:
             clean = registered_backbone(_registers(self.backbone, self.order[:count]), self.backbone)
             norms = block_norms(clean, self.images, self.progress)
@@ -101,7 +102,7 @@ class _Shares:
         return self.known[count]
 
     def fewest(self, enough: float) -> int:
-        """The first count that leaves `enough`, found by doubling and halving; where none does, the best tried."""
+        """Find the first count that leaves at most `enough`, by doubling and halving; if none does, the best tried."""
         low, high = 0, 1
         while self.of(high) > enough:
             if high >= len(self.order):
@@ -114,7 +115,7 @@ class _Shares:
 
 
 def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: Outliers, progress: Progress | None) -> Tensor:
-    """(D * blocks, 2) pairs (block, neuron), those that write most at the outliers first."""
+    """Rank all neurons, those that write most at the outliers first: (D * blocks, 2) pairs (block, neuron)."""
     model = timm_model(backbone)
     layers, prefix = mlp_outputs(model)[: found.rising + 1], families.prefix_tokens(model)
     sums = [torch.zeros(2, layer.in_features, dtype=torch.float64) for layer in layers]
@@ -137,7 +138,7 @@ def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: Outliers, pr
 
 
 def _written(block: Any, layer: nn.Linear) -> Tensor:
-    """(D,) the norm of what each neuron of an MLP adds to a token for an activation of 1."""
+    """Compute the norm (D,) of what each neuron of an MLP adds to a token for an activation of 1."""
     weight = layer.weight.detach().double().cpu()
     scale = getattr(getattr(block, "ls2", None), "gamma", getattr(block, "gamma_2", None))
     return (weight if scale is None else scale.detach().double().cpu()[:, None] * weight).norm(dim=0)

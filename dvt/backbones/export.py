@@ -26,6 +26,7 @@ from torch.export import Dim, ExportedProgram
 from dvt import __version__
 from dvt.backbones.backbone import Backbone
 from dvt.errors import BackboneError, ConfigError
+from dvt.files import PART
 from dvt.grids import Size
 
 logger = logging.getLogger(__name__)
@@ -171,7 +172,8 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
     size = tuple(config.size or backbone.image_size)
     program = _traced(module, (size[0], size[1]), dynamic)
     described = {"backbone": description(backbone), "dynamic_grid": dynamic, "size": size}
-    part = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    # torch.onnx and torch.export look at the suffix, so the unfinished file keeps it.
+    part = path.with_name(f"{path.stem[:100]}.{os.getpid()}{PART}{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import logging
-import os
 import pickle
 import re
 import tarfile
@@ -18,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvt.errors import WeightsError
+from dvt.files import replaced
 
 logger = logging.getLogger(__name__)
 
@@ -119,39 +118,13 @@ def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     Raises:
         WeightsError: the file cannot be written.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead_parts(path)
-        part.touch()
-        mode = part.stat().st_mode  # safetensors writes for the owner alone
-        save_file(state, part, metadata=dict(metadata))
-        part.chmod(mode)
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replaced(path, sync=True) as part:
+            save_file(state, part, metadata=dict(metadata))
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise WeightsError(f"cannot write {str(path)!r}: {error}; choose a folder that can be written to") from error
-
-
-def _remove_dead_parts(path: Path) -> None:
-    """What processes that were killed while they wrote this file have left."""
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        pid = part.name.removeprefix(f"{path.name}.").removesuffix(".part")
-        if pid.isdecimal() and not _alive(int(pid)):
-            part.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # another user's
-        return True
-    return True
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -15,10 +15,11 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 import dvt
-from dvt.cli.analysis import Analyze, Doctor, Probe, Report, analyze, doctor, probe, report
+from dvt.cli.analysis import Analyze, Doctor, ProbeCommand, ReportCommand, analyze, doctor, probe, report
+from dvt.cli.common import DryRun
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
-from dvt.cli.priors import Prior, prior
+from dvt.cli.priors import PriorCommand, prior
 from dvt.cli.remedies import FindRemedy, remedy
 from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
@@ -38,9 +39,9 @@ COMMANDS: dict[str, tuple[type, Run]] = {
     "export": (Export, export),
     "doctor": (Doctor, doctor),
     "analyze": (Analyze, analyze),
-    "report": (Report, report),
-    "probe": (Probe, probe),
-    "prior": (Prior, prior),
+    "report": (ReportCommand, report),
+    "probe": (ProbeCommand, probe),
+    "prior": (PriorCommand, prior),
 }
 
 
@@ -64,6 +65,9 @@ def main(arguments: list[str] | None = None) -> int:
     run = next(function for settings, function in COMMANDS.values() if type(command) is settings)
     try:
         code, result = run(command, console)
+    except DryRun as stopped:
+        code, result = 0, stopped.settings
+        console.print_json(data=result)
     except DvtError as error:
         errors.print(f"[bold red]error:[/] {escape(str(error))}")
         return 2

@@ -1,4 +1,4 @@
-"""`dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`: what the features hold, with nulls and intervals."""
+"""Run `dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`: what the features hold, with nulls and intervals."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from rich.markup import escape
 from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.probes.protocol import ProbeConfig
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, save_json, writable
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json
 from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import denoise_image
+from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
 from dvt.views import ViewConfig
@@ -60,7 +61,7 @@ class Doctor(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Probe(DenoiserOptions):
+class ProbeCommand(DenoiserOptions):
     """Score features on labelled data: raw, denoised and baselines in one table, with intervals."""
 
     probe: Annotated[ProbeConfig, tyro.conf.arg(name=""), tyro.conf.PositionalRequiredArgs]
@@ -72,7 +73,7 @@ class Probe(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportCommand:
     """Make one interactive page, which needs no network, from what `dvt analyze` wrote."""
 
     folder: tyro.conf.Positional[Path]
@@ -84,14 +85,11 @@ class Report:
 
 
 def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt analyze`: 0 when the report is written."""
+    """Run `dvt analyze`: exit code 0 when the report is written."""
     from dvt.analysis.analyze import analyze as measure
 
     paths = find_images(command.images)
-    settings = plain(command, command="analyze", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="analyze", images=paths)
     if command.views < 0:
         raise ConfigError(f"views is {command.views}; it must be 0, for no decomposition, or more")
     backbone = command.load()
@@ -114,14 +112,11 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt doctor`: 0 when there is an answer, whatever it is."""
+    """Run `dvt doctor`: exit code 0 when there is an answer, whatever it is."""
     from dvt.analysis.doctor import diagnose
 
     paths = find_images(command.images)
-    settings = plain(command, command="doctor", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="doctor", images=paths)
     backbone = command.load()
     variants = _variants(command, backbone)
     commands: dict[str, str] = {}
@@ -145,14 +140,11 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
-def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt probe`: 0 when all rows are scored."""
+def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt probe`: exit code 0 when all rows are scored."""
     from dvt.analysis.probes.protocol import run_probe
 
-    settings = plain(command, command="probe")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="probe")
     if command.out is not None:
         writable(command.out)
     backbone = command.load()
@@ -168,8 +160,8 @@ def probe(command: Probe, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, result
 
 
-def report(command: Report, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt report`: 0 when the page is written."""
+def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt report`: exit code 0 when the page is written."""
     from dvt.analysis.page.report import write_report
 
     path = write_report(command.folder, command.out)
@@ -184,7 +176,7 @@ def _variants(command: DenoiserOptions, backbone: Backbone) -> dict[str, Any]:
 
 
 def _decompose(backbone: Backbone, views: int) -> Decompose | None:
-    """An image's terms by stage one, for the analysis; None for no views."""
+    """Make the function that decomposes an image by stage one; None for no views."""
     if views == 0:
         return None
     config = DenoiseConfig(views=ViewConfig(count=views))

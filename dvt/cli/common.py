@@ -15,12 +15,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 import dvt
+from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 
 if TYPE_CHECKING:
-    import torch
-
     from dvt.backbones import Backbone
     from dvt.denoiser import Denoiser
     from dvt.tokens import Tokens
@@ -128,20 +127,16 @@ def variant_of(denoiser: Denoiser, backbone: Backbone, force: bool = False) -> C
     return clean
 
 
-def find_device(name: str) -> torch.device:
-    """The device of that name, tried out; "auto" is a GPU where there is one."""
-    import torch
+class DryRun(Exception):
+    """Ends a command that was asked to print its settings and stop.
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
-        ) from error
-    return device
+    Args:
+        settings: as :func:`resolved` gives them.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__("dry run")
+        self.settings = settings
 
 
 @contextmanager
@@ -167,25 +162,21 @@ def progress_bar(console: Console):
         yield update
 
 
-def plain(settings: Any, /, **resolved: Any) -> dict[str, Any]:
-    """A command's settings as JSON has them, with what they were resolved to."""
-    return json.loads(json.dumps({**dataclasses.asdict(settings), **resolved}, default=str))
+def plain(settings: Any, /, **found: Any) -> dict[str, Any]:
+    """Write a command's settings as JSON has them, with what they were resolved to."""
+    return json.loads(json.dumps({**dataclasses.asdict(settings), **found}, default=str))
 
 
-def writable(path: Path) -> Path:
-    """The path of a file to write, its folder made and tried; before hours of work, not after them.
+def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
+    """Write a command's settings as :func:`plain` does, before anything long or lasting is done.
 
     Raises:
-        ConfigError: nothing can be written there.
+        DryRun: the command was asked to stop here; :func:`dvt.cli.main` prints the settings.
     """
-    trial = path.with_name(f"{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
-    return path
+    values = plain(settings, **found)
+    if settings.dry_run:
+        raise DryRun(values)
+    return values
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:

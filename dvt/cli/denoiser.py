@@ -12,11 +12,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, Options, find_device, plain, progress_bar, quiet_unless_first, writable
-from dvt.denoiser.distill.job import BackboneTraining
+from dvt.cli.common import DenoiserOptions, Options, progress_bar, quiet_unless_first, resolved
+from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
+from dvt.devices import find_device
 from dvt.errors import ConfigError
+from dvt.files import writable
 from dvt.images import find_images
+from dvt.training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class DenoiserFlags(DenoiserTraining):
+    """Name the flags of the training loop without a prefix: --steps, not --training.loop.steps."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = DenoiserTraining.loop
+    """How the training loop runs."""
+
+
+@dataclass(frozen=True)
+class BackboneFlags(BackboneTraining):
+    """Name the flags of the training loop without a prefix, as :class:`DenoiserFlags` does."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = BackboneTraining.loop
+    """How the training loop runs."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Train(Options):
     """A store with raw and semantic tokens."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: Annotated[DenoiserTraining, tyro.conf.arg(name="")] = field(default_factory=DenoiserTraining)
+    training: Annotated[DenoiserFlags, tyro.conf.arg(name="")] = field(default_factory=DenoiserFlags)
     """How the denoiser is made."""
 
 
@@ -45,7 +64,7 @@ class Distill(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
-    training: Annotated[BackboneTraining, tyro.conf.arg(name="")] = field(default_factory=BackboneTraining)
+    training: Annotated[BackboneFlags, tyro.conf.arg(name="")] = field(default_factory=BackboneFlags)
     """How the backbone is trained."""
 
 
@@ -64,11 +83,8 @@ class Export(DenoiserOptions):
 
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt train`: 0 when the denoiser is written."""
-    settings = plain(command, command="train")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    """Run `dvt train`: 0 when the denoiser is written."""
+    settings = resolved(command, command="train")
     console = quiet_unless_first(console)
     with progress_bar(console) as progress:
         _, report = train_denoiser(
@@ -79,14 +95,11 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt distill`: 0 when the backbone is written."""
+    """Run `dvt distill`: 0 when the backbone is written."""
     from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
-    settings = plain(command, command="distill", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="distill", images=paths)
     console = quiet_unless_first(console)
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
@@ -97,16 +110,13 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt export`: 0 when the file is written and computes what the backbone does."""
+    """Run `dvt export`: 0 when the file is written and computes what the backbone does."""
     from dvt.backbones.export import ExportConfig
     from dvt.backbones.export import export as write
     from dvt.denoiser.attach import denoised_backbone
 
     config = ExportConfig(grid=command.grid, opset=command.opset)
-    settings = plain(command, command="export")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="export")
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
     if denoiser is not None:
@@ -125,7 +135,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
 def _print_distillation(console: Console, report: dict[str, Any], backbone: str) -> None:
     table = Table("held-out images", "MSE + 1 - cosine", "MSE", "cosine to the teacher", "prefix to the original")
     for name, scores in {"no op": report["baselines"]["no_op"], "distilled": report["validation"]}.items():
-        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _DISTILLED))
+        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _SCORES))
     console.print(table)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
@@ -133,7 +143,7 @@ def _print_distillation(console: Console, report: dict[str, Any], backbone: str)
     console.print(f"backbone: {out}; every command takes it by --backbone {backbone} --weights {out}")
 
 
-_DISTILLED = ("loss", "mse", "cosine", "prefix_cosine")
+_SCORES = ("loss", "mse", "cosine", "prefix_cosine")
 
 
 def _print_training(console: Console, report: dict[str, Any]) -> None:

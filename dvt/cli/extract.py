@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.common import DenoiserOptions, plain, progress_bar
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
@@ -91,10 +91,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     """`dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
     config = ExtractConfig(command.dtype, command.batch, command.shard_images, command.workers)
     paths = find_sources(command.images)
-    settings = plain(command, command="extract", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
     console.print(f"{escape(command.backbone)}{behind}: {len(paths)} images")
     with progress_bar(console) as bar:
@@ -114,10 +111,7 @@ def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
-    settings = plain(command, command="store merge")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="store merge")
     with progress_bar(console) as progress:
         counts = merge_stores(command.stores, command.out, wait=command.wait, progress=progress)
     console.print(
@@ -128,10 +122,7 @@ def _merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]]:
-    settings = plain(command, command="store export")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="store export")
     with progress_bar(console) as progress:
         images = export_store(command.store, command.out, command.form, command.terms, progress=progress)
     console.print(f"{escape(str(command.out))}: {images} images as {command.form}")

@@ -1,4 +1,4 @@
-"""`dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from dvt.analysis.priors.runs import PriorTraining
-from dvt.cli.common import DenoiserOptions, find_device, plain, progress_bar, quiet_unless_first
+from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved
+from dvt.devices import find_device
 from dvt.images import find_images
 
 
@@ -28,7 +29,10 @@ class PriorTrain(DenoiserOptions):
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
     """The run's folder."""
-    prior: Annotated[PriorTraining, tyro.conf.arg(name="")] = field(default_factory=PriorTraining)
+    # No prefixes: the settings of the training loop inside it are --steps, --batch-size and so on.
+    prior: Annotated[PriorTraining, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
+        default_factory=PriorTraining
+    )
     """What is trained, and how."""
 
 
@@ -71,7 +75,7 @@ class PriorEvaluate(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class Prior:
+class PriorCommand:
     """Train, sample or evaluate a generative prior on tokens."""
 
     action: Annotated[
@@ -86,8 +90,8 @@ class Prior:
         return self.action.json
 
 
-def prior(command: Prior, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt prior`: 0 when the action is done."""
+def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior`: exit code 0 when the action is done."""
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)
@@ -98,10 +102,7 @@ def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.priors.runs import train_prior
 
     paths = find_images(command.images)
-    settings = plain(command, command="prior train", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="prior train", images=paths)
     console = quiet_unless_first(console)
     backbone = command.load()
     denoiser, device = command.token_function(backbone), find_device(command.device)
@@ -135,10 +136,7 @@ def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]
 def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.priors.runs import evaluate_prior
 
-    settings = plain(command, command="prior evaluate")
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="prior evaluate")
     backbone = command.load()
     report = evaluate_prior(
         command.run,

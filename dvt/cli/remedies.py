@@ -12,14 +12,15 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.common import BackboneOptions, plain, progress_bar, variant_of, writable
+from dvt.cli.common import BackboneOptions, progress_bar, resolved, variant_of
 from dvt.denoiser.remedies.config import WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.errors import ImageError
+from dvt.files import writable
 from dvt.images import find_images
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
-    from dvt.denoiser.remedies.outliers import Progress
+    from dvt.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,7 @@ def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
             f"Without images: {' or '.join(WITHOUT_IMAGES)}"
         )
     paths = find_images(command.images) if command.images else []
-    settings = plain(command, command="remedy", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="remedy", images=paths)
     out, backbone = writable(command.out), command.load()
     with progress_bar(console) as progress:
         denoiser = fit_remedy(command.remedy, backbone, paths, command.settings, progress)

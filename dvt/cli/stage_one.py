@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.common import plain, progress_bar
+from dvt.cli.common import progress_bar, resolved
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
@@ -119,10 +119,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         for path in find_sources(command.images)
         if is_url(path) or pictures not in Path(os.path.realpath(path)).parents
     ]
-    settings = plain(command, command="denoise", images=paths)
-    if command.dry_run:
-        console.print_json(data=settings)
-        return 0, settings
+    settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
     console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
     each = None if command.ray is not None else _Writer(command, paths)

@@ -298,8 +298,9 @@ class _Actor:
 
         work, node = self.work(), ray.get_runtime_context().get_node_id()
         versions, reduction = (dvt.__version__, torch.__version__), work.reduction
-        shared = {} if reduction is None else {"reduced_images": reduction.images, "add": reduction.add_known}
-        return Hello(node, versions, work.job, work.shard_images, **shared)
+        if reduction is None:
+            return Hello(node, versions, work.job, work.shard_images)
+        return Hello(node, versions, work.job, work.shard_images, reduction.images, reduction.add_known)
 
     def index_images(self, paths: Sequence[str]) -> tuple[list[ImageEntry], list[Failure]]:
         work, found, failed = self.work(), [], list[Failure]()

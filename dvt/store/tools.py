@@ -14,7 +14,7 @@ import numpy as np
 
 from dvt.errors import ConfigError, StoreError
 from dvt.progress import Progress
-from dvt.store.job import Job, plan
+from dvt.store.job import ImageEntry, Job, plan
 from dvt.store.reader import FeatureStore
 from dvt.store.writer import StoreWriter
 
@@ -86,7 +86,7 @@ def _contents(store: FeatureStore) -> set[tuple[str, str]]:
 def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tuple[int, int]:
     """Writes what a shard holds beyond `present`, and adds it there; (images written, images known already)."""
     shard = FeatureStore(file)
-    listed = list(zip(shard.images, shard.sha256s, shard.grids, strict=True))
+    listed = [ImageEntry(*each) for each in zip(shard.images, shard.sha256s, shard.grids, strict=True)]
     new = [i for i, (path, sha256, _) in enumerate(listed) if (path, sha256) not in present]
     if new:
         # One shard from one, whose name is a function of what it holds: the same merge again writes the same names.

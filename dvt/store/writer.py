@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from dvt.errors import StoreError
+from dvt.files import PART, open_lock, take_lock, write_whole
 from dvt.store.format import Record, shard_file
 from dvt.store.index import _read_shard, _Shard, _shard_files
 from dvt.store.job import Job
@@ -115,18 +114,10 @@ def commit_shard(
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
     """
-    target, unfinished = folder / f"{name}.h5", folder / f"{name}{part}.h5.part"
+    target = folder / f"{name}.h5"
     try:
-        with open(unfinished, "wb") as file:
-            file.write(image)
-            file.flush()
-            os.fsync(file.fileno())
-        allowed()
-        os.replace(unfinished, target)
-        _sync_folder(folder)
+        write_whole(target, image, folder / f"{name}{part}.h5{PART}", allowed)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise StoreError(
             f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "
             "before it are safe; make room and run the same command again"
@@ -144,7 +135,7 @@ class _Lock:
         if self._held.get(self.key) == os.getpid():
             # Opening the file again and closing it would even release the lock that is held.
             raise StoreError(f"this process is already writing to the store {str(folder)!r}; use that writer")
-        self.fd = os.open(folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.fd = open_lock(folder / "writer.lock")
         try:
             self._take(folder, wait)
             os.ftruncate(self.fd, 0)
@@ -155,16 +146,15 @@ class _Lock:
         self._held[self.key] = os.getpid()
 
     def _take(self, folder: Path, wait: bool) -> None:
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:  # the two that POSIX names for "another holds it"
-            holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip() or "unknown"
-            if not wait:
-                raise StoreError(
-                    f"process {holder} is writing to the store {str(folder)!r}; wait for it or choose another folder"
-                ) from error
-            log.info("waiting for process %s, which is writing to %s", holder, folder)
-            fcntl.lockf(self.fd, fcntl.LOCK_EX)
+        if take_lock(self.fd):
+            return
+        holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip() or "unknown"
+        if not wait:
+            raise StoreError(
+                f"process {holder} is writing to the store {str(folder)!r}; wait for it or choose another folder"
+            )
+        log.info("waiting for process %s, which is writing to %s", holder, folder)
+        take_lock(self.fd, wait=True)
 
     def check(self) -> None:
         """That it is still the folder's: one that was moved or made anew may have another writer by now."""
@@ -174,11 +164,3 @@ class _Lock:
     def release(self) -> None:
         del self._held[self.key]
         os.close(self.fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up and cosine, averaged weights, checkpoints that a killed run continues exactly.
+"""Train any model: AdamW, warm-up and cosine, averaged weights, checkpoints that a killed run continues exactly.
 
 It runs through accelerate: started by ``accelerate launch`` or ``torchrun`` it takes as many processes as there are,
 and the global batch, the schedule and the order of the data stay what they are with one. A run's folder holds
@@ -11,9 +11,22 @@ function of the step, and so is the seed of whatever draws random numbers inside
 at any moment ends with the weights, bit by bit, that it would have had (on one device, with the same processes).
 """
 
-from dvt.training.config import TrainingConfig
-from dvt.training.data import epoch_indices, hold_out
-from dvt.training.log import Row
-from dvt.training.loop import Batches, Loss, Trained, train
+from dvt.training.config import TrainingConfig, flat_settings
+from dvt.training.data import epoch_indices, hold_out, sides_digest
+from dvt.training.log import LogRow
+from dvt.training.loop import Batches, LossFunction, Trained, train
+from dvt.training.processes import is_first_process
 
-__all__ = ["Batches", "Loss", "Row", "Trained", "TrainingConfig", "epoch_indices", "hold_out", "train"]
+__all__ = [
+    "Batches",
+    "LogRow",
+    "LossFunction",
+    "Trained",
+    "TrainingConfig",
+    "epoch_indices",
+    "flat_settings",
+    "hold_out",
+    "is_first_process",
+    "sides_digest",
+    "train",
+]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 
-class _Average:
-    """The exponential moving average of everything in a model's state dict, or nothing at decay 0."""
+class WeightAverage:
+    """Average a model's weights exponentially over the steps; at decay 0 it holds nothing and does nothing."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -18,6 +18,7 @@ class _Average:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
+        """Take in the weights after a step, counted from 0; integers are copied."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         state = model.state_dict() if self.values else {}
         for name, value in self.values.items():
@@ -27,20 +28,22 @@ class _Average:
                 value.copy_(state[name])
 
     def copy_to(self, model: nn.Module) -> None:
-        _copy(self.values, model.state_dict())
+        """Give a model the averaged weights."""
+        copy_values(self.values, model.state_dict())
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside the block, and its own again after it."""
+        """Lend a model the averaged weights inside the block; it has its own again afterwards."""
         kept = {name: value.clone() for name, value in model.state_dict().items()} if self.values else {}
         try:
             self.copy_to(model)
             yield
         finally:
-            _copy(kept, model.state_dict())
+            copy_values(kept, model.state_dict())
 
 
 @torch.no_grad()
-def _copy(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+def copy_values(values: Mapping[str, Tensor], to: Mapping[str, Tensor]) -> None:
+    """Copy tensors by name into others, in place."""
     for name, value in values.items():
         to[name].copy_(value)

@@ -2,58 +2,74 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dvt.errors import ConfigError
+from dvt.files import PART, open_lock, remove, replaced_folder, take_lock
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
-
-
 # Changing these changes no weight, so a run may be continued with others.
 _FREE = ("checkpoint_every", "log_every", "validate_every", "keep", "trackers")
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """One run a folder; a POSIX lock dies with its process. What a killed run left half written is removed."""
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Let one run at a time use a folder, and remove what a killed run left half written.
+
+    The lock is POSIX's (fcntl), which the kernel releases when its process dies; it does not exclude threads of the
+    same process.
+
+    Raises:
+        ConfigError: another process holds the lock, or nothing can be written there.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "run.lock", "a")  # noqa: SIM115  closed below
+        fd = open_lock(folder / "run.lock")
     except OSError as error:
         raise ConfigError(f"cannot write to the folder {str(folder)!r}: {error.strerror or error}") from error
-    with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder") from error
-        for part in folder.glob("step-*.part"):
-            shutil.rmtree(part, ignore_errors=True)
+    try:
+        if not take_lock(fd):
+            raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder")
+        for part in folder.glob(f"step-*{PART}"):
+            remove(part)
         yield
+    finally:
+        os.close(fd)
 
 
-def _identity(config: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(config: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """List as JSON values what changes the weights of a run: a checkpoint is continued only where this is equal.
+
+    Its keys and values are part of the format of checkpoints, so that runs of earlier versions can be continued.
+
+    Raises:
+        ConfigError: a setting is no JSON value.
+    """
     plain = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
+    plain["learning_rate"] = config.peak_rate
     try:
         return json.loads(json.dumps({"config": plain, "settings": dict(settings)}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the settings of a run must be plain JSON values: {error}") from error
 
 
-def _compare(about: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: Path) -> None:
+def check_identity(about: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: Path) -> None:
+    """Refuse a checkpoint of a run with other settings.
+
+    Raises:
+        ConfigError: they differ; the message names each difference.
+    """
     theirs, mine = ({**a.get("config", {}), **a.get("settings", {})} for a in (about, identity))
     names = sorted(theirs.keys() | mine.keys())
     changed = [
@@ -68,57 +84,46 @@ def _compare(about: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: 
         )
 
 
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an identity as trackers take it: plain values by name."""
     values = {**identity["config"], **identity["settings"]}
     return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
 
 
-def _write(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
-    """A checkpoint's folder, on the disk under its name only when all of it is."""
-    part = target.with_name(f"{target.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name, values in tensors.items():
-        # Copies, because safetensors refuses tensors that share memory.
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in values.items()}, part / f"{name}.safetensors")
-    (part / "state.json").write_text(json.dumps(about, indent=1))
-    for file in (*part.iterdir(), part):
-        _sync(file)
-    os.replace(part, target)
-    _sync(target.parent)
+def write_checkpoint(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
+    """Write a checkpoint's folder; it has its name only when all of it is on the disk."""
+    with replaced_folder(target) as part:
+        for name, values in tensors.items():
+            # Copies, because safetensors refuses tensors that share memory.
+            copies = {k: v.detach().cpu().clone().contiguous() for k, v in values.items()}
+            save_file(copies, part / f"{name}.safetensors")
+        (part / "state.json").write_text(json.dumps(about, indent=1))
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints_in(folder: Path) -> list[Path]:
+    """List the checkpoints of a run, the newest last."""
     return sorted((p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
 
 
-def _latest(folder: Path) -> Path | None:
-    return next(reversed(_checkpoints(folder)), None)
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint of a run."""
+    return next(reversed(checkpoints_in(folder)), None)
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in _checkpoints(folder)[:-keep]:
-        gone = old.with_name(f"{old.name}.part")  # renamed first: half a folder must not look like a checkpoint
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ones."""
+    for old in checkpoints_in(folder)[:-keep]:
+        gone = old.with_name(f"{old.name}{PART}")  # renamed first: half a folder must not look like a checkpoint
         os.replace(old, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        remove(gone)
 
 
-def _load_moments(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in flat.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    # Numbered as torch does it; some have no moments, because they never had a gradient.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in state.items():
-        parameter, step = parameters[index], torch.zeros(())
-        _check_same(values, {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that lack the names, shapes and types of others, or are not finite.
 
-
-def _check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """That tensors have the names, shapes and types of others, and are finite."""
+    Raises:
+        ValueError: the message says what differs.
+    """
     if values.keys() != like.keys():
         raise ValueError(f"it holds {sorted(values)[:4]} instead of {sorted(like)[:4]}")
     for name, value in values.items():
@@ -128,16 +133,9 @@ def _check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> Non
             raise ValueError(f"{name} holds NaN or infinity")
 
 
-def _damaged(checkpoint: Path, error: Exception) -> str:
+def damaged(checkpoint: Path, error: Exception) -> str:
+    """Word the message for a checkpoint that cannot be used."""
     return (
         f"the checkpoint {str(checkpoint)!r} is damaged, or of another model ({error}); delete it to go on from the "
         "one before"
     )
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

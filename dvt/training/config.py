@@ -1,22 +1,25 @@
-"""How to train, counted in optimizer steps."""
+"""Settings of the training loop, counted in optimizer steps."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from dvt.errors import ConfigError
 
+_PAPER_BATCH = 256  # images a step at which Denoising ViT states its learning rate
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train; everything is counted in optimizer steps.
+    """Say how to train; everything is counted in optimizer steps.
 
     Args:
         steps: the length of the whole run.
         batch_size: examples a step, over all processes together.
-        learning_rate: the highest, at the end of the warm-up; at this batch size.
+        learning_rate: the highest, at the end of the warm-up; None for 2e-4 sqrt(batch_size / 256) of Denoising ViT
+            (arXiv 2401.02957), which is for ten thousands of images and long runs.
         min_learning_rate: at the last step.
         warmup: share of the steps, in [0, 1), during which the learning rate rises linearly.
         weight_decay: decoupled (AdamW); only on parameters with two or more dimensions.
@@ -29,7 +32,8 @@ class TrainingConfig:
         log_every: steps between rows of the log; their losses are means since the row before.
         validate_every: steps between validations; 0 for only the last step, which always is one.
         keep: checkpoints that stay, the newest ones.
-        seed: of everything random inside the model; the data's order is the caller's.
+        seed: of everything random: initial weights, the order of the examples and what is changed in them, the choice
+            of those held out, and random numbers inside the model.
         trackers: "tensorboard", "wandb", both or none, beside log.csv.
 
     Raises:
@@ -42,7 +46,7 @@ class TrainingConfig:
 
     steps: int
     batch_size: int
-    learning_rate: float
+    learning_rate: float | None
     min_learning_rate: float = 1e-6
     warmup: float = 0.15
     weight_decay: float = 0.01
@@ -65,27 +69,45 @@ class TrainingConfig:
         for name in ("warmup", "ema"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two, in [0, 1)")
-        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0")
+        _require(0 < self.peak_rate < math.inf, "learning_rate", self.learning_rate, "above 0")
         least = self.min_learning_rate
-        _require(0 <= least <= self.learning_rate, "min_learning_rate", least, f"0 to {self.learning_rate}")
+        _require(0 <= least <= self.peak_rate, "min_learning_rate", least, f"0 to {self.peak_rate}")
         _require(self.precision in ("no", "bf16", "fp16"), "precision", self.precision, "no, bf16 or fp16")
         known = set(self.trackers) <= {"tensorboard", "wandb"}
         _require(known, "trackers", self.trackers, "some of tensorboard and wandb")
 
     @classmethod
     def of(cls, job: Any, **changes: Any) -> TrainingConfig:
-        """The settings of a job's own dataclass that have the same names, with changes."""
+        """Take the settings of a job's own dataclass that have the same names, with changes."""
         names = {each.name for each in fields(cls)} & {each.name for each in fields(job)}
         return cls(**{name: getattr(job, name) for name in names} | changes)
 
+    @property
+    def peak_rate(self) -> float:
+        """Resolve the highest learning rate, also where it follows from the batch size."""
+        if self.learning_rate is None:
+            return 2e-4 * math.sqrt(self.batch_size / _PAPER_BATCH)
+        return self.learning_rate
+
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0: linear warm-up, then a cosine down to the last step."""
+        """Compute the learning rate of a step, counted from 0: linear warm-up, then a cosine down to the last step."""
         rising = round(self.warmup * self.steps)
         if step < rising:
-            return self.learning_rate * (step + 1) / rising
+            return self.peak_rate * (step + 1) / rising
         done = (step - rising + 1) / (self.steps - rising)
         cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * cosine
+        return self.min_learning_rate + (self.peak_rate - self.min_learning_rate) * cosine
+
+
+def flat_settings(job: Any) -> dict[str, Any]:
+    """List the settings of a job with those of its `loop` beside them, as cards hold them.
+
+    Args:
+        job: a dataclass with a field `loop`, a TrainingConfig.
+    """
+    own = asdict(job)
+    loop = own.pop("loop")
+    return {**own, **loop}
 
 
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:

@@ -1,15 +1,16 @@
-"""Which examples a step takes, and which images are held out: pure functions of seeds and hashes."""
+"""Choose the examples of a step, and the images held out: pure functions of seeds and hashes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 
-def epoch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
-    """The examples of a step: permutations of all of them one after the other, a pure function of its arguments.
+def epoch_indices(step: int, batch_size: int, count: int, seed: int = 0) -> list[int]:
+    """List the examples of a step: permutations of all of them one after the other, a pure function of its arguments.
 
     Args:
         step: counted from 0.
@@ -24,8 +25,8 @@ def epoch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
     return [int(_permutation(count, seed, i // count)[i % count]) for i in range(start, start + batch_size)]
 
 
-def hold_out(sha256s: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """Numbers of the images to train on and of those held out; files of equal bytes are on one side.
+def hold_out(sha256s: Sequence[str], count: int, seed: int = 0) -> tuple[list[int], list[int]]:
+    """Divide images, by their numbers, into those to train on and those held out; equal files are on one side.
 
     Args:
         sha256s: of each image's file.
@@ -41,6 +42,15 @@ def hold_out(sha256s: Sequence[str], count: int, seed: int) -> tuple[list[int], 
     for i, sha256 in enumerate(sha256s):
         sides[sha256 in held].append(i)
     return sides
+
+
+def sides_digest(*sides: Iterable[str]) -> str:
+    """Hash which images a run learns from and holds out, from the hashes of each side: with others it is another run.
+
+    >>> sides_digest(["a", "b"], ["c"])[:8]
+    'fb1f0295'
+    """
+    return hashlib.sha256("/".join(",".join(side) for side in sides).encode()).hexdigest()
 
 
 @lru_cache(maxsize=4)

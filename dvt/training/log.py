@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import csv
-import logging
 from contextlib import suppress
 from pathlib import Path
 
 from dvt.errors import ConfigError, WeightsError
-from dvt.files import whole_file
-from dvt.training.checkpoint import _sync
+from dvt.files import sync_path, whole_file
 
-log = logging.getLogger(__name__)
-
-
-Row = dict[str, float]
+#: One row of log.csv: "step", "lr", and numbers by name.
+LogRow = dict[str, float]
 
 
-class _Log:
-    """log.csv: rows up to the step that a run continues from are kept, later ones cut."""
+class RunLog:
+    """Write log.csv: rows up to the step that a run continues from are kept, later ones cut."""
 
     def __init__(self, path: Path, step: int, writes: bool) -> None:
         self.path, self.writes = path, writes
@@ -27,7 +23,8 @@ class _Log:
         if writes:
             self._rewrite()
 
-    def append(self, row: Row) -> None:
+    def append(self, row: LogRow) -> None:
+        """Add a row; a name that is new rewrites the file with one more column."""
         self.rows.append(row)
         if not self.writes:
             return
@@ -45,8 +42,8 @@ class _Log:
                 ) from error
 
     def sync(self) -> None:
-        """Rows before a checkpoint must be on the disk before it is."""
-        _sync(self.path)
+        """Force the rows to the disk: a checkpoint may follow only then."""
+        sync_path(self.path)
 
     def _rewrite(self) -> None:
         with whole_file(self.path) as part:
@@ -54,11 +51,11 @@ class _Log:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(self.rows)
-            _sync(part)
+            sync_path(part)
 
 
-def _read_rows(path: Path) -> list[Row]:
-    """The whole rows of a log; a process that was killed may leave half a row at the end."""
+def _read_rows(path: Path) -> list[LogRow]:
+    """Read the whole rows of a log; a process that was killed may leave half a row at the end."""
     if not path.is_file():
         return []
     try:
@@ -66,7 +63,7 @@ def _read_rows(path: Path) -> list[Row]:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, csv.Error) as error:
         raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to go on without it") from error
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     for line in lines:
         if header[:1] == ["step"] and len(line) == len(header) and line[0]:
             with suppress(ValueError):

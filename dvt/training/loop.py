@@ -1,14 +1,6 @@
-"""The one training loop: AdamW, warm-up and cosine, averaged weights, checkpoints that a killed run continues exactly.
+"""The training loop: one optimizer step after the other, with rows of the log and checkpoints in between.
 
-It runs through accelerate: started by ``accelerate launch`` or ``torchrun`` it takes as many processes as there are,
-and the global batch, the schedule and the order of the data stay what they are with one. A run's folder holds
-
-    step-00001000/   model.safetensors, ema.safetensors, optimizer.safetensors, state.json: whole, or not there
-    log.csv          a row each `log_every` steps: step, lr, losses, and what `validate` measured
-
-Nothing in a step depends on the steps before it, except through the weights and the optimizer's moments: batches are a
-function of the step, and so is the seed of whatever draws random numbers inside the model. So a run that is killed
-at any moment ends with the weights, bit by bit, that it would have had (on one device, with the same processes).
+What a run promises is written in :mod:`dvt.training`.
 """
 
 from __future__ import annotations
@@ -16,59 +8,55 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
-from dvt.training.average import _Average, _copy
+from dvt.progress import Progress, silent
+from dvt.training.average import WeightAverage, copy_values
 from dvt.training.checkpoint import (
-    _check_same,
-    _compare,
-    _damaged,
-    _flat,
-    _identity,
-    _latest,
-    _load_moments,
-    _lock,
-    _prune,
-    _write,
+    check_identity,
+    check_same,
+    damaged,
+    flat_identity,
+    latest_checkpoint,
+    locked_folder,
+    prune_checkpoints,
+    run_identity,
+    write_checkpoint,
 )
 from dvt.training.config import TrainingConfig
-from dvt.training.log import Row, _Log
+from dvt.training.log import LogRow, RunLog
+from dvt.training.optimizer import load_moments, parameter_groups
+from dvt.training.processes import accelerator_for, seed_step, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
-
+#: (step, rank, world) to this process's share of that step's global batch.
 Batches = Callable[[int, int, int], Any]
+#: (model, batch) to scalars by name, of which "loss" is minimised.
+LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
-
-Loss = Callable[[nn.Module, Any], Mapping[str, Tensor]]
-
-
-_AHEAD = 2  # batches made while the model works on another
+_BATCHES_AHEAD = 2  # batches made while the model works on another
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The end of a run.
+    """Tell how a run ended.
 
     Args:
         step: steps done, over all continuations.
@@ -78,14 +66,14 @@ class Trained:
     """
 
     step: int
-    history: list[Row]
+    history: list[LogRow]
     checkpoint: Path
     stopped: bool
 
 
 def train(
     model: nn.Module,
-    loss: Loss,
+    loss: LossFunction,
     batches: Batches,
     config: TrainingConfig,
     folder: str | Path,
@@ -93,10 +81,10 @@ def train(
     groups: Sequence[Mapping[str, Any]] | None = None,
     validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     on_checkpoint: Callable[[Path], bool | None] | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Trained:
-    """Trains a model in place, or continues the run that the folder holds; afterwards the model is in eval mode.
+    """Train a model in place, or continue the run that the folder holds; afterwards the model is in eval mode.
 
     With one process it runs on the device of the model's parameters; with several, on those that accelerate gives.
 
@@ -124,26 +112,26 @@ def train(
         WeightsError: a checkpoint is damaged or belongs to another model, or cannot be written.
     """
     with ExitStack() as stack:
-        accelerator = stack.enter_context(_accelerator(config, model, Path(folder)))
+        accelerator = stack.enter_context(accelerator_for(config, model, Path(folder)))
         if accelerator.is_main_process:
-            stack.enter_context(_lock(Path(folder)))
+            stack.enter_context(locked_folder(Path(folder)))
         accelerator.wait_for_everyone()
-        # Not accelerate's end_training, which would also end the group of processes.
+        # accelerate's own end_training would also end the group of processes.
         stack.callback(lambda: [tracker.finish() for tracker in accelerator.trackers])
-        run = _Run(accelerator, model, loss, config, Path(folder), groups, settings or {})
+        run = TrainingRun(accelerator, model, loss, config, Path(folder), groups, settings or {})
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))
-        return run.run(batches, validate, on_checkpoint, progress or (lambda what, done, total: None))
+        stack.enter_context(torch.random.fork_rng(cuda))  # each step seeds torch's generators: give them back
+        return run.run(batches, validate, on_checkpoint, progress or silent)
 
 
-class _Run:
-    """The state of one run, and what happens to it."""
+class TrainingRun:
+    """Hold the state of one run, and advance it step by step."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         model: nn.Module,
-        loss: Loss,
+        loss: LossFunction,
         config: TrainingConfig,
         folder: Path,
         groups: Sequence[Mapping[str, Any]] | None,
@@ -151,41 +139,48 @@ class _Run:
     ) -> None:
         self.accelerator, self.config, self.folder = accelerator, config, folder
         self.model = model.to(accelerator.device)
-        optimizer = torch.optim.AdamW(_groups(model, groups, config), lr=config.learning_rate, betas=config.betas)
-        self.average = _Average(model, config.ema)
-        self.identity = _identity(config, settings)
-        self.last = _latest(folder)
+        optimizer = torch.optim.AdamW(parameter_groups(model, groups, config), lr=config.peak_rate, betas=config.betas)
+        self.average = WeightAverage(model, config.ema)
+        self.identity = run_identity(config, settings)
+        self.last = latest_checkpoint(folder)
         self.step = self._resume(optimizer, self.last) if self.last else 0
         if self._agreed(self.step) != self.step:
             raise ConfigError(f"the processes find different runs in {str(folder)!r}; give a folder that all share")
-        self.log = _Log(folder / "log.csv", self.step, accelerator.is_main_process)
+        self.log = RunLog(folder / "log.csv", self.step, accelerator.is_main_process)
         self.pending: list[dict[str, Tensor]] = []
-        self.objective = accelerator.prepare_model(_Objective(model, loss), device_placement=False)
+        self.objective = accelerator.prepare_model(_LossModule(model, loss), device_placement=False)
         self.optimizer = accelerator.prepare_optimizer(optimizer, device_placement=False)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if config.trackers and self.step < config.steps:
-            accelerator.init_trackers("dvt", _flat(self.identity))
+            accelerator.init_trackers("dvt", flat_identity(self.identity))
 
-    def run(self, batches, validate, on_checkpoint, progress) -> Trained:
+    def run(
+        self,
+        batches: Batches,
+        validate: Callable[[nn.Module], Mapping[str, float]] | None,
+        on_checkpoint: Callable[[Path], bool | None] | None,
+        progress: Progress,
+    ) -> Trained:
+        """Advance to the last step, or until `on_checkpoint` ends the run."""
         config, main, stopped = self.config, self.accelerator.is_main_process, False
         if main:
-            _prune(self.folder, config.keep)  # a process that was killed may have left one too many
+            prune_checkpoints(self.folder, config.keep)  # a process that was killed may have left one too many
         self.model.train()
-        with self._prefetch(batches) as queue:
+        with self._prefetch(batches) as next_batch:
             while self.step < config.steps and not stopped:
-                self._advance(queue())
+                self._advance(next_batch())
                 if main:
                     progress("train", self.step, config.steps)
-                validating = validate is not None and self._due(config.validate_every)
                 saving = self._due(config.checkpoint_every)
-                if validating or saving or self._due(config.log_every):
+                validating = validate if self._due(config.validate_every) else None
+                if validating is not None or saving or self._due(config.log_every):
                     row = self._summary()
-                    if validating:
-                        row.update(self._validated(validate))
+                    if validating is not None:
+                        row.update(self._validated(validating))
                     self._report(row)
                 if saving:
-                    self._save()
-                    stopped = self._agreed(bool(main and on_checkpoint and on_checkpoint(self.last)))
+                    saved = self._save()
+                    stopped = self._agreed(bool(main and on_checkpoint and on_checkpoint(saved)))
         stopped = stopped and self.step < config.steps
         self.average.copy_to(self.model)
         self.model.eval()
@@ -196,7 +191,7 @@ class _Run:
         return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def _advance(self, batch: Any) -> None:
-        _seed((self.config.seed, self.step, self.accelerator.process_index), self.accelerator.device)
+        seed_step((self.config.seed, self.step, self.accelerator.process_index), self.accelerator.device)
         rate = self.config.learning_rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
@@ -207,13 +202,16 @@ class _Run:
         self.optimizer.zero_grad()
         self.average.update(self.model, self.step)
         values = {name: value.detach().float() for name, value in losses.items()}
-        if self.accelerator.scaler is None:  # which meets infinite gradients while it looks for its scale
+        if self.accelerator.scaler is None:  # a scaler meets infinite gradients while it looks for its scale
             values["grad_norm"] = norm.detach().float()
         self.pending.append(values)
         self.step += 1
 
-    def _summary(self) -> Row:
-        """Means since the last row, once all of them are known to be finite: only here the GPU is waited for."""
+    def _summary(self) -> LogRow:
+        """Average the losses since the last row, and refuse those that are not finite.
+
+        The losses of a step stay on the GPU until here, because reading one would make each step wait for the GPU.
+        """
         names = list(self.pending[0])
         table = torch.stack([torch.stack([values[name] for name in names]) for values in self.pending])
         table = self.accelerator.reduce(table, "mean").cpu()
@@ -223,7 +221,7 @@ class _Run:
         row = {"step": self.step, "lr": self.config.learning_rate_at(self.step - 1)}
         return {**row, **dict(zip(names, table.double().mean(0).tolist(), strict=True))}
 
-    def _report(self, row: Row) -> None:
+    def _report(self, row: LogRow) -> None:
         self.log.append(row)
         if self.config.trackers:
             self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=self.step)
@@ -252,20 +250,24 @@ class _Run:
         return self._agreed(measured)
 
     def _agreed(self, value: Any) -> Any:
-        """The main process's value, in all of them."""
+        """Give the main process's value in every process; all of them must call this at the same place."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
 
     @contextmanager
     def _prefetch(self, batches: Batches) -> Iterator[Callable[[], Any]]:
-        """A function that gives one batch after the other, while a thread makes the next ones."""
+        """Give a function that returns one batch after the other, while a thread makes the next ones.
+
+        There is one thread, so batches are made in the order of their steps; it copies them to the GPU without waiting,
+        and the main thread takes a batch only after its future is done. The queue is touched by the main thread alone.
+        """
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         steps = iter(range(self.step, self.config.steps))
         queue: deque[Future] = deque()
 
         def make(step: int) -> Any:
-            return _on_device(batches(step, rank, world), device)
+            return to_device(batches(step, rank, world), device)
 
         def following() -> Any:
             if (step := next(steps, None)) is not None:
@@ -274,33 +276,35 @@ class _Run:
 
         with ThreadPoolExecutor(1, "batches") as thread:
             try:
-                queue.extend(thread.submit(make, step) for step in islice(steps, _AHEAD))
+                queue.extend(thread.submit(make, step) for step in islice(steps, _BATCHES_AHEAD))
                 yield following
             finally:
+                # After an error batches that have not begun are dropped; leaving the block waits for the one in hand.
                 thread.shutdown(wait=False, cancel_futures=True)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self) -> Path:
+        """Write a checkpoint, which only the main process does; the others wait for it."""
         target = self.folder / f"step-{self.step:08}"
         if self.accelerator.is_main_process:
-            self.log.sync()
+            self.log.sync()  # rows up to this step must be on the disk before the checkpoint that follows them
             state = self.optimizer.state_dict()["state"]
             moments = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
             scaler = self.accelerator.scaler
             about = {"step": self.step, **self.identity, "scaler": None if scaler is None else scaler.state_dict()}
             tensors = {"model": self.model.state_dict(), "ema": self.average.values, "optimizer": moments}
             try:
-                _write(target, tensors, about)
-                _prune(self.folder, self.config.keep)
+                write_checkpoint(target, tensors, about)
+                prune_checkpoints(self.folder, self.config.keep)
             except (OSError, SafetensorError) as error:
-                shutil.rmtree(target.with_name(f"{target.name}.part"), ignore_errors=True)
                 raise WeightsError(
                     f"cannot write the checkpoint {str(target)!r}: {error}; the ones before it are whole. Make room "
                     "and run the same command again"
                 ) from error
-        self.accelerator.wait_for_everyone()
+        self.accelerator.wait_for_everyone()  # no process goes on from a checkpoint that is not written
         self.last = target
+        return target
 
     def _resume(self, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
         try:
@@ -309,113 +313,29 @@ class _Run:
             if checkpoint.name != f"step-{step:08}" or not all(isinstance(about[k], dict) for k in self.identity):
                 raise ValueError("its state.json belongs to something else")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise WeightsError(_damaged(checkpoint, error)) from error
-        _compare(about, self.identity, checkpoint)
+            raise WeightsError(damaged(checkpoint, error)) from error
+        check_identity(about, self.identity, checkpoint)
         try:
             tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
-            _check_same(tensors["model"], self.model.state_dict())
-            _check_same(tensors["ema"], self.average.values)
+            check_same(tensors["model"], self.model.state_dict())
+            check_same(tensors["ema"], self.average.values)
             self.model.load_state_dict(tensors["model"])
-            _copy(tensors["ema"], self.average.values)
-            _load_moments(optimizer, tensors["optimizer"])
+            copy_values(tensors["ema"], self.average.values)
+            load_moments(optimizer, tensors["optimizer"])
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.load_state_dict(about["scaler"])
         except Exception as error:  # safetensors raises nearly anything on damaged bytes
-            raise WeightsError(_damaged(checkpoint, error)) from error
+            raise WeightsError(damaged(checkpoint, error)) from error
         log.info("continuing from %s", checkpoint)
         return step
 
 
-class _Objective(nn.Module):
-    """Loss and model as one module, so that what accelerate wraps (autocast, gradient averaging) holds for both."""
+class _LossModule(nn.Module):
+    """Join model and loss in one module: what accelerate adds (autocast, gradient averaging) then holds for both."""
 
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
+    def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         super().__init__()
         self.model, self.loss = model, loss
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         return dict(self.loss(self.model, batch))
-
-
-@contextmanager
-def _accelerator(config: TrainingConfig, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
-    """accelerate's for this run. Its settings are a process's, for ever; so they are put back for the next run."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    missing = [name for name in config.trackers if find_spec(name) is None]
-    if missing:
-        raise ConfigError(f"the tracker {missing[0]} is not installed; `pip install {missing[0]}` or leave it out")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # accelerate would take a GPU wherever there is one; launched as several processes it decides.
-    cpu = not torch.cuda.is_available() if "LOCAL_RANK" in os.environ else device.type == "cpu"
-    if config.precision == "fp16" and cpu:
-        raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
-    states = [AcceleratorState, GradientState]
-    if not torch.distributed.is_initialized():
-        states.append(PartialState)
-    kept = [dict(state._shared_state) for state in states]
-    for state in states:
-        state._shared_state.clear()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.precision,
-            cpu=cpu,
-            log_with=list(config.trackers) or None,
-            project_dir=str(folder),
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-        if accelerator.num_processes == 1 and device.type == "cuda":
-            accelerator.state.device = device
-        if config.batch_size % accelerator.num_processes:
-            raise ConfigError(
-                f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes; "
-                "choose a multiple"
-            )
-        yield accelerator
-    finally:
-        for state, before in zip(states, kept, strict=True):
-            if not (state is PartialState and torch.distributed.is_initialized()):
-                state._shared_state.clear()
-                state._shared_state.update(before)
-
-
-def _groups(
-    model: nn.Module, groups: Sequence[Mapping[str, Any]] | None, config: TrainingConfig
-) -> list[dict[str, Any]]:
-    """AdamW's groups: each given one, split into what decays and what does not."""
-    trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    given = groups if groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
-    found: list[dict[str, Any]] = []
-    for group in given:
-        parameters = [p for p in group["params"] if p.requires_grad]
-        decay, scale = group.get("weight_decay", config.weight_decay), group.get("lr_scale", 1.0)
-        for chosen, value in (
-            ([p for p in parameters if p.ndim > 1], decay),
-            ([p for p in parameters if p.ndim < 2], 0.0),
-        ):
-            if chosen:
-                found.append({"params": chosen, "weight_decay": value, "lr_scale": scale})
-    held = [id(p) for group in found for p in group["params"]]
-    if missing := [name for key, name in trainable.items() if key not in held]:
-        raise ConfigError(f"{len(missing)} parameters want a gradient but are in no group: {', '.join(missing[:4])}")
-    if not held or len(set(held)) < len(held):
-        raise ConfigError("no parameter wants a gradient" if not held else "a parameter is in two groups")
-    return found
-
-
-def _seed(entropy: tuple[int, int, int], device: torch.device) -> None:
-    """Random numbers of a step inside the model; the caller's generators were put aside."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-def _on_device(batch: Any, device: torch.device) -> Any:
-    from accelerate.utils import recursively_apply, send_to_device
-
-    if device.type == "cuda":
-        batch = recursively_apply(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
-    return send_to_device(batch, device, non_blocking=True)

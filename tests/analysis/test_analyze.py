@@ -16,7 +16,7 @@ from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics import scores
 from dvt.analysis.metrics.information import mic, most_informative
 from dvt.analysis.metrics.nulls import shuffled, token_maps
-from dvt.analysis.metrics.ridge import held_out, held_out_r2
+from dvt.analysis.metrics.ridge import held_out
 from dvt.analysis.page.viewer import quantise
 from dvt.backbones import families
 from dvt.errors import BackboneError, ConfigError, ImageError, ShapeError
@@ -203,7 +203,7 @@ def test_blocks_of_targets_have_strengths_of_their_own():
     groups = [(x, torch.cat((x[:, :2] + 0.1 * y[:, :2], y[:, 2:]), 1)) for x, y in groups]
     both = held_out(groups[:4], groups[4:], width=2).r2()
     apart = [
-        held_out_r2([(x, y[:, part]) for x, y in groups[:4]], [(x, y[:, part]) for x, y in groups[4:]])
+        held_out([(x, y[:, part]) for x, y in groups[:4]], [(x, y[:, part]) for x, y in groups[4:]]).r2()
         for part in (slice(0, 2), slice(2, 4))
     ]
     assert both.tolist() == pytest.approx(torch.cat(apart).tolist(), abs=1e-9)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import dvt
 from dvt import grids
 from dvt.analysis.probes.correspondence import (
-    KINDS,
+    WARP_KINDS,
     Correspondence,
     Matches,
     WarpConfig,
@@ -228,10 +228,16 @@ def naive_matches(image, view, matrix, threshold):
     st.floats(0.3, 1.5),
     st.sampled_from([0.05, 0.1, 0.3]),
 )
+@example((1, 2), 0, 43.0, 1.5, 0.05)  # a view that shows no patch centre
 def test_matches_equal_a_naive_loop(grid, seed, degrees, zoom, threshold):
     image = noise(*grid, 3, seed=seed)
     view = image + 0.5 * noise(*grid, 3, seed=seed + 1)
     matrix = grids.rotated_view((grid[0] * 10 + 1, grid[1] * 12), degrees, zoom, (0.4, 0.55))
+    places = np.array([matrix.numpy() @ [*each, 1] for each in grids.grid_centres(grid).view(-1, 2).tolist()])
+    if not ((places >= 0) & (places <= 1)).all(1).any():
+        with pytest.raises(ShapeError, match="shows nothing"):
+            match(image, view, matrix, threshold)
+        return
     found, expected = match(image, view, matrix, threshold), naive_matches(image, view, matrix, threshold)
     assert asdict(found) == pytest.approx(asdict(expected), abs=1e-9)
 
@@ -313,13 +319,13 @@ def test_the_probe_predicts_places_and_averages_views_and_images():
 def test_the_evidence_of_images_adds_up():
     warps = [many_warps((64, 96), seed, count=2) for seed in range(3)]
     tokens = [noise(7, 8, 12, 5, seed=seed) for seed in range(3)]
-    evidence = Correspondence().evidence(tokens, warps)
-    assert evidence.shape == (3, len(KINDS), 7) and (evidence[..., 0] == 2).all()
-    each = Correspondence.summarise(evidence)
+    statistics = Correspondence().sufficient_statistics(tokens, warps)
+    assert statistics.shape == (3, len(WARP_KINDS), 7) and (statistics[..., 0] == 2).all()
+    each = Correspondence.summarise(statistics)
     for i in range(3):
         alone = Correspondence().score(tokens[i : i + 1], warps[i : i + 1])
         assert alone == pytest.approx({name: float(values[i]) for name, values in each.items()})
-    total = Correspondence.summarise(evidence.sum(0))
+    total = Correspondence.summarise(statistics.sum(0))
     assert float(total["PCK"]) == pytest.approx(float(each["PCK"].mean()))
 
 
@@ -339,7 +345,7 @@ def test_on_photographs_position_hides_content_and_subtracting_it_helps():
         tokens = pixel_means(batch)
         return tokens.with_patches(tokens.patches + artifact)
 
-    evidence = correspondence(
+    statistics = correspondence(
         dirty,
         images,
         lambda _: (160, 160),
@@ -348,7 +354,7 @@ def test_on_photographs_position_hides_content_and_subtracting_it_helps():
         progress=lambda *call: calls.append(call),
     )
     assert calls == [("correspondence", n, 3) for n in (1, 2, 3)]
-    raw, clean = (Correspondence.summarise(evidence[name].sum(0)) for name in ("raw", "clean"))
+    raw, clean = (Correspondence.summarise(statistics[name].sum(0)) for name in ("raw", "clean"))
     assert clean["PCK"] > raw["PCK"] and clean["PCK"] > 3 * clean["chance PCK"]
     assert float(raw["PCK"]) == pytest.approx(float(raw["position PCK"]), abs=0.05)
     assert (raw["chance PCK"], raw["position PCK"]) == (clean["chance PCK"], clean["position PCK"])
@@ -362,7 +368,7 @@ def test_a_real_backbone_and_a_seed(tiny_backbone, photo):
     assert torch.equal(run(4), run(4)) and not torch.equal(run(4), run(5))
     warps = draw_warps((512, 512), WarpConfig(1, rotations=1, scales=0), generator(4))
     tokens = tiny_backbone(warped_images(photo, warps, tiny_backbone.input_size((512, 512)))).patches
-    assert torch.equal(run(4), Correspondence().evidence([tokens], [warps]))
+    assert torch.equal(run(4), Correspondence().sufficient_statistics([tokens], [warps]))
 
 
 def test_the_job_draws_warps_again_for_each_seed(make_tiny_backbone, tmp_path):
@@ -377,8 +383,8 @@ def test_the_job_draws_warps_again_for_each_seed(make_tiny_backbone, tmp_path):
     assert raw.scores == same.row("same").scores != same.row("other").scores and same.row("same").difference == 0
     images, by_hand = [load_image(path) for path in sorted(tmp_path.glob("*.jpg"))], []
     for seed in (7, 8):
-        evidence = correspondence(backbone, images, backbone.input_size, WarpConfig(seed=seed))["raw"]
-        by_hand.append(float(Correspondence.summarise(evidence.sum(0))["PCK"]))
+        statistics = correspondence(backbone, images, backbone.input_size, WarpConfig(seed=seed))["raw"]
+        by_hand.append(float(Correspondence.summarise(statistics.sum(0))["PCK"]))
     assert by_hand[0] != by_hand[1] and raw.scores["PCK"] == pytest.approx(np.mean(by_hand))
     assert raw.seeds is not None and raw.images is not None and "position PCK" in same.table()
 
@@ -391,9 +397,9 @@ def test_the_job_takes_the_centres_of_overlapping_patches(tmp_path):
     config = ProbeConfig("correspondence", tmp_path, seeds=1, baselines=(), cache=tmp_path / "cache")
     size = backbone.input_size((image.shape[1], image.shape[2]))
     expected = Correspondence(centres=lambda grid: backbone.centres(size))
-    evidence = correspondence(backbone, [image], backbone.input_size, WarpConfig(), probe=expected)["raw"].sum(0)
+    statistics = correspondence(backbone, [image], backbone.input_size, WarpConfig(), probe=expected)["raw"].sum(0)
     tiled = correspondence(backbone, [image], backbone.input_size, WarpConfig())["raw"].sum(0)
-    chance = [float(Correspondence.summarise(each)["chance PCK"]) for each in (evidence, tiled)]
+    chance = [float(Correspondence.summarise(each)["chance PCK"]) for each in (statistics, tiled)]
     assert run_probe(config, backbone).row("raw").scores["chance PCK"] == pytest.approx(chance[0])
     assert chance[0] != pytest.approx(chance[1], rel=1e-3)
 

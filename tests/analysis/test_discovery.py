@@ -18,7 +18,7 @@ from dvt.analysis.probes.discovery import (
     DiscoveryProbe,
     Lost,
     TokenCut,
-    box_evidence,
+    box_statistics,
     lost,
     second_eigenvector,
     token_cut,
@@ -229,7 +229,7 @@ def test_the_evidence_equals_a_loop_and_is_the_same_in_pixels(boxes, seed):
     predicted, truth = random_boxes(1, seed)[0], random_boxes(boxes, seed + 1)
     ways = [predicted.tolist()] + [[m, m, 1 - m, 1 - m] for m in discovery.TRIVIAL_MARGINS]
     expected = [max(naive_iou(way, box) for box in truth.tolist()) for way in ways]
-    found = box_evidence(predicted, truth)
+    found = box_statistics(predicted, truth)
     assert found[:, 3].tolist() == pytest.approx(expected, abs=1e-9)
     assert found.tolist() == [[1, iou > 0.5, iou > 0.7, iou] for iou in found[:, 3].tolist()]
     sides = np.array([480, 320, 480, 320])
@@ -238,7 +238,7 @@ def test_the_evidence_equals_a_loop_and_is_the_same_in_pixels(boxes, seed):
 
 
 def scores_of(predicted, truth):
-    total = torch.stack([box_evidence(*pair) for pair in zip(predicted, truth, strict=True)]).sum(0)
+    total = torch.stack([box_statistics(*pair) for pair in zip(predicted, truth, strict=True)]).sum(0)
     return {name: float(value) for name, value in DiscoveryProbe.summarise(total).items()}
 
 
@@ -266,8 +266,8 @@ def test_any_true_box_will_do_and_an_image_without_one_does_not_count():
 
 def test_sums_of_evidence_keep_leading_dimensions_and_choose_their_own_centred_box():
     truth = [torch.tensor([[0.2, 0.2, 0.8, 0.8]]), torch.tensor([[0.0, 0.0, 1.0, 1.0]])]
-    evidence = torch.stack([box_evidence(torch.tensor([0.2, 0.2, 0.8, 0.8]), each) for each in truth])
-    scores = DiscoveryProbe.summarise(torch.stack((evidence[0], evidence[1], evidence.sum(0))))
+    statistics = torch.stack([box_statistics(torch.tensor([0.2, 0.2, 0.8, 0.8]), each) for each in truth])
+    scores = DiscoveryProbe.summarise(torch.stack((statistics[0], statistics[1], statistics.sum(0))))
     assert scores["CorLoc"].tolist() == [1, 0, 0.5]
     assert scores["centred margin"].tolist() == [0.2, 0.0, pytest.approx(0.1)]
     assert scores["centred CorLoc"].tolist() == [1, 1, 1]
@@ -310,15 +310,15 @@ def test_bad_boxes_and_sets_are_refused():
     good = torch.tensor([[0.1, 0.1, 0.5, 0.5]])
     for bad in ([10.0, 20.0, 30.0, 40.0], [0.5, 0.1, 0.4, 0.6], [0.1, 0.1, float("nan"), 0.5]):
         with pytest.raises(ShapeError, match=r"true boxes.*boxes_from_pixels"):
-            box_evidence(good[0], torch.tensor([bad]))
+            box_statistics(good[0], torch.tensor([bad]))
         with pytest.raises(ShapeError, match="predicted box"):
-            box_evidence(torch.tensor(bad), good)
+            box_statistics(torch.tensor(bad), good)
     with pytest.raises(ShapeError, match="true boxes"):
-        box_evidence(good[0], torch.tensor([[0.1, 0.1, 0.5]]))
+        box_statistics(good[0], torch.tensor([[0.1, 0.1, 0.5]]))
     with pytest.raises(ShapeError, match="2 token maps and 1 targets"):
-        Lost().evidence(noise(2, 4, 4, 3), [good])
+        Lost().sufficient_statistics(noise(2, 4, 4, 3), [good])
     with pytest.raises(NonFiniteError, match="image 1"):
-        Lost().evidence(noise(2, 4, 4, 3) * torch.tensor([1.0, float("nan")]).view(2, 1, 1, 1), [good] * 2)
+        Lost().sufficient_statistics(noise(2, 4, 4, 3) * torch.tensor([1.0, float("nan")]).view(2, 1, 1, 1), [good] * 2)
 
 
 # --- the whole job

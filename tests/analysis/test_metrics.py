@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
+from dvt.analysis.metrics.blank import blank_response
 from dvt.analysis.metrics.information import mic
 from dvt.analysis.metrics.nulls import matched_noise, shuffled, torus_shifted, with_null
-from dvt.analysis.metrics.ridge import held_out_r2
+from dvt.analysis.metrics.ridge import held_out
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 
@@ -230,7 +231,7 @@ def test_ridge_equals_scikit_learn_at_its_best_strength():
     assert strengths[0] < best < strengths[-1]
     model = Ridge(alpha=best * len(x)).fit((x - mean) / deviation, y)
     expected = r2_score(y_test, model.predict((x_test - mean) / deviation), multioutput="raw_values")
-    assert held_out_r2(train, test).tolist() == pytest.approx(expected.tolist(), abs=1e-8)
+    assert held_out(train, test).r2().tolist() == pytest.approx(expected.tolist(), abs=1e-8)
 
 
 def test_decodability_of_one_and_two_images():
@@ -325,7 +326,9 @@ def test_grid_peak_is_blind_to_smooth_maps_and_other_periods():
     assert metrics.grid_peak(third, period=3) > 20 > 3 > metrics.grid_peak(third)
 
 
-@pytest.mark.parametrize(("channels", "images", "low", "high"), [(4, 1, 1.4, 2.1), (64, 1, 1.05, 1.3), (64, 20, 0.99, 1.1)])
+@pytest.mark.parametrize(
+    ("channels", "images", "low", "high"), [(4, 1, 1.4, 2.1), (64, 1, 1.05, 1.3), (64, 20, 0.99, 1.1)]
+)
 def test_the_documented_nulls_of_grid_peak(channels, images, low, high):
     drawn = [metrics.grid_peak(Tokens.of(noise(images, 14, 14, channels, seed=seed))) for seed in range(40)]
     assert low < np.mean(drawn) < high
@@ -406,16 +409,16 @@ def test_shift_stability_refuses_what_it_cannot_do():
 
 def test_blank_response_finds_a_planted_artifact():
     artifact = noise(8, 10, 3, seed=7)
-    found = metrics.blank_response(positional(0.3), (32, 40), artifact + 4)
+    found = blank_response(positional(0.3), (32, 40), artifact + 4)
     assert found.correlation == pytest.approx(1, abs=1e-5)
     # The grey image gives zero content here, so all but the artifact's mean varies.
     expected = 1 - artifact.mean((0, 1)).square().sum() / artifact.square().sum(-1).mean()
     assert found.energy == pytest.approx(float(expected), abs=1e-5)
-    other = metrics.blank_response(positional(0.3), (32, 40), noise(8, 10, 3, seed=8))
+    other = blank_response(positional(0.3), (32, 40), noise(8, 10, 3, seed=8))
     assert other.correlation is not None and abs(other.correlation) < 0.25
-    assert metrics.blank_response(patch_means, (32, 40), level=0.2).energy == pytest.approx(0, abs=1e-9)
+    assert blank_response(patch_means, (32, 40), level=0.2).energy == pytest.approx(0, abs=1e-9)
     with pytest.raises(ShapeError, match="artifact"):
-        metrics.blank_response(patch_means, (32, 40), noise(8, 10, 4))
+        blank_response(patch_means, (32, 40), noise(8, 10, 4))
 
 
 # --- nulls and bad input
@@ -468,4 +471,4 @@ def test_settings_out_of_range_are_refused():
     with pytest.raises(ConfigError, match="period"):
         metrics.grid_peak(tokens, period=1)
     with pytest.raises(ConfigError, match="level"):
-        metrics.blank_response(patch_means, (8, 8), level=2)
+        blank_response(patch_means, (8, 8), level=2)

@@ -11,18 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.diffusion import Preconditioned, denoising_loss, draw_sigmas, heun, restart
 from dvt.analysis.priors.evaluate import round_trip_cosine
-from dvt.analysis.priors.prior import (
-    DenoisingMLP,
-    Prior,
-    PriorConfig,
-    draw_mask_ratios,
-    places,
-    sampling_sigmas,
-    unmasking,
-)
-from dvt.analysis.priors.targets import Target, patchify
+from dvt.analysis.priors.heads import DenoisingMLP
+from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
+from dvt.analysis.priors.prior import Prior, sampling_sigmas
+from dvt.analysis.priors.targets import PriorTarget, patchify
+from dvt.analysis.priors.trunk import places
 from dvt.errors import ConfigError, ShapeError, WeightsError
 
 HEADS = [("image", "random"), ("token", "random"), ("token", "raster")]
@@ -139,7 +135,7 @@ def test_after_training_samples_give_their_own_condition_back(digits):
     pictures, see = digits
     tokens = see(pictures)
     conditions, held = tokens.flatten(1, 2), slice(200, None)
-    target = Target("pixels", 2)
+    target = PriorTarget("pixels", 2)
     target = target.fitted(target.encode(pictures[:200], tokens))
     maps = target.standardise(target.encode(pictures, tokens))
     config = PriorConfig((4, 4), 12, 192, (4, 4), width=64, depth=2, heads=2)
@@ -474,7 +470,7 @@ def test_patches_are_cut_as_a_loop_would():
 def test_targets_are_standardised_and_come_back(kind):
     pictures, tokens = torch.rand((50, 3, 8, 8), generator=generator()), 3 * normal(50, 4, 4, 6) + 5
     tokens[..., 0] = 7 + 1e-6 * normal(50, 4, 4)  # a channel that says nothing
-    target = Target(kind, 2 if kind == "pixels" else 1)
+    target = PriorTarget(kind, 2 if kind == "pixels" else 1)
     raw = target.encode(pictures, tokens)
     target = target.fitted(raw)
     maps = target.standardise(raw)
@@ -490,16 +486,16 @@ def test_targets_are_standardised_and_come_back(kind):
 
 def test_targets_refuse_what_they_cannot_do(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="there is no target 'text'"):
-        Target("text")
+        PriorTarget("text")
     with pytest.raises(ConfigError, match="need a VAE"):
-        Target("latents")
+        PriorTarget("latents")
     with pytest.raises(ConfigError, match="need a VAE"):
-        Target("pixels", vae=str(tmp_path))
+        PriorTarget("pixels", vae=str(tmp_path))
     with pytest.raises(ConfigError, match="all images are the same"):
-        Target("pixels").fitted(torch.ones(4, 2, 2, 3))
+        PriorTarget("pixels").fitted(torch.ones(4, 2, 2, 3))
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ConfigError, match="pip install"):
-        Target("latents", vae=str(tmp_path)).encode(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 1, 1))
+        PriorTarget("latents", vae=str(tmp_path)).encode(torch.rand(1, 3, 8, 8), torch.zeros(1, 1, 1, 1))
 
 
 def test_latents_of_a_local_vae(tmp_path):
@@ -511,7 +507,7 @@ def test_latents_of_a_local_vae(tmp_path):
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
         )  # fmt: skip
     vae.save_pretrained(tmp_path)
-    target, pictures = Target("latents", 2, str(tmp_path)), torch.rand((4, 3, 16, 16), generator=generator())
+    target, pictures = PriorTarget("latents", 2, str(tmp_path)), torch.rand((4, 3, 16, 16), generator=generator())
     raw = target.encode(pictures, pictures)
     with torch.no_grad():
         latents = vae.encode(2 * pictures - 1).latent_dist.mean
@@ -520,7 +516,7 @@ def test_latents_of_a_local_vae(tmp_path):
     fitted = target.fitted(raw)
     torch.testing.assert_close(fitted.decode(fitted.standardise(raw)), expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError, match="no folder"):
-        Target("latents", 2, str(tmp_path / "none")).encode(pictures, pictures)
+        PriorTarget("latents", 2, str(tmp_path / "none")).encode(pictures, pictures)
 
 
 def test_denoising_mlp_answers_zero_at_first():

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from dvt.analysis.priors.runs import (
     sample_prior,
     train_prior,
 )
-from dvt.analysis.priors.seen import look, read_conditions, split, square
+from dvt.analysis.priors.token_set import read_conditions, read_tokens, split, square
 from dvt.backbones import wrap
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, WeightsError
 from dvt.images import load_image
@@ -61,8 +62,16 @@ def ignore(what, done, total):
     pass
 
 
+def tiny_training(**changes):
+    """TINY with changes; those that are the loop's go into it."""
+    given = {**TINY, **changes}
+    inner = {each.name for each in fields(TrainingConfig)}
+    loop = replace(PriorTraining().loop, **{name: value for name, value in given.items() if name in inner})
+    return PriorTraining(**{name: value for name, value in given.items() if name not in inner}, loop=loop)
+
+
 def train_tiny(images, backbone, out, denoiser=None, progress=None, **changes):
-    return train_prior(images, backbone, out, PriorTraining(**{**TINY, **changes}), denoiser, progress, device="cpu")
+    return train_prior(images, backbone, out, tiny_training(**changes), denoiser, progress, device="cpu")
 
 
 def is_picture(path):
@@ -88,6 +97,11 @@ def test_a_run_reports_and_keeps_what_sampling_needs(images, backbone, tmp_path)
     prior = Prior.load(report["out"])
     assert prior.card["backbone"] == backbone.name and prior.card["weights_sha256"] == backbone.weights_sha256
     assert prior.card["metrics"]["steps"] == 4
+    # The card lists the loop's settings beside the others, as it did before they were nested.
+    settings = tiny_training()
+    assert "loop" not in prior.card["training"] and TINY.items() <= prior.card["training"].items()
+    assert prior.card["training"] == json.loads(json.dumps(settings.to_json()))
+    assert all(settings.to_json()[name] == value for name, value in asdict(settings.loop).items())
     # The result holds the averaged weights of the last checkpoint.
     averaged = load_file(tmp_path / "run" / "step-00000004" / "ema.safetensors")
     assert all(torch.equal(value, averaged[name]) for name, value in prior.state_dict().items())
@@ -114,6 +128,17 @@ def test_a_killed_run_ends_with_the_same_weights(images, backbone, tmp_path):
     untrained = Prior.load(tmp_path / "whole" / "prior.safetensors")
     fresh = Prior(untrained.config, torch.Generator().manual_seed(0))
     assert not torch.equal(fresh.head.leave.weight, untrained.head.leave.weight)
+
+
+def test_what_a_run_must_agree_with_to_be_continued_is_what_it_always_was(images, backbone, tmp_path):
+    """Runs that are on users' disks go on only while these names and their values stay."""
+    train_tiny(images, backbone, tmp_path)
+    state = json.loads((tmp_path / "step-00000004" / "state.json").read_text())
+    names = "steps batch_size learning_rate min_learning_rate warmup weight_decay betas clip ema precision seed"
+    assert list(state["config"]) == names.split()
+    assert [state["config"][name] for name in ("steps", "batch_size", "warmup", "ema")] == [4, 4, 0.05, 0.5]
+    names = "backbone weights_sha256 layer denoised condition target data prior"
+    assert list(state["settings"]) == names.split()
 
 
 def test_every_step_meets_other_noise(tmp_path):
@@ -181,7 +206,7 @@ def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_pa
 
 def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
     paths = sorted(images.iterdir())[:3]
-    seen = look(paths, backbone, "both", True, 8, None, ignore)
+    seen = read_tokens(paths, backbone, "both", True, 8, None, ignore)
     assert seen.conditions.shape == (3, 5, 64) and seen.pictures.shape == (3, 3, 8, 8)
     for row, path in enumerate(paths):
         image = load_image(path)[:, :, 4:36]  # 32 x 40 pixels: four columns are cut on each side
@@ -194,8 +219,8 @@ def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
 
 def test_a_denoiser_changes_what_the_prior_is_told(images, backbone):
     paths = sorted(images.iterdir())[:2]
-    raw = look(paths, backbone, "patch", False, 8, None, ignore).conditions
-    halved = look(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
+    raw = read_tokens(paths, backbone, "patch", False, 8, None, ignore).conditions
+    halved = read_tokens(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
     torch.testing.assert_close(halved.float(), raw.float() / 2, atol=1e-3, rtol=1e-2)
 
 
@@ -304,7 +329,7 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        PriorTraining(**{**TINY, **changes})
+        tiny_training(**changes)
 
 
 def test_too_few_images_are_refused(backbone, tmp_path):

@@ -14,17 +14,18 @@ from PIL import Image
 from torch.nn import AvgPool2d
 
 from dvt import grids
-from dvt.analysis.metrics.ridge import held_out_r2
+from dvt.analysis.metrics.intervals import resample_counts
+from dvt.analysis.metrics.ridge import held_out
 from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
-from dvt.analysis.probes.crops import SHARE, cached_crops, draw_square, write_crops
+from dvt.analysis.probes.crops import CROP_SHARE, cached_crops, draw_square, write_crops
 from dvt.analysis.probes.datasets import open_data
 from dvt.analysis.probes.depth import DepthProbe, depth_errors
 from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import HeadConfig, reduced
 from dvt.analysis.probes.protocol import ProbeConfig, prepare, run_probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation, class_counts, count_scores
-from dvt.analysis.probes.table import bootstrap_samples, make_rows, resampled, student
+from dvt.analysis.probes.table import make_rows, resampled, student
 from dvt.backbones import wrap
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.images import load_image
@@ -125,8 +126,8 @@ def test_depth_errors_are_those_of_loops_over_pixels(seed):
 def test_depth_scores_are_means_over_images_with_a_measurement():
     true = [torch.full((2, 2), 2.0), torch.zeros(2, 2), torch.tensor([[4.0, 0.0], [0.0, 0.0]])]
     guess = torch.full((2, 2), 3.0)
-    evidence = torch.stack([depth_errors(guess, each) for each in true])
-    found = {name: float(value) for name, value in DepthProbe.summarise(evidence.sum(0)).items()}
+    statistics = torch.stack([depth_errors(guess, each) for each in true])
+    found = {name: float(value) for name, value in DepthProbe.summarise(statistics.sum(0)).items()}
     assert found == pytest.approx({"AbsRel": (0.5 + 0.25) / 2, "RMSE": 1.0, "delta1": 0.0})
 
 
@@ -195,7 +196,7 @@ def test_ignored_pixels_teach_nothing_and_count_for_nothing(make):
         each[:, 12:] = IGNORE
     wild[:, :, 3:] += 5 * noise(12, 4, 3, 8, seed=5)
     probe = make().fit(tokens, hidden)
-    counts = probe.evidence(wild, hidden)
+    counts = probe.sufficient_statistics(wild, hidden)
     assert counts.sum(1).tolist() == [[float(right), 16 * 12, 16 * 12] for right in counts[..., 0].sum(1)]
     changed = [torch.where(each == IGNORE, IGNORE, each) for each in hidden]
     changed[0] = torch.full_like(changed[0], IGNORE)
@@ -318,7 +319,7 @@ def test_classes_of_images(make):
 
 def test_bootstrap_is_that_of_a_loop():
     counts = torch.randint(20, (2, 5, 3, 3), generator=generator(0)).double()
-    samples = bootstrap_samples(5, 7, generator(1))
+    samples = resample_counts(5, 7, generator(1))
     assert samples.sum(1).tolist() == [5] * 7
     found = resampled(counts, samples, count_scores, "mIoU")
     for draw, weights in enumerate(samples.long().tolist()):
@@ -332,8 +333,8 @@ def test_differences_are_paired():
     hits = torch.randint(10, 80, (12,), generator=generator(0)).double()
     right = {"raw": hits, "better": hits + 10}  # of 100 pixels each, all of class 0
     counts = {name: torch.stack((n, torch.full_like(n, 100), n), -1) for name, n in right.items()}
-    evidence = {name: torch.stack((n, torch.zeros_like(n)), 1)[None] for name, n in counts.items()}
-    raw, better = make_rows(evidence, count_scores, "aAcc", "raw")
+    statistics = {name: torch.stack((n, torch.zeros_like(n)), 1)[None] for name, n in counts.items()}
+    raw, better = make_rows(statistics, count_scores, "aAcc", "raw")
     assert better.difference == pytest.approx(0.1) and better.difference_interval == pytest.approx((0.1, 0.1))
     assert raw.difference is None and raw.images[1] - raw.images[0] > 0.1
     assert raw.seeds is None  # one seed has no interval
@@ -375,7 +376,7 @@ def test_averaged_views_of_an_affine_picture_are_its_tokens():
 
 @pytest.mark.parametrize("flip", [0.0, 1.0])
 def test_averaged_shifts_of_a_backbone_that_sees_its_patch_alone_are_its_tokens(photo, flip):
-    """Such tokens do not depend on shifts, and mean colours not on mirroring: every patch must come back to its place."""
+    """Such tokens do not depend on shifts, and mean colours not on mirroring: each patch comes back to its place."""
     views = replace(ViewConfig(count=10, batch=4), **features.PH_REG | {"flip": flip})
     image = photo[:, :192, :288]
     whole, mean = (
@@ -387,7 +388,9 @@ def test_averaged_shifts_of_a_backbone_that_sees_its_patch_alone_are_its_tokens(
 def test_ph_reg_spreads_an_artifact_over_shifts_of_at_most_15_per_cent(photo):
     spike = torch.zeros(1, 20, 20, 1)
     spike[0, 10, 10] = 1
-    backbone = wrap(torch.nn.Identity(), lambda m, x: Tokens.of(spike.expand(len(x), -1, -1, -1)), 16, name="spike", image_size=320)
+    backbone = wrap(
+        torch.nn.Identity(), lambda m, x: Tokens.of(spike.expand(len(x), -1, -1, -1)), 16, name="spike", image_size=320
+    )
     views = replace(ViewConfig(count=40), **features.PH_REG | {"flip": 0.0})
     mean = features.averaged_tokens(backbone, photo[:, :320, :320], views).patches[0, ..., 0]
     where = mean.nonzero()
@@ -424,7 +427,7 @@ def test_linear_removal_hides_the_position_and_keeps_the_rest():
 
     def r2(change):
         groups = [(change(each).patches[0].flatten(0, 1), coords.flatten(0, 1)) for each in sets]
-        return float(held_out_r2(groups[:30], groups[30:]).mean())
+        return float(held_out(groups[:30], groups[30:]).r2().mean())
 
     assert r2(lambda each: each) > 0.8 and r2(clean) < 0.1
     removed = torch.cat([(each.patches - clean(each).patches).flatten(0, 2) for each in sets])
@@ -484,7 +487,7 @@ def config(root, **more):
 def test_squares_lie_inside(height, width, seed):
     top, left, side = draw_square((height, width), generator(seed))
     assert side >= 1 and 0 <= top <= height - side and 0 <= left <= width - side
-    assert side == width or side == 1 or SHARE[0] * height - 1 <= side <= SHARE[1] * height + 1
+    assert side == width or side == 1 or CROP_SHARE[0] * height - 1 <= side <= CROP_SHARE[1] * height + 1
 
 
 def test_squares_lie_anywhere():
@@ -589,6 +592,15 @@ def test_a_whole_run(tmp_path, tiny_backbone):
     assert ("features", 10, 10) in seen and seen[-1] == ("probes", 11, 11)
     assert report.data["train"] == 5 and report.data["classes"] == 2
 
+    turned = report.against(names[0])
+    assert turned.reference == names[0] and turned.against("raw") == report and turned.row(names[0]).difference is None
+    assert turned.row("raw").difference == pytest.approx(-(report.row(names[0]).difference or 0))
+    low, high = report.row(names[0]).difference_interval or (0, 0)
+    assert turned.row("raw").difference_interval == pytest.approx((-high, -low))
+    with pytest.raises(ConfigError, match="no row"):
+        report.against("nothing")
+    with pytest.raises(ConfigError, match="no evidence"):
+        replace(report, compare=None).against("raw")
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["rows"][0]["scores"] == raw.scores and plain["config"]["data"] == str(root)
     lines = report.table().splitlines()

@@ -170,6 +170,20 @@ def test_a_setting_out_of_range_is_said_before_anything_is_done(arguments, said,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", ["train", "distill"])
+def test_the_flags_of_training_have_no_prefix(command, tmp_path, capsys):
+    """As when the settings of the loop were the job's own."""
+    photograph(tmp_path / "one.png", 0)
+    flags = {"steps": 7, "batch_size": 2, "learning_rate": 0.1, "min_learning_rate": 0.01, "warmup": 0.2, "clip": 0.5}
+    flags |= {"weight_decay": 0.3, "ema": 0.4, "validate_every": 3, "checkpoint_every": 4, "log_every": 5, "seed": 6}
+    given = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+    words = ["--precision", "bf16", "--validation", 0.25, "--trackers", "wandb", "--dry-run"]
+    training = run(capsys, command, tmp_path, "--out", tmp_path / "d.safetensors", *given, *words)["training"]
+    assert {name: training["loop"][name] for name in flags} == flags
+    assert (training["loop"]["precision"], training["loop"]["trackers"]) == ("bf16", ["wandb"])
+    assert training["validation"] == 0.25
+
+
 def test_another_kind_does_not_overwrite_a_denoiser(work, capsys):
     before = (work / "denoiser.safetensors").read_bytes()
     error = run(capsys, "train", work / "store", "--out", work / "denoiser.safetensors", "--kind", "linear", expect=2)

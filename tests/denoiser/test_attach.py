@@ -15,7 +15,8 @@ from dvt.backbones import families, load_backbone, wrap
 from dvt.backbones.catalogue import SMALLEST, try_size
 from dvt.backbones.load import _backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
-from dvt.denoiser.attach import FeatureMaps, attach, denoised_backbone
+from dvt.denoiser.attach import attach, denoised_backbone
+from dvt.denoiser.feature_maps import FeatureMaps
 from dvt.errors import BackboneError, ShapeError
 from dvt.tokens import Tokens
 
@@ -233,7 +234,7 @@ def test_positional_options_are_understood(model, clean):
 
 
 def test_tokens_before_the_final_norm_stay_raw_and_say_so(model, clean, caplog):
-    from dvt.denoiser.attach import _warn_raw
+    from dvt.denoiser.denoised_model import _warn_raw
 
     _warn_raw.cache_clear()
     x = images(1, (96, 64))

@@ -14,20 +14,17 @@ from torch import nn
 
 from dvt.backbones import load_backbone, wrap
 from dvt.denoiser.config import DenoiserConfig
-from dvt.denoiser.distill.job import (
-    BackboneTraining,
-    batches_of,
-    compare,
-    distill_backbone,
-    distillation_loss,
-    evaluate,
-    read_card,
-)
+from dvt.denoiser.distill.card import read_card
+from dvt.denoiser.distill.config import BackboneTraining
+from dvt.denoiser.distill.examples import canvas_batches
+from dvt.denoiser.distill.job import distill_backbone
+from dvt.denoiser.distill.scores import compare, distillation_loss, evaluate_student
 from dvt.denoiser.distill.shifted import Canvas, view_mean
 from dvt.denoiser.distill.student import Student, layer_groups, with_registers
 from dvt.denoiser.model import Denoiser
 from dvt.errors import BackboneError, ConfigError, ImageError, WeightsError
 from dvt.tokens import Tokens
+from dvt.training.checkpoint import run_identity
 
 SIZE = 64
 
@@ -61,9 +58,26 @@ def denoiser():
     return made.eval()
 
 
+def settings_of(job, **changes):
+    """A job's settings with changes, of the job itself and of its training loop."""
+    loop = job().loop
+    own = {name: changes.pop(name) for name in list(changes) if not hasattr(loop, name)}
+    return job(loop=replace(loop, **changes), **own)
+
+
 def short(**changes):
     values = {"steps": 40, "batch_size": 4, "learning_rate": 1e-2, "layer_decay": 0.3, "ema": 0.0}
-    return BackboneTraining(**{**values, "validate_every": 0, "log_every": 5, "checkpoint_every": 20, **changes})
+    values |= {"validate_every": 0, "log_every": 5, "checkpoint_every": 20}
+    return settings_of(BackboneTraining, **{**values, **changes})
+
+
+def test_runs_of_earlier_versions_have_the_identity_of_these():
+    """The same keys and values in a checkpoint as when the settings of the loop were fields of the job."""
+    held = {"steps": 2000, "batch_size": 16, "learning_rate": 1e-4, "min_learning_rate": 1e-6, "warmup": 0.1}
+    held |= {"weight_decay": 0.01, "betas": [0.9, 0.999], "clip": 1.0, "ema": 0.99, "precision": "no", "seed": 0}
+    assert run_identity(BackboneTraining().loop, {})["config"] == held
+    every = BackboneTraining().loop
+    assert (every.validate_every, every.checkpoint_every, every.log_every, every.trackers) == (200, 500, 10, ())
 
 
 # -- the mean of shifted views ----------------------------------------------------------------------------------------
@@ -159,7 +173,7 @@ def test_a_canvas_keeps_the_aspect_ratio_and_may_show_all_that_fits(tmp_path, ba
 def test_batches_are_pure_and_shared_among_processes(photos, backbone):
     config = short(teacher="views", batch_size=6)
     canvas = Canvas.of(backbone, 0.25)
-    batches = batches_of(photos, canvas, config)
+    batches = canvas_batches(photos, canvas, config)
     one = batches(3, 0, 1)
     assert one["canvas"].shape == (6, 3, 96, 96) and one["shifts"].shape == (10, 3)
     parts = [batches(3, rank, 3) for rank in range(3)]
@@ -167,7 +181,7 @@ def test_batches_are_pure_and_shared_among_processes(photos, backbone):
     assert all(torch.equal(part["shifts"], one["shifts"]) for part in parts)
     other = batches(4, 0, 1)
     assert not torch.equal(other["shifts"], one["shifts"]) and not torch.equal(other["canvas"], one["canvas"])
-    seeded = batches_of(photos, canvas, replace(config, seed=1))(3, 0, 1)
+    seeded = canvas_batches(photos, canvas, replace(config, loop=replace(config.loop, seed=1)))(3, 0, 1)
     assert not torch.equal(seeded["canvas"], one["canvas"])
 
 
@@ -433,8 +447,8 @@ def test_evaluation_is_of_the_teacher_s_tokens(backbone, photos):
     def teacher(canvases, shifts):
         return shifted(canvases).patches, backbone(canvases)
 
-    given = [batches_of(photos, canvas, config)(step, 0, 1) for step in range(2)]
-    scores = evaluate(shifted, teacher, canvas, given)
+    given = [canvas_batches(photos, canvas, config)(step, 0, 1) for step in range(2)]
+    scores = evaluate_student(shifted, teacher, canvas, given)
     assert scores["student"]["mse"] == 0 and scores["student"]["cosine"] == pytest.approx(1)
     assert scores["no_op"]["mse"] == pytest.approx(1, rel=1e-4)
 

@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 
 from dvt import grids
-from dvt.denoiser.config import KINDS, DenoiserConfig
+from dvt.denoiser.config import DENOISER_KINDS, DenoiserConfig
 from dvt.denoiser.model import Denoiser
 from dvt.errors import ConfigError, ShapeError
 
@@ -88,7 +88,7 @@ def test_a_block_attends_to_the_prefix_when_asked_and_leaves_it_alone():
     torch.testing.assert_close(denoiser(patches, prefix[:, :0]), by_hand(denoiser, patches, denoiser.body.pos_embed))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_otherwise_the_prefix_has_no_say(kind):
     denoiser, patches = random_denoiser(kind), tokens(2, 4, 5, 32)
     assert torch.equal(denoiser(patches, tokens(2, 1, 32)), denoiser(patches))
@@ -104,7 +104,7 @@ def test_a_prefix_that_is_needed_must_be_given_and_fit():
 # ------------------------------------------------------------------------------------------- laws of every kind
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 @given(strength=st.floats(0, 1), height=st.integers(1, 6), width=st.integers(1, 6))
 @settings(max_examples=10, deadline=None)
 def test_strength_blends_between_raw_and_denoised(kind, strength, height, width):
@@ -115,7 +115,7 @@ def test_strength_blends_between_raw_and_denoised(kind, strength, height, width)
     torch.testing.assert_close(denoiser(patches), patches + strength * (full - patches))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_strength_zero_is_the_input_bit_for_bit_even_where_the_denoiser_is_broken(kind):
     denoiser = random_denoiser(kind)
     for tensor in (*denoiser.parameters(), *denoiser.buffers()):
@@ -125,7 +125,7 @@ def test_strength_zero_is_the_input_bit_for_bit_even_where_the_denoiser_is_broke
     assert torch.equal(denoiser(patches), patches)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_the_dtype_is_kept_and_half_precision_is_close(kind, dtype):
     denoiser, patches = random_denoiser(kind), tokens(2, 4, 5, 32)
@@ -135,13 +135,13 @@ def test_the_dtype_is_kept_and_half_precision_is_close(kind, dtype):
     assert denoiser.to(torch.bfloat16)(patches.to(dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_images_of_a_batch_do_not_see_each_other(kind):
     denoiser, patches = random_denoiser(kind), tokens(3, 4, 5, 32)
     torch.testing.assert_close(denoiser(patches)[1:2], denoiser(patches[1:2]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_the_input_is_not_changed_and_a_copy_is_independent(kind):
     denoiser, patches = random_denoiser(kind), tokens(2, 4, 5, 32)
     before, expected = patches.clone(), denoiser(patches)
@@ -152,7 +152,7 @@ def test_the_input_is_not_changed_and_a_copy_is_independent(kind):
     assert torch.equal(patches, before) and torch.equal(denoiser(patches), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_gradients_reach_the_input_and_every_parameter(kind):
     denoiser, patches = random_denoiser(kind), tokens(2, 4, 5, 32).requires_grad_()
     denoiser(patches).square().sum().backward()
@@ -160,14 +160,14 @@ def test_gradients_reach_the_input_and_every_parameter(kind):
     assert all(parameter.grad.abs().sum() > 0 for parameter in denoiser.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_compiles_without_a_graph_break(kind):
     denoiser, patches = random_denoiser(kind), tokens(2, 3, 6, 32)
     compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(patches), denoiser(patches))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 def test_exports_for_every_batch_and_grid(kind):
     denoiser = random_denoiser(kind, use_prefix=kind == "block")
     sizes = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO}
@@ -184,7 +184,7 @@ def test_exports_for_every_batch_and_grid(kind):
 # ------------------------------------------------------------------------------------------------ what a fresh one is
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "block"])
+@pytest.mark.parametrize("kind", [kind for kind in DENOISER_KINDS if kind != "block"])
 def test_a_fresh_baseline_is_the_identity(kind):
     patches = tokens(2, 4, 5, 32)
     assert torch.equal(Denoiser(DenoiserConfig(kind, 32, (4, 5)))(patches), patches)
@@ -265,7 +265,7 @@ def test_strength_stays_between_zero_and_one(value):
         random_denoiser().strength = value
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 @pytest.mark.parametrize("shape", [(2, 4, 5, 16), (4, 5, 32), (2, 32, 4, 5)])
 def test_tokens_of_another_feature_size_are_refused(kind, shape):
     denoiser = random_denoiser(kind)

@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 
 from dvt.backbones import load_backbone
 from dvt.denoiser import PUBLISHED, Denoiser, DenoiserConfig, published_backbone_state, published_file
-from dvt.denoiser.config import KINDS
+from dvt.denoiser.config import DENOISER_KINDS
 from dvt.errors import BackboneError, ConfigError, WeightsError
 
 CARD = {"backbone": "test_vit", "layer": -1, "stride": [16, 16], "data": "10 photographs", "metrics": {"cosine": 0.9}}
@@ -63,7 +63,7 @@ def edited(path, **changes):
 # ------------------------------------------------------------------------------------------------ files and folders
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", DENOISER_KINDS)
 @pytest.mark.parametrize("form", ["denoiser.safetensors", "folder"])
 def test_what_is_saved_comes_back(kind, form, tmp_path):
     denoiser = made(kind)

@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import json
 import math
 import shutil
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -13,14 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvt.denoiser.model import Denoiser
+from dvt.denoiser.pairs import Pairs, pair_batches, split
+from dvt.denoiser.scores import denoiser_loss, evaluate, reconstruction
 from dvt.denoiser.train import (
     DenoiserTraining,
-    Pairs,
-    batches_of,
-    denoiser_loss,
-    evaluate,
-    reconstruction,
-    split,
     train_denoiser,
 )
 from dvt.errors import ConfigError, NonFiniteError, StoreError
@@ -69,9 +67,16 @@ def square(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("square") / "store", [(6, 6)] * 40)
 
 
+def settings_of(job, **changes):
+    """A job's settings with changes, of the job itself and of its training loop."""
+    loop = job().loop
+    own = {name: changes.pop(name) for name in list(changes) if not hasattr(loop, name)}
+    return job(loop=replace(loop, **changes), **own)
+
+
 def short(**changes):
     values = {"steps": 30, "batch_size": 4, "validate_every": 15, "checkpoint_every": 10, "log_every": 5}
-    return DenoiserTraining(**{**values, **changes})
+    return settings_of(DenoiserTraining, **{**values, **changes})
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -92,7 +97,7 @@ def test_pairs_are_the_images_of_the_store(ragged):
 
 def test_batches_from_memory_are_those_from_the_store(ragged):
     pairs = Pairs(FeatureStore(ragged), prefix=True)
-    stored, kept = (batches_of(source, range(24), 6, 50, seed=1) for source in (pairs, pairs.in_memory()))
+    stored, kept = (pair_batches(source, range(24), 6, 50, seed=1) for source in (pairs, pairs.in_memory()))
     for step in (3, 0, 49):
         one, two = stored(step, 0, 1), kept(step, 0, 1)
         assert one.keys() == two.keys() == {"raw", "target", "prefix"}
@@ -107,18 +112,18 @@ def seen(pairs, batch):
 
 def test_a_batch_has_one_grid_and_processes_share_it(ragged):
     pairs = Pairs(FeatureStore(ragged)).in_memory()
-    batches = batches_of(pairs, range(24), 6, 400, seed=0)
+    batches = pair_batches(pairs, range(24), 6, 400, seed=0)
     for step in range(20):
         whole = seen(pairs, batches(step, 0, 1))
         assert len({pairs.grids[i] for i in whole}) == 1 and len(whole) == 6
         assert [i for rank in range(3) for i in seen(pairs, batches(step, rank, 3))] == whole
-    assert seen(pairs, batches(7, 0, 1)) != seen(pairs, batches_of(pairs, range(24), 6, 400, seed=1)(7, 0, 1))
+    assert seen(pairs, batches(7, 0, 1)) != seen(pairs, pair_batches(pairs, range(24), 6, 400, seed=1)(7, 0, 1))
 
 
 def test_every_image_is_seen_equally_often(ragged):
     """Grids are drawn in proportion to their images, and within a grid the epochs are permutations."""
     pairs = Pairs(FeatureStore(ragged)).in_memory()
-    batches = batches_of(pairs, range(24), 2, 3000, seed=0)
+    batches = pair_batches(pairs, range(24), 2, 3000, seed=0)
     counts = np.bincount([i for step in range(3000) for i in seen_fast(pairs, batches(step, 0, 1))], minlength=24)
     for grid in set(pairs.grids):
         same = counts[[i for i in range(24) if pairs.grids[i] == grid]]
@@ -171,7 +176,7 @@ def test_the_loss_is_that_of_a_naive_loop():
 def test_the_gradient_of_the_loss_reaches_the_denoiser(ragged):
     pairs = Pairs(FeatureStore(ragged), prefix=True)
     denoiser = Denoiser(DenoiserTraining(use_prefix=True).denoiser(CHANNELS, (6, 5)))
-    denoiser_loss(denoiser, batches_of(pairs, range(24), 4, 5, seed=0)(0, 0, 1))["loss"].backward()
+    denoiser_loss(denoiser, pair_batches(pairs, range(24), 4, 5, seed=0)(0, 0, 1))["loss"].backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in denoiser.parameters())
 
 
@@ -209,15 +214,15 @@ def test_a_planted_artifact_is_learnt(tmp_path, kind, rate):
     records = [blurred(i, (4, 4)) for i in range(60)]
     with StoreWriter(tmp_path / "store", JOB) as writer:
         writer.write("shard", records, dtype="float32")
-    config = DenoiserTraining(
-        kind=kind, steps=250, batch_size=16, learning_rate=rate, ema=0.9, clip=0, validate_every=100
+    config = settings_of(
+        DenoiserTraining, kind=kind, steps=250, batch_size=16, learning_rate=rate, ema=0.9, clip=0, validate_every=100
     )
     denoiser, report = train_denoiser(tmp_path / "store", tmp_path / "d.safetensors", config)
     reached, baselines = report["validation"]["loss"], {k: v["loss"] for k, v in report["baselines"].items()}
     assert baselines["subtract"] < baselines["mean_shift"] < baselines["no_op"]
     assert reached < baselines["subtract"] / (3 if kind == "block" else 1)
     images = Pairs(FeatureStore(tmp_path / "store"))
-    held = split(images.sha256s, config.validation, config.seed)[1]
+    held = split(images.sha256s, config.validation, config.loop.seed)[1]
     again = evaluate({"d": lambda batch: denoiser(batch["raw"])}, (images[i] for i in held))["d"]
     assert again["loss"] == pytest.approx(reached, rel=1e-5)
     with open(tmp_path / "d.run/log.csv", newline="") as file:
@@ -273,6 +278,43 @@ def test_an_interrupted_run_ends_with_the_same_bytes(ragged, tmp_path):
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
 
+def test_a_run_of_an_earlier_version_is_continued(ragged, tmp_path):
+    """Checkpoints hold the identity that they held when the settings of the loop were fields of the job."""
+    held = {"steps": 30, "batch_size": 4, "learning_rate": 2e-4 * (4 / 256) ** 0.5, "min_learning_rate": 1e-06}
+    held |= {"warmup": 0.15, "weight_decay": 0.01, "betas": [0.9, 0.999], "clip": 1.0, "ema": 0.99}
+    held |= {"precision": "no", "seed": 0}
+
+    def interrupt(what, done, total):
+        if (what, done) == ("train", 17):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_denoiser(ragged, tmp_path / "d.safetensors", short(learning_rate=None), progress=interrupt)
+    path = tmp_path / "d.run/step-00000010/state.json"
+    about = json.loads(path.read_text())
+    sides = split(Pairs(FeatureStore(ragged)).sha256s, 0.1, 0)
+    images = "/".join(",".join(sorted(Pairs(FeatureStore(ragged)).sha256s[i] for i in side)) for side in sides)
+    denoiser = {"kind": "block", "feature_dim": CHANNELS, "grid": [6, 5], "num_heads": None, "depth": 1}
+    denoiser |= {"mlp_ratio": 4.0, "position": True, "use_prefix": False, "rank": 8, "strength": 1.0}
+    assert about["config"] == held
+    assert about["settings"] == {"denoiser": denoiser, "target": "semantic", "images": sha(images)}
+    path.write_text(json.dumps({**about, "config": held}))
+    steps = []
+    train_denoiser(
+        *(ragged, tmp_path / "d.safetensors", short(learning_rate=None)),
+        progress=lambda what, done, total: steps.append((what, done)),
+    )
+    assert min(done for what, done in steps if what == "train") == 11
+
+
+def test_a_card_lists_the_settings_of_the_loop_beside_the_others(ragged, tmp_path):
+    """As it did when they were fields of the job."""
+    denoiser, _ = train_denoiser(ragged, tmp_path / "d.safetensors", short(kind="subtract"))
+    held = denoiser.card["training"]
+    assert (held["kind"], held["validation"], held["steps"], held["batch_size"]) == ("subtract", 0.1, 30, 4)
+    assert "loop" not in held and held["learning_rate"] == 1e-3 and held["seed"] == 0
+
+
 def test_the_seed_decides_and_nothing_else(ragged, tmp_path):
     torch.manual_seed(1)
     one, _ = train_denoiser(ragged, tmp_path / "one.safetensors", short())
@@ -284,8 +326,9 @@ def test_the_seed_decides_and_nothing_else(ragged, tmp_path):
 
 
 def test_the_learning_rate_of_the_paper():
-    assert DenoiserTraining(learning_rate=None, batch_size=64).training().learning_rate == pytest.approx(1e-4)
-    assert DenoiserTraining(learning_rate=None, batch_size=256).training().learning_rate == pytest.approx(2e-4)
+    for batch, rate in ((64, 1e-4), (256, 2e-4)):
+        loop = settings_of(DenoiserTraining, learning_rate=None, batch_size=batch).loop
+        assert loop.peak_rate == loop.learning_rate_at(149) == pytest.approx(rate)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

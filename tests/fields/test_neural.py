@@ -177,7 +177,7 @@ def test_a_known_artifact_is_kept(problem):
 
 
 def test_weight_decay_is_adams_l2(problem):
-    """Nodes that no token touches have no other gradient: they follow Adam's formula for a gradient of decay times p."""
+    """Nodes that no token touches have no other gradient: they follow Adam with a gradient of decay times p."""
     config = replace(CONFIG, steps=12, weight_decay=1e-3)
     half = [(tokens, 0.4 * coords) for tokens, coords in problem.batches()]
     found = next(NeuralSolver(config).fit(half).field[0].parameters())

@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import os
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -18,10 +19,17 @@ SIBLINGS = ("dvt.fields", "dvt.denoiser", "dvt.analysis")
 # The floors, from below; what lies in a folder of dvt/ that is not named here, or loose in dvt/, is on the ground.
 FLOORS = ("ground", "jobs", "wings", "cli")
 LOOSE = 10  # modules that may lie loose in dvt/
+FILE_LINES, BODY_LINES = 400, 40  # at most; a function's docstring is not counted
 
 ONLY_IN = {
     "h5py": {"dvt.store"},
-    "timm": {"dvt.backbones", "dvt.denoiser.model", "dvt.denoiser.distill", "dvt.analysis.priors.prior"},
+    "timm": {
+        "dvt.backbones",
+        "dvt.denoiser.model",
+        "dvt.denoiser.distill",
+        "dvt.analysis.priors.trunk",
+        "dvt.analysis.priors.heads",
+    },
     "tyro": {"dvt.cli"},
     "mmseg": {"dvt.denoiser.mmseg"},
     "mmengine": {"dvt.denoiser.mmseg"},
@@ -69,6 +77,10 @@ def imports(tree, module):
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield (full if full in MODULES else node.module), id(node) in guarded
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            named = node.args[0]  # import_module("dvt.something"); of a name that is computed nothing is known
+            if isinstance(named, ast.Constant):
+                yield named.value, id(node) in guarded
 
 
 def imported(module):
@@ -106,7 +118,8 @@ def test_a_module_imports_only_what_it_may(module):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    """Lazy imports, inside functions, and those for type checkers count: who reads one must read the other too."""
+    """Lazy imports, inside functions or by import_module, and those for type checkers count: who reads one must read
+    the other too."""
     fronts = {"dvt", *SIBLINGS, *(name for name, path in MODULES.items() if path.name == "__init__.py")}
     graph = {
         module: {other for other, _ in imported(module) if other in MODULES and other not in fronts}
@@ -114,6 +127,22 @@ def test_no_modules_import_each_other_in_a_circle():
         if module not in fronts
     }
     assert len(list(TopologicalSorter(graph).static_order())) >= len(graph)  # raises CycleError
+
+
+def test_imports_by_name_are_seen():
+    tree = ast.parse('import_module("dvt.denoiser.attach").attach(x)\nimportlib.import_module("dvt.grids")')
+    assert {name for name, _ in imports(tree, "dvt.views")} == {"dvt.denoiser.attach", "dvt.grids"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_and_functions_are_short(module):
+    text = MODULES[module].read_text()
+    assert len(text.splitlines()) <= FILE_LINES, f"{module} has {len(text.splitlines())} lines: divide it"
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert lines <= BODY_LINES, f"{module}.{node.name} has {lines} lines below its docstring"
 
 
 def run_python(code, folder):
@@ -149,3 +178,32 @@ def test_docstring_examples_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(module), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert result.attempted and not result.failed
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
+
+
+def exists(name):
+    """Whether a dotted name is a module, or something in one."""
+    parts = name.split(".")
+    found = importlib.import_module(parts[0])
+    for place, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:place]))
+            except ModuleNotFoundError:
+                return False
+        found = getattr(found, part, None) or importlib.import_module(".".join(parts[:place]))
+    return True
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_documents_name_what_exists(path):
+    names = set(re.findall(r"(?<![\w/.-])dvt(?:\.[A-Za-z_]\w*)+", path.read_text()))
+    names = {name for name in names if not name.endswith(".X") and "mmseg" not in name}  # mmseg: another environment
+    assert not {name for name in names if not exists(name)}

@@ -1,4 +1,4 @@
-"""What a backbone sees in images: the tokens that a prior is told, or shall generate."""
+"""Compute the tokens of images that condition a prior, or that it is trained to generate."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _MOST_HELD_OUT = 64
 
 
 @dataclass(frozen=True)
-class Seen:
-    """N square images after the backbone.
+class TokenSet:
+    """Hold the tokens and pictures of N square images.
 
     Args:
         conditions: (N, M, C) float16 condition tokens; None for none.
@@ -41,13 +41,13 @@ class Seen:
     patches: Tensor | None
     pictures: Tensor
 
-    def __getitem__(self, rows: list[int]) -> Seen:
+    def __getitem__(self, rows: list[int]) -> TokenSet:
         conditions, patches = (each if each is None else each[rows] for each in (self.conditions, self.patches))
-        return Seen(conditions, patches, self.pictures[rows])
+        return TokenSet(conditions, patches, self.pictures[rows])
 
 
 def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
-    """(B, M, C) condition tokens: the class token, the patches in raster order, or one before the others.
+    """Select condition tokens (B, M, C): the class token, the patches in raster order, or one before the others.
 
     Raises:
         ConfigError: an unknown kind, or the backbone has no class token.
@@ -63,14 +63,14 @@ def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
 
 
 def square(image: Tensor) -> Tensor:
-    """The middle of an image (3, H, W): (3, S, S) with S its shorter side."""
+    """Cut the middle of an image (3, H, W): (3, S, S) with S its shorter side."""
     side = min(image.shape[1:])
     top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
     return image[:, top : top + side, left : left + side]
 
 
 @torch.no_grad()
-def look(
+def read_tokens(
     paths: Sequence[Path],
     backbone: Backbone,
     kind: Condition | None,
@@ -78,8 +78,8 @@ def look(
     side: int,
     denoiser: Clean | None,
     progress: Progress,
-) -> Seen:
-    """The middle square of each image through the backbone; the tokens stay in memory.
+) -> TokenSet:
+    """Run the middle square of each image through the backbone; the tokens stay in memory.
 
     Args:
         paths: of the images.
@@ -108,7 +108,7 @@ def look(
             patches.append(_half(tokens.patches))
         pictures.append(_half(torch.stack([resize(image, (side, side)) for image in images])))
         progress("look", start + len(images), len(paths))
-    return Seen(_joined(conditions), _joined(patches), torch.cat(pictures))
+    return TokenSet(_joined(conditions), _joined(patches), torch.cat(pictures))
 
 
 def _half(values: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
 
 
 def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Images to train on and images held out; equal files are on one side.
+    """Split images into those to train on and those held out; equal files are on one side.
 
     Raises:
         ConfigError: there are too few different images.
@@ -136,13 +136,14 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
     return hold_out(sha256s, min(max(2, round(share * distinct)), _MOST_HELD_OUT, distinct - 2), seed)
 
 
-def identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
-    """What the tokens of a prior come from; a denoiser leaves no trace but that there was one."""
+def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
+    """List what the tokens of a prior come from; of a denoiser, only that there was one."""
+    spec = backbone.identity
     return {
-        "backbone": backbone.name,
-        "weights_sha256": backbone.weights_sha256,
-        "layer": backbone.layer,
-        "stride": list(backbone.stride),
-        "size": list(backbone.image_size),
+        "backbone": spec.name,
+        "weights_sha256": spec.weights_sha256,
+        "layer": spec.layer,
+        "stride": list(spec.stride),
+        "size": list(spec.image_size),
         "denoised": denoiser is not None,
     }

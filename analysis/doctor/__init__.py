@@ -1,0 +1,77 @@
+"""Say on one page whether a backbone needs denoising and, if so, what to do about it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from dvt.analysis.analyze.config import Decompose, DenoiserLike, ImageLike
+from dvt.analysis.analyze.sample import read_pixels, spread
+from dvt.analysis.doctor.config import DoctorConfig
+from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
+from dvt.analysis.doctor.examination import Examination, settled_time
+from dvt.errors import ImageError
+from dvt.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
+
+__all__ = ["Diagnosis", "DoctorConfig", "Treated", "diagnose"]
+
+
+def diagnose(
+    backbone: Backbone,
+    images: Sequence[ImageLike] | Tensor,
+    denoisers: Mapping[str, DenoiserLike] | None = None,
+    config: DoctorConfig | None = None,
+    *,
+    commands: Mapping[str, str] | None = None,
+    decompose: Decompose | None = None,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Tell whether a backbone's tokens have artifacts, of which kind, and what to do about them.
+
+    Position is separated from layout by moving the content: windows of the images mirrored into a torus. An artifact is
+    called one when its size passes a threshold *and* its bootstrap interval lies above its null.
+
+    Args:
+        backbone: its own layer is looked at, on its device.
+        images: paths, or images (3, H, W) in [0, 1]; ten or more are better.
+        denoisers: by name, each from Tokens to Tokens, or a backbone whose model was changed; to be tried and timed.
+        config: thresholds.
+        commands: how to get a denoiser, by its name; the page ends with that of the best one.
+        decompose: one image's terms, as in :func:`dvt.analysis.analyze.analyze`; tried once, for its time.
+        progress: called with (what, done, total) after every image.
+
+    Raises:
+        ImageError: no image is given, or one cannot be read.
+
+    >>> import dvt
+    >>> import torch
+    >>> from dvt.tokens import Tokens
+    >>> net = torch.nn.Conv2d(3, 8, 16, 16)
+    >>> plain = dvt.wrap(net, lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="a convolution")
+    >>> diagnose(plain, torch.rand(3, 3, 224, 224), config=DoctorConfig(windows=4)).kind
+    'none'
+    """
+    config, denoisers = config or DoctorConfig(), dict(denoisers or {})
+    given = list(images)
+    if not given:
+        raise ImageError("no image was given; the doctor needs at least one, ten or more are better")
+    exam = Examination(backbone, config, denoisers)
+    chosen = spread(len(given), config.images)
+    for done, index in enumerate(chosen):
+        exam.add(read_pixels(given[index]), index)
+        (progress or silent)(f"doctor {backbone.name}", done + 1, len(chosen))
+    seconds = None
+    if decompose is not None:
+        pixels, start = read_pixels(given[chosen[0]]).to(backbone.device), time.perf_counter()
+        decompose(pixels)
+        seconds = settled_time(backbone) - start
+    found = exam.conclude(seconds)
+    taken = found.best or found.nearest
+    return replace(found, command=(commands or {}).get(taken or ""))

@@ -1,0 +1,189 @@
+"""Hold the answer to whether a backbone needs denoising, and write it as a page."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any
+
+from dvt.analysis.doctor.config import DoctorConfig
+from dvt.analysis.metrics.nulls import Score
+
+
+@dataclass(frozen=True)
+class Treated:
+    """Hold what a denoiser does.
+
+    Args:
+        name: of the denoiser, as given to `diagnose`.
+        share: share of the variance that still stays at the position.
+        outliers: share of tokens that are still norm outliers.
+        kept: mean cosine with the raw tokens without their position mean, both about an image's mean, in [-1, 1].
+        milliseconds: it adds to an image.
+    """
+
+    name: str
+    share: float
+    outliers: float
+    kept: float
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Hold the answer; ``print`` it, or take :meth:`to_json`.
+
+    Attributes:
+        backbone: its name.
+        kind: "none", "position", "norm outliers" or "both".
+        remedy: "none", "subtract" (one map for all images), "per image" (``dvt denoise``, or a denoiser trained on
+            that) or "denoiser" (a trained one).
+        best: which of the denoisers given does best, or None; `command` makes it, or else the :attr:`nearest`, where
+            that is known.
+        strength: of the remedy, in [0, 1]: the least that brings the position share below its threshold.
+        shared, own: share of variance at the position: the same in all images, and within each, with their nulls.
+        outliers: share of norm outliers with its null; `outlier_images` of the images have one.
+        layout: R^2 of position read from photographs without the artifact, with its null; None with one image.
+        treated: what the denoisers given do.
+        backbone_milliseconds: an image takes; `denoise_seconds` a decomposition, if one was tried.
+        images: how many were looked at.
+        config: the thresholds.
+        warnings: about the answer itself.
+    """
+
+    backbone: str
+    kind: str
+    remedy: str
+    best: str | None
+    strength: float
+    shared: Score | None
+    own: Score
+    outliers: Score
+    outlier_images: float
+    layout: Score | None
+    treated: tuple[Treated, ...]
+    backbone_milliseconds: float
+    denoise_seconds: float | None
+    images: int
+    config: DoctorConfig
+    warnings: tuple[str, ...] = field(default=())
+    command: str | None = None
+
+    @property
+    def nearest(self) -> str | None:
+        """Name the denoiser that leaves least of the artifact, where it leaves less than half."""
+        if not self.treated or self.kind not in ("position", "norm outliers"):
+            return None
+        size, raw = ("share", self.own) if self.kind == "position" else ("outliers", self.outliers)
+        least = min(self.treated, key=lambda each: getattr(each, size))
+        return least.name if getattr(least, size) < raw.value / 2 else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all fields, ready for JSON, and the page."""
+        return {"schema": "dvt-diagnosis/1", **asdict(self), "text": self.to_text()}
+
+    def to_text(self) -> str:
+        """Write the page as text."""
+        parts = [self._answer(), self._evidence(), self._what_to_do(), self._costs(), self._harms()]
+        return "\n\n".join(part for part in parts if part)
+
+    __str__ = to_text
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.to_text())}</pre>"
+
+    def _answer(self) -> str:
+        answers = {
+            "none": "No: no artifact above its threshold. None needed.",
+            "position": "Yes: part of each token depends on its position, not on the image.",
+            "norm outliers": "Yes: some tokens have norms far beyond the others and stand for no place in the image.",
+            "both": "Yes: tokens depend on their position, and some have norms far beyond the others.",
+        }
+        return f"Does {self.backbone} need denoising? ({self.images} images)\n{answers[self.kind]}"
+
+    def _evidence(self) -> str:
+        limit, lines = self.config, ["What was measured"]
+        lines.append(f"  stays at the position within an image  {_told(self.own)}, artifact from {limit.share:g}")
+        if self.shared is not None:
+            lines.append(f"  the same in all images                 {_told(self.shared)}")
+        lines.append(
+            f"  tokens with outlier norms              {_told(self.outliers, 4)}, artifact from {limit.outliers:g}"
+        )
+        if self.images > 1:
+            lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
+        if self.layout is not None:
+            lines.append(f"  position R2 with the artifact removed  {_told(self.layout)}: their layout")
+        return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
+
+    def _what_to_do(self) -> str:
+        if self.remedy == "none":
+            return ""
+        texts = {
+            "subtract": "Subtract one map: the artifact is the same in all images. `dvt train STORE --kind subtract` "
+            "finds it; applying it costs nothing.",
+            "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
+            "cannot remove it. For many images train a denoiser on that store: `dvt train STORE`.",
+            "denoiser": "A trained denoiser: `dvt denoise` some hundred images, `dvt train STORE`; a map that is "
+            "subtracted cannot see norm outliers. Or a backbone with registers, which `dvt remedy registers` adds "
+            "without training; `dvt doctor --remedies` compares.",
+        }
+        if self.shared is None and self.remedy == "per image":
+            texts["per image"] = (
+                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
+                "be subtracted from them, one image does not tell: give ten or more."
+            )
+        advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that brings it below its threshold."]
+        if self.shared is not None and self.remedy != "denoiser":
+            advice.append(
+                f"One map for all images would leave a position share of {left_share(self.own, self.shared):.3f}."
+            )
+        lines = [
+            "What to do",
+            *(textwrap.fill(each, 96, initial_indent="  ", subsequent_indent="  ") for each in advice),
+        ]
+        for each in self.treated:
+            mark = "best of those given: " if each.name == self.best else ""
+            lines.append(
+                f"  {mark}{each.name} leaves {each.share:.3f} at the position and {each.outliers:.4f} outliers; "
+                f"what it gives resembles the content by a cosine of {each.kept:.2f}"
+            )
+        if self.treated and self.best is None:
+            least = f" {self.nearest} leaves least." if self.nearest else ""
+            lines.append(f"  None of the denoisers given removes enough.{least}")
+        if self.command is not None:
+            lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}: {self.command}")
+        return "\n".join(lines)
+
+    def _costs(self) -> str:
+        lines = [
+            "What it costs on this machine",
+            f"  backbone                 {self.backbone_milliseconds:.1f} ms an image",
+        ]
+        for each in self.treated:
+            lines.append(f"  {each.name:<24} {each.milliseconds:.1f} ms more an image")
+        if self.denoise_seconds is not None:
+            lines.append(f"  {'dvt denoise':<24} {self.denoise_seconds:.1f} s an image")
+        return "\n".join(lines) if self.remedy != "none" or len(lines) > 2 else ""
+
+    def _harms(self) -> str:
+        if self.remedy == "none":
+            return ""
+        lines = [
+            "What it may hurt",
+            "  Tasks that need to know where a patch is: detection, pose, and scenes of one layout. Compare raw and",
+            "  denoised features on your labels (`dvt probe`), whole frames and crops, before you settle the strength.",
+        ]
+        if self.layout is not None and self.layout.value >= self.config.layout and self.layout.beyond_chance:
+            lines.append("  Here position is a cue: these photos share a layout, so start from a lower strength.")
+        return "\n".join(lines)
+
+
+def left_share(own: Score, shared: Score) -> float:
+    """Compute the position share that is left once the map that all images share is subtracted."""
+    return max(0.0, own.value - shared.value) / max(1 - shared.value, 1e-6)
+
+
+def _told(score: Score, digits: int = 3) -> str:
+    null = f"null {score.null:.{digits}f}, at most {score.high:.{digits}f}"
+    return f"{score.value:.{digits}f} ({null})"

@@ -1,0 +1,178 @@
+"""Hold what an analysis found: rows of numbers, the data behind its pictures, and its tables as text."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from dvt.analysis.metrics.scores import METRICS, Row
+from dvt.errors import ConfigError
+
+
+@dataclass
+class Findings:
+    """Hold what :func:`dvt.analysis.analyze` found.
+
+    Attributes:
+        rows: metric x variant x layer x backbone.
+        images: names of the images of the sample.
+        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim} of each.
+        seconds: {forward, fields, denoisers, metrics, total}: in the backbone (views included), in decompositions
+            besides the backbone, in denoisers, in everything else, and all.
+        config: the settings.
+        index: what the arrays are; see the module.
+        arrays: by the names in the index.
+    """
+
+    rows: list[Row]
+    images: list[str]
+    backbones: list[dict[str, Any]]
+    seconds: dict[str, float]
+    config: dict[str, Any] = field(default_factory=dict)
+    index: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """Divide the seconds in everything but the backbone by the seconds in it."""
+        return (self.seconds["total"] - self.seconds["forward"]) / max(self.seconds["forward"], 1e-9)
+
+    def get(self, metric: str, variant: str = "raw", layer: int | None = None, backbone: str | None = None) -> Row:
+        """Find one row; layer None is the backbone's own, backbone None the first.
+
+        Raises:
+            ConfigError: there is no such row.
+        """
+        backbone = self.backbones[0]["label"] if backbone is None else backbone
+        own = {each["label"]: each["layer"] for each in self.backbones}
+        layer = own.get(backbone, -1) if layer is None else layer
+        for row in self.rows:
+            if (row.metric, row.variant, row.layer, row.backbone) == (metric, variant, layer, backbone):
+                return row
+        raise ConfigError(
+            f"the report has no {metric!r} of {variant!r} at layer {layer} of {backbone!r}; it has the metrics "
+            f"{sorted({row.metric for row in self.rows})}, the variants {sorted({row.variant for row in self.rows})}, "
+            f"the layers {sorted({row.layer for row in self.rows})} of {sorted(own)}"
+        )
+
+    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
+        """List (title, header, lines) of the main table and, with several layers, of one table for each backbone."""
+        tables = [self._main_table()]
+        for each in self.backbones:
+            rows = [row for row in self.rows if row.backbone == each["label"] and row.variant == "raw"]
+            layers = sorted({row.layer for row in rows}, key=lambda layer: (layer == -1, layer))
+            if len(layers) > 1:
+                names = [name for name in METRICS if any(row.metric == name for row in rows)]
+                cells = {(row.layer, row.metric): "-" if row.value is None else f"{row.value:.3g}" for row in rows}
+                lines = [[_layer(layer), *(cells.get((layer, name), "-") for name in names)] for layer in layers]
+                tables.append((f"Layers of {each['label']}, raw", ["layer", *(METRICS[n].title for n in names)], lines))
+        return tables
+
+    def _main_table(self) -> tuple[str, list[str], list[list[str]]]:
+        own = {each["label"]: each["layer"] for each in self.backbones}
+        rows = [row for row in self.rows if row.layer == own.get(row.backbone)]
+        columns = list(dict.fromkeys((row.backbone, row.variant) for row in rows))
+        several = len(self.backbones) > 1
+        header = ["metric", "better", *(f"{name}, {variant}" if several else variant for name, variant in columns)]
+        cells = {(row.metric, row.backbone, row.variant): _cell(row) for row in rows}
+        lines = []
+        for name, metric in METRICS.items():
+            if any(row.metric == name for row in rows):
+                lines.append([metric.title, metric.better, *(cells.get((name, *column), "-") for column in columns)])
+        title = "Artifacts: value [95 % interval over images] (null and its 95 % interval)"
+        return title, header, lines
+
+    def notes(self) -> list[str]:
+        """List the reasons for missing values and the remarks, each once."""
+        own = {each["label"]: each["layer"] for each in self.backbones}
+        found: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.note and row.layer == own.get(row.backbone):
+                title = METRICS[row.metric].title
+                if row.value is None:
+                    found.setdefault(f"not computed: {row.note}", []).append(f"{title} of {row.variant}")
+                else:
+                    count = f"{row.images} image" if row.images == 1 else f"{row.images} images"
+                    found.setdefault(f"{title}, {count}: {row.note}", []).append(row.variant)
+        return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
+
+    def to_text(self) -> str:
+        """Write all tables with the notes below, for a terminal."""
+        parts = []
+        for title, header, lines in self.tables():
+            widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+            body = [
+                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                for line in [header, ["-" * width for width in widths], *lines]
+            ]
+            parts.append("\n".join([title, "", *body]))
+        return "\n\n".join([*parts, "\n".join(self._closing())])
+
+    def _closing(self) -> list[str]:
+        seconds = self.seconds
+        return [
+            f"{len(self.images)} images. Backbone {seconds['forward']:.1f} s, decompositions besides it "
+            f"{seconds['fields']:.1f} s, denoisers {seconds['denoisers']:.1f} s, metrics and reading "
+            f"{seconds['metrics']:.1f} s: everything but the backbone takes {self.share:.2f} of its time.",
+            "Smooth features please most of these metrics: read them beside a score that needs labels (dvt probe).",
+            *(f"- {note}" for note in self.notes()),
+        ]
+
+    def to_markdown(self) -> str:
+        """Write all tables with the notes below, as Markdown."""
+        parts = []
+        for title, header, lines in self.tables():
+            escaped = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
+            rule = ["---"] * len(header)
+            parts.append(
+                f"## {title}\n\n"
+                + "\n".join("| " + " | ".join(line) + " |" for line in [escaped[0], rule, *escaped[1:]])
+            )
+        return "\n\n".join([*parts, "\n".join(f"- {each.removeprefix('- ')}" for each in self._closing())]) + "\n"
+
+    def to_csv(self) -> str:
+        """Write every row with all of its fields, as CSV."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(Row.__dataclass_fields__), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(
+            {name: "" if value is None else value for name, value in asdict(row).items()} for row in self.rows
+        )
+        return out.getvalue()
+
+    def _repr_html_(self) -> str:
+        """Show the tables in a notebook."""
+        parts = []
+        for title, header, lines in self.tables():
+            head = "".join(f"<th scope='col'>{escape(cell)}</th>" for cell in header)
+            body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in line) + "</tr>" for line in lines)
+            parts.append(
+                f"<table><caption>{escape(title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            )
+        return "".join(parts) + "".join(f"<p>{escape(each)}</p>" for each in self._closing())
+
+
+def matching(entries: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
+    """Select the entries of an index list whose fields have the values given."""
+    return [entry for entry in entries if all(entry[name] == value for name, value in fields.items())]
+
+
+def _layer(layer: int) -> str:
+    return "final" if layer == -1 else str(layer)
+
+
+def _cell(row: Row) -> str:
+    if row.value is None:
+        return "-"
+    text = f"{row.value:.3f}"
+    if row.low is not None and row.high is not None:
+        text += f" [{row.low:.3f}, {row.high:.3f}]"
+    if row.null_low is not None and row.null_high is not None:
+        return f"{text} (null {row.null:.3f}, {row.null_low:.3f} to {row.null_high:.3f})"
+    return text if row.null is None else f"{text} (null {row.null:.3f})"

@@ -1,0 +1,39 @@
+"""Bootstrap over images: how often each is drawn, and the interval that the drawn values span."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RESAMPLES = 1000
+
+
+def resample_counts(images: int, resamples: int, generator: torch.Generator) -> Tensor:
+    """Draw samples of as many images as there are, with replacement.
+
+    Args:
+        images: N.
+        resamples: R samples.
+        generator: draws them; on the CPU.
+
+    Returns:
+        (R, N) float64, how often each image occurs in each sample.
+
+    >>> resample_counts(3, 2, torch.Generator().manual_seed(0)).sum(1).tolist()
+    [3.0, 3.0]
+    """
+    drawn = torch.randint(images, (resamples, images), generator=generator)
+    return torch.zeros(resamples, images, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
+
+
+def central_interval(values: Tensor) -> tuple[float, float] | None:
+    """Find the central 95 % of the values that are finite; None where none is.
+
+    >>> central_interval(torch.arange(41.0))
+    (1.0, 39.0)
+    """
+    values = values[values.isfinite()]
+    if not len(values):
+        return None
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return low, high

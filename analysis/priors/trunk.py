@@ -1,0 +1,107 @@
+"""Build the transformer of the priors: blocks given the noise level, the trunk of them, the condition's embedder."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timm.layers import Attention, Mlp
+from torch import Tensor, nn
+from torch.nn import functional
+
+from dvt import grids
+from dvt.analysis.priors.config import PriorConfig
+from dvt.errors import ShapeError
+from dvt.grids import Size
+
+
+def fourier(values: Tensor, width: int) -> Tensor:
+    """Embed (..., n) values of about unit range as (..., width) sines and cosines, in frequencies from 1 to 128."""
+    frequencies = torch.logspace(0, 7, width // (2 * values.shape[-1]), base=2, device=values.device)
+    angles = (values[..., None] * frequencies).flatten(-2)
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+def places(grid: Size, width: int, device: torch.device) -> Tensor:
+    """Embed the cells' centres: (h w, width); two grids of one picture agree where they lie over each other."""
+    return fourier(grids.grid_centres(grid, device).flatten(0, 1), width)
+
+
+class Block(nn.Module):
+    """Apply self-attention, cross-attention and an MLP, each shifted, scaled and gated by the time (adaLN-zero).
+
+    The gates start at zero, so an untrained block hands its input on.
+
+    Source:
+        Peebles and Xie, DiT, 2023, section 3.2; the cross-attention as in Lumos, 2024.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attention = Attention(width, heads, qkv_bias=True)
+        self.cross = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = Mlp(width, 4 * width)
+        self.modulation = nn.Linear(width, 9 * width)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        ways = (
+            partial(self.attention, attn_mask=mask),
+            None if context is None else lambda x: self.cross(x, context, context, need_weights=False)[0],
+            self.mlp,
+        )
+        signals = self.modulation(functional.silu(time))[:, None].chunk(9, dim=-1)
+        for way, shift, scale, gate in zip(ways, signals[:3], signals[3:6], signals[6:], strict=True):
+            if way is not None:
+                x = x + gate * way(self.norm(x) * (1 + scale) + shift)
+        return x
+
+
+class Trunk(nn.Module):
+    """Transform embedded tokens (B, L, W) -> (B, L, W), for both heads.
+
+    Args:
+        config: of the prior.
+    """
+
+    def __init__(self, config: PriorConfig) -> None:
+        super().__init__()
+        self.grid, self.causal = config.grid, config.head == "token" and config.order == "raster"
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
+
+    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
+        """Run all blocks; time is (B, W), context (B, M, W) or None."""
+        _, length, width = x.shape
+        x = x + places(self.grid, width, x.device).to(x)
+        mask = None
+        if self.causal:
+            mask = x.new_full((length, length), -torch.inf).triu(1)
+        for block in self.blocks:
+            x = block(x, time, context, mask)
+        return self.norm(x)
+
+
+class ConditionEmbedder(nn.Module):
+    """Embed condition tokens (B, M, C), L2-normalised, by an MLP of two layers as (B, M, W).
+
+    Source:
+        Lumos, 2024, section 3; the length after normalising is sqrt(C), so that channels have unit size.
+    """
+
+    def __init__(self, dim: int, width: int, grid: Size | None) -> None:
+        super().__init__()
+        self.dim, self.grid = dim, grid
+        self.mlp = Mlp(dim, width, width)
+        self.null = nn.Parameter(torch.empty(1, 1, width))
+
+    def forward(self, condition: Tensor) -> Tensor:
+        if condition.ndim != 3 or condition.shape[-1] != self.dim:
+            raise ShapeError(f"conditions must be (B, M, {self.dim}), got {tuple(condition.shape)}")
+        x = self.mlp(functional.normalize(condition.float(), dim=-1) * self.dim**0.5)
+        if self.grid is None:
+            return x
+        where = places(self.grid, x.shape[-1], x.device).to(x)
+        if len(where) > x.shape[1]:
+            raise ShapeError(f"there are {x.shape[1]} condition tokens, fewer than the grid {self.grid} has")
+        return x + functional.pad(where, (0, 0, x.shape[1] - len(where), 0))

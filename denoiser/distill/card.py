@@ -1,0 +1,72 @@
+"""The card of a distilled backbone, which its file holds beside the weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dvt.backbones import Backbone, families, weights_sha256
+from dvt.backbones.weights import save_state
+from dvt.denoiser.distill.config import BackboneTraining
+from dvt.denoiser.model import Denoiser
+from dvt.denoiser.sharing import METADATA_KEY
+from dvt.errors import WeightsError
+from dvt.training import flat_settings
+
+BACKBONE_SCHEMA = "dvt-backbone/1"
+
+
+def read_card(path: str | Path) -> dict[str, Any]:
+    """Read what a backbone of :func:`~dvt.denoiser.distill_backbone` was made of, and how good it became.
+
+    Raises:
+        WeightsError: the file is missing, damaged, or not such a backbone.
+    """
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            card = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"cannot read a distilled backbone from {str(path)!r}: {error}") from error
+    if not isinstance(card, dict) or card.get("schema") != BACKBONE_SCHEMA:
+        raise WeightsError(
+            f"{str(path)!r} has no card of schema {BACKBONE_SCHEMA!r}; `dvt distill` writes files that have"
+        )
+    return card
+
+
+def make_card(
+    original: Backbone,
+    result: Backbone,
+    config: BackboneTraining,
+    denoiser: Denoiser | None,
+    report: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Describe a distilled backbone: what it was made of, how timm makes its model, and how good it became."""
+    model: Any = result.model
+    options: dict[str, Any] = {"num_classes": 0}
+    if config.registers:
+        options[families.REGISTERS[type(model).__name__]] = model.reg_token.shape[1]
+    if families.sizing(model) in ("loaded", "square"):
+        options["img_size"] = list(result.image_size)
+    return {
+        "schema": BACKBONE_SCHEMA,
+        **{name: getattr(original, name) for name in ("name", "layer", "stride", "feature_dim")},
+        "size": original.image_size,
+        "create_model": options,
+        "original_weights_sha256": original.weights_sha256,
+        "weights_sha256": result.weights_sha256,
+        "denoiser": None if denoiser is None else {"sha256": weights_sha256(denoiser), **denoiser.card},
+        "data": {name: report[name] for name in ("images", "training", "held_out")},
+        "training": flat_settings(config),
+        "steps": report["steps"],
+        "metrics": {name: report[name] for name in ("validation", "baselines")},
+    }
+
+
+def save_with_card(backbone: Backbone, path: Path, card: Mapping[str, Any]) -> None:
+    """Write the file; it has its name only when it is whole."""
+    save_state(path, backbone.model.state_dict(), {"format": "pt", METADATA_KEY: json.dumps(card)})

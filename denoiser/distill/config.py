@@ -1,0 +1,66 @@
+"""Settings of the fine-tuning of a backbone to its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dvt.errors import ConfigError
+from dvt.training import TrainingConfig
+
+_BACKBONE_LOOP = TrainingConfig(
+    steps=2000, batch_size=16, learning_rate=1e-4, warmup=0.1, ema=0.99, validate_every=200, checkpoint_every=500
+)
+
+
+@dataclass(frozen=True)
+class BackboneTraining:
+    """Say how a backbone is fine-tuned; its input size is the one that it was loaded with.
+
+    Args:
+        teacher: "denoiser", the frozen backbone with a denoiser behind it, or "views", the mean of the frozen
+            backbone's tokens over shifted and mirrored views.
+        views: shifted views an image, for the teacher "views"; every other one is mirrored.
+        shift: largest shift of a view, as a share of the input's side, in (0, 1]. Artifacts finer than this are
+            averaged away; at 1 a patch is seen at all positions alike, and no artifact of position remains, but only a
+            quarter of the views show it. Images are seen at least (1 + 2 shift) times enlarged.
+        registers: register tokens to add behind the prefix tokens.
+        prefix_weight: weight of the second half of the loss, which keeps class token and old registers what they were.
+        layer_decay: factor on the learning rate from a block to the one before it, in (0, 1]; 1 for none.
+        grad_checkpointing: compute activations twice to hold fewer of them.
+        scale: smallest and largest share of an image's area that an example shows, of what its aspect ratio allows.
+        validation: share of the images that is held out, in (0, 1); at least one image. At most 64 are used.
+        loop: steps, batch size, learning rate (of the last layer and of added registers) and the rest of the training
+            loop; its averaged weights are the result. Weights that timm says should not decay do not.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    teacher: Literal["denoiser", "views"] = "denoiser"
+    views: int = 10
+    shift: float = 0.5
+    registers: int = 0
+    prefix_weight: float = 1.0
+    layer_decay: float = 0.9
+    grad_checkpointing: bool = False
+    scale: tuple[float, float] = (0.3, 1.0)
+    validation: float = 0.1
+    loop: TrainingConfig = _BACKBONE_LOOP
+
+    def __post_init__(self) -> None:
+        if self.teacher not in ("denoiser", "views"):
+            raise ConfigError(f"there is no teacher {self.teacher!r}; it must be 'denoiser' or 'views'")
+        if self.views < 1:
+            raise ConfigError(f"views must be at least 1, got {self.views}")
+        if self.registers < 0:
+            raise ConfigError(f"registers is the number of tokens to add, at least 0, got {self.registers}")
+        if not self.prefix_weight >= 0:
+            raise ConfigError(f"prefix_weight must be at least 0, got {self.prefix_weight}")
+        for name in ("shift", "layer_decay"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ConfigError(f"scale must satisfy 0 < smallest <= largest <= 1, got {self.scale}")
+        if not 0 < self.validation < 1:
+            raise ConfigError(f"validation is a share of the images in (0, 1), got {self.validation}")

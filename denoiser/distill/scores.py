@@ -1,0 +1,79 @@
+"""The distance of a student's tokens from its teacher's: loss of training and scores of validation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from dvt.backbones import Backbone
+from dvt.denoiser.distill.shifted import Canvas, view_mean
+from dvt.denoiser.model import Denoiser
+from dvt.denoiser.pairs import TrainingBatch
+from dvt.denoiser.scores import mean_scores, reconstruction
+from dvt.tokens import Tokens
+
+#: (canvases, shifts) to the patch tokens to learn (B, h, w, C), and the frozen backbone's own tokens of the window.
+Teacher = Callable[[Tensor, Tensor], tuple[Tensor, Tokens]]
+
+
+def make_teacher(backbone: Backbone, canvas: Canvas, denoiser: Denoiser | None = None) -> Teacher:
+    """Make a teacher: the denoiser behind the frozen backbone, or without one the mean over views."""
+
+    def teach(canvases: Tensor, shifts: Tensor) -> tuple[Tensor, Tokens]:
+        backbone.to(canvases.device)  # which accelerate chooses where there are several processes
+        if denoiser is None:
+            return view_mean(backbone, canvas, canvases, shifts)
+        with torch.no_grad():
+            own = backbone(canvas.middle(canvases))
+            return denoiser.to(canvases.device)(own.patches, own.prefix), own
+
+    return teach
+
+
+def distillation_loss(
+    model: nn.Module, batch: TrainingBatch, teacher: Teacher, canvas: Canvas, prefix_weight: float = 1.0
+) -> dict[str, Tensor]:
+    """Compute :func:`compare` for a batch of :func:`~dvt.denoiser.distill.examples.canvas_batches`."""
+    target, own = teacher(batch["canvas"], batch["shifts"])
+    return compare(model(canvas.middle(batch["canvas"])), target, own, prefix_weight)
+
+
+def compare(found: Tokens, target: Tensor, own: Tokens, prefix_weight: float = 0.0) -> dict[str, Tensor]:
+    """Compute MSE + (1 - cosine) to the teacher's patch tokens, plus `prefix_weight` times that of the prefix tokens.
+
+    Args:
+        found: the student's tokens; registers that were added to it are free.
+        target: (B, h, w, C).
+        own: the original backbone's tokens.
+        prefix_weight: at least 0.
+
+    Returns:
+        "loss", "mse", "cosine", and "prefix_cosine" where the original has prefix tokens.
+    """
+    terms = reconstruction(found.patches.float(), target.float())
+    if count := own.prefix.shape[1]:
+        kept = reconstruction(found.prefix[:, :count].float(), own.prefix.float())
+        terms |= {"loss": terms["loss"] + prefix_weight * kept["loss"], "prefix_cosine": kept["cosine"]}
+    return terms
+
+
+@torch.no_grad()
+def evaluate_student(
+    student: nn.Module, teacher: Teacher, canvas: Canvas, batches: Iterable[TrainingBatch]
+) -> dict[str, dict[str, float]]:
+    """Average :func:`compare` over batches, without the prefix's part of the loss.
+
+    Returns:
+        "student", and "no_op", the original backbone.
+    """
+    device = next(student.parameters()).device
+
+    def scored(batch: TrainingBatch) -> dict[str, dict[str, Tensor]]:
+        images = batch["canvas"].to(device)
+        target, own = teacher(images, batch["shifts"])
+        found = {"student": student(canvas.middle(images)), "no_op": own}
+        return {name: compare(tokens, target, own) for name, tokens in found.items()}
+
+    return mean_scores(scored(batch) for batch in batches)

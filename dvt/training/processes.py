@@ -1,0 +1,97 @@
+"""The processes of a run and their devices, through accelerate; and where random numbers and batches go in each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dvt.errors import ConfigError
+from dvt.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def is_first_process() -> bool:
+    """Tell whether this process writes the results: the first of a distributed run, or the only one."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+@contextmanager
+def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
+    """Give the Accelerator of one run, on the model's device where there is one process.
+
+    accelerate keeps its settings in class attributes for the rest of the process; what was there before is put back at
+    the end, so that the next run may have others. The group of processes itself stays.
+
+    Raises:
+        ConfigError: a tracker is not installed, fp16 on the CPU, or a batch that does not divide among the processes.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    missing = [name for name in config.trackers if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the tracker {missing[0]} is not installed; `pip install {missing[0]}` or leave it out")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    # accelerate would take a GPU wherever there is one; launched as several processes it decides.
+    cpu = not torch.cuda.is_available() if "LOCAL_RANK" in os.environ else device.type == "cpu"
+    if config.precision == "fp16" and cpu:
+        raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
+    states = [AcceleratorState, GradientState]
+    if not torch.distributed.is_initialized():
+        states.append(PartialState)
+    kept = [dict(state._shared_state) for state in states]
+    for state in states:
+        state._shared_state.clear()
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.precision,
+            cpu=cpu,
+            log_with=list(config.trackers) or None,
+            project_dir=str(folder),
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        if accelerator.num_processes == 1 and device.type == "cuda":
+            accelerator.state.device = device
+        if config.batch_size % accelerator.num_processes:
+            raise ConfigError(
+                f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes; "
+                "choose a multiple"
+            )
+        yield accelerator
+    finally:
+        for state, before in zip(states, kept, strict=True):
+            if not (state is PartialState and torch.distributed.is_initialized()):
+                state._shared_state.clear()
+                state._shared_state.update(before)
+
+
+def seed_step(entropy: tuple[int, int, int], device: torch.device) -> None:
+    """Seed torch's default generators for one step; the loop has put the caller's states aside."""
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device, nested as they are; called in the thread that makes batches.
+
+    Copies from pinned memory do not wait for the GPU. They are enqueued on the default stream, which all threads share,
+    so that the work that the main thread enqueues later comes after them.
+    """
+    from accelerate.utils import recursively_apply, send_to_device
+
+    if device.type == "cuda":
+        batch = recursively_apply(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
+    return send_to_device(batch, device, non_blocking=True)
