@@ -3,8 +3,9 @@
 Windows at the image's own scale, shifted by whole patches over the mirrored image, show the same content patches at
 other positions. So F is one vector a content patch and G one a position; nothing is interpolated. F is eliminated
 exactly (its part of the normal equations is diagonal), and what is left for G is an n x n system that depends on the
-offsets alone: all images of a grid shape and all channels share it, and it is factored once. A patch beyond the border
-shows mirrored content, which a network need not answer as it answers the original: it is an unknown of its own.
+offsets and the weights of tokens alone: all channels share it and, without weights, all images of a grid shape. A patch
+beyond the border shows mirrored content, which a network need not answer as it answers the original: it is an unknown
+of its own.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ class TwoWay:
         """Each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images share."""
         system = self._system()
         schur = system.schur.expand(len(self.content), -1, -1)
-        return schur, self.position.double() - system.cross.mT @ (self.content.double() * system.inverse)
+        return schur, self.position.double() - system.to_positions(self.content.double() * system.inverse)
 
     def solve(self, ridge: float, artifact: Tensor | None = None) -> Solution:
         """Least squares for F and G, or for F alone beside a known G.
@@ -97,14 +98,15 @@ class TwoWay:
         system = self._system()
         content, position = self.content.double(), self.position.double()
         if artifact is None:
-            rhs = position - system.cross.mT @ (content * system.inverse)
+            rhs = position - system.to_positions(content * system.inverse)
             found = system.solve(rhs, ridge)
         else:
             found = artifact.to(position).expand_as(position)
-        field = (content - system.cross @ found) * system.inverse
+        shown = system.to_contents(found)
+        field = (content - shown) * system.inverse
         # |y - A f - P g|^2 = |y|^2 - 2 x'b + x'H x, where x is (f, g) and H x is made block by block.
-        gram_field = system.seen[..., None] * field + system.cross @ found
-        gram_artifact = system.cross.mT @ field + system.count[..., None] * found
+        gram_field = system.seen[..., None] * field + shown
+        gram_artifact = system.to_positions(field) + system.count[..., None] * found
         left = self.square + (field * (gram_field - 2 * content)).sum((1, 2))
         left += (found * (gram_artifact - 2 * position)).sum((1, 2))
         return Solution(field, found, left.clamp_min(0))
@@ -133,20 +135,50 @@ class _System:
     Attributes:
         seen, inverse: (B, M) and (B, M, 1) the weight of every content patch, and 1 over it, 0 where there is none.
         count: (B, n) the weight of every position.
-        cross: (B, M, n) the weight of every content patch at every position, A'WP.
         schur: (B, n, n) what is left for G.
     """
 
     def __init__(self, index: Tensor, weights: Tensor, contents: int):
-        images, _, positions = weights.shape
-        flat = (index * positions + torch.arange(positions, device=index.device)).flatten()
-        cross = weights.new_zeros(images, contents * positions)
-        self.cross = cross.index_add_(1, flat, weights.flatten(1)).view(images, contents, positions)
-        self.seen, self.count = self.cross.sum(-1), weights.sum(1)
+        self.images, _, self.positions = weights.shape
+        self.contents = contents
+        image = torch.arange(self.images, device=index.device)[:, None, None]
+        rows = (index + contents * image).flatten()
+        columns = (torch.arange(self.positions, device=index.device) + self.positions * image).expand_as(weights)
+        seen = weights.new_zeros(self.images * contents).index_add_(0, rows, weights.flatten())
+        self.seen, self.count = seen.view(self.images, contents), weights.sum(1)
         self.inverse = torch.where(self.seen > 0, 1 / self.seen.clamp_min(1e-300), 0)[..., None]
-        schur = torch.diag_embed(self.count) - self.cross.mT @ (self.cross * self.inverse)
-        self.schur = (schur + schur.mT) / 2
+        # A'WP, the weight of every content patch at every position, image after image: hardly anything but zeros.
+        self.cross = torch.sparse_coo_tensor(
+            torch.stack((rows, columns.flatten())),
+            weights.flatten(),
+            (self.images * contents, self.images * self.positions),
+            check_invariants=False,
+        ).coalesce()
+        self.schur = torch.diag_embed(self.count) - self._coupling()
         self._factors: dict[float, Tensor] = {}
+
+    def _coupling(self) -> Tensor:
+        """(B, n, n) what positions share through the content that they show: P'WA (A'WA)^-1 A'WP."""
+        rows, columns = self.cross.indices()
+        shown = self.cross.values().new_zeros(self.images * self.contents, self.positions)
+        shown[rows, columns % self.positions] = self.cross.values() * self.inverse.flatten()[rows]
+        coupling = (self.cross.T @ shown).view(self.images, self.positions, self.positions)
+        return (coupling + coupling.mT) / 2
+
+    def to_positions(self, values: Tensor) -> Tensor:
+        """Add up values (B, M, C) of content patches over the positions that showed them: (B, n, C)."""
+        return self._product(self.cross.T, values, self.positions)
+
+    def to_contents(self, values: Tensor) -> Tensor:
+        """Add up values (B, n, C) of positions over the content patches that they showed: (B, M, C)."""
+        return self._product(self.cross, values, self.contents)
+
+    def _product(self, matrix: Tensor, values: Tensor, rows: int) -> Tensor:
+        if self.images > 1:
+            return (matrix @ values.flatten(0, 1)).view(self.images, rows, -1)
+        # One system for all images: they stand side by side, as more channels.
+        side = values.transpose(0, 1).flatten(1)
+        return (matrix @ side).view(rows, len(values), -1).transpose(0, 1)
 
     def solve(self, rhs: Tensor, ridge: float) -> Tensor:
         """g (B, n, C), mean zero, of schur g = rhs."""
