@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +70,27 @@ class Tokens:
     def to(self, *args, **kwargs) -> Tokens:
         """Both tensors through :meth:`torch.Tensor.to`."""
         return Tokens(self.patches.to(*args, **kwargs), self.prefix.to(*args, **kwargs))
+
+
+def norm_bound(norms: Tensor, sigmas: float, ratio: float = 1.0) -> Tensor:
+    """Compute the norm beyond which a token is an outlier among others.
+
+    Norms of healthy features are skewed, so their logarithms count: the bound lies `sigmas` robust sigmas (1.4826
+    median absolute deviations) above their median, and at least at `ratio` times the median norm.
+
+    Args:
+        norms: of many tokens, any shape.
+        sigmas: positive.
+        ratio: 1 or more.
+
+    >>> import torch
+    >>> round(float(norm_bound(torch.tensor([1.0, 1.0, 1.0, 2.0, 50.0]), sigmas=5, ratio=2)), 6)
+    2.0
+    """
+    logs = norms.clamp_min(1e-12).log()
+    spread = sigmas * 1.4826 * (logs - logs.median()).abs().median()
+    # Not the exponential of the logarithm's median, which rounding may put below equal norms.
+    return norms.median() * spread.clamp_min(math.log(ratio)).exp()
 
 
 class TokenMap(Protocol):

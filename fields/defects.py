@@ -16,6 +16,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.tokens import norm_bound
 
 # Robust standard deviations of the logarithm of the norm beyond which a token is a candidate.
 SIGMAS = 2.5
@@ -40,8 +41,6 @@ TOPS = (0.003, 0.01, 0.03, 0.1)
 CONCERTED = 0.5
 # Views from which a median over them stands for what a position holds.
 FEWEST_VIEWS = 5
-# Standard deviations of a normal variable in one median absolute deviation.
-_MAD_TO_SIGMA = 1.4826
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,14 @@ def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     Returns:
         direction (C,), size (), found () bool, and member (N,) bool: the tokens that are long and point there.
     """
-    log = tokens.norm(dim=-1).clamp_min(torch.finfo(tokens.dtype).tiny).log()
-    middle = log.median()
-    long = log > middle + SIGMAS * _MAD_TO_SIGMA * (log - middle).abs().median()
+    norms = tokens.norm(dim=-1)
+    long = norms > norm_bound(norms, SIGMAS)
     direction, member = _aligned(tokens[None], long[None])
     along = tokens @ direction[0]
     size = along[member[0]].median() if member.any() else along.new_tensor(float("nan"))
     share, count = along / size, member.sum()
     between = ((share > GAP[0]) & (share < GAP[1])).sum()
-    large = size >= LARGE * log.exp().median()
+    large = size >= LARGE * norms.median()
     return direction[0], size, large & (count >= FEWEST) & (between <= IN_GAP * count), member[0]
 
 

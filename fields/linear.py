@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.batches import Batch, check_batch, take_views
 from dvt.fields.config import LinearConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.defects import Defect, Gate
 from dvt.fields.equations import NormalEquations, solve_artifact
 from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ class _Views:
         self.shape = shape
         self._finite: list[Tensor] = []
         self._outside: list[Tensor] = []
-        self.head, self._rest = _take(self._read(views), count)
+        self.head, self._rest = take_views(self._read(views), count)
         self.seen = sum(len(tokens) for tokens, _ in self.head)
         if not self.seen:
             raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
@@ -246,18 +244,7 @@ class _Views:
 
     def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:
         for tokens, coords in views:
-            if not (isinstance(tokens, Tensor) and isinstance(coords, Tensor)):
-                raise ShapeError(
-                    f"views are batches of two tensors, (tokens, coords), got {type(tokens)} and {type(coords)}"
-                )
-            if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
-                raise ShapeError(
-                    f"a batch of views has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; "
-                    "they must be (V, h, w, C) and (V, h, w, 2)"
-                )
-            self.shape = self.shape or tuple(tokens.shape[1:])
-            if tuple(tokens.shape[1:]) != self.shape:
-                raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {self.shape}, as before")
+            self.shape = check_batch(tokens, coords, self.shape)
             self._finite.append(torch.isfinite(tokens.sum() + coords.sum().to(tokens)))
             self._outside.append(((coords - 0.5).abs() > 0.5 + 1e-4).any())
             yield tokens.flatten(1, 2), coords.to(tokens.device).flatten(1, 2)
@@ -273,19 +260,6 @@ class _Views:
             )
         self._finite.clear()
         self._outside.clear()
-
-
-def _take(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:
-    """That many views and the stream of the others; batches are split, so that their size changes no choice."""
-    head: list[Batch] = []
-    missing = views
-    while missing > 0 and (batch := next(stream, None)) is not None:
-        tokens, coords = batch
-        head.append((tokens[:missing], coords[:missing]))
-        if len(tokens) > missing:
-            stream = chain([(tokens[missing:], coords[missing:])], stream)
-        missing -= len(tokens)
-    return head, stream
 
 
 class _Outliers:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.errors import ConfigError, NonFiniteError
+from dvt.fields.batches import Batch, check_batch, take_views
 from dvt.fields.config import ShiftConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.equations import solve_artifact
@@ -20,7 +20,6 @@ from dvt.fields.trust import Trust
 from dvt.fields.twoway import TwoWay
 from dvt.grids import Size
 
-Batch = tuple[Tensor, Tensor]
 #: Robust weights (V, n) of tokens (V, n, C) at coordinates (V, n, 2).
 Weigh = Callable[[Tensor, Tensor], Tensor]
 
@@ -71,7 +70,7 @@ class ShiftFit(Fit):
 class ShiftSolver:
     """Splits the features of one image's shifted windows into F, one vector a patch, and G, one a position.
 
-    Memory does not depend on the number of windows: they are read once and only sums are kept.
+    Windows are read once and only sums are kept, except for the first ones, which are held while outliers are learnt.
 
     Args:
         config: settings.
@@ -124,9 +123,9 @@ class ShiftSolver:
     def _result(self, run: _Run, known: Tensor | None, p_value: float | None, found: bool) -> ShiftFit:
         solution = run.sums.solve(self.config.ridge, known)
         (height, width), dtype = run.sums.grid, run.sums.content.dtype
-        freedom = run.trusted - float((run.sums.observed() > 0).sum()) - (height * width - 1 if known is None else 0)
-        field = solution.field[0].view(*run.sums.period, -1)[:height, :width]
-        seen = run.sums.observed()[0].view(*run.sums.period, 1)[:height, :width]
+        observed = run.sums.observed()[0]
+        freedom = float(observed.sum() - (observed > 0).sum()) - (height * width - 1 if known is None else 0)
+        field, seen = (each.view(*run.sums.period, -1)[:height, :width] for each in (solution.field[0], observed))
         return ShiftFit(
             field=field.to(dtype).contiguous(),
             artifact=solution.artifact[0].view(height, width, -1).to(dtype),
@@ -156,21 +155,20 @@ class _Run:
     Attributes:
         sums: of the two-way model.
         test: its scores, if there is a test.
-        trusted: the sum of all weights.
         own: (n,) weights of the first window, the whole image; own_long, which of its tokens are outliers by length.
     """
 
     def __init__(self, solver: ShiftSolver, views: Iterable[Batch], artifact: Tensor | None, test: bool = True):
-        self.solver, self.trusted = solver, 0.0
+        self.solver = solver
         self.test: SignTest | None = None
         self.trust: Trust | None = None
-        windows = _flat(views, None if artifact is None else tuple(artifact.shape))
-        head = list(islice(windows, 1))
+        batches = _checked(views, () if artifact is None else tuple(artifact.shape))
+        first_ones, rest = take_views(batches, HELD)
+        head = [_windows(*each) for each in first_ones]
         if not head:
             raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
         self.grid, self.period = head[0].grid, head[0].period
         if solver.config.robust:
-            head += _until(windows, HELD - len(head[0].tokens))
             tokens, offsets = torch.cat([each.tokens for each in head]), torch.cat([each.offsets for each in head])
             self.trust = Trust(tokens, offsets, self.grid, self.period, solver.config)
         first = head[0].tokens
@@ -179,8 +177,10 @@ class _Run:
             self.test = SignTest(self.grid, self.period, first.shape[2], first, solver.config.groups)
         self.own = self._add(head[0])[0]
         self.own_long = self.own < 0 if self.trust is None else self.trust.is_long(first[:1])[0]
-        for each in chain(head[1:], windows):
+        for each in head[1:]:
             self._add(each)
+        for batch in rest:
+            self._add(_windows(*batch))
 
     def _add(self, windows: _Windows) -> Tensor:
         """Add windows to the sums; their weights (V, n)."""
@@ -194,7 +194,6 @@ class _Run:
         self.sums.add(tokens[None], offsets, None if plain else weights[None])
         if self.test is not None:
             self.test.add(tokens, offsets, None if plain else weights)
-        self.trusted += float(weights.sum())
         return weights
 
 
@@ -208,31 +207,16 @@ class _Windows(NamedTuple):
     period: Size
 
 
-def _flat(views: Iterable[Batch], shape: tuple[int, ...] | None) -> Iterator[_Windows]:
-    for tokens, coords in _checked(views, shape):
-        offsets, period = grids.lattice(coords)
-        grid = (tokens.shape[1], tokens.shape[2])
-        yield _Windows(tokens.flatten(1, 2), offsets, coords.flatten(1, 2), grid, period)
+def _windows(tokens: Tensor, coords: Tensor) -> _Windows:
+    offsets, period = grids.lattice(coords)
+    grid = (tokens.shape[1], tokens.shape[2])
+    return _Windows(tokens.flatten(1, 2), offsets, coords.flatten(1, 2), grid, period)
 
 
-def _until(windows: Iterator[_Windows], count: int) -> Iterator[_Windows]:
-    """Yield batches until there are that many windows; the others stay in the iterator."""
-    while count > 0 and (batch := next(windows, None)) is not None:
-        count -= len(batch.tokens)
-        yield batch
-
-
-def _checked(views: Iterable[Batch], shape: tuple[int, ...] | None) -> Iterator[Batch]:
-    """The batches, once each is known to be of one shape (h, w, C) and finite."""
+def _checked(views: Iterable[Batch], shape: tuple[int, ...]) -> Iterator[Batch]:
+    """Yield batches, once each is known to be of one shape (h, w, C) and finite."""
     for tokens, coords in views:
-        if tokens.ndim != 4 or tuple(coords.shape) != (*tokens.shape[:3], 2):
-            raise ShapeError(
-                f"a batch of views has tokens {tuple(tokens.shape)} and coords {tuple(coords.shape)}; "
-                "they must be (V, h, w, C) and (V, h, w, 2)"
-            )
-        shape = shape or tuple(tokens.shape[1:])
-        if tuple(tokens.shape[1:]) != shape:
-            raise ShapeError(f"a view has shape {tuple(tokens.shape[1:])}; it must be {shape}, as before")
+        shape = check_batch(tokens, coords, shape)
         if not torch.isfinite(tokens.sum()):
             raise NonFiniteError("tokens are NaN or infinite; check the weights, or use --dtype float32")
         yield tokens, coords

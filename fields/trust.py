@@ -16,9 +16,8 @@ from dvt.fields.config import ShiftConfig
 from dvt.fields.pilot import geman_mcclure, mix_channels
 from dvt.fields.twoway import TwoWay
 from dvt.grids import Size
+from dvt.tokens import norm_bound
 
-# Standard deviations of a normal variable in one median absolute deviation.
-_MAD_TO_SIGMA = 1.4826
 # Windows from which a median over them stands for what a position holds.
 _FEWEST_WINDOWS = 5
 # Windows in which a position's token is short, from which its median is theirs alone.
@@ -42,10 +41,10 @@ class Trust:
         self.mix = mix_channels(tokens, seed=0)
         sketched = self._sketch(tokens)
         self.ordinary = sketched.flatten(0, 1).median(0).values
-        self.limit = self._longest(sketched)
+        self.limit = norm_bound(self._length(sketched), config.sigmas)
         if len(sketched) >= _FEWEST_WINDOWS:
             self.ordinary = _median_of_short(sketched, self.is_long(tokens))
-            self.limit = self._longest(sketched)
+            self.limit = norm_bound(self._length(sketched), config.sigmas)
         self.fit: tuple[Tensor, Tensor, Tensor] | None = None
         for _ in range(_ROUNDS):
             self.fit = self._fitted(sketched, offsets)
@@ -57,11 +56,6 @@ class Trust:
     def is_long(self, tokens: Tensor) -> Tensor:
         """Tell which tokens (V, n, C) are long beside what is ordinary at their position: (V, n) bool."""
         return self._length(self._sketch(tokens)) > self.limit
-
-    def _longest(self, sketched: Tensor) -> Tensor:
-        log = self._length(sketched).log()
-        middle = log.median()
-        return (middle + self.config.sigmas * _MAD_TO_SIGMA * (log - middle).abs().median()).exp()
 
     def _weigh(self, sketched: Tensor, offsets: Tensor) -> Tensor:
         short = (self._length(sketched) <= self.limit).to(sketched)
@@ -86,7 +80,7 @@ class Trust:
         return tokens.to(dtype) @ self.mix.to(dtype)
 
     def _length(self, sketched: Tensor) -> Tensor:
-        return (sketched - self.ordinary).norm(dim=-1).clamp_min(torch.finfo(sketched.dtype).tiny)
+        return (sketched - self.ordinary).norm(dim=-1)
 
     def _index(self, offsets: Tensor) -> Tensor:
         return grids.lattice_index(self.grid, offsets, self.period).to(self.mix.device)

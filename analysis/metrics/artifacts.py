@@ -20,6 +20,7 @@ from dvt.analysis.metrics.nulls import TokenSets, token_maps
 from dvt.analysis.metrics.ridge import HeldOut, held_out
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
+from dvt.tokens import norm_bound
 
 # Standard deviations of a normal variable in one median absolute deviation.
 _MAD_TO_SIGMA = 1.4826
@@ -206,11 +207,8 @@ def log_norm_outliers(tokens: TokenSets, ratio: float = 2.0, sigmas: float = 5.0
     """
     if ratio <= 1 or sigmas <= 0:
         raise ConfigError(f"ratio must be above 1 and sigmas positive, got {ratio} and {sigmas}")
-    norms = [each.norm(dim=-1).flatten().double().clamp(min=1e-12).log() for each in token_maps(tokens)]
-    pooled = torch.cat(norms)
-    median = pooled.median()
-    sigma = _MAD_TO_SIGMA * (pooled - median).abs().median()
-    bound = median + torch.maximum(sigmas * sigma, torch.tensor(ratio).double().log().to(sigma))
+    norms = [each.norm(dim=-1).flatten().double() for each in token_maps(tokens)]
+    bound = norm_bound(torch.cat(norms), sigmas, ratio)
     return torch.stack([(each > bound).double().mean() for each in norms])
 
 

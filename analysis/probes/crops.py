@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from dvt.analysis.probes.datasets import LabelledData, open_data
 from dvt.analysis.probes.layouts import IGNORE, Example
 from dvt.errors import ConfigError, DataError
+from dvt.files import replaced_folder
 from dvt.grids import Size
 from dvt.images import load_image
 
@@ -88,10 +88,9 @@ def cached_crops(
     recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, CROP_SHARE, files])
     folder = cache / f"crops-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
-        part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
-        write_crops(data, part, torch.Generator().manual_seed(seed), progress=progress)
-        part.rename(folder)
+        cache.mkdir(parents=True, exist_ok=True)
+        with replaced_folder(folder) as part:
+            write_crops(data, part, torch.Generator().manual_seed(seed), progress=progress)
     return _opened(data, folder)
 
 

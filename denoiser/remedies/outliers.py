@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from dvt.backbones import Backbone, families
 from dvt.errors import BackboneError, ImageError
 from dvt.images import load_image
 from dvt.progress import Progress
+from dvt.tokens import norm_bound
 from dvt.views import resize
 
 #: An outlier's norm is at least RATIO times the median, and its logarithm SIGMAS robust sigmas above that.
@@ -45,14 +45,6 @@ class Outliers:
     share: float
 
 
-def bound_of(norms: Tensor) -> float:
-    """Compute the norm beyond which a token is an outlier, from those of many; the doctor counts by the same rule."""
-    logs = norms.double().clamp(min=1e-12).log()
-    median = logs.median()
-    sigma = 1.4826 * (logs - median).abs().median()
-    return float((median + torch.maximum(SIGMAS * sigma, torch.tensor(math.log(RATIO), dtype=torch.float64))).exp())
-
-
 def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
     """Find outliers from the norms of tokens.
 
@@ -64,7 +56,7 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
         BackboneError: after no block there are enough of them.
     """
     blocks = [torch.cat(each) for each in zip(*norms, strict=True)]
-    bounds = [bound_of(each) for each in blocks]
+    bounds = [float(norm_bound(each.double(), SIGMAS, RATIO)) for each in blocks]
     found = [each > bound for each, bound in zip(blocks, bounds, strict=True)]
     shares = [float(each.double().mean()) for each in found]
     block = max(range(len(shares)), key=shares.__getitem__)

@@ -193,10 +193,9 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _config(command: Denoise) -> DenoiseConfig:
-    chosen = DenoiseConfig(views=command.views, product=command.product, solver=command.solver)  # type: ignore[arg-type]
-    return DenoiseConfig(
-        views=dataclasses.replace(chosen.views, seed=command.seed, batch=command.batch),
-        product=chosen.product,
+    config = DenoiseConfig(
+        views=command.views,  # type: ignore[arg-type]
+        product=command.product,  # type: ignore[arg-type]
         solver=command.solver,
         linear=dataclasses.replace(command.linear, seed=command.seed),
         neural=dataclasses.replace(command.neural, seed=command.seed),
@@ -206,6 +205,7 @@ def _config(command: Denoise) -> DenoiseConfig:
         solve_images=command.solve_images,
         overlap={"auto": None, "on": True, "off": False}[command.overlap],
     )
+    return dataclasses.replace(config, views=dataclasses.replace(config.views, seed=command.seed, batch=command.batch))
 
 
 class _Writer:

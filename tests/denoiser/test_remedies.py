@@ -25,9 +25,9 @@ from dvt.denoiser import (
     noise_maps,
     predict_defect,
 )
-from dvt.denoiser.remedies.outliers import bound_of, entering
+from dvt.denoiser.remedies.outliers import RATIO, SIGMAS, entering
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, ShapeError
-from dvt.tokens import Tokens
+from dvt.tokens import Tokens, norm_bound
 
 SIZE = 160
 PLACES = [(1, 17), (2, 40)]  # block, neuron
@@ -110,7 +110,7 @@ def test_planted_register_neurons_are_found_and_their_outliers_return_to_the_bul
     last = len(backbone.model.blocks) - 1
     others = torch.stack(pictures(8, seed=9))  # not those that it was found on
     raw, well, after = (each.at_layers(others, [last])[last].patches for each in (backbone, clean, mended))
-    bound = bound_of(well.norm(dim=-1).flatten())
+    bound = norm_bound(well.norm(dim=-1).double(), SIGMAS, RATIO)
     assert (raw.norm(dim=-1) > bound).double().mean() > 0.005
     assert after.norm(dim=-1).max() <= bound
     assert ((after - well).norm(dim=-1) / well.norm(dim=-1)).max() < 1e-3
@@ -387,7 +387,11 @@ def test_the_remedy_defect_mends_a_model_whose_neurons_make_it():
         after = denoiser(raw)
         assert 0.8 < same.double().mean() < 1 and torch.equal(after[same], raw[same])
         # Neurons that fire a little make tokens just below the bound, which are taken for healthy.
-        assert after.norm(dim=-1).max() <= 1.1 * bound_of(well.norm(dim=-1).flatten()) < raw.norm(dim=-1).max() / 2
+        assert (
+            after.norm(dim=-1).max()
+            <= 1.1 * norm_bound(well.norm(dim=-1).double(), SIGMAS, RATIO)
+            < raw.norm(dim=-1).max() / 2
+        )
 
 
 # -------------------------------------------------------------------------------------- artifact from noise images

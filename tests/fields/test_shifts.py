@@ -205,3 +205,33 @@ def test_an_outlier_is_replaced_by_what_other_windows_show_there(photo):
     plain = ShiftSolver(ShiftConfig(alarm=1, robust=False)).fit([(tokens, coords)])
     spoilt = plain.decompose(tokens[0], coords[0]).semantic[2, 2]
     assert (spoilt - field[0, 2, 2]).norm() > field[0, 2, 2].norm()
+
+
+def test_weighted_images_together_are_each_alone():
+    tokens, coords, _, _ = problem(noise=0.5, windows=9)
+    flat, weights = tokens.flatten(1, 2), 0.1 + torch.rand(2, 10, GRID[0] * GRID[1], generator=generator(3))
+    offsets, period = grids.lattice(coords)
+    images = torch.stack((flat, 2 - flat.flip(0)))
+    both = TwoWay(2, GRID, period, CHANNELS, flat)
+    both.add(images, offsets, weights)
+    found, equations = both.solve(1e-6), both.equations()
+    for number in range(2):
+        alone = TwoWay(1, GRID, period, CHANNELS, flat)
+        alone.add(images[number : number + 1], offsets, weights[number : number + 1])
+        for part, other in zip(alone.solve(1e-6), found, strict=True):
+            torch.testing.assert_close(part[0], other[number])
+        for part, other in zip(alone.equations(), equations, strict=True):
+            torch.testing.assert_close(part[0], other[number])
+
+
+def test_the_size_of_batches_changes_nothing_beyond_the_windows_that_are_held(monkeypatch):
+    monkeypatch.setattr("dvt.fields.shifts.HELD", 7)
+    tokens, coords, _, _ = problem(noise=0.3, windows=20)
+    tokens[9, 2, 2] += 30  # not among the first ones
+    fits = [
+        ShiftSolver(ShiftConfig(alarm=1)).fit(zip(tokens.split(size), coords.split(size), strict=True))
+        for size in (1, 4, 6, 21)
+    ]
+    for fit in fits[1:]:
+        torch.testing.assert_close(fit.artifact, fits[0].artifact)
+        torch.testing.assert_close(fit.field, fits[0].field)
