@@ -72,7 +72,7 @@ def measured(
     found = []
     for name, way in ways.items():
         tokens = [each.with_patches(way(each.patches)) for each in raw]
-        position = scores.position_r2(tokens, torch.Generator().manual_seed(0), 5)
+        position = scores.position_r2_row(tokens, torch.Generator().manual_seed(0), 5)
         subtracted = interval([cosine(t.patches[0], r.patches[0] - shared) for t, r in zip(tokens, raw, strict=True)])
         faithful = interval([cosine(t.patches[0], target) for t, target in zip(tokens, targets, strict=True)])
         found.append(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dvt import grids
 from dvt.denoiser.config import DenoiserConfig
-from dvt.denoiser.remedies.bodies import Defect, Registers
+from dvt.denoiser.remedies.bodies import DefectRemoval, RegisterNeurons
 
 
 class Convolution(nn.Module):
@@ -74,8 +74,8 @@ class Subtract(nn.Module):
 BODIES: dict[str, Callable[[DenoiserConfig], Any]] = {
     "conv1x1": Convolution,
     "conv3x3": Convolution,
-    "defect": Defect,
+    "defect": DefectRemoval,
     "linear": Linear,
-    "registers": Registers,
+    "registers": RegisterNeurons,
     "subtract": Subtract,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import families
-from dvt.denoiser.derived import derived, grid_of, reduced, shared_copy, taken_blocks
+from dvt.denoiser.derived import derived, patch_grid, reduce_derived, shared_copy, taken_blocks
 from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
@@ -90,7 +90,7 @@ class DenoisedModel(nn.Module):
         return {*own(), *extra}
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return reduced(self)
+        return reduce_derived(self)
 
     def _asked(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
         """Name the options of ``forward_intermediates``; their order differs among timm's models."""
@@ -148,7 +148,7 @@ class DenoisedModel(nn.Module):
                 "a model with a denoiser takes images (B, 3, H, W), because a denoiser needs whole token maps; "
                 f"got {tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__}"
             )
-        return grid_of(self, x)
+        return patch_grid(self, x)
 
 
 def _answer(

@@ -34,7 +34,7 @@ def derived(mixin: Any, base: Any) -> type[nn.Module]:
     return type(base.__name__, (mixin, base), about | methods)
 
 
-def reduced(module: nn.Module) -> tuple[Any, ...]:
+def reduce_derived(module: nn.Module) -> tuple[Any, ...]:
     """Answer ``__reduce_ex__`` for a mixin: a derived class has no name to be found by, its parts have."""
     return blank, _parts(type(module)), module.__dict__.copy()
 
@@ -75,7 +75,7 @@ def stride_of(model: families.Model) -> Size:
     return patch
 
 
-def grid_of(model: families.Model, images: Tensor) -> Size:
+def patch_grid(model: families.Model, images: Tensor) -> Size:
     """Compute the grid (h, w) of images (B, 3, H, W)."""
     patch = families.patch_size(model)
     size = images.shape[2], images.shape[3]

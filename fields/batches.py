@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvt.errors import ShapeError
 
-Batch = tuple[Tensor, Tensor]
+ViewBatch = tuple[Tensor, Tensor]
 
 
 def check_batch(tokens: Tensor, coords: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -38,9 +38,9 @@ def check_batch(tokens: Tensor, coords: Tensor, shape: tuple[int, ...]) -> tuple
     return found
 
 
-def take_views(stream: Iterator[Batch], views: int) -> tuple[list[Batch], Iterator[Batch]]:
+def take_views(stream: Iterator[ViewBatch], views: int) -> tuple[list[ViewBatch], Iterator[ViewBatch]]:
     """Read that many views, and keep the stream of the others; batches are split: their size changes no choice."""
-    head: list[Batch] = []
+    head: list[ViewBatch] = []
     missing = views
     while missing > 0 and (batch := next(stream, None)) is not None:
         tokens, coords = batch

@@ -23,7 +23,7 @@ from dvt.errors import ConfigError
 from dvt.grids import Size
 
 # Random mixtures that stand for all channels; they keep squared lengths on average.
-SKETCH = 64
+TEST_CHANNELS = 64
 # Patches along the side of a block. A network's noise goes together in neighbours: they should share a group.
 BLOCK = 2
 
@@ -50,7 +50,7 @@ class SignTest:
             )
         blocks = (grids.lattice_blocks(period, side, groups) for side in (BLOCK, 1))
         self.group = next(group for group in blocks if len(group.unique()) == groups).to(like.device)
-        width = min(SKETCH, channels)
+        width = min(TEST_CHANNELS, channels)
         basis = torch.randn(channels, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         self.mix = torch.linalg.qr(basis).Q.to(like)
         self.content = self.mix.new_zeros(period[0] * period[1], width)

@@ -22,6 +22,7 @@ from torch import Tensor
 from dvt.backbones import Backbone
 from dvt.devices import out_of_memory
 from dvt.errors import ImageError, NonFiniteError
+from dvt.fields.batches import ViewBatch
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.image import DecomposedImage, TokenViews, make_solver
@@ -44,7 +45,6 @@ _GROUP = 8  # images that a GPU solves together: the solver's many small operati
 OnImage = Callable[[Path, Tensor, DecomposedImage], None]
 #: (V, h, w, C) tokens, (V, h, w, 2) coordinates, and the event after which a GPU has both.
 TimedBatch = tuple[Tensor, Tensor, "torch.cuda.Event | None"]
-Batch = tuple[Tensor, Tensor]
 
 
 def denoise_images(
@@ -238,7 +238,7 @@ class DecomposeWork(Work):
                 each if isinstance(each, Exception) else DecomposedImage(*each, image.seconds, seconds / len(images))
             )
 
-    def _fits(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None) -> list[Fit | Exception]:
+    def _fits(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None) -> list[Fit | Exception]:
         """The images' fits; where one cannot be used, or memory is too small for all, each is solved by itself."""
         solver = make_solver(self.config)
         try:
@@ -321,7 +321,7 @@ class _Reading:
     def __init__(self, stream: Iterable[TimedBatch]):
         self.stream, self.seconds = stream, 0.0
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ViewBatch]:
         batches = iter(self.stream)
         while True:
             start = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
-from dvt.fields.batches import Batch, check_batch, take_views
+from dvt.fields.batches import ViewBatch, check_batch, take_views
 from dvt.fields.config import LinearConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.defects import Defect, Gate
@@ -86,7 +86,7 @@ class LinearSolver:
         self.config = config or LinearConfig()
         self.defect = defect
 
-    def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> LinearFit:
+    def fit(self, views: Iterable[ViewBatch], artifact: Tensor | None = None) -> LinearFit:
         """Fit one image.
 
         Args:
@@ -101,7 +101,7 @@ class LinearSolver:
         """
         return self.fit_many([views], artifact)[0]
 
-    def fit_many(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None = None) -> list[LinearFit]:
+    def fit_many(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None = None) -> list[LinearFit]:
         """Fit several images at once: to rounding, :meth:`fit` of each, in their order.
 
         On a GPU this takes little longer than one image; every image keeps its own resolution and smoothness. The
@@ -119,7 +119,7 @@ class LinearSolver:
         """
         if not views:
             return []
-        run = _Run(self.config, views, artifact, self.defect)
+        run = _LinearPass(self.config, views, artifact, self.defect)
         fits: dict[int, LinearFit] = {}
         for resolution, images in run.pilot.groups().items():
             smoothness = [run.pilot.smoothness[image] for image in images]
@@ -129,7 +129,7 @@ class LinearSolver:
                 fits[image] = self._result(run, image, *parts)
         return [fits[image] for image in range(len(views))]
 
-    def _result(self, run: _Run, image: int, field: Tensor, estimate: Tensor, noise: float) -> LinearFit:
+    def _result(self, run: _LinearPass, image: int, field: Tensor, estimate: Tensor, noise: float) -> LinearFit:
         resolution, smoothness = run.pilot.resolution[image], run.pilot.smoothness[image]
         residual_map, mean = run.outliers[image].residual_map(field, estimate, resolution, self.config)
         dtype = torch.promote_types(run.dtype, torch.float32)
@@ -144,12 +144,12 @@ class LinearSolver:
             gate=run.pilot.gate(image),
         )
 
-    def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
         """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
 
         :meth:`solve_shared` solves the sums.
         """
-        run = _Run(self.config, [views], None, self.defect)
+        run = _LinearPass(self.config, [views], None, self.defect)
         schur, rhs = run.equations[run.pilot.resolution[0]].artifact_equations(run.pilot.smoothness[0])
         return schur[0], rhs[0]
 
@@ -158,21 +158,21 @@ class LinearSolver:
         return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
 
 
-class _Run:
+class _LinearPass:
     """One pass over the views of some images: the pilot's choices and the sums."""
 
     def __init__(
         self,
         config: LinearConfig,
-        views: Sequence[Iterable[Batch]],
+        views: Sequence[Iterable[ViewBatch]],
         artifact: Tensor | None,
         defect: Defect | None,
     ):
         self.config = config
         shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)
-        images: list[_Views] = []
+        images: list[_ImageViews] = []
         for each in views:
-            images.append(_Views(each, shape, config.pilot_views))
+            images.append(_ImageViews(each, shape, config.pilot_views))
             shape = images[-1].shape
         seen = {image.seen for image in images}
         if len(seen) > 1:
@@ -196,7 +196,7 @@ class _Run:
         for number, image in enumerate(images):
             self._accumulate(number, image)
 
-    def _accumulate(self, image: int, views: _Views) -> None:
+    def _accumulate(self, image: int, views: _ImageViews) -> None:
         config, resolution = self.config, self.pilot.resolution[image]
         equations = self.equations[resolution].image(self.pilot.groups()[resolution].index(image))
         for tokens, coords in views:
@@ -217,7 +217,7 @@ def _centred(artifact: Tensor) -> Tensor:
     return torch.where((mean.abs() <= rounding).all(), artifact, artifact - mean)
 
 
-class _Views:
+class _ImageViews:
     """The views of one image, checked and flattened to (V, n, C) and (V, n, 2), to be iterated once.
 
     Args:
@@ -226,7 +226,7 @@ class _Views:
         count: how many views are read at once, and held until they are iterated; `seen` is how many there were.
     """
 
-    def __init__(self, views: Iterable[Batch], shape: tuple[int, ...], count: int):
+    def __init__(self, views: Iterable[ViewBatch], shape: tuple[int, ...], count: int):
         self.shape = shape
         self._finite: list[Tensor] = []
         self._outside: list[Tensor] = []
@@ -236,13 +236,13 @@ class _Views:
             raise ConfigError("there are no views; give at least one batch of (tokens, coords)")
         self._check()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[ViewBatch]:
         while self.head:
             yield self.head.pop(0)
         yield from self._rest
         self._check()
 
-    def _read(self, views: Iterable[Batch]) -> Iterator[Batch]:
+    def _read(self, views: Iterable[ViewBatch]) -> Iterator[ViewBatch]:
         for tokens, coords in views:
             self.shape = check_batch(tokens, coords, self.shape)
             self._finite.append(torch.isfinite(tokens.sum() + coords.sum().to(tokens)))

@@ -16,8 +16,8 @@ from dvt.fields.config import NeuralConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.encodings import make_encoding
 
-Views = Iterable[tuple[Tensor, Tensor]]
-Progress = Callable[[int, int], None]
+ViewBatches = Iterable[tuple[Tensor, Tensor]]
+OnStep = Callable[[int, int], None]
 
 _HALF_SAFE = 6e4
 _CUDA_RESERVE = 2**31
@@ -79,7 +79,7 @@ class NeuralSolver:
     def __init__(self, config: NeuralConfig | None = None) -> None:
         self.config = config or NeuralConfig()
 
-    def fit(self, views: Views, artifact: Tensor | None = None, progress: Progress | None = None) -> NeuralFit:
+    def fit(self, views: ViewBatches, artifact: Tensor | None = None, progress: OnStep | None = None) -> NeuralFit:
         """Fit one image.
 
         Args:
@@ -103,16 +103,16 @@ class NeuralSolver:
         centre, scale = _moments(tokens.flatten(0, 2))
         # Callers often extract features under inference mode or no_grad; the fit itself needs gradients.
         with torch.inference_mode(False), torch.enable_grad():
-            job = _Job(self.config, grid, centre.to(device), scale, artifact, device)
-            job.train(tokens.flatten(0, 2), coords.flatten(0, 2), progress)
-        return job.result()
+            fitting = _NeuralFitting(self.config, grid, centre.to(device), scale, artifact, device)
+            fitting.train(tokens.flatten(0, 2), coords.flatten(0, 2), progress)
+        return fitting.result()
 
-    def fit_many(self, views: Sequence[Views], artifact: Tensor | None = None) -> list[NeuralFit]:
+    def fit_many(self, views: Sequence[ViewBatches], artifact: Tensor | None = None) -> list[NeuralFit]:
         """Fit several images, one after the other: :meth:`fit` of each, in their order."""
         return [self.fit(each, artifact) for each in views]
 
 
-class _Job:
+class _NeuralFitting:
     """The networks of one fit and their training, in standardised units."""
 
     def __init__(
@@ -136,7 +136,7 @@ class _Job:
         known = (known - known.mean((0, 1))).flatten(0, 1).to(device)
         self.artifact = nn.Parameter(known, requires_grad=artifact is None)
 
-    def train(self, tokens: Tensor, coords: Tensor, progress: Progress | None) -> None:
+    def train(self, tokens: Tensor, coords: Tensor, progress: OnStep | None) -> None:
         """Run all steps on tokens (N, C) and coordinates (N, 2), position after position of view after view."""
         config = self.config
         modules = [self.field] + ([self.predictor] if self.predictor is not None else [])
@@ -218,7 +218,7 @@ def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Mod
         yield layer
 
 
-def _cache(views: Views) -> tuple[Tensor, Tensor, torch.device]:
+def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
     """All tokens (V, h, w, C) in half precision, their coordinates (V, h, w, 2), and the device that they came on."""
     kept: list[tuple[Tensor, Tensor]] = []
     device = None

@@ -22,7 +22,7 @@ from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
 
 # Random projections that stand for all channels.
-SKETCH = 32
+PILOT_CHANNELS = 32
 # Nodes along the shorter side up to which a resolution is affordable: the cost grows with the fourth power.
 FINEST = 112
 # Values of lambda that are tried.
@@ -300,7 +300,7 @@ def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
 def mix_channels(tokens: Tensor, seed: int) -> Tensor:
     """(C, S) orthonormal columns, scaled so that the squared length of a token is kept on average."""
     channels = tokens.shape[-1]
-    width = min(SKETCH, channels)
+    width = min(PILOT_CHANNELS, channels)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(channels, width, generator=generator, dtype=torch.float64)).Q
     return (basis * (channels / width) ** 0.5).to(tokens.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError
-from dvt.fields.batches import Batch, check_batch, take_views
+from dvt.fields.batches import ViewBatch, check_batch, take_views
 from dvt.fields.config import ShiftConfig
 from dvt.fields.decomposition import Fit
 from dvt.fields.equations import solve_artifact
@@ -80,7 +80,7 @@ class ShiftSolver:
     def __init__(self, config: ShiftConfig | None = None, weigh: Weigh | None = None):
         self.config, self.weigh = config or ShiftConfig(), weigh
 
-    def fit(self, views: Iterable[Batch], artifact: Tensor | None = None) -> ShiftFit:
+    def fit(self, views: Iterable[ViewBatch], artifact: Tensor | None = None) -> ShiftFit:
         """Fit one image.
 
         Args:
@@ -94,7 +94,7 @@ class ShiftSolver:
             ConfigError: there is no view, a view is no shifted window, the grid has one row or column, or too few
                 patches to test for an artifact.
         """
-        run = _Run(self, views, artifact)
+        run = _ShiftPass(self, views, artifact)
         known = None
         if artifact is not None:
             known = (artifact - artifact.mean((0, 1))).flatten(0, 1)
@@ -104,23 +104,23 @@ class ShiftSolver:
             known = run.sums.position.new_zeros(run.sums.position.shape[1:])
         return self._result(run, known, p_value, found)
 
-    def fit_many(self, views: Sequence[Iterable[Batch]], artifact: Tensor | None = None) -> list[ShiftFit]:
+    def fit_many(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None = None) -> list[ShiftFit]:
         """:meth:`fit` of each image; those of one grid and equal offsets share their system's factor."""
         return [self.fit(each, artifact) for each in views]
 
-    def artifact_equations(self, views: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
         """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
 
         :meth:`solve_shared` solves the sums.
         """
-        schur, rhs = _Run(self, views, None, test=False).sums.equations()
+        schur, rhs = _ShiftPass(self, views, None, test=False).sums.equations()
         return schur[0], rhs[0]
 
     def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
         """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
         return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
 
-    def _result(self, run: _Run, known: Tensor | None, p_value: float | None, found: bool) -> ShiftFit:
+    def _result(self, run: _ShiftPass, known: Tensor | None, p_value: float | None, found: bool) -> ShiftFit:
         solution = run.sums.solve(self.config.ridge, known)
         (height, width), dtype = run.sums.grid, run.sums.content.dtype
         observed = run.sums.observed()[0]
@@ -149,7 +149,7 @@ class ShiftSolver:
         return torch.where(seen - own < OUTLIER, 0.0, share)
 
 
-class _Run:
+class _ShiftPass:
     """One pass over the windows of an image.
 
     Attributes:
@@ -158,7 +158,7 @@ class _Run:
         own: (n,) weights of the first window, the whole image; own_long, which of its tokens are outliers by length.
     """
 
-    def __init__(self, solver: ShiftSolver, views: Iterable[Batch], artifact: Tensor | None, test: bool = True):
+    def __init__(self, solver: ShiftSolver, views: Iterable[ViewBatch], artifact: Tensor | None, test: bool = True):
         self.solver = solver
         self.test: SignTest | None = None
         self.trust: Trust | None = None
@@ -213,7 +213,7 @@ def _windows(tokens: Tensor, coords: Tensor) -> _Windows:
     return _Windows(tokens.flatten(1, 2), offsets, coords.flatten(1, 2), grid, period)
 
 
-def _checked(views: Iterable[Batch], shape: tuple[int, ...]) -> Iterator[Batch]:
+def _checked(views: Iterable[ViewBatch], shape: tuple[int, ...]) -> Iterator[ViewBatch]:
     """Yield batches, once each is known to be of one shape (h, w, C) and finite."""
     for tokens, coords in views:
         shape = check_batch(tokens, coords, shape)

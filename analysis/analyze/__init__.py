@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dvt.analysis.analyze.config import AnalyzeConfig, Decompose, DenoiserLike, ImageLike
+from dvt.analysis.analyze.config import AnalyzeConfig, Decompose, DenoiserLike
 from dvt.analysis.analyze.measurement import BackboneMeasurement
 from dvt.analysis.analyze.sample import choose_sample, name_of, read_pixels, spread, store_of
 from dvt.analysis.analyze.stopwatch import Stopwatch
@@ -19,6 +19,7 @@ from dvt.analysis.metrics.scores import Row
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
 from dvt.errors import ConfigError
+from dvt.images import ImageLike
 from dvt.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from torch import Tensor
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 DenoiserLike: TypeAlias = "Callable[[Tokens], Tokens] | Backbone"
 Decompose = Callable[[Tensor], Mapping[str, Tensor]]
 TermSource: TypeAlias = "FeatureStore | Decompose | None"
-ImageLike = str | Path | Tensor
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dvt.analysis.analyze.config import AnalyzeConfig, Decompose, DenoiserLike, ImageLike, TermSource
+from dvt.analysis.analyze.config import AnalyzeConfig, Decompose, DenoiserLike, TermSource
 from dvt.analysis.analyze.sample import places_of, read_pixels, spread, store_of
 from dvt.analysis.analyze.stopwatch import Stopwatch
 from dvt.analysis.analyze.treated import treated
@@ -21,6 +21,7 @@ from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_w
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.errors import ConfigError
 from dvt.grids import Size
+from dvt.images import ImageLike
 from dvt.progress import Progress
 from dvt.tokens import Tokens
 from dvt.views import resize

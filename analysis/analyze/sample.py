@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.analyze.config import AnalyzeConfig, ImageLike, TermSource
+from dvt.analysis.analyze.config import AnalyzeConfig, TermSource
 from dvt.errors import ConfigError, ImageError
-from dvt.images import load_image
+from dvt.images import ImageLike, load_image
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.analyze.config import Decompose, DenoiserLike, ImageLike
+from dvt.analysis.analyze.config import Decompose, DenoiserLike
 from dvt.analysis.analyze.sample import read_pixels, spread
 from dvt.analysis.doctor.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
 from dvt.analysis.doctor.examination import Examination, settled_time
 from dvt.errors import ImageError
+from dvt.images import ImageLike
 from dvt.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -112,7 +112,7 @@ class Examination:
         if len(maps) < 2:
             return None
         plain = [each.with_patches(each.patches - grids.resample(artifact, each.grid)) for each in maps]
-        row = scores.position_r2(plain, torch.Generator().manual_seed(self.config.seed), self.config.draws)
+        row = scores.position_r2_row(plain, torch.Generator().manual_seed(self.config.seed), self.config.draws)
         return Score(*(float(getattr(row, name) or 0) for name in ("value", "null", "null_low", "null_high")))
 
     def _treated(self, name: str) -> Treated:

@@ -110,10 +110,10 @@ def static_rows(
     """
     few = [maps[i] for i in torch.linspace(0, len(maps) - 1, min(mic_images, len(maps))).long().tolist()]
     tasks: list[tuple[str, Callable[[], list[Row]]]] = [
-        ("position_r2", lambda: [position_r2(maps, generator, draws)]),
-        ("position_mic", lambda: [position_mic(few, generator, candidates)]),
-        ("outlier_share", lambda: outliers(maps, generator)),
-        ("grid_peak", lambda: [grid_peak(maps, generator, draws, period)]),
+        ("position_r2", lambda: [position_r2_row(maps, generator, draws)]),
+        ("position_mic", lambda: [position_mic_row(few, generator, candidates)]),
+        ("outlier_share", lambda: outlier_rows(maps, generator)),
+        ("grid_peak", lambda: [grid_peak_row(maps, generator, draws, period)]),
     ]
     rows = []
     for name, task in tasks:
@@ -124,7 +124,7 @@ def static_rows(
     return rows
 
 
-def position_r2(maps: Sequence[Tokens], generator: torch.Generator, draws: int) -> Row:
+def position_r2_row(maps: Sequence[Tokens], generator: torch.Generator, draws: int) -> Row:
     """Score :func:`~dvt.analysis.metrics.artifacts.position_decodability`; the interval is over held-out images."""
     targets = []
     for each in token_maps(maps):
@@ -142,7 +142,7 @@ def position_r2(maps: Sequence[Tokens], generator: torch.Generator, draws: int) 
     return _row("position_r2", float(values[0]), values[1:], interval, len(maps), note)
 
 
-def position_mic(maps: Sequence[Tokens], generator: torch.Generator, candidates: int | None) -> Row:
+def position_mic_row(maps: Sequence[Tokens], generator: torch.Generator, candidates: int | None) -> Row:
     """Score :func:`dvt.analysis.metrics.artifacts.position_mic`."""
     values = metrics.position_mics(maps, candidates)
     rounds = _rounds(len(maps))
@@ -152,7 +152,7 @@ def position_mic(maps: Sequence[Tokens], generator: torch.Generator, candidates:
     return _mean_row("position_mic", values, null, generator, note)
 
 
-def outliers(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
+def outlier_rows(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
     """Score the share of norm outliers and the spread of an image's norms against noise of the same covariance.
 
     The thresholds are those of all images together, also in the bootstrap. The null comes from up to 16 images.
@@ -187,7 +187,7 @@ def _ratio(norms: Tensor) -> Tensor:
     return ordered[round(0.99 * (len(ordered) - 1))] / ordered.median().clamp(min=1e-12)
 
 
-def grid_peak(maps: Sequence[Tokens], generator: torch.Generator, draws: int, period: int = 2) -> Row:
+def grid_peak_row(maps: Sequence[Tokens], generator: torch.Generator, draws: int, period: int = 2) -> Row:
     """Score :func:`dvt.analysis.metrics.artifacts.grid_peak`."""
     powers = metrics.grid_powers(maps, period)
     value = float(metrics.peak_of(powers.mean(0)))

@@ -136,7 +136,7 @@ def train_head(
     Everything runs on the device of the tokens.
     """
     small = [reduced(target, _target_size(target, grid_of(tokens[i]), config)) for i, target in enumerate(targets)]
-    batches = _Batches([(*grid_of(tokens[i]), *small[i].shape) for i in range(len(small))], config.batch)
+    batches = _HeadBatches([(*grid_of(tokens[i]), *small[i].shape) for i in range(len(small))], config.batch)
     head.to(tokens[0].device).train()
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     steps = max(2, config.epochs * len(batches))
@@ -155,7 +155,7 @@ def train_head(
     return head.eval()
 
 
-class _Batches:
+class _HeadBatches:
     """List indices in batches of equal shapes."""
 
     def __init__(self, shapes: list[tuple[int, ...]], batch: int) -> None:

@@ -9,7 +9,7 @@ from dvt.denoiser.config import DenoiserConfig
 from dvt.errors import BackboneError
 
 
-class Defect(nn.Module):
+class DefectRemoval(nn.Module):
     """Put tokens that lie beyond a limit along a unit direction d back to where the others are; these stay.
 
     With a = (x - mean)'d, a token with |a - centre| > limit becomes mean + centre d + scale (x - mean - a d).
@@ -38,7 +38,7 @@ class Defect(nn.Module):
         return torch.where((along - centre).abs() > limit, mended, patches)
 
 
-class Registers(nn.Module):
+class RegisterNeurons(nn.Module):
     """Hold the neurons whose activation an appended token takes over, as (n, 2) pairs (block, neuron)."""
 
     places: Tensor

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import Backbone, families
-from dvt.denoiser.derived import around, derived, grid_of, reduced, shared_copy
+from dvt.denoiser.derived import around, derived, patch_grid, reduce_derived, shared_copy
 from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import BackboneError
 
@@ -132,7 +132,7 @@ class Registered(nn.Module):
         return self._cut(out[0]), [entry(each) for each in out[1]]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return reduced(self)
+        return reduce_derived(self)
 
     def _cut(self, tokens: Tensor) -> Tensor:
         return tokens[:, :-1] if self.registers.strength else tokens
@@ -142,7 +142,7 @@ class Registered(nn.Module):
         if isinstance(entry, tuple):
             return self._entry(entry[0], images, maps), entry[1]
         patches = self._cut(entry)
-        return patches.unflatten(1, grid_of(self, images)).permute(0, 3, 1, 2).contiguous() if maps else patches
+        return patches.unflatten(1, patch_grid(self, images)).permute(0, 3, 1, 2).contiguous() if maps else patches
 
 
 class _Appending:

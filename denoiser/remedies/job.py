@@ -12,10 +12,11 @@ from dvt.denoiser.model import Denoiser
 from dvt.denoiser.remedies.config import REMEDIES, WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.denoiser.remedies.defect import fit_defect, predict_defect
 from dvt.denoiser.remedies.noise import fit_insid3, fit_noise, noise_maps
-from dvt.denoiser.remedies.outliers import ImageLike, Outliers, block_norms, find_outliers, inputs
+from dvt.denoiser.remedies.outliers import OutlierTokens, block_norms, find_outliers, inputs
 from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
+from dvt.images import ImageLike
 from dvt.progress import Progress
 
 
@@ -92,7 +93,7 @@ def _registers(
 def _defect(
     backbone: Backbone, images: Sequence[ImageLike], config: RemedyConfig, progress: Progress | None
 ) -> Denoiser:
-    found: Outliers = find_outliers(block_norms(backbone, images, progress), backbone.name)
+    found: OutlierTokens = find_outliers(block_norms(backbone, images, progress), backbone.name)
     direction = predict_defect(backbone) if config.predicted else None
     denoiser = fit_defect(_maps(backbone, images, progress), found.masks, direction, backbone.name)
     if config.predicted:
@@ -116,8 +117,8 @@ def _rasa(backbone: Backbone, images: Sequence[ImageLike], config: RemedyConfig,
     return fit_rasa(_maps(backbone, images, progress), config.rounds)
 
 
-_Fit = Callable[[Backbone, Sequence[ImageLike], RemedyConfig, "Progress | None"], Denoiser]
-_FITS: dict[str, _Fit] = {
+_FitRemedy = Callable[[Backbone, Sequence[ImageLike], RemedyConfig, "Progress | None"], Denoiser]
+_FITS: dict[str, _FitRemedy] = {
     "registers": _registers,
     "defect": _defect,
     "noise": _noise,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from dvt.backbones import Backbone, families
 from dvt.errors import BackboneError, ImageError
-from dvt.images import load_image
+from dvt.images import ImageLike, load_image
 from dvt.progress import Progress
 from dvt.tokens import norm_bound
 from dvt.views import resize
@@ -23,11 +22,9 @@ RATIO, SIGMAS = 2.0, 5.0
 #: The least share of tokens that counts as a defect of the model: a tenth of what Darcet et al. count in DINOv2-g.
 DEFECT_SHARE = 0.0025
 
-ImageLike = str | Path | Tensor
-
 
 @dataclass(frozen=True)
-class Outliers:
+class OutlierTokens:
     """Mark the tokens of several images that are outliers, at the block where most are.
 
     Args:
@@ -45,7 +42,7 @@ class Outliers:
     share: float
 
 
-def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
+def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> OutlierTokens:
     """Find outliers from the norms of tokens.
 
     Args:
@@ -69,7 +66,7 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> Outliers:
     own = found[block]
     rising = next(i for i, each in enumerate(found) if (each & own).sum() >= 0.9 * own.sum())
     masks = own.split([len(each[0]) for each in norms])
-    return Outliers(tuple(masks), block, bounds[block], rising, shares[block])
+    return OutlierTokens(tuple(masks), block, bounds[block], rising, shares[block])
 
 
 def block_norms(

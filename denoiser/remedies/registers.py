@@ -18,14 +18,14 @@ from dvt.denoiser.config import DenoiserConfig
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.remedies.install import mlp_outputs, registered_backbone, timm_model
 from dvt.denoiser.remedies.outliers import (
-    ImageLike,
-    Outliers,
+    OutlierTokens,
     block_norms,
     entering,
     find_outliers,
     inputs,
 )
 from dvt.errors import BackboneError, ConfigError
+from dvt.images import ImageLike
 from dvt.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ class _Shares:
         self,
         backbone: Backbone,
         images: Sequence[ImageLike],
-        found: Outliers,
+        found: OutlierTokens,
         order: Tensor,
         progress: Progress | None,
     ) -> None:
@@ -114,7 +114,7 @@ class _Shares:
         return high
 
 
-def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: Outliers, progress: Progress | None) -> Tensor:
+def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: OutlierTokens, progress: Progress | None) -> Tensor:
     """Rank all neurons, those that write most at the outliers first: (D * blocks, 2) pairs (block, neuron)."""
     model = timm_model(backbone)
     layers, prefix = mlp_outputs(model)[: found.rising + 1], families.prefix_tokens(model)

@@ -39,7 +39,7 @@ TOLERANCE = 1e-4
 #: Bounds of the dynamic sizes: images in a batch, patches along a side.
 MAX_BATCH, MIN_SIDE, MAX_SIDE = 4096, 2, 512
 
-Run = Callable[[Tensor], tuple[Tensor, ...]]
+ExportedForward = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,9 @@ def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
         ) from error
 
 
-def _pt2(program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig) -> tuple[None, Run]:
+def _pt2(
+    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig
+) -> tuple[None, ExportedForward]:
     # Into memory first: on a full disk torch's writer would end the process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"dvt.json": json.dumps(described)})
@@ -239,7 +241,9 @@ def _pt2(program: ExportedProgram, part: Path, described: dict[str, Any], config
     return None, torch.export.load(part).module()
 
 
-def _onnx(program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig) -> tuple[int, Run]:
+def _onnx(
+    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig
+) -> tuple[int, ExportedForward]:
     import onnxruntime
 
     outputs = ["patches", "prefix"][: len(program.graph_signature.user_outputs)]
@@ -286,7 +290,7 @@ def _trials(backbone: Backbone, size: Size, dynamic: bool) -> Iterator[Tensor]:
     yield torch.rand(3, 3, *other, generator=generator)
 
 
-def _deviation(module: nn.Module, run: Run, images: Tensor) -> float:
+def _deviation(module: nn.Module, run: ExportedForward, images: Tensor) -> float:
     with torch.no_grad():
         expected = module(images)
         try:

@@ -17,17 +17,17 @@ from rich.markup import escape
 import dvt
 from dvt.cli.analysis import Analyze, Doctor, ProbeCommand, ReportCommand, analyze, doctor, probe, report
 from dvt.cli.common import DryRun
+from dvt.cli.denoise import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
 from dvt.cli.priors import PriorCommand, prior
 from dvt.cli.remedies import FindRemedy, remedy
-from dvt.cli.stage_one import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.errors import DvtError
 
-Run = Callable[[Any, Console], tuple[int, dict[str, Any]]]
+CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
 
 #: Each command's name, its settings and the function that does it: (settings, console) -> (exit code, JSON result).
-COMMANDS: dict[str, tuple[type, Run]] = {
+COMMANDS: dict[str, tuple[type, CommandFunction]] = {
     "demo": (Demo, demo),
     "denoise": (Denoise, denoise),
     "extract": (Extract, extract),
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[type, Run]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
+    """CommandFunction a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
         if isinstance(stream, io.TextIOWrapper):

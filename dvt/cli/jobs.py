@@ -93,9 +93,9 @@ def run_job(
 def save_settings(out: str, content: dict[str, Any]) -> None:
     """config.json beside the shards."""
     if is_url(out):
-        from dvt.store.remote import Target
+        from dvt.store.remote import ShardTarget
 
-        Target(out).put("config.json", (json.dumps(content, indent=1) + "\n").encode())
+        ShardTarget(out).put("config.json", (json.dumps(content, indent=1) + "\n").encode())
     else:
         save_json(Path(out) / "config.json", content)
 

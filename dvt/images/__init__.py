@@ -5,13 +5,14 @@ is replaced, padded or skipped silently.
 """
 
 from dvt.images.find import SUFFIXES, find_images, find_sources
-from dvt.images.read import MAX_PIXELS, file_sha256, image_size, load_image, size_and_sha256
+from dvt.images.read import MAX_PIXELS, ImageLike, file_sha256, image_size, load_image, size_and_sha256
 from dvt.images.urls import MAX_BYTES, is_url, url_files
 
 __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "SUFFIXES",
+    "ImageLike",
     "file_sha256",
     "find_images",
     "find_sources",

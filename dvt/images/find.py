@@ -9,15 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dvt.errors import ImageError
-from dvt.images.read import _regular_file
-from dvt.images.urls import _fetching, is_url, url_files
+from dvt.images.read import regular_file
+from dvt.images.urls import fetching, is_url, url_files
 
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
     + (".tif", ".tiff", ".webp")
 )
 """File names that count as images inside a folder or a glob; a file given by name may have any other."""
-
 
 _LINE_BYTES = 1 << 16  # no path is longer
 
@@ -100,7 +99,7 @@ def _expand_url(url: str, lists: bool) -> Iterator[str]:
     elif url.startswith(("http://", "https://")):  # "?" is no wildcard in these, and nothing lists a folder
         yield url
     else:
-        with _fetching(url):
+        with fetching(url):
             files, place = url_files(url)
             if glob.has_magic(place):
                 matches = files.glob(place, detail=True)
@@ -175,7 +174,7 @@ def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
 def _read_list(path: str) -> Iterator[str]:
     base = path.rpartition("/")[0] if is_url(path) else os.path.dirname(path)
     try:
-        with _regular_file(path) as file:
+        with regular_file(path) as file:
             for number, raw in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), 1):
                 if len(raw) == _LINE_BYTES:
                     raise ImageError(f"line {number} takes more than 64 KB; a list is text, one path a line")

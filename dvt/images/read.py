@@ -20,21 +20,20 @@ from PIL import Image
 from torch import Tensor
 
 from dvt.errors import ImageError
-from dvt.images.urls import _error, _fetched, is_url
+from dvt.images.urls import fetched, image_error, is_url
 
 log = logging.getLogger(__name__)
 
+ImageLike = str | Path | Tensor
+"""An image as functions take it: its file, its URL, or its (3, H, W) pixels in [0, 1]."""
 
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded, in pixels (Pillow's own limit). One at the limit takes 4 to 6 GB to load."""
 
-
 # A closed list: Pillow would otherwise also start Ghostscript for PostScript files.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
-
 _ORIENTATION_TAG, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257
-
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -97,7 +96,7 @@ def file_sha256(path: str | Path) -> str:
     Raises:
         ImageError: the file is missing or cannot be read.
     """
-    with _regular_file(path) as file:
+    with regular_file(path) as file:
         return _sha256(file, path)
 
 
@@ -119,26 +118,26 @@ def _sha256(file: BinaryIO, path: str | Path) -> str:
             digest.update(piece)
         file.seek(position)
     except OSError as error:
-        raise _error(path, error) from error
+        raise image_error(path, error) from error
     return digest.hexdigest()
 
 
 @contextmanager
-def _regular_file(path: str | Path) -> Iterator[BinaryIO]:
+def regular_file(path: str | Path) -> Iterator[BinaryIO]:
     """The open file; devices and pipes, which could block or never end, are refused before they are opened."""
     if is_url(path):
-        with io.BytesIO(_fetched(str(path))) as content:
+        with io.BytesIO(fetched(str(path))) as content:
             yield content
         return
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise _error(path, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
+            raise image_error(path, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
         file = open(path, "rb")  # noqa: SIM115  closed below; only the opening may be called an unreadable file
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        raise _error(path, error) from error
+        raise image_error(path, error) from error
     with file:
         yield file
 
@@ -152,9 +151,9 @@ def _formats() -> tuple[str, ...]:
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image with its header read and its size checked, and its file; whatever a decoder raises is an ImageError."""
-    with _regular_file(path) as file:
+    with regular_file(path) as file:
         if not file.read(1):
-            raise _error(path, "the file is empty")
+            raise image_error(path, "the file is empty")
         file.seek(0)
         try:
             # Not by name: Pillow may then map the file, and one that is cut short meanwhile kills the process.
@@ -162,13 +161,13 @@ def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
                 _check_size(image)
                 yield image, file
         except ImageError as error:
-            raise _error(path, error) from error
+            raise image_error(path, error) from error
         except Image.UnidentifiedImageError as error:
-            raise _error(path, f"it is not an image of a known format ({', '.join(_formats())})") from error
+            raise image_error(path, f"it is not an image of a known format ({', '.join(_formats())})") from error
         except Image.DecompressionBombError as error:
-            raise _error(path, f"it has more than {MAX_PIXELS} pixels, the most that is decoded") from error
+            raise image_error(path, f"it has more than {MAX_PIXELS} pixels, the most that is decoded") from error
         except Exception as error:  # decoders raise nearly anything on damaged bytes
-            raise _error(path, error) from error
+            raise image_error(path, error) from error
 
 
 def _header(file: BinaryIO) -> Image.Image:

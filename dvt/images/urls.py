@@ -15,9 +15,7 @@ from dvt.errors import ImageError
 MAX_BYTES = 2 << 30
 """The largest object that is fetched from a URL."""
 
-
 _PIECE_BYTES = 64 << 20  # most images are one request
-
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")
 
@@ -31,7 +29,7 @@ def is_url(path: str | Path) -> bool:
     return isinstance(path, str) and _URL.match(path) is not None
 
 
-def _error(path: str | Path, reason: object) -> ImageError:
+def image_error(path: str | Path, reason: object) -> ImageError:
     if isinstance(reason, OSError) and reason.strerror:
         reason = reason.strerror
     elif isinstance(reason, Exception):
@@ -51,23 +49,23 @@ def url_files(url: str) -> tuple[Any, str]:
 
 
 @contextmanager
-def _fetching(url: str) -> Iterator[None]:
+def fetching(url: str) -> Iterator[None]:
     try:
         yield
     except ImageError:
         raise
     except ImportError as error:
-        raise _error(
+        raise image_error(
             url,
             f"a package is missing ({error}); https:// needs `pip install aiohttp requests`, s3:// s3fs, gs:// gcsfs",
         ) from error
     except Exception as error:  # each file system has its own errors
-        raise _error(url, error) from error
+        raise image_error(url, error) from error
 
 
-def _fetched(url: str) -> bytes:
+def fetched(url: str) -> bytes:
     """The whole object, if it is of a bounded size."""
-    with _fetching(url):
+    with fetching(url):
         files, place = url_files(url)
         # Some servers do not tell the size, and some lie: what is read is bounded too.
         if (files.info(place).get("size") or 0) <= MAX_BYTES:
@@ -77,4 +75,4 @@ def _fetched(url: str) -> bytes:
                     content.write(piece)
             if content.tell() <= MAX_BYTES:
                 return content.getvalue()
-    raise _error(url, f"it has more than {MAX_BYTES >> 30} GB, the most that is fetched")
+    raise image_error(url, f"it has more than {MAX_BYTES >> 30} GB, the most that is fetched")

@@ -29,13 +29,13 @@ from dvt.errors import ConfigError, StoreError
 from dvt.grids import Size
 from dvt.images import is_url
 from dvt.jobs.ahead import ahead, reading_threads
-from dvt.jobs.ray_pool import TRIES, Hello, Lost, Pool, brief, connected
+from dvt.jobs.ray_pool import TRIES, Hello, LostCall, Pool, brief, connected
 from dvt.jobs.reduction import Reduction, as_stored, first_images, stored_artifacts, tree_sum
 from dvt.jobs.run import shards_left
 from dvt.jobs.work import Failure, ShardResult, Summary, Work
 from dvt.progress import Progress
 from dvt.store import FeatureStore, ImageEntry, Job, Shard, StoreWriter, shard_file
-from dvt.store.remote import Target
+from dvt.store.remote import ShardTarget
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def run(
         raise ConfigError(f"device is {device!r}; on a cluster it is 'auto', 'cpu' or 'cuda': a worker sees one GPU")
     if not callable(make_work) or isinstance(images, (str, Path)):
         raise ConfigError("make_work must be a function that makes the work, and images a list of paths")
-    target = Target(str(out) if is_url(str(out)) else os.path.abspath(out))
+    target = ShardTarget(str(out) if is_url(str(out)) else os.path.abspath(out))
     target.check()
     with connected(address, workers, threads) as ray:
         if address == "local" and device.startswith("cuda") and not ray.cluster_resources().get("GPU"):
@@ -108,7 +108,7 @@ def run(
 def _run(
     pool: Pool,
     paths: Sequence[str | Path],
-    target: Target,
+    target: ShardTarget,
     wait: bool,
     started: Callable[[Job], None] | None,
     progress: Progress,
@@ -127,7 +127,7 @@ def _run(
         total, done = sum(len(shard.images) for shard in shards), 0
         calls = [(shard, artifacts.get(shard.images[0].grid), held.marker) for shard in shards]
         for number, made in pool.map("make", calls, last=True):
-            if isinstance(made, Lost):
+            if isinstance(made, LostCall):
                 summary.failed += [(image.path, made.reason) for image in shards[number].images]
             else:
                 summary.add(made)
@@ -143,7 +143,7 @@ def _indexed(pool: Pool, paths: Sequence[str | Path], summary: Summary, progress
     failed: dict[int, list[Failure]] = {}
     done = 0
     for number, found in pool.map("index_images", [(chunk,) for chunk in chunks]):
-        if isinstance(found, Lost):
+        if isinstance(found, LostCall):
             failed[number] = [(path, found.reason) for path in chunks[number]]
         else:
             images += found[0]
@@ -194,12 +194,12 @@ def _finished(
     def ticked(group: Iterable[tuple[int, Any]]) -> Iterator[Any]:
         for number, part in group:
             progress("artifact", number + 1, len(leaves))
-            yield None if isinstance(part, Lost) else part  # reported when its own turn comes
+            yield None if isinstance(part, LostCall) else part  # reported when its own turn comes
 
     groups = groupby(parts, key=lambda part: leaves[part[0]][0].grid)
     totals = [(grid, tree_sum(ticked(group), partial(adder.remote, hello.add))) for grid, group in groups]
     for number, artifact in pool.map("finish", [(total,) for _, total in totals]):
-        if isinstance(artifact, Lost):
+        if isinstance(artifact, LostCall):
             raise ConfigError(f"the artifact of grid {totals[number][0]} could not be made: {artifact.reason}")
         yield totals[number][0], artifact
 
@@ -229,7 +229,7 @@ class _Held:
 
 
 @contextmanager
-def _held(pool: Pool, target: Target, job: Job, wait: bool) -> Iterator[_Held]:
+def _held(pool: Pool, target: ShardTarget, job: Job, wait: bool) -> Iterator[_Held]:
     if target.remote:
         yield _held_remotely(pool, target, job)
         return
@@ -252,13 +252,13 @@ def _held(pool: Pool, target: Target, job: Job, wait: bool) -> Iterator[_Held]:
             marker.unlink(missing_ok=True)
 
 
-def _held_remotely(pool: Pool, target: Target, job: Job) -> _Held:
+def _held_remotely(pool: Pool, target: ShardTarget, job: Job) -> _Held:
     names = target.shards()
     chunks = [names[i : i + _PATHS_A_CALL] for i in range(0, len(names), _PATHS_A_CALL)]
     done: set[str] = set()
     grids: dict[Size, str] = {}
     for number, found in pool.map("index", [(chunk, job) for chunk in chunks]):
-        if isinstance(found, Lost):
+        if isinstance(found, LostCall):
             raise StoreError(f"the shards {chunks[number]} of {target.place!r} cannot be read: {found.reason}")
         for name, sha256s, grid in found:
             done.update(sha256s)
@@ -278,7 +278,7 @@ def _held_remotely(pool: Pool, target: Target, job: Job) -> _Held:
 class _Actor:
     """The work on one device. Exceptions leave its methods, not its constructor, so that they keep their type."""
 
-    def __init__(self, make_work: Callable[[], Work], target: Target, threads: int, folder: str):
+    def __init__(self, make_work: Callable[[], Work], target: ShardTarget, threads: int, folder: str):
         with suppress(OSError):  # relative paths are those of the driver, where there is such a folder
             os.chdir(folder)
         self.make_work, self.target, self.threads = make_work, target, threads

@@ -144,10 +144,10 @@ class ExtractWork(Work):
                     start = time.perf_counter()
 
     def _launched(
-        self, tasks: Iterable[_Task], readers: ThreadPoolExecutor
-    ) -> Iterator[tuple[_Task, _Loaded, _Launched | None]]:
+        self, tasks: Iterable[_BatchTask], readers: ThreadPoolExecutor
+    ) -> Iterator[tuple[_BatchTask, _Loaded, _Launched | None]]:
         """Batches, one behind: a GPU has the next one before the maps of this one are waited for."""
-        behind: tuple[_Task, _Loaded, _Launched | None] | None = None
+        behind: tuple[_BatchTask, _Loaded, _Launched | None] | None = None
         with ThreadPoolExecutor(_AHEAD) as gatherers:
             for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
                 with task.made.profile.timed("wait_images"):
@@ -159,7 +159,7 @@ class ExtractWork(Work):
         if behind is not None:
             yield behind
 
-    def _load(self, task: _Task, readers: ThreadPoolExecutor) -> _Loaded:
+    def _load(self, task: _BatchTask, readers: ThreadPoolExecutor) -> _Loaded:
         reading = [readers.submit(read_copies, copies, self._prepare) for copies in task.copies]
         intakes, images, profile = [future.result() for future in reading], [], Profile(readers=self.threads)
         for intake in intakes:
@@ -206,7 +206,7 @@ class ExtractWork(Work):
         return maps
 
     def _records(
-        self, task: _Task, loaded: _Loaded, launched: _Launched | None, tick: Callable[[], None]
+        self, task: _BatchTask, loaded: _Loaded, launched: _Launched | None, tick: Callable[[], None]
     ) -> Iterator[Record]:
         maps, finite = ({}, []) if launched is None else launched.fetch()
         rows = iter(range(len(finite)))
@@ -224,7 +224,7 @@ class ExtractWork(Work):
 
 
 @dataclass(frozen=True)
-class _Task:
+class _BatchTask:
     """One batch: the copies of each distinct image, and the shard it belongs to."""
 
     made: ShardResult
@@ -232,12 +232,12 @@ class _Task:
     last: bool
 
 
-def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterator[_Task]:
+def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterator[_BatchTask]:
     """Cut shards into batches, which never cross shards, and so are of one grid shape each."""
     for shard, _ in shards:
         made, images = ShardResult(shard), distinct(shard)
         for i in range(0, len(images), batch):
-            yield _Task(made, images[i : i + batch], last=i + batch >= len(images))
+            yield _BatchTask(made, images[i : i + batch], last=i + batch >= len(images))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Lost:
+class LostCall:
     """A call that no worker could do, and why."""
 
     reason: str
@@ -132,7 +132,7 @@ class Pool:
     def map(
         self, method: str, calls: Sequence[tuple[Any, ...]], keep: bool = False, last: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """The number and the result of each call, in any order; a :class:`Lost` where none came after three tries.
+        """The number and the result of each call, in any order; a :class:`LostCall` where none came after three tries.
 
         Args:
             method: of the actor.
@@ -164,10 +164,10 @@ class Pool:
                 if lost.deaths < TRIES:
                     again.append(lost)
                 else:
-                    yield lost.number, Lost(f"its worker died {TRIES} times: {death.reason}")
+                    yield lost.number, LostCall(f"its worker died {TRIES} times: {death.reason}")
             return
         except ConfigError as error:
-            result = Lost(str(error))
+            result = LostCall(str(error))
         except (ImageError, NonFiniteError):  # only where the work is strict
             raise
         except Exception as error:
@@ -179,7 +179,7 @@ class Pool:
             again.append(call)
             return
         call = worker.calls.pop(ref)
-        if keep and not isinstance(result, Lost):
+        if keep and not isinstance(result, LostCall):
             result = ref[1] if result else None
         yield call.number, result
 

@@ -16,13 +16,11 @@ from torch import Tensor
 import dvt
 from dvt.errors import ConfigError, NonFiniteError, ShapeError, StoreError
 from dvt.grids import Size
-from dvt.store.job import Job, _canonical, _sha256
+from dvt.store.job import Job, canonical, sha256_of
 
 TERMS = ("raw", "semantic", "artifact", "residual", "denoised")
 
-
-_CHUNK_BYTES = 4 << 20  # a ViT-B's 37 x 37 tokens in half precision take 2 MB: most images are one chunk
-
+CHUNK_BYTES = 4 << 20  # a ViT-B's 37 x 37 tokens in half precision take 2 MB: most images are one chunk
 
 _FLOAT16_LIMIT = 65520.0  # the smallest number that rounds to infinity
 
@@ -148,7 +146,7 @@ def _new_file(content: io.BytesIO) -> h5py.File:
     """
     access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_cache(0, 521, 4 * _CHUNK_BYTES, 0.75)  # h5py's numbers, except for the size
+    access.set_cache(0, 521, 4 * CHUNK_BYTES, 0.75)  # h5py's numbers, except for the size
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, content)
     creation.set_obj_track_times(False)  # h5py's own File has this from 3.15 on
     return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
@@ -171,7 +169,7 @@ def _largest(records: Sequence[Record], artifact: np.ndarray | None) -> float:
 
 def _write_attributes(file: h5py.File, job: Job) -> None:
     attributes = {**job.attributes(), "version": dvt.__version__}
-    attributes["checksum"] = _sha256(_canonical(attributes))
+    attributes["checksum"] = sha256_of(canonical(attributes))
     for name, text in attributes.items():
         value = text.encode()
         file.attrs.create(name, value, dtype=h5py.string_dtype("utf-8", max(1, len(value))))
@@ -194,5 +192,5 @@ def _write_index(group: h5py.Group, records: Sequence[Record], grids: np.ndarray
 def _dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> h5py.Dataset:
     """An empty dataset in chunks of whole rows, as many as asked for unless that makes more than 4 MB."""
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
-    chunks = (max(1, min(rows, shape[0], _CHUNK_BYTES // row_bytes)), *shape[1:])
+    chunks = (max(1, min(rows, shape[0], CHUNK_BYTES // row_bytes)), *shape[1:])
     return group.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)

@@ -17,15 +17,14 @@ import numpy as np
 from dvt.errors import DvtError, StoreError
 from dvt.grids import Size
 from dvt.store.format import TERMS
-from dvt.store.job import _ATTRIBUTE_BYTES, _JSON, SCHEMA, Job, _canonical, _sha256
+from dvt.store.job import ATTRIBUTE_BYTES, JSON_SETTINGS, SCHEMA, Job, canonical, sha256_of
 
-_TEXT = ("schema", "backbone", "weights_sha256", *_JSON, "version")
-
+_TEXT = ("schema", "backbone", "weights_sha256", *JSON_SETTINGS, "version")
 
 _REMEDY = "delete it and run the same command again; only its images are made again"
 
 
-def _shard_files(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
     """A store's shards; nothing for any other file, which must not be called a damaged shard."""
     try:
         return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() and path.suffix == ".h5" else []
@@ -34,7 +33,7 @@ def _shard_files(path: Path) -> list[Path]:
 
 
 @contextmanager
-def _damage(path: str | Path) -> Iterator[None]:
+def damage(path: str | Path) -> Iterator[None]:
     """Whatever h5py raises on a damaged file becomes a StoreError that names it and says what to do."""
     try:
         yield
@@ -47,15 +46,15 @@ def _damage(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
+def opened(path: Path) -> Iterator[h5py.File]:
     if not path.is_file():
         raise StoreError(f"{str(path)!r} is not a feature store: it is not a regular file")
-    with _damage(path), h5py.File(path, "r", locking=False) as file:
+    with damage(path), h5py.File(path, "r", locking=False) as file:
         yield file
 
 
 @dataclass(frozen=True)
-class _Shard:
+class StoredShard:
     """The index of one shard, checked."""
 
     file: Path
@@ -76,13 +75,13 @@ class _Shard:
         return [value.decode() for value in self.sha256]
 
 
-def _read_shard(path: Path) -> _Shard:
+def read_shard(path: Path) -> StoredShard:
     """The index of a shard, refusing whatever the writer would not have written.
 
     A file from elsewhere can point into other files, or announce arrays that fill the memory; nothing is read before
     its links, layout, filters and stored size have been looked at.
     """
-    with _opened(path) as file, open(path, "rb") as source:
+    with opened(path) as file, open(path, "rb") as source:
         return _checked(file, path, source)
 
 
@@ -114,13 +113,13 @@ def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardInde
     Raises:
         StoreError: it is damaged, or of another schema.
     """
-    with _damage(name), h5py.File(source, "r") as file:
+    with damage(name), h5py.File(source, "r") as file:
         shard = _checked(file, Path(name), source)
         values = file["artifact"][:] if shard.shared and artifact else None
         return ShardIndex(shard.job, shard.sha256s(), file["artifact"].shape[:2] if shard.shared else None, values)
 
 
-def _checked(file: h5py.File, path: Path, source: BinaryIO) -> _Shard:
+def _checked(file: h5py.File, path: Path, source: BinaryIO) -> StoredShard:
     """The index of the file that `source` reads too."""
     attributes = _read_attributes(file, path, source)
     _check_links(file)
@@ -141,7 +140,7 @@ def _checked(file: h5py.File, path: Path, source: BinaryIO) -> _Shard:
     _require(one_grid, "the shared artifact does not fit the grids")
     kinds = {d.dtype for d in (*tokens, prefix, shared) if d is not None}
     _require(len(kinds) == 1 and kinds <= {np.dtype("<f2"), np.dtype("<f4")}, f"the tokens are of type {kinds}")
-    return _Shard(
+    return StoredShard(
         path,
         attributes,
         Job.from_attributes(attributes),
@@ -159,7 +158,7 @@ _INDEX_RANKS = {"path": 1, "sha256": 1, "size": 2, "grid": 2, "offset": 1}
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise ValueError(otherwise)  # _damage names the shard
+        raise ValueError(otherwise)  # damage names the shard
 
 
 def _read_attributes(file: h5py.File, path: Path, source: BinaryIO) -> dict[str, str]:
@@ -174,7 +173,7 @@ def _read_attributes(file: h5py.File, path: Path, source: BinaryIO) -> dict[str,
             f"Update dvt; or if this one wrote it, {_REMEDY}"
         )
     attributes = {name: _text(file, name) for name in _TEXT}
-    _require(_text(file, "checksum") == _sha256(_canonical(attributes)), "the attributes do not match their checksum")
+    _require(_text(file, "checksum") == sha256_of(canonical(attributes)), "the attributes do not match their checksum")
     return attributes
 
 
@@ -182,10 +181,10 @@ def _text(file: h5py.File, name: str) -> str:
     attribute = file.attrs.get_id(name)
     kind = h5py.check_string_dtype(attribute.dtype)
     _require(attribute.shape == () and kind is not None, f"{name} is not text")
-    _require((kind.length or 0) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
+    _require((kind.length or 0) < ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
     text = file.attrs[name]
     text = text if isinstance(text, str) else bytes(text).decode()
-    _require(len(text) < _ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
+    _require(len(text) < ATTRIBUTE_BYTES, f"{name} is not text under 64 KB")
     return text
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 SCHEMA = "dvt-features/1"
 
-_ATTRIBUTE_BYTES = 1 << 16
-_JSON = ("layer", "stride", "size", "config")
+ATTRIBUTE_BYTES = 1 << 16
+JSON_SETTINGS = ("layer", "stride", "size", "config")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Job:
 
     def __post_init__(self) -> None:
         try:
-            plain = json.loads(_canonical(asdict(self)))
+            plain = json.loads(canonical(asdict(self)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the settings of a job must be plain JSON values: {error}") from error
         for name, value in plain.items():  # what comes back from a file is equal to what went in
@@ -64,18 +64,18 @@ class Job:
     @property
     def digest(self) -> str:
         """SHA-256 over the schema and all fields, as canonical JSON."""
-        return _sha256(_canonical({"schema": SCHEMA, **asdict(self)}))
+        return sha256_of(canonical({"schema": SCHEMA, **asdict(self)}))
 
     def attributes(self) -> dict[str, str]:
         """The job as the text attributes of a shard."""
         values = asdict(self)
-        text = {name: _canonical(values[name]) if name in _JSON else values[name] for name in values}
+        text = {name: canonical(values[name]) if name in JSON_SETTINGS else values[name] for name in values}
         return {"schema": SCHEMA, **text}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, str]) -> Job:
         """The inverse of :meth:`attributes`."""
-        values: dict[str, Any] = {name: json.loads(attributes[name]) for name in _JSON}
+        values: dict[str, Any] = {name: json.loads(attributes[name]) for name in JSON_SETTINGS}
         return cls(attributes["backbone"], attributes["weights_sha256"], **values)
 
     def differences(self, other: Job) -> str:
@@ -136,18 +136,18 @@ def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: boo
 
 def _shard(images: list[ImageEntry], job: Job) -> Shard:
     listing = [(path, sha256) for path, sha256, _ in images]
-    return Shard(f"shard-{_sha256(_canonical([job.digest, listing]))[:20]}", tuple(images))
+    return Shard(f"shard-{sha256_of(canonical([job.digest, listing]))[:20]}", tuple(images))
 
 
-def _canonical(value: object) -> str:
+def canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _sha256(text: str) -> str:
+def sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_attributes(attributes: Mapping[str, str]) -> None:
     for name, text in attributes.items():
-        if len(text.encode()) >= _ATTRIBUTE_BYTES:
+        if len(text.encode()) >= ATTRIBUTE_BYTES:
             raise ConfigError(f"{name} takes {len(text.encode())} bytes as text; a store's attribute holds under 64 KB")

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 
 from dvt.errors import StoreError
 from dvt.grids import Size
-from dvt.store.format import _CHUNK_BYTES, TERMS, Record
-from dvt.store.index import _damage, _opened, _read_shard, _Shard, _shard_files
+from dvt.store.format import CHUNK_BYTES, TERMS, Record
+from dvt.store.index import StoredShard, damage, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
 from dvt.tokens import Tokens
 
@@ -42,10 +42,10 @@ class FeatureStore(Dataset[Tokens]):
 
     def __init__(self, path: str | Path, term: str = "raw") -> None:
         self.path, self.term = Path(path), term
-        files = _shard_files(self.path)
+        files = shard_files(self.path)
         if not files:
             raise StoreError(f"{str(path)!r} is not a feature store: it is not a shard, nor a folder with *.h5 shards")
-        self._shards = [_read_shard(file) for file in files]
+        self._shards = [read_shard(file) for file in files]
         first = self._shards[0]
         for shard in self._shards:
             if shard.job.digest != first.job.digest:
@@ -171,10 +171,10 @@ class FeatureStore(Dataset[Tokens]):
         self.__dict__.update(state)
         self._local = _OpenFiles()
 
-    def _rows(self) -> Iterator[tuple[_Shard, int]]:
+    def _rows(self) -> Iterator[tuple[StoredShard, int]]:
         return ((self._shards[shard], row) for shard, row in self._where)
 
-    def _at(self, i: int) -> tuple[_Shard, int]:
+    def _at(self, i: int) -> tuple[StoredShard, int]:
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of a store of {len(self)}")
         shard, row = self._where[i]
@@ -198,12 +198,12 @@ def damaged_shards(path: str | Path) -> dict[Path, str]:
     Unlike :class:`FeatureStore` it does not stop at the first one.
     """
     damaged: dict[Path, str] = {}
-    for file in _shard_files(Path(path)):
+    for file in shard_files(Path(path)):
         try:
-            shard = _read_shard(file)
+            shard = read_shard(file)
             names = [f"tokens/{term}" for term in shard.terms]
             names += ["tokens/prefix"] * bool(shard.prefix) + ["artifact"] * shard.shared
-            with _opened(file) as handle:
+            with opened(file) as handle:
                 for name in names:
                     for piece in handle[name].iter_chunks():
                         if not np.isfinite(handle[name][piece]).all():
@@ -222,11 +222,11 @@ class _OpenFiles(threading.local):
 
     @contextmanager
     def open(self, path: Path) -> Iterator[h5py.File]:
-        with _damage(path):
+        with damage(path):
             if self.process != os.getpid():  # a fork inherits handles that it must not use
                 self.process, self.files = os.getpid(), OrderedDict()
             if path not in self.files:
-                self.files[path] = h5py.File(path, "r", locking=False, rdcc_nbytes=2 * _CHUNK_BYTES)
+                self.files[path] = h5py.File(path, "r", locking=False, rdcc_nbytes=2 * CHUNK_BYTES)
             self.files.move_to_end(path)
             while len(self.files) > _OPEN_FILES:
                 self.files.popitem(last=False)[1].close()

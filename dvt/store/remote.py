@@ -21,7 +21,7 @@ _ATOMIC_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "o
 
 
 @dataclass(frozen=True)
-class Target:
+class ShardTarget:
     """Where shards go.
 
     Args:

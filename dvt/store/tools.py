@@ -14,12 +14,12 @@ import numpy as np
 
 from dvt.errors import ConfigError, StoreError
 from dvt.progress import Progress
+from dvt.store.format import CHUNK_BYTES
 from dvt.store.job import ImageEntry, Job, plan
 from dvt.store.reader import FeatureStore
 from dvt.store.writer import StoreWriter
 
 INDEX = "index.json"
-_CHUNK_BYTES = 4 << 20
 
 
 # -- merging ----------------------------------------------------------------------------------------------------------
@@ -201,7 +201,7 @@ def _export_zarr(store: FeatureStore, out: Path, terms: Sequence[str], progress:
         shapes["tokens/prefix"] = (len(store), prefix, channels)
     tokens = {}
     for name, shape in shapes.items():
-        most = max(1, _CHUNK_BYTES // (np.dtype(kind).itemsize * int(np.prod(shape[1:]))))
+        most = max(1, CHUNK_BYTES // (np.dtype(kind).itemsize * int(np.prod(shape[1:]))))
         # Whole images where they fit, so that writing one after the other touches few chunks twice.
         chunks = (min(shape[0], int(rows.max()) if len(shape) == 2 else most, most), *shape[1:])
         tokens[name] = root.create_array(name, shape=shape, dtype=kind, chunks=chunks, overwrite=True)

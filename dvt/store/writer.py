@@ -14,7 +14,7 @@ from torch import Tensor
 from dvt.errors import StoreError
 from dvt.files import PART, open_lock, take_lock, write_whole
 from dvt.store.format import Record, shard_file
-from dvt.store.index import _read_shard, _Shard, _shard_files
+from dvt.store.index import StoredShard, read_shard, shard_files
 from dvt.store.job import Job
 
 log = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ class StoreWriter:
         self.done.update(record.sha256 for record in records)
         return target
 
-    def _shards(self) -> Iterator[_Shard]:
-        for file in _shard_files(self.folder):
-            shard = _read_shard(file)
+    def _shards(self) -> Iterator[StoredShard]:
+        for file in shard_files(self.folder):
+            shard = read_shard(file)
             if shard.job.digest != self.job.digest:
                 raise StoreError(
                     f"the folder {str(self.folder)!r} holds another job's tokens ({self.job.differences(shard.job)}); "

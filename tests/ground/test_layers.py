@@ -135,6 +135,33 @@ def test_imports_by_name_are_seen():
 
 
 @pytest.mark.parametrize("module", MODULES)
+def test_names_that_begin_with_an_underscore_stay_in_their_module(module):
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dvt"):
+            private = [alias.name for alias in node.names if re.match("_[a-zA-Z]", alias.name)]
+            assert not private, f"{module} imports {private} from {node.module}: a shared name has no underscore"
+
+
+def test_no_class_or_alias_means_two_things():
+    """Of type variables every module may have its own."""
+    places = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)) and "TypeVar(" not in ast.unparse(node):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                names = [target.id for target in targets if isinstance(target, ast.Name)]
+                names = [name for name in names if re.match("_?[A-Z][a-z]", name)]  # an alias of a type
+            else:
+                continue
+            for name in names:
+                places.setdefault(name.lstrip("_"), []).append(module)
+    assert len(places) > 100
+    assert not {name: modules for name, modules in places.items() if len(modules) > 1}
+
+
+@pytest.mark.parametrize("module", MODULES)
 def test_files_and_functions_are_short(module):
     text = MODULES[module].read_text()
     assert len(text.splitlines()) <= FILE_LINES, f"{module} has {len(text.splitlines())} lines: divide it"

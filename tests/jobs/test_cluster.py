@@ -32,7 +32,7 @@ from dvt.jobs import cluster
 from dvt.jobs.extract import ExtractConfig, ExtractWork
 from dvt.jobs.run import run
 from dvt.store import FeatureStore, Job, Record, StoreWriter, read_index
-from dvt.store.remote import Target
+from dvt.store.remote import ShardTarget
 from dvt.views import ViewConfig
 
 ray = pytest.importorskip("ray")
@@ -203,7 +203,7 @@ def write_store(folder, job=JOB):
 
 def test_a_shard_behind_a_url_is_read_as_one_on_disk(tmp_path):
     path, records = write_store(tmp_path / "store")
-    target = Target(f"file://{tmp_path}/store")
+    target = ShardTarget(f"file://{tmp_path}/store")
     assert target.shards() == ["shard-0"]
     index = target.index("shard-0", artifact=True)
     assert index.job == JOB and index.sha256s == [record.sha256 for record in records] and index.grid == (2, 3)
@@ -214,7 +214,7 @@ def test_a_shard_behind_a_url_is_read_as_one_on_disk(tmp_path):
         path.write_bytes(damage)
         with pytest.raises(StoreError, match=r"shard-0.h5"):
             target.index("shard-0")
-    assert Target(f"file://{tmp_path}/none").shards() == []
+    assert ShardTarget(f"file://{tmp_path}/none").shards() == []
 
 
 def test_an_index_costs_few_bytes(tmp_path):
@@ -238,7 +238,7 @@ def test_an_index_costs_few_bytes(tmp_path):
 
 def test_a_shard_put_twice_is_one_shard_and_no_other_file_is_left(tmp_path):
     path, _ = write_store(tmp_path / "store")
-    for target in (Target(f"file://{tmp_path}/a"), Target("memory://bucket/b")):
+    for target in (ShardTarget(f"file://{tmp_path}/a"), ShardTarget("memory://bucket/b")):
         for _ in range(2):
             target.put_shard("shard-0", path.read_bytes())
         assert target.shards() == ["shard-0"]
@@ -249,7 +249,7 @@ def test_a_shard_put_twice_is_one_shard_and_no_other_file_is_left(tmp_path):
 @pytest.mark.parametrize("url", ["foo://x", "file:///proc/nothing/here"])
 def test_a_target_that_cannot_be_written_is_a_store_error(url):
     with pytest.raises(StoreError, match=r"cannot write"):
-        Target(url).put_shard("shard-0", b"x")
+        ShardTarget(url).put_shard("shard-0", b"x")
 
 
 # -- slow: everything that starts many workers ------------------------------------------------------------------------
