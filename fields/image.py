@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.backbones import Backbone
-from dvt.backbones.inference import checked_input_size, in_halves
+from dvt.backbones.inference import in_halves
 from dvt.devices import autocast, upload
 from dvt.errors import ImageError
 from dvt.fields.config import DenoiseConfig
@@ -40,7 +40,7 @@ class TokenViews:
     def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
         self.backbone = backbone
         self.device = backbone.device
-        size = checked_input_size(backbone, (image.shape[1], image.shape[2]))
+        size = backbone.input_size((image.shape[1], image.shape[2]))
         self.coords = backbone.centres(size)
         if min(self.coords.shape[:2]) < 2:
             raise ImageError(

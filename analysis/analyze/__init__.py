@@ -59,7 +59,7 @@ def analyze(
         why.
 
     Raises:
-        ImageError: no image is given, or one cannot be read.
+        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
         ConfigError: settings, stores or names that do not fit.
 
     >>> import dvt

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvt.analysis.analyze.config import AnalyzeConfig, TermSource
 from dvt.errors import ConfigError, ImageError
-from dvt.images import ImageLike, load_image
+from dvt.images import ImageLike, load_image, usable_images
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -41,7 +41,8 @@ def choose_sample(
     count = min(config.images, max(2, _KEEP_BYTES // one))
     if count < min(config.images, len(images)):
         log.warning("%d images are sampled, not %d: more tokens would take over 2 GB", count, config.images)
-    return [images[i] for i in spread(len(images), count)]
+    sample = [images[i] for i in spread(len(images), count)]
+    return [sample[i] for i in usable_images(sample, *(each.input_size for each in backbones))]
 
 
 def store_of(source: TermSource) -> FeatureStore | None:

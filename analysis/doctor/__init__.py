@@ -15,7 +15,7 @@ from dvt.analysis.doctor.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
 from dvt.analysis.doctor.examination import Examination, settled_time
 from dvt.errors import ImageError
-from dvt.images import ImageLike
+from dvt.images import ImageLike, usable_images
 from dvt.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def diagnose(
         progress: called with (what, done, total) after every image.
 
     Raises:
-        ImageError: no image is given, or one cannot be read.
+        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
 
     >>> import dvt
     >>> import torch
@@ -65,6 +65,7 @@ def diagnose(
         raise ImageError("no image was given; the doctor needs at least one, ten or more are better")
     exam = Examination(backbone, config, denoisers)
     chosen = spread(len(given), config.images)
+    chosen = [chosen[i] for i in usable_images([given[index] for index in chosen], backbone.input_size)]
     for done, index in enumerate(chosen):
         exam.add(read_pixels(given[index]), index)
         (progress or silent)(f"doctor {backbone.name}", done + 1, len(chosen))

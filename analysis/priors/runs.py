@@ -44,7 +44,7 @@ from dvt.analysis.priors.token_set import (
 from dvt.analysis.priors.training import PriorTraining, fit_prior
 from dvt.backbones import Backbone
 from dvt.errors import NonFiniteError
-from dvt.images import file_sha256, find_images
+from dvt.images import find_images, readable, size_and_sha256
 from dvt.progress import Progress, silent
 from dvt.training import Trained
 
@@ -88,8 +88,7 @@ def train_prior(
     """
     config, out, started = config or PriorTraining(), Path(out), time.perf_counter()
     progress = progress or silent
-    paths = find_images([images] if isinstance(images, (str, Path)) else images)
-    sha256s = [file_sha256(path) for path in paths]
+    paths, sha256s = _hashed(find_images([images] if isinstance(images, (str, Path)) else images))
     chosen, held = split(sha256s, config.held_out, config.loop.seed)
     wants = config.target == "features"
     tokens = read_tokens(paths, backbone, config.condition, wants, config.side, denoiser, progress)
@@ -126,6 +125,12 @@ def train_prior(
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first
         prior.save(out / "prior.safetensors")
     return report
+
+
+def _hashed(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Find the hashes of the images that can be read, and their paths."""
+    found = readable(paths, size_and_sha256)
+    return [paths[i] for i in found], [sha256 for _, sha256 in found.values()]
 
 
 def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from dvt import grids
 from dvt.analysis.probes.layouts import some
 from dvt.analysis.probes.probe import grid_of
 from dvt.backbones import Backbone
-from dvt.errors import ConfigError, DataError, ShapeError
+from dvt.errors import ConfigError, DataError, ImageError, ShapeError
 from dvt.grids import Size
 from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
@@ -116,11 +116,24 @@ def _numbers(views: ViewConfig) -> dict[str, object]:
 def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None) -> Record:
     pixels = load_image(path).to(backbone.device)
     size: Size = (pixels.shape[1], pixels.shape[2])
+    resized = fitting_size(backbone, size, path)
     if views is None:
-        tokens = backbone(resize(pixels, backbone.input_size(size))[None])
+        tokens = backbone(resize(pixels, resized)[None])
     else:
         tokens = averaged_tokens(backbone, pixels, views)
     return Record(path, sha256, size, {"raw": tokens.patches[0]}, tokens.prefix[0])
+
+
+def fitting_size(backbone: Backbone, size: Size, path: str | Path) -> Size:
+    """Choose the (H, W) to resize the image of a file to.
+
+    Raises:
+        ImageError: it is too long and thin; the message names the file.
+    """
+    try:
+        return backbone.input_size(size)
+    except ImageError as error:
+        raise ImageError(f"{str(path)!r}: {error}") from error
 
 
 def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[str] | None = None) -> Sequence[Tokens]:

@@ -19,7 +19,7 @@ from dvt.analysis.probes.crops import cached_crops
 from dvt.analysis.probes.datasets import AnnotationKind, LabelledData, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
-from dvt.analysis.probes.features import Lazy, held
+from dvt.analysis.probes.features import Lazy, fitting_size, held
 from dvt.analysis.probes.layouts import IGNORE, Example, some
 from dvt.analysis.probes.probe import HeadConfig, Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
@@ -237,7 +237,7 @@ def _run_correspondence(
 
 def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
     """Choose the matching probe: centres of overlapping patches depend on the input's size, which the grid tells."""
-    sizes = {backbone.input_size(image_size(path)) for path in files}
+    sizes = {fitting_size(backbone, image_size(path), path) for path in files}
     return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
 
 

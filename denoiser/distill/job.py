@@ -27,7 +27,7 @@ from dvt.denoiser.distill.student import Student, layer_groups
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.pairs import split
 from dvt.errors import BackboneError, ConfigError, ImageError
-from dvt.images import file_sha256
+from dvt.images import readable, size_and_sha256
 from dvt.progress import Progress
 from dvt.training import Trained, is_first_process, sides_digest, train
 
@@ -64,15 +64,15 @@ def distill_backbone(
 
     Raises:
         BackboneError: the backbone is not a timm model, or the denoiser was made for another one.
-        ImageError: fewer than two different images, or an unreadable one.
+        ImageError: fewer than two different images; one that cannot be read is left out, with a log line.
         ConfigError: teacher and denoiser contradict each other, the family has no registers, `out` is not a
             .safetensors file, or its run has other settings.
         NonFiniteError: the loss is not finite.
     """
     config, out, started = config or BackboneTraining(), Path(out), time.perf_counter()
     _check(backbone, out, config, denoiser)
-    paths = [Path(path) for path in images]
-    sha256s = [file_sha256(path) for path in paths]
+    found = readable(images, size_and_sha256)
+    paths, sha256s = [Path(images[i]) for i in found], [sha256 for _, sha256 in found.values()]
     if len(set(sha256s)) < 2:
         raise ImageError(
             f"{len(paths)} files hold {len(set(sha256s))} different image; distillation needs at least 2, one of them "

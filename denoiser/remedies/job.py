@@ -16,7 +16,7 @@ from dvt.denoiser.remedies.outliers import OutlierTokens, block_norms, find_outl
 from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
-from dvt.images import ImageLike
+from dvt.images import ImageLike, usable_images
 from dvt.progress import Progress
 
 
@@ -42,7 +42,7 @@ def fit_remedy(
 
     Raises:
         ConfigError: there is no such remedy.
-        ImageError: no image is given, or one cannot be read.
+        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
         BackboneError: the backbone has nothing for the remedy to remove, or cannot take it.
 
     >>> import dvt
@@ -54,6 +54,8 @@ def fit_remedy(
     config = config or RemedyConfig()
     if remedy not in _FITS:
         raise ConfigError(f"there is no remedy {remedy!r}; it must be one of {', '.join(REMEDIES)}")
+    if remedy not in WITHOUT_IMAGES:
+        images = [images[i] for i in usable_images(images, backbone.input_size)]
     denoiser = _FITS[remedy](backbone, images, config, progress)
     denoiser.card |= {
         "remedy": remedy,

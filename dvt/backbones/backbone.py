@@ -14,9 +14,12 @@ from dvt import grids
 from dvt.backbones import families
 from dvt.backbones.families import pair
 from dvt.backbones.weights import HEAD
-from dvt.errors import BackboneError, ShapeError
+from dvt.errors import BackboneError, ImageError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
+
+MAX_PATCHES = 16_384
+"""The most patches of an image: more take gigabytes of attention, and only a very long or thin image has them."""
 
 TokensOf = Callable[[nn.Module, Tensor], Tokens]
 
@@ -183,8 +186,18 @@ class Backbone(nn.Module):
         """(H, W) to resize an image of `image_size` to: its aspect ratio, the shorter side of :attr:`image_size`.
 
         A model of fixed size takes every image at its own size, whatever its aspect ratio.
+
+        Raises:
+            ImageError: the image is so long and thin that it would take gigabytes: of attention, or of pixels.
         """
-        return self.image_size if self.fixed_size else grids.fit_size(image_size, min(self.image_size), self.patch_size)
+        size = grids.fit_size(image_size, min(self.image_size), self.patch_size)
+        height, width = self.grid(size)
+        if height * width > MAX_PATCHES:
+            raise ImageError(
+                f"an image of {image_size[0]} x {image_size[1]} pixels would take {height} x {width} patches, more "
+                f"than {MAX_PATCHES}; crop it to a less extreme aspect ratio, or choose a smaller size"
+            )
+        return self.image_size if self.fixed_size else size
 
     def grid(self, size: Size) -> Size:
         """(h, w): patches of an input of (H, W) pixels."""

@@ -5,7 +5,16 @@ is replaced, padded or skipped silently.
 """
 
 from dvt.images.find import SUFFIXES, find_images, find_sources
-from dvt.images.read import MAX_PIXELS, ImageLike, file_sha256, image_size, load_image, size_and_sha256
+from dvt.images.read import (
+    MAX_PIXELS,
+    ImageLike,
+    file_sha256,
+    image_size,
+    load_image,
+    readable,
+    size_and_sha256,
+    usable_images,
+)
 from dvt.images.urls import MAX_BYTES, is_url, url_files
 
 __all__ = [
@@ -19,6 +28,8 @@ __all__ = [
     "image_size",
     "is_url",
     "load_image",
+    "readable",
     "size_and_sha256",
     "url_files",
+    "usable_images",
 ]

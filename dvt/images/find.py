@@ -185,6 +185,8 @@ def _read_list(path: str) -> Iterator[str]:
                     yield from _expand(_beside(base, line), lists=False)
     except (ImageError, UnicodeDecodeError) as error:
         raise ImageError(f"in image list {path!r}: {error}") from error
+    except OSError as error:
+        raise ImageError(f"cannot read image list {path!r}: {error.strerror or error}") from error
 
 
 def _beside(base: str, line: str) -> str:

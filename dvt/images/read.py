@@ -9,10 +9,10 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +20,12 @@ from PIL import Image
 from torch import Tensor
 
 from dvt.errors import ImageError
+from dvt.grids import Size
 from dvt.images.urls import fetched, image_error, is_url
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 ImageLike = str | Path | Tensor
 """An image as functions take it: its file, its URL, or its (3, H, W) pixels in [0, 1]."""
@@ -90,6 +93,52 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         return _colour(upright)
 
 
+def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict[int, Found]:
+    """Check images, and leave out those that cannot be read or used, each with a log line that names it.
+
+    Args:
+        images: files, URLs or pixels.
+        check: called with each; what it raises as ImageError leaves the image out.
+
+    Returns:
+        What `check` found, by the image's number; of no image, nothing.
+
+    Raises:
+        ImageError: images were given, and none is left.
+    """
+    found: dict[int, Found] = {}
+    said = ""
+    for number, image in enumerate(images):
+        try:
+            found[number] = check(image)
+        except ImageError as error:
+            name = f"image {number + 1}" if isinstance(image, Tensor) else repr(os.fspath(image))
+            said = str(error) if name in str(error) else f"{name}: {error}"
+            log.warning("left out: %s", said)
+    if len(images) and not found:
+        raise ImageError(f"none of the {len(images)} images can be used; the last one: {said}")
+    return found
+
+
+def usable_images(images: Sequence[ImageLike], *fits: Callable[[Size], Size]) -> list[int]:
+    """List the numbers of the images that can be decoded and are of a size that is taken.
+
+    The others are left out as :func:`readable` does.
+
+    Args:
+        images: files, URLs or pixels.
+        fits: each called with an image's (H, W), such as :meth:`dvt.backbones.Backbone.input_size`; an ImageError
+            leaves the image out.
+    """
+
+    def check(image: ImageLike) -> None:
+        pixels = image if isinstance(image, Tensor) else load_image(image)
+        for fit in fits:
+            fit((pixels.shape[1], pixels.shape[2]))
+
+    return list(readable(images, check))
+
+
 def file_sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of a file's bytes, read in pieces.
 
@@ -152,10 +201,10 @@ def _formats() -> tuple[str, ...]:
 def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
     """The image with its header read and its size checked, and its file; whatever a decoder raises is an ImageError."""
     with regular_file(path) as file:
-        if not file.read(1):
-            raise image_error(path, "the file is empty")
-        file.seek(0)
         try:
+            if not file.read(1):
+                raise ImageError("the file is empty")
+            file.seek(0)
             # Not by name: Pillow may then map the file, and one that is cut short meanwhile kills the process.
             with _header(file) as image:
                 _check_size(image)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
@@ -70,6 +71,7 @@ def read_copies(
                 found.errors[number] = error
                 continue
             found.used, found.size = number, (pixels.shape[1], pixels.shape[2])
-            found.profile.read_bytes = 0 if is_url(entry.path) else os.path.getsize(entry.path)
+            with suppress(OSError):  # gone since it was read
+                found.profile.read_bytes = 0 if is_url(entry.path) else os.path.getsize(entry.path)
             break
     return found

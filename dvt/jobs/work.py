@@ -13,7 +13,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dvt.backbones import Backbone
-from dvt.backbones.inference import checked_input_size
 from dvt.errors import ImageError, NonFiniteError
 from dvt.images import size_and_sha256
 from dvt.jobs.intake import Intake
@@ -122,7 +121,7 @@ class Work(ABC):
             ImageError: it cannot be read, or is too large.
         """
         size, sha256 = size_and_sha256(path)
-        return ImageEntry(str(path), sha256, self.backbone.grid(checked_input_size(self.backbone, size)))
+        return ImageEntry(str(path), sha256, self.backbone.grid(self.backbone.input_size(size)))
 
     @abstractmethod
     def make(

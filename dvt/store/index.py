@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ def shard_files(path: Path) -> list[Path]:
         raise StoreError(f"cannot read the store {str(path)!r}: {error.strerror or error}") from error
 
 
+# What reading at places that no file has ends with: damaged bytes lead there.
+_OF_DAMAGE = (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW)
+
+
 @contextmanager
 def damage(path: str | Path) -> Iterator[None]:
     """Whatever h5py raises on a damaged file becomes a StoreError that names it and says what to do."""
@@ -39,10 +44,22 @@ def damage(path: str | Path) -> Iterator[None]:
         yield
     except DvtError:
         raise
-    except PermissionError as error:
-        raise StoreError(f"cannot read the shard {str(path)!r}: {error.strerror or error}") from error
     except Exception as error:  # h5py raises nearly anything on damaged bytes
+        if reason := _system_reason(error):
+            raise StoreError(
+                f"cannot read the shard {str(path)!r}: {reason}; it may well be whole: leave it, see to the disk or "
+                "the network, and run the same command again"
+            ) from error
         raise StoreError(f"the shard {str(path)!r} is damaged ({error}); {_REMEDY}") from error
+
+
+def _system_reason(error: Exception) -> str:
+    """Say what the operating system refused, where it was that and not the bytes; HDF5 tells it in words alone."""
+    number = getattr(error, "errno", None)
+    said = re.search(r"errno = ([1-9]\d*)", str(error))
+    if number is None and said:
+        number = int(said[1])
+    return "" if number in (None, *_OF_DAMAGE) else os.strerror(number)
 
 
 @contextmanager

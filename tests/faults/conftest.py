@@ -6,6 +6,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,6 +61,9 @@ class Commands:
     def __init__(self, folder: Path):
         self.folder, self.numbers = folder, itertools.count()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+        self.can_fail_reads = _compiled(folder / "failing_reads.so")
+        if self.can_fail_reads:
+            environment["LD_PRELOAD"] = str(folder / "failing_reads.so")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("driver.py"))],
             stdin=subprocess.PIPE,
@@ -101,6 +105,14 @@ class Commands:
         line = self.process.stdout.readline()
         assert line, "the driver has died"
         return json.loads(line)
+
+
+def _compiled(library: Path) -> bool:
+    """Make the library that makes reads fail, where there is a compiler."""
+    source = Path(__file__).with_name("failing_reads.c")
+    compiler = shutil.which("cc")
+    command = [compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    return compiler is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
 @pytest.fixture(scope="session")

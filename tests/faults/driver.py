@@ -12,6 +12,8 @@ The faults, each a JSON object with one of these keys:
     fsize      no file may grow beyond so many bytes; "fatal": the process dies inside that write
     memory     forward passes of the backbone with more images than this raise; "kind" is "cuda" or "cpu"
     space      so many more bytes of address space may be taken
+    reads      ["pattern", error number, first]: reads of files whose path matches end with that error, from the
+               first-th on (only where tests/faults/failing_reads.c could be compiled)
     clock      each look at the wall clock shows so many seconds less than the one before
     at         the name (a pattern) of a file that is opened to be written or renamed to; the "nth" time, "do" happens:
                ["move", from, to], ["remove", file or folder], ["append", file] or ["sleep", seconds]
@@ -166,6 +168,8 @@ def _harm(fault: dict, log: str) -> None:
             pages = int(file.read().split()[0])
         most = pages * resource.getpagesize() + fault["space"]
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    elif "reads" in fault:
+        os.environ["DVT_READS_FAIL"] = ":".join(map(str, fault["reads"]))
     elif "clock" in fault:
         _clock.update(step=fault["clock"], now=_true_time())
     else:

@@ -3,6 +3,7 @@
 What is damaged is named and, once it is removed or repaired as the message says, made again to the same tokens.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -243,6 +244,71 @@ def test_unreadable_images_are_named_and_the_others_are_done(
     dvt_command(commands[name](photos, tmp_path / "out"))
     assert contents(tmp_path / "out") == expected
     assert {shard: shards(tmp_path / "out")[shard] for shard in before} == before
+
+
+@pytest.fixture
+def failing(dvt_command):
+    """A function that makes the fault of reads that end with an error of the system; skips where that cannot be had."""
+    if not dvt_command.can_fail_reads:
+        pytest.skip("there is no C compiler to make reads fail with")
+    return lambda pattern, number, first=1: {"reads": [str(pattern), number, first]}
+
+
+@pytest.mark.parametrize("name", ["extract", "denoise"])
+@pytest.mark.parametrize(("number", "first"), [(errno.EIO, 1), (errno.ESTALE, 2), (errno.EACCES, 3)])
+def test_an_image_on_a_dying_disk_is_named_and_the_others_are_done(
+    name, number, first, commands, photos, tmp_path, dvt_command, contents, failing
+):
+    """The first read looks whether the file is empty, later ones are the hash's and the decoder's."""
+    out = tmp_path / "out"
+    ended = dvt_command(commands[name](photos, out, "--json"), failing("*/003.png", number, first), expect=2)
+    assert [Path(path).name for path, _ in ended.result["failed"]] == ["003.png"]
+    assert os.strerror(number) in ended.text and ended.result["done"] == 11
+    assert dvt_command(commands[name](photos, out, "--json")).result["done"] == 1
+    dvt_command(commands[name](photos, tmp_path / "whole"))
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", ["list", "analyze", "doctor", "train", "inspect"])
+def test_other_commands_name_what_a_dying_disk_does_not_give(
+    command, photos, denoised_store, backbone_options, tmp_path, dvt_command, failing, extract_command, shards
+):
+    listing = tmp_path / "list.txt"
+    listing.write_text("\n".join(map(str, sorted(photos.iterdir()))))
+    shard = sorted(shards(denoised_store))[0]
+    arguments, victim = {
+        "list": (extract_command(listing, tmp_path / "out"), "list.txt"),
+        "analyze": (["analyze", photos, *backbone_options, "--views", 0, "--out", tmp_path / "out"], "003.png"),
+        "doctor": (["doctor", photos, *backbone_options], "003.png"),
+        "train": (["train", denoised_store, "--steps", 2, "--out", tmp_path / "d.safetensors"], shard),
+        "inspect": (["inspect", denoised_store, "--verify"], shard),
+    }[command]
+    ended = dvt_command(arguments, failing(f"*/{victim}", errno.EIO), expect=None)
+    assert victim in ended.text and "Input/output error" in ended.text, ended
+    assert "delete it" not in ended.text
+    assert ended.code == (0 if command in ("analyze", "doctor") else 2), ended
+
+
+@pytest.mark.parametrize("command", ["extract", "denoise", "analyze", "doctor", "remedy", "probe", "distill"])
+def test_an_endless_image_is_named_before_it_takes_memory(
+    command, commands, photos, backbone_options, tmp_path, dvt_command
+):
+    """3000 x 1 pixels, resized to a shorter side of 96, would be 288,000 x 96: 330 MB, and 18,000 patches of it."""
+    Image.new("RGB", (1, 3000), "grey").save(photos / "endless.png")
+    out = tmp_path / "out"
+    options = ("--steps", 1, "--batch-size", 2, "--teacher", "views", "--views", 2, "--validate-every", 1)
+    arguments, code = {
+        "extract": (commands.get("extract"), 2),
+        "denoise": (commands.get("denoise"), 2),
+        "analyze": (["analyze", photos, *backbone_options, "--views", 2, "--out", out], 0),
+        "doctor": (["doctor", photos, *backbone_options], 0),
+        "remedy": (["remedy", "rasa", photos, *backbone_options, "--out", tmp_path / "d.safetensors"], 0),
+        "probe": (["probe", "correspondence", photos, *backbone_options], 2),
+        "distill": (["distill", photos, *backbone_options, *options, "--out", tmp_path / "b.safetensors"], 0),
+    }[command]
+    arguments = arguments(photos, out) if callable(arguments) else arguments
+    ended = dvt_command(arguments, {"space": 3 << 30}, expect=code)
+    assert command == "distill" or ("endless.png" in ended.text and "less extreme aspect ratio" in ended.text), ended
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
