@@ -119,12 +119,12 @@ def _run(
         if started:
             started(job)
         images = _indexed(pool, paths, summary, progress)
-        summary.skipped = sum(image.sha256 in held.done for image in images)
-        shards = shards_left(images, held.done, held.committed, job, hello.shard_images)
+        shards = shards_left(images, held.images, held.committed, job, hello.shard_images)
         artifacts: dict[Size, Any] = {}
         if hello.reduced_images:
             artifacts = _artifacts(pool, images, shards, held.artifacts(), hello, progress)
         total, done = sum(len(shard.images) for shard in shards), 0
+        summary.skipped = len(images) - total
         calls = [(shard, artifacts.get(shard.images[0].grid), held.marker) for shard in shards]
         for number, made in pool.map("make", calls, last=True):
             if isinstance(made, LostCall):
@@ -216,13 +216,13 @@ class _Held:
     """What a target holds already.
 
     Args:
-        done: SHA-256 of the images in it.
+        images: path and SHA-256 of the images in it.
         committed: names of its shards.
         artifacts: gives the artifact of each grid shape that is stored.
         marker: a file in the folder by which workers know that they see the same one.
     """
 
-    done: set[str]
+    images: set[tuple[str, str]]
     committed: set[str]
     artifacts: Callable[[], dict[Size, Tensor]]
     marker: str | None = None
@@ -243,7 +243,7 @@ def _held(pool: Pool, target: ShardTarget, job: Job, wait: bool) -> Iterator[_He
         try:
             committed = {path.stem for path in writer.folder.glob("*.h5")}
             yield _Held(
-                set(writer.done),
+                set(writer.images),
                 committed,
                 lambda: stored_artifacts(FeatureStore(target.place)) if committed else {},
                 str(marker),
@@ -255,13 +255,13 @@ def _held(pool: Pool, target: ShardTarget, job: Job, wait: bool) -> Iterator[_He
 def _held_remotely(pool: Pool, target: ShardTarget, job: Job) -> _Held:
     names = target.shards()
     chunks = [names[i : i + _PATHS_A_CALL] for i in range(0, len(names), _PATHS_A_CALL)]
-    done: set[str] = set()
+    images: set[tuple[str, str]] = set()
     grids: dict[Size, str] = {}
     for number, found in pool.map("index", [(chunk, job) for chunk in chunks]):
         if isinstance(found, LostCall):
             raise StoreError(f"the shards {chunks[number]} of {target.place!r} cannot be read: {found.reason}")
-        for name, sha256s, grid in found:
-            done.update(sha256s)
+        for name, listed, grid in found:
+            images.update(listed)
             if grid is not None:
                 grids.setdefault(grid, name)
 
@@ -269,7 +269,7 @@ def _held_remotely(pool: Pool, target: ShardTarget, job: Job) -> _Held:
         found = {grid: target.index(name, artifact=True).artifact for grid, name in grids.items()}
         return {grid: torch.from_numpy(artifact).float() for grid, artifact in found.items() if artifact is not None}
 
-    return _Held(done, set(names), artifacts)
+    return _Held(images, set(names), artifacts)
 
 
 # -- on the workers ---------------------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ class _Actor:
                     found.append(looking.result())
         return found, failed
 
-    def index(self, names: Sequence[str], job: Job) -> list[tuple[str, list[str], Size | None]]:
+    def index(self, names: Sequence[str], job: Job) -> list[tuple[str, list[tuple[str, str]], Size | None]]:
         found = []
         for name in names:
             index = self.target.index(name)
@@ -319,7 +319,7 @@ class _Actor:
                     f"{self.target.place!r} holds another job's tokens ({job.differences(index.job)}); choose another "
                     "output"
                 )
-            found.append((name, index.sha256s, index.grid))
+            found.append((name, index.images, index.grid))
         return found
 
     def part(self, image: ImageEntry) -> tuple[bool, Any]:

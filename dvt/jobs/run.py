@@ -54,10 +54,10 @@ def run(
             started(work.job)
         with summary.profile.timed("look"):
             images = list(_listed(work, paths, summary, progress))
-        summary.skipped = sum(image.sha256 in writer.done for image in images)
         committed = {path.stem for path in writer.folder.glob("*.h5")}
-        shards = shards_left(images, writer.done, committed, work.job, work.shard_images)
+        shards = shards_left(images, writer.images, committed, work.job, work.shard_images)
         total, done = sum(len(shard.images) for shard in shards), 0
+        summary.skipped = len(images) - total
 
         def tick() -> None:
             nonlocal done
@@ -87,24 +87,30 @@ def check_run(paths: Sequence[str | Path], out: str | Path) -> None:
 
 
 def shards_left(
-    images: Sequence[ImageEntry], done: set[str], committed: set[str], job: Job, shard_images: int
+    images: Sequence[ImageEntry], stored: set[tuple[str, str]], committed: set[str], job: Job, shard_images: int
 ) -> list[Shard]:
     """Plan the shards to make; where an image could not be used in an earlier run, the cuts are still where they were.
 
     Such an image is missing in its shard, and so not done; among the images left it would move all cuts behind it.
 
+    An image is done when its bytes are in the store, under whatever path: but where the plan has copies in several
+    shards and some of these are there, a killed run still owes the copies in the others.
+
     Args:
         images: all of the job.
-        done: hashes of the images in the store.
+        stored: (path, hash) of the images in the store.
         committed: names of the store's shards.
         job: as :func:`dvt.store.plan` takes it.
         shard_images: images a shard.
     """
-    whole = plan(images, shard_images, job, by_grid=True)
+    whole, done = plan(images, shard_images, job, by_grid=True), {sha256 for _, sha256 in stored}
     tried = {image[:2] for shard in whole if shard.name in committed for image in shard.images}
-    left = [image for image in images if image.sha256 not in done]
-    parts = ([image for image in left if (image[:2] in tried) == again] for again in (False, True))
-    return [shard for part in parts for shard in plan(part, shard_images, job, by_grid=True)]
+    begun, known = {sha256 for _, sha256 in tried}, tried | stored
+    left = {image for image in images if image.sha256 not in done or (image.sha256 in begun and image[:2] not in known)}
+    untouched = [shard for shard in whole if shard.name not in committed and left.issuperset(shard.images)]
+    rest = left.difference(*(shard.images for shard in untouched))
+    parts = ([image for image in rest if (image[:2] in tried) == again] for again in (False, True))
+    return untouched + [shard for part in parts for shard in plan(part, shard_images, job, by_grid=True)]
 
 
 def _listed(work: Work, paths: Sequence[str | Path], summary: Summary, progress: Progress) -> Iterator[ImageEntry]:

@@ -10,13 +10,13 @@ The rows of image i are ``offset[i]:offset[i + 1]``, its (h, w) patches row by r
 no checksum reaches variable-length data, and HDF5 walks in circles where that is damaged. ``checksum`` is the SHA-256
 of the other attributes.
 
-A shard appears under its name only when it is whole: it is written as ``NAME.h5.part``, synced and renamed. Images
-are known by the SHA-256 of their bytes: :class:`StoreWriter` tells which are done, :func:`plan` cuts the others into
-shards. A shard is a run of a fixed number of distinct files in the order of their paths, so leaving out the shards
-already done does not move the cuts between the others: a job that was killed ends with the shards it would have had.
-Images that are added later go to new shards, and the old ones stay as they are. A file whose bytes are done is skipped
-under any path; the paths in a store are those of the run that computed it. Files of equal bytes in one run lie in one
-shard, each path with its own copy of the rows.
+A shard appears under its name only when it is whole: it is written as ``NAME.h5.part``, synced and renamed. Images are
+known by the SHA-256 of their bytes: :class:`StoreWriter` tells which are done, :func:`plan` cuts the others into
+shards. A shard is a run of a fixed number of files in the order of their paths (copies by their first), so leaving out
+the shards already done does not move the cuts between the others: a job that was killed ends with the shards it would
+have had. Images that are added later go to new shards, and the old ones stay as they are. A file whose bytes are done
+is skipped under any path; the paths in a store are those of the run that computed it. Files of equal bytes in one run
+lie next to each other, each path with its own copy of the rows, and are computed once a shard.
 """
 
 from dvt.store.format import TERMS, Record, shard_file

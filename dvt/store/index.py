@@ -88,8 +88,11 @@ class StoredShard:
     shared: bool
     dtype: str
 
-    def sha256s(self) -> list[str]:
-        return [value.decode() for value in self.sha256]
+    def images(self) -> list[tuple[str, str]]:
+        """List the path and hash of each image."""
+        return [
+            (os.fsdecode(bytes(path)), sha256.decode()) for path, sha256 in zip(self.path, self.sha256, strict=True)
+        ]
 
 
 def read_shard(path: Path) -> StoredShard:
@@ -108,13 +111,13 @@ class ShardIndex:
 
     Args:
         job: that made it.
-        sha256s: of its images' files.
+        images: path and hash of each.
         grid: of the artifact that its images share, if any.
         artifact: (h, w, C) that its images share, if there is one and it was asked for.
     """
 
     job: Job
-    sha256s: list[str]
+    images: list[tuple[str, str]]
     grid: Size | None
     artifact: np.ndarray | None
 
@@ -133,7 +136,7 @@ def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardInde
     with damage(name), h5py.File(source, "r") as file:
         shard = _checked(file, Path(name), source)
         values = file["artifact"][:] if shard.shared and artifact else None
-        return ShardIndex(shard.job, shard.sha256s(), file["artifact"].shape[:2] if shard.shared else None, values)
+        return ShardIndex(shard.job, shard.images(), file["artifact"].shape[:2] if shard.shared else None, values)
 
 
 def _checked(file: h5py.File, path: Path, source: BinaryIO) -> StoredShard:

@@ -113,7 +113,7 @@ def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: boo
 
     Args:
         images: (path, sha256, grid) of each image that is not done yet.
-        shard_images: distinct files in a shard; copies of equal bytes come on top.
+        shard_images: images in a shard, copies of equal bytes included; so of many copies each shard has some.
         job: its digest goes into the shards' names, with paths and hashes.
         by_grid: each shard holds images of one grid only, as a shared artifact needs it.
 
@@ -125,13 +125,13 @@ def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: boo
     copies: dict[str, list[ImageEntry]] = {}
     for image in sorted(set(images)):
         copies.setdefault(image[1], []).append(ImageEntry(*image))
-    groups: dict[Size, list[list[ImageEntry]]] = {}
+    groups: dict[Size, list[ImageEntry]] = {}
     for same in copies.values():
-        groups.setdefault(same[0].grid if by_grid else (0, 0), []).append(same)
+        groups.setdefault(same[0].grid if by_grid else (0, 0), []).extend(same)
     runs = (
         groups[grid][i : i + shard_images] for grid in sorted(groups) for i in range(0, len(groups[grid]), shard_images)
     )
-    return [_shard([image for same in run for image in same], job) for run in runs]
+    return [_shard(run, job) for run in runs]
 
 
 def _shard(images: list[ImageEntry], job: Job) -> Shard:

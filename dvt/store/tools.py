@@ -53,7 +53,7 @@ def merge_stores(
     files = [file for store in stores for file in _shards_of(Path(store))]
     counts = {"images": 0, "shards": 0, "present": 0}
     with StoreWriter(out, job, wait=wait) as writer:
-        present = _contents(FeatureStore(out)) if writer.done else set()
+        present = set(writer.images)
         for number, file in enumerate(files):
             written, known = _copy(file, writer, present)
             counts["images"] += written
@@ -77,10 +77,6 @@ def _common_job(stores: Sequence[str | Path]) -> Job:
 
 def _shards_of(path: Path) -> list[Path]:
     return sorted(path.glob("*.h5")) if path.is_dir() else [path]
-
-
-def _contents(store: FeatureStore) -> set[tuple[str, str]]:
-    return set(zip(store.images, store.sha256s, strict=True))
 
 
 def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tuple[int, int]:

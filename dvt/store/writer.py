@@ -30,6 +30,7 @@ class StoreWriter:
 
     Attributes:
         done: SHA-256 of each image whose shard is committed.
+        images: path and SHA-256 of each of them.
 
     Raises:
         StoreError: on entry when the folder cannot be written, is locked, or holds something else or damaged shards.
@@ -38,6 +39,7 @@ class StoreWriter:
     def __init__(self, folder: str | Path, job: Job, wait: bool = True) -> None:
         self.folder, self.job, self.wait = Path(folder), job, wait
         self.done: set[str] = set()
+        self.images: set[tuple[str, str]] = set()
         self._lock: _Lock | None = None
 
     def __enter__(self) -> StoreWriter:
@@ -50,7 +52,8 @@ class StoreWriter:
         try:
             for part in self.folder.glob("*.h5.part"):  # under the lock: whoever was writing it is dead
                 part.unlink()
-            self.done = {sha256 for shard in self._shards() for sha256 in shard.sha256s()}
+            self.images = {image for shard in self._shards() for image in shard.images()}
+            self.done = {sha256 for _, sha256 in self.images}
         except BaseException:
             self._lock.release()
             raise
@@ -85,6 +88,7 @@ class StoreWriter:
             raise StoreError("a StoreWriter writes inside its with block: `with StoreWriter(folder, job) as writer:`")
         image = shard_file(name, self.job, records, artifact, dtype)
         target = commit_shard(self.folder, name, image, allowed=self._lock.check)
+        self.images.update((record.path, record.sha256) for record in records)
         self.done.update(record.sha256 for record in records)
         return target
 

@@ -206,7 +206,11 @@ def test_a_shard_behind_a_url_is_read_as_one_on_disk(tmp_path):
     target = ShardTarget(f"file://{tmp_path}/store")
     assert target.shards() == ["shard-0"]
     index = target.index("shard-0", artifact=True)
-    assert index.job == JOB and index.sha256s == [record.sha256 for record in records] and index.grid == (2, 3)
+    assert (
+        index.job == JOB
+        and index.images == [(record.path, record.sha256) for record in records]
+        and index.grid == (2, 3)
+    )
     np.testing.assert_array_equal(index.artifact, np.ones((2, 3, 4)))
     assert target.index("shard-0").artifact is None
     content = path.read_bytes()
@@ -232,7 +236,7 @@ def test_an_index_costs_few_bytes(tmp_path):
             read.append(len(buffer))
             return super().readinto(buffer)
 
-    assert len(read_index(Watched(path.read_bytes()), "shard-0").sha256s) == 64
+    assert len(read_index(Watched(path.read_bytes()), "shard-0").images) == 64
     assert sum(read) < 0.02 * path.stat().st_size and len(read) > 3
 
 
