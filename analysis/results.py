@@ -2,7 +2,7 @@
 
 A folder holds, schema ``dvt-report/1``,
 
-    report.json    schema, version, config, backbones, images, seconds, rows, and the index of data.npz
+    report.json    schema, version, config, backbones, images, seconds, rows, and the index of data.npz with its SHA-256
     data.npz       NumPy arrays without pickles (below)
     table.txt  table.md  table.csv
     position.png  norms.png  pca.png  layers.png
@@ -23,6 +23,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ import numpy as np
 
 import dvt
 from dvt.analysis.findings import Findings
-from dvt.analysis.metrics.scores import Row
+from dvt.analysis.metrics.scores import METRICS, Row
+from dvt.analysis.stored import ReportContent, read_arrays
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.schema import typed
 
 REPORT_SCHEMA = "dvt-report/1"
 
@@ -40,8 +43,8 @@ REPORT_SCHEMA = "dvt-report/1"
 class Report(Findings):
     """Hold the findings of :func:`dvt.analysis.analyze`; write them to a folder and read them back."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Return everything but the arrays, ready for JSON."""
+    def to_json(self, data_sha256: str | None = None) -> dict[str, Any]:
+        """Return everything but the arrays, ready for JSON; with the hash of their file, where there is one."""
         return {
             "schema": REPORT_SCHEMA,
             "version": dvt.__version__,
@@ -51,6 +54,7 @@ class Report(Findings):
             "seconds": self.seconds,
             "rows": [asdict(row) for row in self.rows],
             "index": self.index,
+            **({} if data_sha256 is None else {"data_sha256": data_sha256}),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -68,7 +72,9 @@ class Report(Findings):
             "table.txt": self.to_text() + "\n",
             "table.md": self.to_markdown(),
             "table.csv": self.to_csv(),
-            "report.json": json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n",
+            # The last one: before it has its name, the numbers there do not go with the arrays, and load says so.
+            "report.json": json.dumps(self.to_json(sha256(data.getvalue()).hexdigest()), indent=1, allow_nan=False)
+            + "\n",
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,16 +101,18 @@ class Report(Findings):
                 raise ConfigError(
                     f"{str(folder)!r} holds a report of schema {given!r}; this version reads {REPORT_SCHEMA!r}"
                 )
-            with np.load(folder / "data.npz", allow_pickle=False) as data:
-                arrays = {name: data[name] for name in data.files}
-            names = {entry["array"] for entries in content["index"].values() for entry in entries}
-            if names - arrays.keys():
-                raise ConfigError(f"data.npz in {str(folder)!r} misses {sorted(names - arrays.keys())[:3]}")
-            rows = [Row(**row) for row in content["rows"]]
+            content = typed(ReportContent, content)
+            rows = [typed(Row, row) for row in content["rows"]]
+            if unknown := {row.metric for row in rows} - METRICS.keys():
+                raise ConfigError(f"the report has rows of {sorted(unknown)[:3]}, which are no metrics of this version")
+            names = {entry["array"] for entries in content["index"].values() for entry in entries}  # type: ignore[attr-defined]
+            arrays = read_arrays(folder / "data.npz", names, content.get("data_sha256"))
             kept = {name: content[name] for name in ("images", "backbones", "seconds", "config", "index")}
-            return cls(rows, **kept, arrays=arrays)
-        except ConfigError:
-            raise
+            return cls(rows, **kept, arrays=arrays)  # type: ignore[arg-type]
+        except ConfigError as error:
+            raise ConfigError(
+                f"cannot use the report in {str(folder)!r}: {error}; make it with `dvt analyze IMAGES... --out DIR`"
+            ) from error
         except Exception as error:  # a zip or a JSON file can be damaged in nearly any way
             raise ConfigError(
                 f"{str(folder)!r} is not a report that can be read ({type(error).__name__}: {error}); "

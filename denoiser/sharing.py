@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
@@ -18,6 +19,8 @@ from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
+from dvt.schema import typed
+from dvt.text import markdown, visible
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -133,7 +136,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
     def _build(cls: type[D], config: Mapping[str, Any], card: Mapping[str, Any], state: State, source: str) -> D:
         """Make the denoiser of a config as read from JSON, a card and weights by its own names."""
         try:
-            settings = DenoiserConfig(**config)
+            settings = typed(DenoiserConfig, config)
             inside = settings.kind in INSIDE  # these hold indices, however wide the tokens are
             if not inside and max(settings.feature_dim, settings.depth) > sum(v.nbytes for v in state.values()):
                 raise ConfigError("the file is too small for it")  # even the plan could take for ever
@@ -148,7 +151,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
             ) from error
         denoiser = cls(settings, torch.Generator()).eval()  # its initial weights are replaced
         load_state(denoiser, state, source)
-        denoiser.card = dict(card)
+        denoiser.card = _checked_card(card, source)
         return denoiser
 
     def check_fits(self, backbone: Backbone, force: bool = False) -> None:
@@ -184,18 +187,22 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
             library_name="denoising-vit",
             pipeline_tag="image-feature-extraction",
             tags=["denoising-vit", "vision-transformer", "dense-features"],
-            base_model=f"timm/{backbone}" if "." in backbone and "/" not in backbone else None,
+            base_model=f"timm/{backbone}" if re.fullmatch(r"[\w-]+\.[\w.-]+", backbone, re.ASCII) else None,
         )
-        rows = "\n".join(f"| {key} | {_json(value)} |" for key, value in sorted(self.card.items()))
+        rows = "\n".join(f"| {markdown(key)} | {markdown(_json(value))} |" for key, value in sorted(self.card.items()))
         settings = _json(_description(self)["config"])
-        return ModelCard(CARD.format(data=data.to_yaml(), backbone=backbone, settings=settings, rows=rows))
+        return ModelCard(
+            CARD.format(
+                data=data.to_yaml(), title=markdown(backbone), name=ascii(backbone), settings=settings, rows=rows
+            )
+        )
 
 
 CARD = """---
 {data}
 ---
 
-# Denoiser for {backbone}
+# Denoiser for {title}
 
 It takes the patch tokens of the backbone and gives them back without the artifacts that depend on their position.
 
@@ -203,7 +210,7 @@ It takes the patch tokens of the backbone and gives them back without the artifa
 import dvt
 from dvt.denoiser import Denoiser
 
-backbone = dvt.load_backbone("{backbone}")
+backbone = dvt.load_backbone({name})
 clean = Denoiser.from_pretrained("this folder or repository").attach(backbone)
 ```
 
@@ -224,7 +231,27 @@ def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
         "layer": (card.get("layer"), backbone.layer),
         "weights": (hashed, backbone.weights_sha256 if hashed else None),
     }
-    return [f"{what} {own}, got {other}" for what, (own, other) in stated.items() if own is not None and own != other]
+    differing = {what: pair for what, pair in stated.items() if pair[0] is not None and pair[0] != pair[1]}
+    return [f"{what} {visible(str(own))}, got {other}" for what, (own, other) in differing.items()]
+
+
+class _Card(TypedDict, total=False):
+    """Type the entries of a card that dvt reads; others are anybody's."""
+
+    backbone: str
+    layer: int
+    stride: int | list[int]
+    feature_dim: int
+    weights_sha256: str | None
+    remedy: str
+
+
+def _checked_card(card: Mapping[str, Any], source: str) -> dict[str, Any]:
+    try:
+        typed(_Card, {name: value for name, value in card.items() if name in _Card.__annotations__})
+    except ConfigError as error:
+        raise WeightsError(f"the card of {source} cannot be used: {error}. Was the file edited?") from error
+    return dict(card)
 
 
 def _description(denoiser: PretrainedDenoiser) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHe
 from dvt.analysis.priors.trunk import ConditionEmbedder
 from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.errors import ConfigError, WeightsError
+from dvt.schema import typed
 
 PRIOR_SCHEMA = "dvt-prior/1"
 _KEY = "dvt"
@@ -163,7 +164,7 @@ class Prior(nn.Module):
 def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorConfig:
     """Check that a file's tensors fit its config, and return that: nothing larger than the file is built."""
     try:
-        config = PriorConfig(**settings)
+        config = typed(PriorConfig, settings)
         if max(config.depth, config.width, config.heads) > sum(value.nbytes for value in state.values()):
             raise ConfigError("the file is too small for it")  # even the plan could take for ever
         planned = nn.ModuleDict({"head": _planned_head(config)})

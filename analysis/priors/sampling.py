@@ -26,6 +26,7 @@ from dvt.backbones import Backbone
 from dvt.backbones.weights import save_state
 from dvt.errors import BackboneError, ConfigError, WeightsError
 from dvt.progress import Progress
+from dvt.schema import typed
 
 _FEWEST_COMPARED = 20  # held-out images that the memorisation check needs
 _NOISE_DRAWS = 8  # of noise for each held-out image in a validation
@@ -76,7 +77,7 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
         with safe_open(str(path), "pt") as file:
             names = json.loads((file.metadata() or {})["images"])
         held = load_file(path)
-        target = PriorTarget(**prior.card["target"])
+        target = typed(PriorTarget, prior.card["target"])
         _check_held(held, names, prior, target)
     except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error

@@ -333,7 +333,7 @@ def test_damaged_reports_are_refused(report, tmp_path):
         Report.load(tmp_path)
     folder = report.save(tmp_path / "report")
     (folder / "data.npz").write_bytes((folder / "data.npz").read_bytes()[:1000])
-    with pytest.raises(ConfigError, match="not a report that can be read"):
+    with pytest.raises(ConfigError, match="two runs"):
         Report.load(folder)
     np.savez(folder / "data.npz", evil=np.array([{}], dtype=object))
     with pytest.raises(ConfigError):

@@ -1,10 +1,14 @@
 """The page of a report: nothing is fetched, no name becomes markup, and what it shows is what was measured."""
 
 import base64
+import functools
 import io
 import json
+import random
 import re
 import shutil
+import tracemalloc
+import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -305,13 +309,81 @@ def test_entries_that_make_no_sense_are_refused(report, change):
 
 
 def test_an_array_missing_on_disk_is_refused(report, saved, tmp_path):
-    shutil.copy(saved / "report.json", tmp_path)
+    content = json.loads((saved / "report.json").read_text())
+    del content["data_sha256"]  # as in reports of before
+    (tmp_path / "report.json").write_text(json.dumps(content))
     with np.load(saved / "data.npz") as data:
         arrays = dict(data)
     arrays.pop(report.index["maps"][0]["array"])
     np.savez(tmp_path / "data.npz", **arrays)
     with pytest.raises(ConfigError, match="misses"):
         write_report(tmp_path, tmp_path / "report.html")
+
+
+WRONG = (None, True, "words", -1, 10**400, 1e400, float("nan"), [], {}, [[]], {"a": 1})
+
+
+def places(value, *path):
+    """The way to everything in a JSON document."""
+    yield path
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        yield from places(value[key], *path, key)
+
+
+def test_edited_reports_are_read_or_refused_in_words(saved, tmp_path):
+    """Entries are left out, or replaced by what they are not; nothing may end in another error."""
+    shutil.copytree(saved, tmp_path / "edited")
+    text = (saved / "report.json").read_text()
+    every, chance, refused = [*places(json.loads(text))][1:], random.Random(0), 0
+    for path in chance.sample(every, 150):
+        content = json.loads(text)
+        *way, last = path
+        holder = functools.reduce(lambda value, key: value[key], way, content)
+        value = chance.choice((*WRONG, "left out"))
+        if value == "left out":
+            del holder[last]
+        else:
+            holder[last] = value
+        (tmp_path / "edited" / "report.json").write_text(json.dumps(content))
+        try:
+            render(Report.load(tmp_path / "edited"))
+        except ConfigError:
+            refused += 1
+    assert 75 < refused < 150
+
+
+@pytest.mark.parametrize("kind", ["a header of terabytes", "half a gigabyte of zeros"])
+def test_arrays_that_announce_more_than_they_hold_cost_no_memory(report, saved, tmp_path, kind):
+    folder = shutil.copytree(saved, tmp_path / "huge")
+    name = report.index["maps"][0]["array"]
+    content = json.loads((saved / "report.json").read_text())
+    del content["data_sha256"]
+    (folder / "report.json").write_text(json.dumps(content))
+    head = io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, {"descr": "|i1", "fortran_order": False, "shape": (1 << 20, 1 << 20, 1)})
+    with zipfile.ZipFile(folder / "data.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for other, array in report.arrays.items():
+            if other != name:
+                np.save(part := io.BytesIO(), array)
+                archive.writestr(f"{other}.npy", part.getvalue())
+        with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+            for piece in [head.getvalue()] if kind == "a header of terabytes" else [bytes(1 << 20)] * 513:
+                file.write(piece)
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match="announces"):
+        Report.load(folder)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+def test_numbers_and_maps_of_two_runs_are_not_mixed(report, saved, tmp_path):
+    """As a run that was killed between its files leaves them."""
+    shutil.copytree(saved, tmp_path / "mixed")
+    arrays = {name: array + array.dtype.type(1) for name, array in report.arrays.items()}
+    np.savez_compressed(tmp_path / "mixed" / "data.npz", **arrays)
+    with pytest.raises(ConfigError, match="two runs"):
+        Report.load(tmp_path / "mixed")
 
 
 # -- in a browser

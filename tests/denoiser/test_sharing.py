@@ -1,8 +1,10 @@
 """Denoisers as files, folders and repositories, and the checkpoints that the paper's authors publish."""
 
+import ast
 import base64
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -469,3 +471,38 @@ def test_without_a_network_the_users_own_cache_is_used(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGINGFACE_"))}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     assert run_python(code, **environment) == "(4, 4)"
+
+
+HOSTILE = 'x"); import os; os.system("true") #\n```\n# forged | `a` <b>'
+
+
+def test_a_card_s_backbone_is_data_in_the_model_card(tmp_path):
+    """In the snippet it is a literal, elsewhere text: no code, table cell or heading begins in it."""
+    denoiser = made()
+    denoiser.card = {"backbone": HOSTILE, "no|te": "a|b\nc"}
+    denoiser.save_pretrained(tmp_path / "folder")
+    text = (tmp_path / "folder" / "README.md").read_text()
+    code = text.split("```python\n")[1].split("\n```\n")[0]
+    calls = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    (call,) = (node for node in calls if "load_b" in ast.dump(node.func))
+    assert ast.literal_eval(call.args[0]) == HOSTILE
+    assert "forged" not in [line.strip("# ").split()[:1] for line in text.splitlines()]
+    assert text.count("\n```") == 2 and "<b>" not in text.replace(code, "")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+    assert Denoiser.from_pretrained(tmp_path / "folder").card == denoiser.card
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [("config", {"use_prefix": "yes"}), ("config", {"depth": 1.5}), ("config", {"position": 1}), ("config", {"a": 1})]
+    + [("card", {"backbone": ["x"]}), ("card", {"layer": "last"}), ("card", {"weights_sha256": 3})],
+)
+def test_a_file_of_other_types_is_refused(tmp_path, part, change):
+    path = tmp_path / "d.safetensors"
+    made().save_pretrained(path)
+    with safe_open(path, "pt") as file:
+        about = json.loads(file.metadata()["dvt"])
+    edited(path, **{part: about[part] | change})
+    with pytest.raises(WeightsError, match=next(iter(change))):
+        Denoiser.from_pretrained(path)
