@@ -19,6 +19,7 @@ from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
+from dvt.files import whole_file
 from dvt.schema import typed
 from dvt.text import markdown, visible
 
@@ -88,7 +89,8 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         _save(self, save_directory / SAFETENSORS_SINGLE_FILE)
-        (save_directory / CONFIG_NAME).write_text(_json(_description(self), indent=2))
+        with whole_file(save_directory / CONFIG_NAME) as part:
+            part.write_text(_json(_description(self), indent=2))
 
     @classmethod
     def from_pretrained(cls: type[D], pretrained_model_name_or_path: str | Path, **options: Any) -> D:

@@ -6,8 +6,11 @@ there is overwritten, and no symbolic link is followed.
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import fnmatch
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,6 +21,7 @@ from dvt.errors import ConfigError
 
 PART = ".part"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_PART_NAME = re.compile(r"(?P<name>.+)\.(?P<pid>\d{1,10})\.[0-9a-f]{16}" + re.escape(PART) + r"(\.\w+)?", re.DOTALL)
 _NAME_BYTES = 160  # of a file's name in that of its unfinished one: file systems take 255 in all
 
 
@@ -40,20 +44,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         ) from error
 
 
-def write_whole(path: Path, content: bytes, part: Path, allowed: Callable[[], None] = lambda: None) -> None:
-    """Write a file's bytes, synced, to `part`, which then takes the name `path`.
+def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda: None) -> None:
+    """Write a file's bytes, synced, beside it, which then take the name `path`.
+
+    What processes that were killed have left of it stays: whoever holds the folder's lock calls :func:`remove_parts`.
 
     Args:
         path: in a folder that exists.
         content: of the file.
-        part: the unfinished file; one that is left there is removed, so the caller holds a lock.
         allowed: called before the file takes its name; an OSError keeps it from that.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    if os.path.lexists(part):
-        part.unlink()
+    part = _part_name(path)
     fd = os.open(part, _NEW, 0o666)
     try:
         with open(fd, "wb") as file:
@@ -70,7 +74,7 @@ def write_whole(path: Path, content: bytes, part: Path, allowed: Callable[[], No
 
 
 @contextmanager
-def replaced(path: Path, *, sync: bool = False) -> Iterator[Path]:
+def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Path]:
     """Give a new file to write to, which takes the name `path` at the end of the block, with the umask's permissions.
 
     Until then it has a name that nobody has; what dead processes left of this file is removed.
@@ -78,12 +82,15 @@ def replaced(path: Path, *, sync: bool = False) -> Iterator[Path]:
     Args:
         path: in a folder that exists.
         sync: put the file and its name on the disk before the block ends.
+        suffix: that the unfinished file's name ends with, for writers that look at it.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    _remove_dead_parts(path)
-    part = path.with_name(f"{_short(path)}.{os.getpid()}.{secrets.token_hex(4)}{PART}")
+    for dead, name, process in _parts(path.parent):
+        if name == _short(path.name) and not _alive(process):
+            remove(dead)
+    part = _part_name(path, suffix)
     fd = os.open(part, _NEW, 0o666)
     mode = os.fstat(fd).st_mode & 0o777
     os.close(fd)
@@ -104,23 +111,57 @@ def replaced(path: Path, *, sync: bool = False) -> Iterator[Path]:
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to write files to, which takes the name `path`, synced, at the end of the block.
 
-    It is NAME.part until then; one that is left there is removed, so the caller holds a lock.
+    Until then it has a name that nobody has; its files get the umask's permissions. What processes that were killed
+    have left of it stays: whoever holds the lock calls :func:`remove_parts`.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    part = path.with_name(f"{path.name}{PART}")
-    remove(part)
+    part = _part_name(path)
     part.mkdir()
+    mode = part.stat().st_mode & 0o666
     try:
         yield part
-        for each in (*part.iterdir(), part):
+        for each in part.iterdir():
+            if each.is_file():
+                each.chmod(mode)  # some writers make a file of their own, for its owner alone
             sync_path(each)
+        sync_path(part)
         os.replace(part, path)
         sync_path(path.parent)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def renamed_away(path: Path) -> Path:
+    """Give a folder that is to be removed the name of an unfinished one: half of it must not look like the whole."""
+    part = _part_name(path)
+    os.replace(path, part)
+    return part
+
+
+def new_part(path: Path) -> Path:
+    """Make an empty file that has the name of an unfinished `path`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = _part_name(path)
+    os.close(os.open(part, _NEW, 0o666))
+    return part
+
+
+def remove_parts(folder: Path, pattern: str) -> None:
+    """Remove unfinished files and folders, which dvt alone names like this; a user's own NAME.part stays.
+
+    Args:
+        folder: where they lie; the caller holds its lock, so whoever was writing them is dead.
+        pattern: of the names that they were to take, as glob has it.
+    """
+    for part, name, _ in _parts(folder):
+        if fnmatch.fnmatchcase(name, pattern):
+            remove(part)
 
 
 def remove(path: Path) -> None:
@@ -148,9 +189,7 @@ def writable(path: Path) -> Path:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        trial = path.with_name(f"{_short(path)}.{secrets.token_hex(4)}{PART}")
-        os.close(os.open(trial, _NEW))
-        trial.unlink()
+        new_part(path).unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
     return path
@@ -160,9 +199,13 @@ def open_lock(path: Path) -> int:
     """Open a lock's file and make it where it is missing; no link is followed. Returns its descriptor.
 
     Raises:
-        OSError: it is a link, or cannot be written.
+        OSError: it is a link, has another name too, or cannot be written.
     """
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    if os.fstat(fd).st_nlink > 1:  # a hard link: what lies there under another name is not ours to write to
+        os.close(fd)
+        raise OSError(errno.EMLINK, "it is a hard link", str(path))
+    return fd
 
 
 def take_lock(fd: int, wait: bool = False) -> bool:
@@ -177,19 +220,21 @@ def take_lock(fd: int, wait: bool = False) -> bool:
     return True
 
 
-def _short(path: Path) -> str:
-    return os.fsdecode(os.fsencode(path.name)[:_NAME_BYTES])
+def _part_name(path: Path, suffix: str = "") -> Path:
+    """A name beside `path` that nobody has, and that tells whose it is and of which process."""
+    return path.with_name(f"{_short(path.name)}.{os.getpid()}.{secrets.token_hex(8)}{PART}{suffix}")
 
 
-def _remove_dead_parts(path: Path) -> None:
-    """Remove what processes that were killed while they wrote this file have left."""
-    start = f"{_short(path)}."
+def _short(name: str) -> str:
+    return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
+
+
+def _parts(folder: Path) -> list[tuple[Path, str, int]]:
+    """The unfinished files of a folder, each with the name that it was to take and the process that wrote it."""
     with suppress(OSError):
-        for name in os.listdir(path.parent):
-            if name.startswith(start) and name.endswith(PART):
-                pid = name[len(start) : -len(PART)].partition(".")[0]
-                if pid.isdecimal() and not _alive(int(pid)):
-                    (path.parent / name).unlink(missing_ok=True)
+        found = [_PART_NAME.fullmatch(name) for name in os.listdir(folder)]
+        return [(folder / each[0], each["name"], int(each["pid"])) for each in found if each is not None]
+    return []
 
 
 def _alive(pid: int) -> bool:

@@ -89,8 +89,12 @@ def cached_crops(
     folder = cache / f"crops-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with replaced_folder(folder) as part:
-            write_crops(data, part, torch.Generator().manual_seed(seed), progress=progress)
+        try:
+            with replaced_folder(folder) as part:
+                write_crops(data, part, torch.Generator().manual_seed(seed), progress=progress)
+        except OSError:
+            if not folder.is_dir():  # else another process has made the same crops meanwhile
+                raise
     return _opened(data, folder)
 
 

@@ -11,9 +11,8 @@ import copy
 import io
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from dvt import __version__
 from dvt.backbones.backbone import Backbone
 from dvt.errors import BackboneError, ConfigError
-from dvt.files import PART
+from dvt.files import replaced
 from dvt.grids import Size
 
 logger = logging.getLogger(__name__)
@@ -172,27 +171,22 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
     size = tuple(config.size or backbone.image_size)
     program = _traced(module, (size[0], size[1]), dynamic)
     described = {"backbone": description(backbone), "dynamic_grid": dynamic, "size": size}
-    # torch.onnx and torch.export look at the suffix, so the unfinished file keeps it.
-    part = path.with_name(f"{path.stem[:100]}.{os.getpid()}{PART}{path.suffix}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
-        inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
-        deviation = max(_deviation(module, run, images) for images in inputs)
-        if not deviation <= TOLERANCE:
-            raise BackboneError(
-                f"what was exported of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or "
-                f"deviates from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. Try "
-                "grid='fixed', or the other of .onnx and .pt2"
-            )
-        os.replace(part, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path, suffix=path.suffix) as part:  # torch.onnx and torch.export look at the suffix
+            opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
+            inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
+            deviation = max(_deviation(module, run, images) for images in inputs)
+            if not deviation <= TOLERANCE:
+                raise BackboneError(
+                    f"what was exported of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or "
+                    f"deviates from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. "
+                    "Try grid='fixed', or the other of .onnx and .pt2"
+                )
     except OSError as error:
         raise ConfigError(
             f"cannot write {str(path)!r}: {error.strerror or error}; make room or choose another place"
         ) from error
-    finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
     return Exported(path, dynamic, (size[0], size[1]), opset, deviation, tuple(tuple(i.shape) for i in inputs))
 
 

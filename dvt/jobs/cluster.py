@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from torch import Tensor
 
 import dvt
 from dvt.errors import ConfigError, StoreError
+from dvt.files import new_part
 from dvt.grids import Size
 from dvt.images import is_url
 from dvt.jobs.ahead import ahead, reading_threads
@@ -235,9 +235,8 @@ def _held(pool: Pool, target: ShardTarget, job: Job, wait: bool) -> Iterator[_He
         return
     with StoreWriter(target.place, job, wait=wait) as writer:
         # What a killed driver leaves, the next writer deletes.
-        marker = writer.folder / f"driver-{uuid.uuid4().hex}.h5.part"
         try:
-            marker.touch()
+            marker = new_part(writer.folder / "driver.h5")
         except OSError as error:
             raise StoreError(f"cannot write to the store {target.place!r}: {error.strerror or error}") from error
         try:

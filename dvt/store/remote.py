@@ -54,7 +54,7 @@ class ShardTarget:
         if self.remote:
             self.put(f"{name}.h5", content)
         else:
-            commit_shard(Path(self.place), name, content, part=f".{uuid.uuid4().hex}")
+            commit_shard(Path(self.place), name, content)
 
     def put(self, name: str, content: bytes) -> None:
         """A file behind the URL, whole or not at all; of object stores one put is, elsewhere a move is.

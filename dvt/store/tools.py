@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dvt.errors import ConfigError, StoreError
+from dvt.files import open_lock, replaced, take_lock
 from dvt.progress import Progress
 from dvt.store.format import CHUNK_BYTES
 from dvt.store.job import ImageEntry, Job, plan
@@ -136,9 +139,9 @@ def export_store(
     if unknown := [term for term in terms if term not in source.terms]:
         raise StoreError(f"{str(store)!r} holds the terms {', '.join(source.terms)}, not {', '.join(unknown)}")
     try:
-        _start(out)
-        writers[form](source, out, terms or source.terms, progress or (lambda what, done, total: None), *zarr)
-        (out / _UNFINISHED).unlink()
+        with _started(out) as marker:
+            writers[form](source, out, terms or source.terms, progress or (lambda what, done, total: None), *zarr)
+            marker.unlink()
     except OSError as error:
         raise StoreError(f"cannot write to {str(out)!r}: {error.strerror or error}") from error
     return len(source)
@@ -147,11 +150,28 @@ def export_store(
 _UNFINISHED = "unfinished-export"
 
 
-def _start(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and ((out / _UNFINISHED).exists() or not any(out.iterdir()))):
+@contextmanager
+def _started(out: Path) -> Iterator[Path]:
+    """Make the folder, with a file in it that says so until the export is whole, and that one process can lock."""
+    marker = out / _UNFINISHED
+    if os.path.lexists(out) and not (out.is_dir() and (os.path.lexists(marker) or not any(out.iterdir()))):
         raise StoreError(f"{str(out)!r} exists and is no unfinished export; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
-    (out / _UNFINISHED).touch()
+    fd = open_lock(marker)
+    try:
+        mine = take_lock(fd)
+        if not mine or not marker.exists() or not os.path.samestat(os.fstat(fd), marker.stat()):
+            raise StoreError(f"another process exports to {str(out)!r}; wait for it, or choose another folder")
+        if linked := next((path for path in out.rglob("*") if _linked(path)), None):
+            raise StoreError(f"{str(linked)!r} is a link, which no export makes; choose a new folder")
+        yield marker
+    finally:
+        os.close(fd)
+
+
+def _linked(path: Path) -> bool:
+    status = path.lstat()
+    return stat.S_ISLNK(status.st_mode) or (stat.S_ISREG(status.st_mode) and status.st_nlink > 1)
 
 
 def _export_npy(store: FeatureStore, out: Path, terms: Sequence[str], progress: Progress) -> None:
@@ -167,7 +187,8 @@ def _export_npy(store: FeatureStore, out: Path, terms: Sequence[str], progress: 
             np.save(out / "prefix" / file, np.asarray(store.prefix(i)))
         images.append({"file": file, **entry})
         progress("export", i + 1, len(store))
-    (out / INDEX).write_text(json.dumps({"job": asdict(store.job), "terms": list(terms), "images": images}, indent=1))
+    with replaced(out / INDEX) as part:
+        part.write_text(json.dumps({"job": asdict(store.job), "terms": list(terms), "images": images}, indent=1))
 
 
 def _entries(store: FeatureStore) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dvt.errors import StoreError
-from dvt.files import PART, open_lock, take_lock, write_whole
+from dvt.files import open_lock, remove_parts, take_lock, write_whole
 from dvt.store.format import Record, shard_file
 from dvt.store.index import StoredShard, read_shard, shard_files
 from dvt.store.job import Job
@@ -50,8 +50,7 @@ class StoreWriter:
             reason = "it is a file, not a folder" if self.folder.is_file() else error.strerror or error
             raise StoreError(f"cannot write to the store {str(self.folder)!r}: {reason}") from error
         try:
-            for part in self.folder.glob("*.h5.part"):  # under the lock: whoever was writing it is dead
-                part.unlink()
+            remove_parts(self.folder, "*.h5")  # under the lock: whoever was writing them is dead
             self.images = {image for shard in self._shards() for image in shard.images()}
             self.done = {sha256 for _, sha256 in self.images}
         except BaseException:
@@ -103,16 +102,13 @@ class StoreWriter:
             yield shard
 
 
-def commit_shard(
-    folder: Path, name: str, image: bytes, part: str = "", allowed: Callable[[], None] = lambda: None
-) -> Path:
+def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], None] = lambda: None) -> Path:
     """Puts a shard's bytes into a folder whole or not at all; the caller holds the store's lock, or is its helper.
 
     Args:
         folder: of the store.
         name: of the shard.
         image: from :func:`shard_file`.
-        part: goes into the name of the unfinished file, where several processes may write the same shard.
         allowed: called before the shard takes its name; an OSError leaves it out.
 
     Raises:
@@ -120,7 +116,7 @@ def commit_shard(
     """
     target = folder / f"{name}.h5"
     try:
-        write_whole(target, image, folder / f"{name}{part}.h5{PART}", allowed)
+        write_whole(target, image, allowed)
     except OSError as error:
         raise StoreError(
             f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dvt.errors import ConfigError
-from dvt.files import PART, open_lock, remove, replaced_folder, take_lock
+from dvt.files import open_lock, remove, remove_parts, renamed_away, replaced_folder, take_lock
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -41,8 +41,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         if not take_lock(fd):
             raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder")
-        for part in folder.glob(f"step-*{PART}"):
-            remove(part)
+        remove_parts(folder, "step-*")
         yield
     finally:
         os.close(fd)
@@ -113,9 +112,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """Remove all checkpoints but the newest ones."""
     for old in checkpoints_in(folder)[:-keep]:
-        gone = old.with_name(f"{old.name}{PART}")  # renamed first: half a folder must not look like a checkpoint
-        os.replace(old, gone)
-        remove(gone)
+        remove(renamed_away(old))
 
 
 def check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:

@@ -170,9 +170,12 @@ def test_what_else_lies_in_the_folder_does_no_harm(extracted, store, again, cont
     (store / "writer.lock").write_bytes(b"\xff\xfe\x00 no process")
     (store / "config.json").write_text("{")
     (store / "notes.txt").write_text("mine")
-    (store / "dead.h5.part").write_bytes(b"half a shard")
+    dead = store / "dead.h5.1.0123456789abcdef.part"
+    dead.write_bytes(b"half a shard")
+    (store / "talk.h5.part").write_bytes(b"mine too")
     again(expect=0)
-    assert contents(store) == contents(extracted / "store") and not (store / "dead.h5.part").exists()
+    assert contents(store) == contents(extracted / "store") and not dead.exists()
+    assert (store / "talk.h5.part").read_bytes() == b"mine too"
     assert (store / "notes.txt").read_text() == "mine" and json.loads((store / "config.json").read_text())
 
 
@@ -357,7 +360,7 @@ def test_an_image_that_changes_between_listing_and_decoding(
     victim = photos / "023.png"
     (tmp_path / "spare").mkdir()
     listed = hashlib.sha256(victim.read_bytes()).hexdigest()
-    fault = {"at": "*.h5.part", "do": changes(victim, tmp_path / "spare")[change]}
+    fault = {"at": "*.h5.*.part", "do": changes(victim, tmp_path / "spare")[change]}
     ended = dvt_command(commands[name](photos, tmp_path / "out"), fault, expect=None)
     stored = contents(tmp_path / "out")
     assert victim.name in ended.text and ended.code == 2, ended

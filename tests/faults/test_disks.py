@@ -191,7 +191,7 @@ def test_a_folder_that_is_removed_in_mid_run(name, nth, jobs, tmp_path, dvt_comm
     for folder in ("whole", "out"):
         (tmp_path / folder).mkdir()
     dvt_command(jobs[name](tmp_path / "whole"))
-    written, gone = ("model.safetensors", "denoiser.run") if name == "train" else ("*.h5.part", "store")
+    written, gone = ("model.safetensors", "denoiser.run") if name == "train" else ("*.h5.*.part", "store")
     # safetensors opens its files where Python does not see it; the folder of a checkpoint it does.
     written = "step-*.part" if name == "train" else written
     fault = {"at": written, "nth": nth, "do": ["remove", str(tmp_path / "out" / gone)]}

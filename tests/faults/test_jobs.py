@@ -39,7 +39,7 @@ def watched(folder, dvt_command, started):
     while any(Path(f"/proc/{each.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" for each in started):
         now = holders(folder)
         assert len(now) <= 1 and len(list(folder.glob("*.part"))) <= 2  # a shard and the settings
-        assert len(list(folder.glob("*.h5.part"))) <= 1
+        assert len(list(folder.glob("*.h5.*.part"))) <= 1
         seen.update(now)
         time.sleep(0.002)
     assert seen <= {each.pid for each in started}
@@ -79,7 +79,7 @@ def test_jobs_that_start_together_and_do_not_wait_are_refused_but_one(
 ):
     make = commands[name]
     dvt_command(make(photos, tmp_path / "whole"))
-    slowly = {"at": "*.h5.part", "do": ["sleep", 1.5]}  # so that all of them meet it
+    slowly = {"at": "*.h5.*.part", "do": ["sleep", 1.5]}  # so that all of them meet it
     started = [dvt_command.start(make(photos, tmp_path / "out", "--no-wait"), slowly) for _ in range(count)]
     ended, seen = watched(tmp_path / "out", dvt_command, started)
     assert sorted(each.code for each in ended) == [0] + [2] * (count - 1), ended
@@ -96,7 +96,7 @@ def test_a_job_that_waits_goes_on_when_the_holder_is_killed(
 ):
     make, out = commands[name], tmp_path / "out"
     dvt_command(make(photos, tmp_path / "whole"))
-    holder = dvt_command.start(make(photos, out), {"at": "*.h5.part", "nth": 3, "do": ["sleep", 600]})
+    holder = dvt_command.start(make(photos, out), {"at": "*.h5.*.part", "nth": 3, "do": ["sleep", 600]})
     wait_until(lambda: len(shards(out)) == 2)
     waiting = [dvt_command.start(make(photos, out, "--json")) for _ in range(2)]
     time.sleep(0.7)
@@ -130,7 +130,7 @@ def test_of_two_different_jobs_one_is_refused(other, commands, photos, tmp_path,
 def test_a_store_that_another_job_made_anew_is_left_to_it(extract_command, photos, tmp_path, dvt_command, contents):
     """The folder is moved away under a running job, and another job takes its name: the first has lost its lock."""
     out, moved = tmp_path / "out", tmp_path / "moved"
-    pauses = {"at": "*.h5.part", "nth": 3, "do": ["sleep", 3]}
+    pauses = {"at": "*.h5.*.part", "nth": 3, "do": ["sleep", 3]}
     first = dvt_command.start(extract_command(photos, out), pauses)
     wait_until(lambda: len(list(out.glob("*.h5"))) == 2)
     os.rename(out, moved)
