@@ -51,12 +51,12 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
     @property
     def feature_dim(self) -> int:
-        """Give C, channels of a token."""
+        """The number of channels of a token, C."""
         return self.config.feature_dim
 
     @property
     def strength(self) -> float:
-        """Give how much of the change is made, in [0, 1]: 0 returns the input bit for bit, 1 the denoised tokens."""
+        """The share of the change that is made, in [0, 1]: 0 returns the input bit for bit, 1 the denoised tokens."""
         return self._strength
 
     @strength.setter

@@ -19,7 +19,7 @@ Size = tuple[int, int]
 
 
 def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
-    """The model input size that keeps an image's aspect ratio.
+    """Compute the model input size (H, W) that keeps an image's aspect ratio.
 
     Args:
         image_size: (H, W) of the image in pixels.
@@ -37,7 +37,7 @@ def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
 
 
 def grid_shape(size: Size, patch: Size, stride: Size | None = None) -> Size:
-    """(h, w): how many patches of a size, taken every stride pixels, fit into an input of a size.
+    """Count the patches (h, w), one every stride pixels, that fit into an input of (H, W) pixels.
 
     >>> grid_shape((224, 336), (16, 16)), grid_shape((224, 336), (16, 16), (8, 8))
     ((14, 21), (27, 41))
@@ -47,7 +47,7 @@ def grid_shape(size: Size, patch: Size, stride: Size | None = None) -> Size:
 
 
 def patch_centres(size: Size, patch: Size, stride: Size | None = None, device=None) -> Tensor:
-    """(h, w, 2) coordinates of the patch centres of an input.
+    """Compute the coordinates of the patch centres of an input, (h, w, 2).
 
     Args:
         size: (H, W) of the input in pixels.
@@ -66,18 +66,18 @@ def patch_centres(size: Size, patch: Size, stride: Size | None = None, device=No
 
 
 def grid_centres(grid: Size, device=None) -> Tensor:
-    """(h, w, 2) coordinates of the cell centres of an h x w grid that tiles the image."""
+    """Compute the coordinates (h, w, 2) of the cell centres of an h x w grid that tiles the image."""
     return patch_centres(grid, (1, 1), device=device)
 
 
 def node_coords(resolution: Size, device=None) -> Tensor:
-    """(rows, columns, 2) coordinates of the nodes of a bilinear grid whose corner nodes lie on the image's corners."""
+    """Compute the coordinates (rows, columns, 2) of a bilinear grid's nodes; its corners are the image's corners."""
     rows, columns = (torch.linspace(0, 1, n, dtype=torch.float64, device=device) for n in resolution)
     return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), dim=-1).float()
 
 
 def view_to_image(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """Image coordinates of points given in a view's own coordinates.
+    """Convert a view's own coordinates to image coordinates.
 
     Args:
         coords: (..., 2) coordinates in the view, the same for all views.
@@ -98,7 +98,7 @@ def view_to_image(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
 
 
 def image_to_view(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-    """The inverse of :func:`view_to_image`: (V, ..., 2) image coordinates to the view's own."""
+    """Convert image coordinates (V, ..., 2) to the view's own: the inverse of :func:`view_to_image`."""
     extra = (1,) * (coords.ndim - 2)
     boxes = boxes.to(coords).view(-1, *extra, 4)
     flips = flips.to(coords.device).view(-1, *extra)
@@ -108,13 +108,13 @@ def image_to_view(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
 
 
 def boxes_from_pixels(pixels: Tensor, image_size: Size) -> Tensor:
-    """(..., 4) boxes in [0, 1] from boxes in whole pixels (x0, y0, x1, y1), the end exclusive."""
+    """Convert boxes (..., 4) in whole pixels (x0, y0, x1, y1), the end exclusive, to [0, 1]."""
     height, width = image_size
     return pixels.double() / pixels.new_tensor([width, height, width, height]).double()
 
 
 def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
-    """(..., 4) boxes in [0, 1] rounded to whole pixels, each at least one pixel wide and high and inside the image."""
+    """Round boxes (..., 4) in [0, 1] to whole pixels, each inside the image and at least one pixel wide and high."""
     height, width = image_size
     x0, y0, x1, y1 = (boxes * boxes.new_tensor([width, height, width, height])).round().long().unbind(-1)
     x0, y0 = x0.clamp(0, width - 1), y0.clamp(0, height - 1)
@@ -122,7 +122,7 @@ def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
 
 
 def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """The (2, 3) map from the coordinates of a turned and scaled view of an image to the image's own, in float64.
+    """Make the (2, 3) map from the coordinates of a turned and scaled view of an image to the image's, in float64.
 
     The view has the image's aspect ratio. :func:`move` applies the map; :func:`inverted` gives the other direction.
 
@@ -148,7 +148,7 @@ def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, f
 
 
 def frame_reach(size: Size, degrees: float) -> tuple[float, float]:
-    """(x, y) sides of the upright box around an image's frame turned about its centre, over the image's sides.
+    """Turn an image's frame about its centre; return the sides (x, y) of the upright box around it over the image's.
 
     A view of :func:`rotated_view` lies inside the image if zoom times either is at most 1 and its centre keeps half
     of that from the image's borders.
@@ -162,19 +162,19 @@ def frame_reach(size: Size, degrees: float) -> tuple[float, float]:
 
 
 def move(coords: Tensor, matrix: Tensor) -> Tensor:
-    """Coordinates (..., 2) through a (2, 3) map, in the coordinates' dtype."""
+    """Apply a (2, 3) map to coordinates (..., 2), in their dtype."""
     matrix = matrix.to(coords)
     return coords @ matrix[:, :2].T + matrix[:, 2]
 
 
 def inverted(matrix: Tensor) -> Tensor:
-    """The (2, 3) map that undoes another."""
+    """Invert a (2, 3) map."""
     linear = torch.linalg.inv(matrix[:, :2])
     return torch.cat((linear, -linear @ matrix[:, 2:]), dim=1)
 
 
 def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:
-    """Bicubic values (3, H', W') of an image (3, H, W) at coordinates (H', W', 2), clamped to [0, 1].
+    """Interpolate an image (3, H, W) at coordinates (H', W', 2): (3, H', W'), bicubic, clamped to [0, 1].
 
     A pixel's own centre gives that pixel; beyond the image its border goes on. Nothing is antialiased: points should
     lie about a pixel apart or closer.
@@ -185,7 +185,7 @@ def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:
 
 
 def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:
-    """The four neighbours of points on a bilinear grid whose corner nodes lie on the image's corners.
+    """Find the four neighbours of points on a bilinear grid whose corner nodes lie on the image's corners.
 
     Args:
         coords: (..., 2) in [0, 1]; points outside are clamped to the border.
@@ -209,13 +209,13 @@ def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:
 
 
 def sample(grid: Tensor, coords: Tensor) -> Tensor:
-    """Bilinear values (..., C) at coordinates (..., 2) of a node grid (rows, columns, C), as :func:`interpolation`."""
+    """Sample a node grid (rows, columns, C) at coordinates (..., 2), bilinear, as :func:`interpolation`: (..., C)."""
     index, weight = interpolation(coords.to(grid), (grid.shape[0], grid.shape[1]))
     return (grid.flatten(0, 1)[index] * weight[..., None]).sum(-2)
 
 
 def resample(maps: Tensor, grid: Size) -> Tensor:
-    """A (..., h, w, C) map of cells resampled to another grid of cells, centres aligned, bilinear.
+    """Resample a map of cells (..., h, w, C) to another grid of cells, centres aligned, bilinear.
 
     Reducing a grid is antialiased. Use it for artifacts, position embeddings and token maps.
     """
@@ -231,7 +231,7 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
 
 
 def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generator) -> Tensor:
-    """(1 + count, 2) whole-patch offsets (rows, columns) of windows at one scale; the first is (0, 0).
+    """Draw whole-patch offsets (rows, columns) of windows at one scale, (1 + count, 2); the first is (0, 0).
 
     Rows are spread evenly over -reach h ... reach h and so are columns, each in an order of its own (a Latin
     hypercube): few windows then already meet every position with many contents.
@@ -250,7 +250,7 @@ def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generato
 
 
 def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -> Tensor:
-    """(V, h, w, 2) coordinates of the patches of windows shifted by whole steps; they leave [0, 1].
+    """Compute the coordinates (V, h, w, 2) of the patches of windows shifted by whole steps; they leave [0, 1].
 
     Args:
         centres: (h, w, 2) of the window at offset 0.
@@ -262,8 +262,9 @@ def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -
 
 
 def lattice(coords: Tensor) -> tuple[Tensor, Size]:
-    """What :func:`offset_coords` was given: whole offsets (V, 2) of windows, and the period (rows, columns) in steps
-    after which an image that is mirrored at its borders, again and again, repeats itself.
+    """Recover the whole offsets (V, 2) of windows from what :func:`offset_coords` returned, and the period.
+
+    The period (rows, columns), in steps, is that after which an image mirrored at its borders without end repeats.
 
     Args:
         coords: (V, h, w, 2) coordinates of the patches of windows at the image's own scale.
@@ -305,7 +306,7 @@ def lattice(coords: Tensor) -> tuple[Tensor, Size]:
 
 
 def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
-    """(V, n) which content patch, of a period's rows * columns, each patch of shifted windows shows.
+    """Find the content patch (V, n), of a period's rows * columns, that each patch of shifted windows shows.
 
     >>> lattice_index((2, 2), torch.tensor([[0, 0], [-1, 1]]), (4, 4)).tolist()
     [[0, 1, 4, 5], [13, 14, 1, 2]]
@@ -316,7 +317,7 @@ def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
 
 
 def mirrored(index: Tensor, length: int) -> Tensor:
-    """The places 0 ... length - 1 that any whole numbers meet in a row that is mirrored at its ends, again and again.
+    """Fold whole numbers into 0 ... length - 1: the places they meet in a row mirrored at its ends without end.
 
     >>> mirrored(torch.arange(-3, 7), 3).tolist()
     [2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
@@ -326,7 +327,7 @@ def mirrored(index: Tensor, length: int) -> Tensor:
 
 
 def window_corners(image_size: Size, window: Size, step: Size) -> Tensor:
-    """(N, 2) top left pixels (row, column) of all windows of a size that lie inside an image, whole steps apart.
+    """List the top left pixels (row, column) of all windows inside an image, (N, 2), whole steps apart.
 
     Raises:
         ShapeError: the image is smaller than a window.
@@ -344,7 +345,7 @@ def window_corners(image_size: Size, window: Size, step: Size) -> Tensor:
 
 
 def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
-    """Bilinear values (..., C) at coordinates (..., 2) of a map (h, w, C) given at patch centres (h, w, 2).
+    """Sample a map (h, w, C), given at patch centres (h, w, 2), at coordinates (..., 2), bilinear: (..., C).
 
     Points beyond the outermost centres take the border's value.
     """
@@ -353,7 +354,7 @@ def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
 
 
 def lattice_centres(grid: Size, period: Size) -> Tensor:
-    """(h, w, 2) centres of the patches of a window whose mirrored image repeats itself after a period of steps.
+    """Compute the patch centres (h, w, 2) of a window whose mirrored image repeats after a period of steps.
 
     The inverse of :func:`lattice`, for a window at offset 0.
 
@@ -368,7 +369,7 @@ def lattice_centres(grid: Size, period: Size) -> Tensor:
 
 
 def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
-    """(rows * columns,) a group 0 ... groups - 1 for each content patch of a mirrored image, by a fixed lot.
+    """Assign each content patch of a mirrored image to a group 0 ... groups - 1 by a fixed draw: (rows * columns,).
 
     Patches of one block of side x side go together, and a patch goes with its mirror images.
     """

@@ -43,18 +43,18 @@ class Tokens:
 
     @classmethod
     def of(cls, patches: Tensor) -> Tokens:
-        """Tokens without a prefix from (B, h, w, C) or a single (h, w, C) map."""
+        """Make tokens without a prefix from (B, h, w, C) or a single (h, w, C) map."""
         patches = patches if patches.ndim == 4 else patches[None]
         return cls(patches, patches.new_zeros(patches.shape[0], 0, patches.shape[-1]))
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w), the number of patches in each direction."""
+        """The number of patches in each direction, (h, w)."""
         return self.patches.shape[1], self.patches.shape[2]
 
     @property
     def feature_dim(self) -> int:
-        """C, the number of channels."""
+        """The number of channels, C."""
         return self.patches.shape[3]
 
     def __len__(self) -> int:
@@ -64,11 +64,11 @@ class Tokens:
         return Tokens(self.patches[index], self.prefix[index])
 
     def with_patches(self, patches: Tensor) -> Tokens:
-        """The same prefix beside other patch tokens."""
+        """Replace the patch tokens and keep the prefix."""
         return Tokens(patches, self.prefix)
 
     def to(self, *args, **kwargs) -> Tokens:
-        """Both tensors through :meth:`torch.Tensor.to`."""
+        """Move or convert both tensors as :meth:`torch.Tensor.to` does."""
         return Tokens(self.patches.to(*args, **kwargs), self.prefix.to(*args, **kwargs))
 
 
@@ -98,7 +98,7 @@ class TokenMap(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that its output depends on, as plain JSON values; part of the jobs that use it."""
+        """All that the output depends on, as plain JSON values; part of the jobs that use it."""
 
     def __call__(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
         """Map patches (B, h, w, C), beside prefix tokens (B, P, C), to patches of the same shape."""

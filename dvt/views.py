@@ -61,7 +61,7 @@ class ViewConfig:
 
 
 def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random boxes in [0, 1]^2 and flips.
+    """Draw random boxes in [0, 1]^2 and flips.
 
     Area is uniform in config.scale and log(aspect) uniform in config.ratio, both relative to the image. Draws are
     made on the CPU, so that every device sees the same views.
@@ -81,7 +81,7 @@ def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, 
 
 
 def resize(image: Tensor, size: Size) -> Tensor:
-    """An image (..., 3, H, W) resized to (H', W'), bicubic, antialiased, clamped to [0, 1]."""
+    """Resize an image (..., 3, H, W) to (H', W'), bicubic, antialiased, clamped to [0, 1]."""
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     batched = image if image.ndim == 4 else image[None]
@@ -90,7 +90,7 @@ def resize(image: Tensor, size: Size) -> Tensor:
 
 
 def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
-    """Views (V, 3, H', W') of an image (3, H, W): whole-pixel boxes (V, 4) cut out, resized, then mirrored."""
+    """Cut whole-pixel boxes (V, 4) out of an image (3, H, W), resize, then mirror them: views (V, 3, H', W')."""
     if image.ndim != 3:
         raise ShapeError(f"an image has shape (3, H, W), got {tuple(image.shape)}")
     # Boxes and flips lie on the CPU, so that nothing here waits for a GPU.
@@ -99,8 +99,10 @@ def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
 
 
 def cut_window(image: Tensor, corner: tuple[int, int]) -> Tensor:
-    """(3, H, W) what a window of an image's own size (3, H, W) shows with its top left pixel (row, column) anywhere,
-    outside too: the image goes on mirrored at its borders."""
+    """Cut a window of an image's own size (3, H, W) with its top left pixel (row, column) anywhere, outside too.
+
+    Beyond its borders the image goes on mirrored.
+    """
     sides = zip(corner, image.shape[1:], strict=True)
     rows, columns = (grids.mirrored(start + torch.arange(length), length) for start, length in sides)
     return image[:, rows.to(image.device)][:, :, columns.to(image.device)]

@@ -134,7 +134,7 @@ class NeuralConfig:
         return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
+        """Compute the rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
 
         >>> config = NeuralConfig(steps=101, warmup=0.0)
         >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)

@@ -46,11 +46,11 @@ class Decomposition:
 
     @property
     def error(self) -> Tensor:
-        """(h, w, C) what no term explains: raw - semantic - artifact - residual."""
+        """The part that no term explains, (h, w, C): raw - semantic - artifact - residual."""
         return self.raw - self.semantic - self.artifact - self.residual
 
     def at_strength(self, strength: float) -> Tensor:
-        """(h, w, C) the features with a share of what was found removed: raw + strength (semantic - raw).
+        """Remove a share of what was found: raw + strength (semantic - raw), (h, w, C).
 
         Args:
             strength: in [0, 1]; 0 returns the values of `raw` and 1 those of `semantic`, exactly.
@@ -66,11 +66,11 @@ class Decomposition:
         return torch.lerp(self.raw, self.semantic, float(strength))
 
     def terms(self) -> dict[str, Tensor]:
-        """The four stored terms by name: raw, semantic, artifact, residual, in this order."""
+        """List the four stored terms by name: raw, semantic, artifact, residual, in this order."""
         return {name: getattr(self, name) for name in ("raw", "semantic", "artifact", "residual")}
 
     def to(self, *args, **kwargs) -> Decomposition:
-        """All tensors through :meth:`torch.Tensor.to`."""
+        """Move or convert all tensors as :meth:`torch.Tensor.to` does."""
         return Decomposition(**{item.name: getattr(self, item.name).to(*args, **kwargs) for item in fields(self)})
 
 
@@ -92,14 +92,14 @@ class Fit(ABC):
 
     @abstractmethod
     def semantic(self, coords: Tensor) -> Tensor:
-        """F (..., C) at image coordinates (..., 2), (x, y) in [0, 1]^2; points outside take the border's value."""
+        """Evaluate F (..., C) at image coordinates (..., 2) in [0, 1]^2; points outside take the border's value."""
 
     @abstractmethod
     def residual(self, raw: Tensor) -> Tensor:
-        """h (..., C) of raw tokens (..., C)."""
+        """Compute the residual h (..., C) of raw tokens (..., C)."""
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
-        """The weight of F in the semantic estimate, against raw - artifact - residual.
+        """Weigh F in the semantic estimate against raw - artifact - residual.
 
         Args:
             raw: (h, w, C) tokens.

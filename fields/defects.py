@@ -71,7 +71,7 @@ class Defect:
             raise ConfigError(f"a defect's size is {self.size}; it must be positive and finite")
 
     def along(self, tokens: Tensor) -> Tensor:
-        """(...) lengths along the direction of tokens (..., C), in sizes."""
+        """Measure the lengths (...) of tokens (..., C) along the direction, in sizes."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.direction.to(tokens.device, dtype) / self.size
 
@@ -124,7 +124,7 @@ def defect_direction(maps: Iterable[Tensor], fewest_images: int = 2) -> Defect |
 
 
 def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The direction of the long tokens of a set, and whether it is a defect's.
+    """Find the direction of the long tokens of a set, and whether it is a defect's.
 
     Args:
         tokens: (N, C) less what is ordinary at their place.
@@ -144,7 +144,7 @@ def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def direction_of_jumps(raw: Tensor, ordinary: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The direction along which tokens of almost one image point differ, all or nothing, in each of B images.
+    """Find the direction along which tokens of almost one image point differ, all or nothing, in each of B images.
 
     Content changes little between such tokens, and where it does, some tokens lie between its two values. What is
     ordinary changes all at once from a position of mostly sky to one of mostly ground, so a jump must be one of the
@@ -239,7 +239,7 @@ class Screen:
         self.middle = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size).flatten(1).median(1).values
 
     def weights(self, image: int, tokens: Tensor) -> Tensor:
-        """(V, n) weights of an image's tokens (V, n, S), as in `first`."""
+        """Weigh an image's tokens (V, n, S), as in `first`: (V, n)."""
         return self._of(tokens - self._ordinary[image], self.per_size[image])
 
     @staticmethod

@@ -78,23 +78,23 @@ class GridLayout:
 
     @cached_property
     def scales(self) -> np.ndarray:
-        """(levels,) float32: cells along a side."""
+        """The cells along a side, (levels,) float32."""
         exponent = np.arange(self.levels, dtype=np.float32) * np.log2(np.float32(self.growth))
         return np.exp2(exponent) * np.float32(self.base) - np.float32(1)
 
     @cached_property
     def resolutions(self) -> np.ndarray:
-        """(levels,) int64: nodes along a side."""
+        """The nodes along a side, (levels,) int64."""
         return np.ceil(self.scales).astype(np.int64) + 1
 
     @cached_property
     def entries(self) -> np.ndarray:
-        """(levels,) int64: stored nodes."""
+        """The stored nodes, (levels,) int64."""
         return np.minimum(-(-(self.resolutions**2) // 8) * 8, self.hash_entries)
 
     @property
     def features(self) -> int:
-        """Length of the encoding of one point."""
+        """The length of the encoding of one point."""
         return self.levels * self.channels
 
     @property
@@ -106,7 +106,7 @@ class GridLayout:
         return 1 - 0.5 / (self.base - 1)
 
     def initial_table(self, generator: torch.Generator) -> Tensor:
-        """(sum of entries, channels) uniform in +-1e-4, as in arXiv 2201.05989, on the generator's device."""
+        """Draw the table (sum of entries, channels), uniform in +-1e-4 (arXiv 2201.05989), where the generator is."""
         shape = (int(self.entries.sum()), self.channels)
         return torch.empty(shape, device=generator.device).uniform_(
             -_INITIAL_RANGE, _INITIAL_RANGE, generator=generator
@@ -137,14 +137,14 @@ class TorchGrid(nn.Module):
         self.register_buffer("offsets", (entries.cumsum(0) - entries).to(table.device), persistent=False)
 
     def forward(self, coords: Tensor) -> Tensor:
-        """(N, features) at coordinates (N, 2) in [0, 1]^2, clamped to it; the coarsest level comes first."""
+        """Encode coordinates (N, 2), clamped to [0, 1]^2, as (N, features); the coarsest level comes first."""
         index, weight = self.corners(coords.to(self.table))
         values = nnf.embedding_bag(index.flatten(0, 1), self.table, per_sample_weights=weight.flatten(0, 1), mode="sum")
         return values.view(len(coords), -1)
 
     @torch.no_grad()
     def corners(self, coords: Tensor) -> tuple[Tensor, Tensor]:
-        """Table rows (N, levels, 4) of the four nodes around each point, and their bilinear weights (same shape)."""
+        """Find the table rows (N, levels, 4) of the four nodes around each point, and their bilinear weights."""
         position = (coords.clamp(0, 1) * self.layout.shrink)[:, None] * self.scales[:, None] + 0.5
         first = position.floor()
         right, down = (position - first).unbind(-1)
@@ -154,7 +154,7 @@ class TorchGrid(nn.Module):
         return self.rows(i, j), weight
 
     def rows(self, i: Tensor, j: Tensor) -> Tensor:
-        """Table rows of nodes in column i and row j, both (N, levels, 4)."""
+        """Find the table rows of nodes in column i and row j, both (N, levels, 4)."""
         resolution, entries = self.resolutions[:, None], self.entries[:, None]
         row = i + j * resolution
         if bool((self.layout.resolutions**2 > self.layout.entries).any()):
@@ -192,16 +192,16 @@ class TinyCudaGrid(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """(sum of entries, channels), a view of the parameters."""
+        """The table as a view of the parameters, (sum of entries, channels)."""
         return self.grid.params.view(-1, self.layout.channels)
 
     def forward(self, coords: Tensor) -> Tensor:
-        """(N, features) at coordinates (N, 2) in [0, 1]^2, clamped to it; the coarsest level comes first."""
+        """Encode coordinates (N, 2), clamped to [0, 1]^2, as (N, features); the coarsest level comes first."""
         return self.grid((coords.clamp(0, 1) * self.layout.shrink).float()).float()
 
 
 def make_encoding(kind: EncodingKind, layout: GridLayout, table: Tensor) -> TorchGrid | TinyCudaGrid:
-    """The encoding by the implementation asked for.
+    """Make the encoding by the implementation asked for.
 
     Args:
         kind: "torch"; "tinycudann"; or "auto": tinycudann where it can be imported and the table is on a CUDA device.

@@ -55,7 +55,7 @@ class NormalEquations:
         self.artifact_rhs = like.new_zeros(images, positions, channels)
 
     def image(self, number: int) -> NormalEquations:
-        """The equations of one image alone, to add its views to; they share their memory with these."""
+        """Select the equations of one image, to add its views to; they share their memory with these."""
         part = copy(self)
         for name in ("stencil", "cross", "field_rhs", "count", "artifact_rhs"):
             setattr(part, name, getattr(self, name)[number : number + 1])
@@ -95,7 +95,7 @@ class NormalEquations:
         self.stencil.view(-1).scatter_add_(0, where.reshape(-1), products.double().reshape(-1))
 
     def system(self, smoothness: Tensor) -> BlockTridiagonal:
-        """A'WA + smoothness L, where f'Lf is the sum of squared differences of neighbouring nodes.
+        """Compute A'WA + smoothness L, where f'Lf is the sum of squared differences of neighbouring nodes.
 
         Args:
             smoothness: (..., B), one for each image, or several, each of which gives systems of their own.
@@ -138,12 +138,11 @@ class NormalEquations:
         return self.system(smoothness).solve(rhs), artifact
 
     def node_weight(self) -> Tensor:
-        """(B, nodes) A'W1: how many tokens each node takes part in."""
+        """Count the tokens that each node takes part in, by weight: A'W1, (B, nodes)."""
         return self.cross.sum(-1, dtype=torch.float64)
 
     def artifact_equations(self, smoothness: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
-        """Each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images have in common;
-        they add up."""
+        """Compute each image's share (B, n, n) and (B, n, C) of the equations of a shared artifact; they add up."""
         return self._eliminate(self._for_each(smoothness))[2:]
 
     def _for_each(self, smoothness: Tensor | Sequence[float] | float) -> Tensor:
@@ -161,7 +160,7 @@ class NormalEquations:
 
 
 def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
-    """g (..., n, C), mean zero over positions, of schur g = rhs, with a ridge relative to schur's mean diagonal.
+    """Solve schur g = rhs for g (..., n, C), mean zero over positions, with a ridge relative to schur's mean diagonal.
 
     Constants are schur's null space (F and G share them): a rank-one term fixes the mean at 0 and changes nothing else.
     """
@@ -170,7 +169,7 @@ def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
 
 
 def factor_artifact(schur: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor that :func:`solve_artifact` uses."""
+    """Compute the Cholesky factor that :func:`solve_artifact` uses."""
     n = schur.shape[-1]
     scale = schur.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(schur.dtype).tiny)
     fixed = schur + scale / n + ridge * scale * torch.eye(n, device=schur.device, dtype=schur.dtype)
@@ -218,7 +217,7 @@ class BlockTridiagonal:
             raise torch.linalg.LinAlgError("the normal equations are not positive definite; are the weights finite?")
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """x (..., rows * columns, M) of K x = rhs; rhs, contiguous, is overwritten."""
+        """Solve K x = rhs for x (..., rows * columns, M); rhs, contiguous, is overwritten."""
         with _threads_for(self.columns * rhs.shape[-1]):
             self._substitute(rhs.view(-1, self.rows, self.columns, rhs.shape[-1]).unbind(1))
         return rhs

@@ -67,7 +67,7 @@ class SignTest:
         self.seen.append((index, weights))
 
     def p_value(self) -> float:
-        """The probability of an artifact as strong as this one, or stronger, where there is none."""
+        """Compute the probability of an artifact at least as strong as this one where there is none."""
         index, weights = (torch.cat(part) for part in zip(*self.seen, strict=True))
         count = weights.new_zeros(len(self.content)).index_add_(0, index.flatten(), weights.flatten())
         mean = self.content / count.clamp_min(torch.finfo(count.dtype).tiny)[:, None]
@@ -82,7 +82,7 @@ class SignTest:
 
 
 def sign_flip_p_value(gram: Tensor) -> float:
-    """The share of the 2^(K-1) choices of signs s with s' gram s at least 1' gram 1, for inner products (K, K).
+    """Compute the share of the 2^(K-1) choices of signs s with s' gram s at least 1' gram 1, for products (K, K).
 
     >>> sign_flip_p_value(torch.ones(4, 4)), sign_flip_p_value(torch.eye(4))
     (0.125, 1.0)

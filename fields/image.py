@@ -62,7 +62,7 @@ class TokenViews:
 
     @property
     def seconds(self) -> float:
-        """Spent in cutting views and in the backbone, so far; on a GPU its own seconds, which this waits for."""
+        """The seconds in cutting views and the backbone so far; on a GPU its own seconds, which this waits for."""
         return sum(self.timer.seconds().values())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -108,7 +108,7 @@ class DecomposedImage:
     fitting_seconds: float
 
     def upsampled(self, factor: int) -> Tensor:
-        """(factor h, factor w, C) semantic features: F between the patch centres, plus what the estimate adds to F."""
+        """Upsample the features to (factor h, factor w, C): F between patch centres plus what the estimate adds."""
         height, width = self.decomposition.raw.shape[:2]
         grid = (factor * height, factor * width)
         coords = grids.grid_centres(grid, device=self.decomposition.raw.device)
@@ -139,7 +139,7 @@ def denoise(
 def denoise_image(
     backbone: Backbone, image: str | Path | Tensor, config: DenoiseConfig, artifact: Tensor | None = None
 ) -> DecomposedImage:
-    """:func:`denoise` with the fit, the prefix tokens and the seconds beside the decomposition."""
+    """Denoise as :func:`denoise` does; return the fit, the prefix tokens and the seconds beside the decomposition."""
     pixels = image if isinstance(image, Tensor) else load_image(image)
     views = TokenViews(backbone, pixels, config.views, config.dtype)
     start = time.perf_counter()

@@ -62,7 +62,7 @@ def denoise_images(
     progress: Progress | None = None,
     on_image: OnImage | None = None,
 ) -> Summary:
-    """Stage one for many images into a feature store; the same call again does what is left.
+    """Decompose many images into a feature store; the same call again does what is left.
 
     Args:
         backbone: its device is used.
@@ -134,7 +134,7 @@ class DecomposeWork(Work):
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
     ) -> Generator[ShardResult, None, None]:
-        """Each shard, computed; with overlap, while the backbone has begun with the next ones."""
+        """Compute each shard; with overlap, while the backbone has begun with the next ones."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and self.overlap else None
         start, waited = time.perf_counter(), 0.0
         with self._feed(shards) as feed:
@@ -194,7 +194,7 @@ class DecomposeWork(Work):
         return [_Source(self, image) for image in group if image.intake.used >= 0]
 
     def batches(self, image: _Image) -> Iterator[TimedBatch]:
-        """An image's views through the backbone; again from the beginning when called again."""
+        """Put an image's views through the backbone; again from the beginning when called again."""
         if image.views is None:
             image.views = TokenViews(self.backbone, image.intake.pixels, self.config.views, self.config.dtype)
             image.intake.pixels = image.intake.pixels if self.on_image else None

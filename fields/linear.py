@@ -43,17 +43,17 @@ class LinearFit(Fit):
     gate: Gate | None = None
 
     def semantic(self, coords: Tensor) -> Tensor:
-        """F (..., C) at image coordinates (..., 2)."""
+        """Evaluate F (..., C) at image coordinates (..., 2)."""
         return grids.sample(self.nodes, coords)
 
     def residual(self, raw: Tensor) -> Tensor:
-        """h (..., C) of raw tokens (..., C)."""
+        """Compute the residual h (..., C) of raw tokens (..., C)."""
         if self.residual_map is None or self.gate is None:
             return torch.zeros_like(raw)
         return self.gate(raw) * ((raw - self.residual_mean) @ self.residual_map)
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
-        """The variance-weighted share of F, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
+        """Weigh F by variances, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
 
         The sum of both is what is left of held-out tokens or of this map's, whichever is more: this map may be seen at
         another scale than the views.
@@ -145,7 +145,7 @@ class LinearSolver:
         )
 
     def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
-        """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
+        """Compute an image's share of a shared artifact's equations, (n, n) and (n, C); add those of one grid.
 
         :meth:`solve_shared` solves the sums.
         """
@@ -154,7 +154,7 @@ class LinearSolver:
         return schur[0], rhs[0]
 
     def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
-        """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
+        """Solve the sums of many images' equations for the artifact (h, w, C), float32, that they share."""
         return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
 
 

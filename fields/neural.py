@@ -46,14 +46,14 @@ class NeuralFit(Fit):
 
     @torch.no_grad()
     def semantic(self, coords: Tensor) -> Tensor:
-        """F (..., C) at image coordinates (..., 2), (x, y) in [0, 1]^2; points outside take the border's value."""
+        """Evaluate F (..., C) at image coordinates (..., 2) in [0, 1]^2; points outside take the border's value."""
         flat = coords.reshape(-1, 2).to(self.artifact)
         values = torch.cat([self.field(chunk) for chunk in flat.split(_CHUNK)]) * self.scale
         return (values + self.centre + self.gauge).view(*coords.shape[:-1], -1)
 
     @torch.no_grad()
     def residual(self, raw: Tensor) -> Tensor:
-        """h (..., C) of raw tokens (..., C); zero where the residual term was off."""
+        """Compute the residual h (..., C) of raw tokens (..., C); zero where the residual term was off."""
         raw = raw.to(self.artifact)
         if self.predictor is None:
             return torch.zeros_like(raw)

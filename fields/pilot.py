@@ -80,7 +80,7 @@ class Pilot:
         self.usual = local.clamp_min(_median(left)[:, None, None]).view(-1, *nodes, 1)
 
     def sketch(self, tokens: Tensor) -> Tensor:
-        """(..., C) tokens or nodes mixed into (..., S)."""
+        """Mix tokens or nodes (..., C) into fewer channels (..., S)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
 
@@ -91,7 +91,7 @@ class Pilot:
         return Screen(torch.stack(along)[..., None].to(self.tokens), None)
 
     def gate(self, image: int) -> Gate | None:
-        """What tells a token of the defect by itself, or None."""
+        """Return the gate that recognises a token of the defect by itself, or None."""
         if self._screen is None:
             return None
         per_size = self._screen.per_size[image]
@@ -104,7 +104,7 @@ class Pilot:
         return left * keep
 
     def groups(self) -> dict[Size, list[int]]:
-        """The numbers of the images that have each resolution."""
+        """List the numbers of the images that have each resolution."""
         found: dict[Size, list[int]] = {}
         for image, resolution in enumerate(self.resolution):
             found.setdefault(resolution, []).append(image)
@@ -123,7 +123,7 @@ class Pilot:
         return left
 
     def weights(self, image: int, tokens: Tensor, coords: Tensor) -> Tensor:
-        """Robust weights (V, n) of an image's tokens (V, n, C); all 1 where the pilot leaves nothing."""
+        """Weigh an image's tokens (V, n, C) robustly: (V, n), all 1 where the pilot leaves nothing."""
         coords, sketched = coords.to(self.tokens), self.sketch(tokens)
         field, artifact = self.fields[image]
         left = _left(sketched[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
@@ -136,7 +136,9 @@ class Pilot:
         return weights * self._screen.weights(image, measured)
 
     def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
-        """Half the squared difference of what F and G (all channels) leave of two tokens at almost one image point.
+        """Estimate the noise: half the squared difference of what F and G leave of two tokens near one image point.
+
+        All channels count.
 
         Neighbours come from different views, so what they share is the field's own error and cancels (the nugget of
         the residuals' variogram, in geostatistics). The median makes it blind to outlier tokens.
@@ -216,12 +218,12 @@ class Pilot:
 
 
 def geman_mcclure(norm: Tensor, scale: Tensor | float, cutoff: float) -> Tensor:
-    """Weights in (0, 1] of residuals of some norm: 1 / (1 + (norm / (cutoff scale))^2)^2."""
+    """Weigh residuals by their norm, in (0, 1]: 1 / (1 + (norm / (cutoff scale))^2)^2."""
     return (1 + (norm / (cutoff * scale)).square()).pow(-2)
 
 
 def node_resolution(grid: Size, shorter: int) -> Size:
-    """(rows, columns) of nodes with `shorter` along the grid's shorter side and equal spacing in patches."""
+    """Compute (rows, columns) of nodes, `shorter` along the grid's shorter side, equally spaced in patches."""
     rows, columns = (max(2, round((shorter - 1) * side / min(grid)) + 1) for side in grid)
     return rows, columns
 
@@ -298,7 +300,7 @@ def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
 
 
 def mix_channels(tokens: Tensor, seed: int) -> Tensor:
-    """(C, S) orthonormal columns, scaled so that the squared length of a token is kept on average."""
+    """Make orthonormal columns (C, S), scaled so that the squared length of a token is kept on average."""
     channels = tokens.shape[-1]
     width = min(PILOT_CHANNELS, channels)
     generator = torch.Generator().manual_seed(seed)

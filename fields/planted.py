@@ -86,7 +86,7 @@ class Planted:
         self.view_coords = grids.view_to_image(self.coords, boxes, flips)
 
     def truth(self, coords: Tensor) -> Tensor:
-        """F* at coordinates (..., 2): (..., C)."""
+        """Evaluate F* (..., C) at coordinates (..., 2)."""
         return grids.sample(self._map, coords)
 
     def __len__(self) -> int:
@@ -201,11 +201,11 @@ class PlantedBackbone(Backbone):
         net.calibrate(self.normalise(resize(image, self.input_size((image.shape[1], image.shape[2])))[None]))
 
     def semantic(self, images: Tensor) -> Tensor:
-        """Give F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
+        """Compute F (B, h, w, C) of images (B, 3, H, W) in [0, 1]."""
         return self.model.semantic(self.normalise(images))
 
     def artifact(self, grid: Size) -> Tensor:
-        """Give G (h, w, C), mean zero over positions."""
+        """Return G (h, w, C), mean zero over positions."""
         return self.model.artifact(grid)
 
     def outliers(self, images: Tensor) -> Tensor:
@@ -309,7 +309,7 @@ def _smooth_filter(side: int, patch: int, generator: torch.Generator) -> Tensor:
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:
-    """|estimate - truth| / |truth| over (h, w, C), after removing each one's mean over positions (the gauge)."""
+    """Compute |estimate - truth| / |truth| over (h, w, C) without each one's mean over positions (the gauge)."""
     if estimate.shape != truth.shape:
         raise ShapeError(f"estimate {tuple(estimate.shape)} and truth {tuple(truth.shape)} must have the same shape")
     estimate, truth = (a.double() - a.double().mean((0, 1)) for a in (estimate, truth))

@@ -55,11 +55,11 @@ class ShiftFit(Fit):
     share: Tensor
 
     def semantic(self, coords: Tensor) -> Tensor:
-        """F (..., C) at image coordinates (..., 2), bilinear between patch centres."""
+        """Evaluate F (..., C) at image coordinates (..., 2), bilinear between patch centres."""
         return grids.sample_centres(self.field, coords, self.centres)
 
     def residual(self, raw: Tensor) -> Tensor:
-        """Zero: outliers are left to the weights."""
+        """Return zero: outliers are left to the weights."""
         return torch.zeros_like(raw)
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
@@ -105,11 +105,11 @@ class ShiftSolver:
         return self._result(run, known, p_value, found)
 
     def fit_many(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None = None) -> list[ShiftFit]:
-        """:meth:`fit` of each image; those of one grid and equal offsets share their system's factor."""
+        """Fit several images; those of one grid and equal offsets share their system's factor."""
         return [self.fit(each, artifact) for each in views]
 
     def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
-        """One image's share of a shared artifact's equations, (n, n) and (n, C); add them over images of one grid.
+        """Compute an image's share of a shared artifact's equations, (n, n) and (n, C); add those of one grid.
 
         :meth:`solve_shared` solves the sums.
         """
@@ -117,7 +117,7 @@ class ShiftSolver:
         return schur[0], rhs[0]
 
     def solve_shared(self, equations: tuple[Tensor, Tensor], grid: Size) -> Tensor:
-        """The artifact (h, w, C), float32, that many images share, from the sums of their equations."""
+        """Solve the sums of many images' equations for the artifact (h, w, C), float32, that they share."""
         return solve_artifact(*equations, self.config.ridge).float().view(*grid, -1)
 
     def _result(self, run: _ShiftPass, known: Tensor | None, p_value: float | None, found: bool) -> ShiftFit:

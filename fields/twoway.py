@@ -71,7 +71,7 @@ class TwoWay:
             self.weights = torch.cat((known, weights), dim=1)
 
     def score(self) -> Tensor:
-        """(B, n, C) the right side of G's equations: what the positions' tokens have beyond the mean of their content.
+        """Compute the right side of G's equations, (B, n, C): the positions' tokens less the mean of their content.
 
         Without an artifact it is a sum of noise alone.
         """
@@ -83,13 +83,13 @@ class TwoWay:
         return self.position - (mean[:, index] * weights[..., None]).sum(1)
 
     def equations(self) -> tuple[Tensor, Tensor]:
-        """Each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images share."""
+        """Compute each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images share."""
         system = self._system()
         schur = system.schur.expand(len(self.content), -1, -1)
         return schur, self.position.double() - system.to_positions(self.content.double() * system.inverse)
 
     def solve(self, ridge: float, artifact: Tensor | None = None) -> Solution:
-        """Least squares for F and G, or for F alone beside a known G.
+        """Solve for F and G by least squares, or for F alone beside a known G.
 
         Args:
             ridge: on G, relative to the mean diagonal of its system; it decides what the offsets leave open.
@@ -112,7 +112,7 @@ class TwoWay:
         return Solution(field, found, left.clamp_min(0))
 
     def observed(self) -> Tensor:
-        """(B or 1, M) the weight with which each content patch was seen."""
+        """Sum the weight with which each content patch was seen, (B or 1, M)."""
         return self._system().seen
 
     def _index(self, offsets: Tensor) -> Tensor:

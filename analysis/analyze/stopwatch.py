@@ -31,7 +31,7 @@ class Stopwatch:
             self.seconds[what] += time.perf_counter() - start - (sum(self.seconds.values()) - inner)
 
     def split(self, total: float) -> dict[str, float]:
-        """Give the seconds of each part; "metrics" is what the others leave of the total."""
+        """Divide the total into the seconds of each part; "metrics" is what the others leave of it."""
         return {**self.seconds, "total": total, "metrics": total - sum(self.seconds.values())}
 
     @contextmanager

@@ -35,7 +35,7 @@ def _position_maps(tokens: TokenSets) -> list[Tensor]:
 
 
 def position_mic(tokens: TokenSets, candidates: int | None = None) -> float:
-    """How much the most position-bound channel tells of x, and of y, in [0, 1]; averaged over images.
+    """Measure how much the most position-bound channel tells of x, and of y, in [0, 1]; averaged over images.
 
     1/2 [max_c MIC(f_c, x) + max_c MIC(f_c, y)] with the grid bound B = (hw)^0.6. The maximum over channels biases
     it upwards (to about .25 for 192 channels of noise on 14 x 21 patches), so compare it with its null:
@@ -55,7 +55,7 @@ def position_mic(tokens: TokenSets, candidates: int | None = None) -> float:
 
 
 def position_mics(tokens: TokenSets, candidates: int | None = None) -> Tensor:
-    """(N,) :func:`position_mic` of each image."""
+    """Measure :func:`position_mic` of each image, (N,)."""
     scores = []
     for each in _position_maps(tokens):
         centres = grids.grid_centres((each.shape[0], each.shape[1]), each.device)
@@ -73,7 +73,7 @@ def _largest_mic(features: Tensor, centres: Tensor, candidates: int | None) -> T
 
 
 def pooled_position_mic(tokens: TokenSets, candidates: int | None = 8) -> float:
-    """How much the most position-bound channel tells of x, and of y, over all images at once, in [0, 1].
+    """Measure how much the most position-bound channel tells of x, and of y, over all images at once, in [0, 1].
 
     As :func:`position_mic`, but one channel has to say the same of a position in all images, so what is smooth in each
     in a way of its own cancels. With few images some of it stays; its null keeps just that:
@@ -100,7 +100,7 @@ def pooled_position_mic(tokens: TokenSets, candidates: int | None = 8) -> float:
 
 
 def position_decodability(tokens: TokenSets, targets: Sequence[Tensor] | None = None) -> float:
-    """Held-out R^2 with which a linear probe reads a token's position (x, y); the effect that denoising reduces.
+    """Measure the held-out R^2 of a linear probe of a token's position (x, y): the effect that denoising reduces.
 
     A ridge probe with intercept is fitted on the first half of the images and scored on the others, its strength
     chosen by cross-validation over training images. The halves are contiguous, so that neighbouring frames of a
@@ -121,11 +121,11 @@ def position_decodability(tokens: TokenSets, targets: Sequence[Tensor] | None = 
 
 
 def position_errors(tokens: TokenSets, targets: Sequence[Tensor] | None = None, width: int | None = None) -> HeldOut:
-    """What :func:`position_decodability` is made of, for each held-out image.
+    """Compute the squared errors behind :func:`position_decodability`, for each held-out image.
 
     Args:
         tokens, targets: as there.
-        width: targets in blocks of so many, each read by a probe of its own; see
+        width: the targets are read in blocks of this many, each by a probe of its own; see
             :func:`dvt.analysis.metrics.ridge.held_out`.
     """
     maps = _position_maps(tokens)
@@ -174,7 +174,7 @@ class NormOutliers:
 
 
 def norm_outliers(tokens: TokenSets, sigmas: float = 5.0) -> NormOutliers:
-    """Tokens whose L2 norm lies far from the median norm of all tokens.
+    """Find the tokens whose L2 norm lies far from the median norm of all tokens.
 
     A robust sigma is 1.4826 times the median absolute deviation, and at least a thousandth of the median: norms
     that a layer norm makes equal have no outliers. Norms are skewed, so a few tokens lie beyond 5 sigmas in
@@ -199,7 +199,7 @@ def norm_outliers(tokens: TokenSets, sigmas: float = 5.0) -> NormOutliers:
 
 
 def log_norm_outliers(tokens: TokenSets, ratio: float = 2.0, sigmas: float = 5.0) -> Tensor:
-    """(N,) share of each image's tokens whose norm is far above the others', also for features of uneven norms.
+    """Measure each image's share (N,) of tokens whose norm is far above the others', also where norms are uneven.
 
     A token counts when its norm is at least `ratio` times the median of all, and its logarithm more than `sigmas`
     robust sigmas above. Norms of healthy features are skewed, those of filter responses to photographs over a factor
@@ -213,7 +213,7 @@ def log_norm_outliers(tokens: TokenSets, ratio: float = 2.0, sigmas: float = 5.0
 
 
 def grid_peak(tokens: TokenSets, period: int = 2) -> float:
-    """Power at the patch-grid frequencies over the median power around them; little above 1 without a grid.
+    """Measure the power at the patch-grid frequencies over the median power around them; near 1 without a grid.
 
     The frequencies are one cycle in ``period`` tokens along x, along y and along both: with the default 2 the
     stripes and the checkerboard that alternate from patch to patch. Power is that of the map under a Hann window,
@@ -233,7 +233,7 @@ def grid_peak(tokens: TokenSets, period: int = 2) -> float:
 
 
 def grid_powers(tokens: TokenSets, period: int = 2) -> Tensor:
-    """(N, 3, 7, 7) each image's share of power at the grid frequencies and around; :func:`peak_of` their mean."""
+    """Measure each image's share of power at and around the grid frequencies, (N, 3, 7, 7), for :func:`peak_of`."""
     if period < 2:
         raise ConfigError(f"period must be at least 2 tokens, got {period}")
     maps = token_maps(tokens)
@@ -243,7 +243,7 @@ def grid_powers(tokens: TokenSets, period: int = 2) -> Tensor:
 
 
 def peak_of(power: Tensor) -> Tensor:
-    """The largest of the three ratios of :func:`grid_peak`, from (..., 3, 7, 7) powers; 1 where there is no power."""
+    """Find the largest of the three ratios of :func:`grid_peak` in powers (..., 3, 7, 7); 1 where there is no power."""
     far = torch.arange(-3, 4).abs()
     around = torch.maximum(far[:, None], far) >= 2
     peak = power[..., 3, 3]
@@ -305,7 +305,7 @@ def shift_stability(
     stride: Size | None = None,
     shifts: Sequence[tuple[int, int]] = _SHIFTS,
 ) -> ShiftStability:
-    """How much a token changes when only its position in the view changes.
+    """Measure how much a token changes when only its position in the view changes.
 
     Windows of one size are cut from a larger image, shifted by whole patches: their common patches hold the same
     pixels at other positions. Near a window's border the context differs too, so 1 is not quite reachable.
@@ -331,7 +331,7 @@ def shift_stability(
 def shifted_windows(
     image: Tensor, size: Size, patch: Size, stride: Size | None = None, shifts: Sequence[tuple[int, int]] = _SHIFTS
 ) -> tuple[Tensor, Tensor]:
-    """The windows (V, 3, H, W) of :func:`shift_stability` and their patches' places (V, h, w, 2) in the image."""
+    """Cut the windows (V, 3, H, W) of :func:`shift_stability`; return their patches' places (V, h, w, 2) too."""
     pixels = [(down * patch[0], right * patch[1]) for down, right in shifts]
     if not pixels or min(min(each) for each in pixels) < 0:
         raise ConfigError(f"shifts must be one or more pairs (down, right) of patches, none negative, got {shifts}")
@@ -348,7 +348,7 @@ def shifted_windows(
 
 
 def stability_of(patches: Tensor, places: Tensor) -> ShiftStability:
-    """:func:`shift_stability` from the windows' tokens (V, h, w, C) and their places (V, h, w, 2)."""
+    """Compute :func:`shift_stability` from the windows' tokens (V, h, w, C) and places (V, h, w, 2)."""
     maps, places = patches.float().flatten(1, 2), places.flatten(1, 2)
     same, other = [], []
     for shifted, where in zip(maps[1:], places[1:], strict=True):

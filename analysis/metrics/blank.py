@@ -50,13 +50,13 @@ def blank_response(
 
 
 def blank_energy(response: Tensor) -> float:
-    """Give the share of the mean squared value of an (h, w, C) response that varies over positions."""
+    """Compute the share of the mean squared value of an (h, w, C) response that varies over positions."""
     varying = response.double() - response.double().mean((0, 1))
     return float(varying.square().sum() / response.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 def blank_correlation(response: Tensor, artifact: Tensor) -> float:
-    """Give the correlation of an (h, w, C) response with an artifact on any grid, over positions and channels."""
+    """Compute the correlation of an (h, w, C) response with an artifact on any grid, over positions and channels."""
     if artifact.ndim != 3 or artifact.shape[-1] != response.shape[-1]:
         raise ShapeError(f"the artifact must be (h, w, {response.shape[-1]}), got {tuple(artifact.shape)}")
     varying = response.double() - response.double().mean((0, 1))

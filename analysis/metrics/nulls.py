@@ -32,7 +32,7 @@ class Score:
 
     @property
     def beyond_chance(self) -> bool:
-        """Whether the value lies outside the interval of the null."""
+        """True if the value lies outside the interval of the null."""
         return not self.low <= self.value <= self.high
 
 
@@ -43,7 +43,7 @@ def with_null(
     draws: int = 5,
     null: Callable[[TokenSets, torch.Generator], TokenSets] | None = None,
 ) -> Score:
-    """A metric beside its null; the interval is Student's prediction interval for one more draw.
+    """Compute a metric and its null; the interval is Student's prediction interval for one more draw.
 
     Args:
         metric: a function of tokens alone, such as :func:`position_mic`.
@@ -65,7 +65,7 @@ def with_null(
 
 
 def shuffled(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """The same tokens with the positions of each image permuted: the null of every position metric."""
+    """Permute the positions of each image's tokens: the null of every position metric."""
     if not isinstance(tokens, Tokens):
         return [_shuffle(each, generator) for each in tokens]
     return _shuffle(tokens, generator)
@@ -79,7 +79,7 @@ def _shuffle(tokens: Tokens, generator: torch.Generator) -> Tokens:
 
 
 def torus_shifted(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """Each image's map rolled around by a random number of patches: as smooth as before, but at another place.
+    """Roll each image's map around by a random number of patches: as smooth as before, but at another place.
 
     The null of position metrics of smooth maps over several images. Smooth maps alone tell of position within an image
     (neighbours resemble each other): :func:`shuffled`, which breaks that, puts every smooth map beyond chance. A code
@@ -100,7 +100,7 @@ def _roll(tokens: Tokens, generator: torch.Generator) -> Tokens:
 
 
 def matched_noise(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """Normal noise with the mean and channel covariance of all tokens: the null of :func:`norm_outliers`' share."""
+    """Draw normal noise with the mean and channel covariance of all tokens: the null of :func:`norm_outliers`."""
     sets = [tokens] if isinstance(tokens, Tokens) else list(tokens)
     pooled = torch.cat([each.flatten(0, 1) for each in token_maps(sets)]).double()
     mean = pooled.mean(0)
@@ -114,7 +114,7 @@ def matched_noise(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
 
 
 def token_maps(tokens: TokenSets) -> list[Tensor]:
-    """The (h, w, C) float32 maps of all images.
+    """List the (h, w, C) float32 maps of all images.
 
     Raises:
         ShapeError: there is no image, or feature sizes differ.

@@ -49,7 +49,7 @@ def position_figure(report: Findings) -> Figure | None:
 
 
 def norm_figure(report: Findings) -> Figure | None:
-    """Histograms of token norms at each backbone's own layer, on a logarithmic count."""
+    """Draw histograms of token norms at each backbone's own layer, on a logarithmic count."""
     rows = [_own(_entries(report, "norms", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
         return None

@@ -47,7 +47,7 @@ def variants_of(report: Findings, backbone: str) -> list[str]:
 
 
 def summary(report: Findings) -> str:
-    """Say what was measured and what was found, in sentences."""
+    """Write in sentences what was measured and what was found."""
     names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
     lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
@@ -243,7 +243,7 @@ def position_maps(report: Findings) -> str:
 
 
 def norm_charts(report: Findings) -> str:
-    """Histograms of token norms at each backbone's own layer."""
+    """Draw histograms of token norms at each backbone's own layer."""
     figures = []
     for about in report.backbones:
         order = variants_of(report, about["label"])
@@ -323,7 +323,7 @@ def _map(address: str, shape: Sequence[int], alt: str) -> str:
 
 
 def method(report: Findings, reduced: Sequence[str]) -> str:
-    """Say how long it took, which weights and settings it used, and what the page leaves out."""
+    """Write how long it took, which weights and settings it used, and what the page leaves out."""
     seconds = report.seconds
     facts = {each["label"]: _described(each) for each in report.backbones} | {
         "time": f"backbone {seconds['forward']:.1f} s, decompositions besides it {seconds['fields']:.1f} s, denoisers "

@@ -69,7 +69,7 @@ class ProbeReport:
     compare: Callable[[str], tuple[ProbeRow, ...]] | None = field(default=None, repr=False, compare=False)
 
     def against(self, reference: str) -> ProbeReport:
-        """The same table with the differences from another row; nothing is computed anew but these.
+        """Compute the differences from another row instead; all else in the table stays.
 
         Raises:
             ConfigError: there is no such row, or the report has been read from a file.

@@ -85,32 +85,32 @@ class Backbone(nn.Module):
 
     @property
     def patch_size(self) -> Size:
-        """(height, width) of a patch in pixels."""
+        """The size of a patch in pixels, (height, width)."""
         return self.spec.patch_size
 
     @property
     def stride(self) -> Size:
-        """(vertical, horizontal) pixels between neighbouring patches."""
+        """The pixels between neighbouring patches, (vertical, horizontal)."""
         return self.spec.stride
 
     @property
     def image_size(self) -> Size:
-        """(H, W), the input size that the model is meant for."""
+        """The input size that the model is meant for, (H, W) in pixels."""
         return self.spec.image_size
 
     @property
     def feature_dim(self) -> int:
-        """C, channels of a token."""
+        """The number of channels of a token, C."""
         return self.spec.feature_dim
 
     @property
     def num_prefix_tokens(self) -> int:
-        """P, class, distillation and register tokens at this layer."""
+        """The number of class, distillation and register tokens at this layer, P."""
         return self.spec.num_prefix_tokens
 
     @property
     def layer(self) -> int:
-        """-1 for the last block after the final norm, otherwise the block whose output is read."""
+        """The block whose output is read; -1 is the last block after the final norm."""
         return self.spec.layer
 
     @property
@@ -120,12 +120,12 @@ class Backbone(nn.Module):
 
     @property
     def fixed_size(self) -> bool:
-        """Whether `image_size` is the only input size that it takes."""
+        """True if :attr:`image_size` is the only input size that the model takes."""
         return self.spec.fixed_size
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that the model computes on."""
         return self.mean.device
 
     @property
@@ -134,7 +134,7 @@ class Backbone(nn.Module):
         return replace(self.spec, weights_sha256=self.weights_sha256)
 
     def forward(self, images: Tensor) -> Tokens:
-        """Tokens of a batch of images, in the dtype of the model (or of autocast).
+        """Compute the tokens of a batch of images, in the dtype of the model (or of autocast).
 
         Args:
             images: (B, 3, H, W) RGB in [0, 1]; H and W are multiples of the patch, see :meth:`input_size`.
@@ -157,7 +157,7 @@ class Backbone(nn.Module):
         return tokens
 
     def at_layers(self, images: Tensor, layers: Sequence[int]) -> dict[int, Tokens]:
-        """Tokens after several layers, from one forward pass.
+        """Compute the tokens after several layers in one forward pass.
 
         Args:
             images: as :meth:`forward` takes them.
@@ -183,7 +183,7 @@ class Backbone(nn.Module):
         return families.layer_tokens(self.model, self.normalise(images), layers, self.patch_size, self.stride)
 
     def input_size(self, image_size: Size) -> Size:
-        """(H, W) to resize an image of `image_size` to: its aspect ratio, the shorter side of :attr:`image_size`.
+        """Find the size (H, W) to resize an image to: its aspect ratio, with the shorter side of :attr:`image_size`.
 
         A model of fixed size takes every image at its own size, whatever its aspect ratio.
 
@@ -200,16 +200,16 @@ class Backbone(nn.Module):
         return self.image_size if self.fixed_size else size
 
     def grid(self, size: Size) -> Size:
-        """(h, w): patches of an input of (H, W) pixels."""
+        """Count the patches (h, w) of an input of (H, W) pixels."""
         return grids.grid_shape(size, self.patch_size, self.stride)
 
     def centres(self, size: Size) -> Tensor:
-        """(h, w, 2) coordinates (x, y) in [0, 1] of the patch centres of an input of (H, W) pixels."""
+        """Compute the coordinates (x, y) in [0, 1] of the patch centres, (h, w, 2), of an input of (H, W) pixels."""
         return grids.patch_centres(size, self.patch_size, self.stride, device=self.device)
 
     @cached_property
     def weights_sha256(self) -> str:
-        """:func:`weights_sha256` of the model as it is when first asked for."""
+        """The hash of the weights (:func:`weights_sha256`) at the time it is first asked for."""
         return weights_sha256(self.model)
 
     def extra_repr(self) -> str:
@@ -248,7 +248,7 @@ def weights_sha256(model: nn.Module) -> str:
 
 
 def rounded_size(size: int | Size, patch: Size) -> Size:
-    """A size rounded to whole patches."""
+    """Round a size in pixels to whole patches."""
     size = pair(size)
     if min(size) < 1:
         raise BackboneError(f"size must be positive, got {size}")

@@ -72,7 +72,7 @@ class FamilyRow:
 
 
 def family_table(names: Iterable[str] | None = None) -> list[FamilyRow]:
-    """A row for each timm family with single-scale models, computed by real forward passes.
+    """Describe each timm family with single-scale models in a row, computed by real forward passes.
 
     Args:
         names: families to try; None means all that this timm has (about two minutes).
@@ -100,7 +100,7 @@ def _row(family: str, models: list[tuple[int, str, str]]) -> FamilyRow:
 
 
 def try_size(backbone: Backbone) -> Size:
-    """A small oblong input where the model takes one, otherwise its own."""
+    """Choose a small oblong input size where the model takes one, otherwise its own."""
     height, width = backbone.patch_size
     return backbone.image_size if backbone.fixed_size else (4 * height, 6 * width)
 

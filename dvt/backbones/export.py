@@ -191,7 +191,7 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
 
 
 def description(backbone: Backbone) -> dict[str, Any]:
-    """Where exported tokens come from: the backbone, its layer and weights and, where there is one, the denoiser."""
+    """Describe the source of exported tokens: the backbone, its layer and weights and the denoiser, if it has one."""
     denoiser = getattr(backbone.model, "denoiser", None)
     return {
         "version": __version__,

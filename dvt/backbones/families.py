@@ -38,31 +38,31 @@ CHANNELS_FIRST = ("VisionTransformerSAM", "ConvMixer")
 
 
 def pair(value: int | Size) -> Size:
-    """(height, width) from one number or two."""
+    """Turn one number or two into (height, width)."""
     height, width = (value, value) if isinstance(value, int) else value
     return int(height), int(width)
 
 
 def scales(model: Model) -> int:
-    """The number of resolutions among a model's blocks; 0 when it gives no intermediate features."""
+    """Count the resolutions among a model's blocks; 0 when it gives no intermediate features."""
     if not hasattr(model, "forward_intermediates") or not getattr(model, "feature_info", None):
         return 0
     return len({str(info["reduction"]) for info in model.feature_info})
 
 
 def core(model: Model) -> Model:
-    """The encoder inside timm's classifier wrappers (DeepSeek, Gemma, Qwen), otherwise the model itself."""
+    """Find the encoder inside timm's classifier wrappers (DeepSeek, Gemma, Qwen); return other models as they are."""
     return getattr(model, "encoder", model)
 
 
 def embedding(model: Model) -> Model:
-    """The module that cuts the image into patches, under whatever name the family gives it."""
+    """Find the module that cuts the image into patches, under whatever name the family gives it."""
     inner = core(model)
     return next(getattr(inner, n) for n in ("patch_embed", "pixel_embed", "embeds", "stem") if hasattr(inner, n))
 
 
 def patch_size(model: Model) -> Size:
-    """(height, width) in pixels of a patch."""
+    """Read the size (height, width) of a patch in pixels."""
     embed = embedding(model)
     if hasattr(embed, "feat_ratio"):
         return pair(tuple(embed.feat_ratio(as_scalar=False)))
@@ -70,29 +70,29 @@ def patch_size(model: Model) -> Size:
 
 
 def own_size(model: Model) -> Size:
-    """(H, W) that the model is built for, or that its weights were trained at where it takes any."""
+    """Read the input size (H, W) that the model is built for; where it takes any, the one of its training."""
     height, width = getattr(embedding(model), "img_size", None) or model.pretrained_cfg["input_size"][1:]
     return int(height), int(width)
 
 
 def sizing(model: Model) -> str:
-    """When the input size is chosen: "any" time, when "loaded", the same but "square", or "own" (no choice)."""
+    """Tell when the input size is chosen: "any" time, when "loaded", the same but "square", or "own" (no choice)."""
     return SIZED.get(type(model).__name__, "any")
 
 
 def prefix_tokens(model: Model) -> int:
-    """Number of class, distillation and register tokens of the final features."""
+    """Count the class, distillation and register tokens of the final features."""
     return getattr(core(model), "num_prefix_tokens", 0) or 0
 
 
 def block_prefix_tokens(model: Model) -> int:
-    """The same for intermediate features; 0 where the class token joins only after the blocks (CaiT, XCiT)."""
+    """Count them in intermediate features; 0 where the class token joins only after the blocks (CaiT, XCiT)."""
     parameters = inspect.signature(core(model).forward_intermediates).parameters
     return prefix_tokens(model) if "return_prefix_tokens" in parameters else 0
 
 
 def patch_convolution(model: Model) -> nn.Conv2d | None:
-    """The convolution that cuts the patches, where a smaller stride of it just makes the patches overlap."""
+    """Find the convolution that cuts the patches; None where a smaller stride does more than make them overlap."""
     if sizing(model) == "own":
         return None  # the number of tokens is part of a mixer's weights
     embed = embedding(model)
@@ -104,7 +104,7 @@ def patch_convolution(model: Model) -> nn.Conv2d | None:
 
 
 def last_tokens(model: Model, images: Tensor, patch: Size, stride: Size) -> Tokens:
-    """What timm calls the final features, before any pooling."""
+    """Compute the tokens that timm calls the final features, before any pooling."""
     inner = core(model)
     features = inner.forward_features(images)
     if features.ndim == 4:
@@ -114,12 +114,12 @@ def last_tokens(model: Model, images: Tensor, patch: Size, stride: Size) -> Toke
 
 
 def block_tokens(model: Model, images: Tensor, layer: int, patch: Size, stride: Size) -> Tokens:
-    """The output of one block, without the final norm."""
+    """Compute the output of one block, without the final norm."""
     return layer_tokens(model, images, [layer], patch, stride)[layer]
 
 
 def layer_tokens(model: Model, images: Tensor, layers: Sequence[int], patch: Size, stride: Size) -> dict[int, Tokens]:
-    """Several layers of one forward pass: outputs of blocks, without the final norm; -1 is :func:`last_tokens`."""
+    """Compute the outputs of several blocks in one pass, without the final norm; -1 is :func:`last_tokens`."""
     inner = core(model)
     options: dict[str, Any] = {}
     if type(inner).__name__ not in CHANNELS_FIRST:

@@ -32,7 +32,7 @@ def load_backbone(
     stride: int | Size | None = None,
     size: int | Size | None = None,
 ) -> Backbone:
-    """Any single-scale timm model as a backbone, frozen and in evaluation mode.
+    """Load any single-scale timm model as a backbone, frozen and in evaluation mode.
 
     Args:
         name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``.
@@ -101,7 +101,7 @@ def _backbone(model: families.Model, name: str, layer: int, patch: Size, stride:
 
 
 def single_scale_models(family: str | None = None) -> Iterator[tuple[str, str, families.Model]]:
-    """(family, architecture, model without weights) of every timm model that dvt takes.
+    """List (family, architecture, model without weights) of every timm model that dvt takes.
 
     Args:
         family: one timm module such as "eva"; None goes through all of them, which takes a minute. Families go by

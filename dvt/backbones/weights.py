@@ -32,7 +32,7 @@ SHOWN = 4
 
 
 def read_state(path: str | Path) -> State:
-    """The tensors of a weights file, by name.
+    """Read the tensors of a weights file, by name.
 
     Args:
         path: a .safetensors file, or a .pth, .pt or .bin file of tensors, which is read with ``weights_only=True``:
@@ -46,7 +46,7 @@ def read_state(path: str | Path) -> State:
 
 
 def read_content(path: Path) -> object:
-    """What a weights file holds, wrappers and all; code in it is never run. Raises as :func:`read_state`."""
+    """Read all that a weights file holds, wrappers included; code in it is never run. Raises as :func:`read_state`."""
     if not path.is_file():
         raise WeightsError(f"no weights file at {path}; give the path of a .safetensors file or of a .pth of tensors")
     readers: dict[str, Callable[[Path], object]] = dict.fromkeys((".pth", ".pt", ".bin"), _load_tensors)
@@ -154,7 +154,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 
 
 def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """That a state dict has what a model needs; the model may be on the device "meta", its memory not yet taken.
+    """Check that a state dict fits a model; the model may be on the device "meta", without memory of its own.
 
     Raises:
         WeightsError: names are missing, shapes differ, or tensors are not plain real ones; the first few are named.

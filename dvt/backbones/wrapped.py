@@ -28,7 +28,7 @@ def wrap(
     std: tuple[float, float, float] = IMAGENET_STD,
     stride: int | Size | None = None,
 ) -> Backbone:
-    """Any other model (transformers, torch.hub, your own) as a backbone.
+    """Make a backbone of any other model (transformers, torch.hub, your own).
 
     Args:
         module: the model; it is put into evaluation mode and its parameters are frozen.

@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[type, CommandFunction]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """CommandFunction a command; returns the exit code: 0 all done, 2 bad input, 1 failure."""
+    """Run a command and return its exit code: 0 all done, 2 bad input, 1 failure."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
         if isinstance(stream, io.TextIOWrapper):

@@ -55,7 +55,7 @@ class BackboneOptions(Options):
     """Shorter side of the model's input in pixels; the model's own if not given."""
 
     def load(self, other: str | None = None) -> Backbone:
-        """The backbone on its device; or another of timm, with the hub's weights and otherwise the same options."""
+        """Load the backbone onto its device; or `other`, with the hub's weights and otherwise the same options."""
         from dvt.backbones import load_backbone
 
         weights = dvt.demo_weights() if self.weights == "demo" else self.weights
@@ -79,7 +79,7 @@ class DenoiserOptions(BackboneOptions):
     """Take a denoiser that was made for another backbone, layer or weights."""
 
     def load_denoiser(self, backbone: Backbone) -> Denoiser | None:
-        """The denoiser on the backbone's device, checked against it; None where none was asked for."""
+        """Load the denoiser onto the backbone's device and check that it belongs to it; None if none was asked for."""
         from dvt.denoiser import Denoiser
 
         if self.denoiser is None:
@@ -89,12 +89,12 @@ class DenoiserOptions(BackboneOptions):
         return denoiser.to(backbone.device).eval()
 
     def variant(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | Backbone | None:
-        """The same as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
+        """Load it as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
         denoiser = self.load_denoiser(backbone)
         return None if denoiser is None else variant_of(denoiser, backbone, self.force)
 
     def token_function(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | None:
-        """The same as a function of Tokens alone.
+        """Load it as a function of Tokens alone.
 
         Raises:
             ConfigError: the denoiser acts inside the backbone.
@@ -111,7 +111,7 @@ class DenoiserOptions(BackboneOptions):
 
 
 def variant_of(denoiser: Denoiser, backbone: Backbone, force: bool = False) -> Callable[[Tokens], Tokens] | Backbone:
-    """A denoiser as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
+    """Adapt a denoiser to what analyses take: a function of Tokens or a backbone with test-time registers."""
     import torch
 
     from dvt.denoiser import denoised_backbone
@@ -141,7 +141,7 @@ class DryRun(Exception):
 
 @contextmanager
 def progress_bar(console: Console):
-    """A progress bar as a callback (what, done, total)."""
+    """Show a progress bar; it is a callback (what, done, total)."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -186,5 +186,5 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def quiet_unless_first(console: Console) -> Console:
-    """The console, or one that is silent in all processes of a distributed run but the first."""
+    """Return the console in the first process of a distributed run, and a silent one in the others."""
     return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)

@@ -104,7 +104,7 @@ class Demo:
 
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
+    """Run `dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
     if command.upsample < 1:
         raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
     if command.upsample > 1 and command.ray is not None:
@@ -155,7 +155,7 @@ def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None
 
 
 def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt inspect`: 0 when the store is fine, 2 when it is not one or is damaged."""
+    """Run `dvt inspect`: 0 when the store is fine, 2 when it is not one or is damaged."""
     if is_url(command.store):
         raise ConfigError(f"{command.store!r} is a URL; stores are read from folders: copy it to one first")
     damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
@@ -174,7 +174,7 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt demo`: the whole of stage one on bundled photographs."""
+    """Run `dvt demo`: the whole of stage one on bundled photographs."""
     photos = Path(dvt.__file__).parent / "data" / "photos"
     job = Denoise(
         images=(str(photos),),

@@ -88,7 +88,7 @@ class Store:
 
 
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
+    """Run `dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
     config = ExtractConfig(command.dtype, command.batch, command.shard_images, command.workers)
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
@@ -105,7 +105,7 @@ def _extraction(command: Extract, config: ExtractConfig) -> ExtractWork:
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt store`: 0 when the action is done."""
+    """Run `dvt store`: 0 when the action is done."""
     action = command.action
     return _merge(action, console) if isinstance(action, StoreMerge) else _export(action, console)
 

@@ -53,7 +53,7 @@ def run_job(
     settings: dict[str, Any],
     bar: Progress,
 ) -> tuple[Summary, float]:
-    """What the job did, and its seconds.
+    """Run a job, on Ray or in this process, and return what it did and its seconds.
 
     Args:
         command: its options.
@@ -91,7 +91,7 @@ def run_job(
 
 
 def save_settings(out: str, content: dict[str, Any]) -> None:
-    """config.json beside the shards."""
+    """Write config.json beside the shards."""
     if is_url(out):
         from dvt.store.remote import ShardTarget
 

@@ -43,7 +43,7 @@ class FindRemedy(BackboneOptions):
 
 
 def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
-    """`dvt remedy`: 0 when the denoiser is written."""
+    """Run `dvt remedy`: 0 when the denoiser is written."""
     from dvt.denoiser.remedies.job import fit_remedy
 
     if not command.images and command.remedy not in WITHOUT_IMAGES:
@@ -70,7 +70,7 @@ _ABOUT_BACKBONE = ("backbone", "layer", "stride", "feature_dim", "weights_sha256
 def compared(
     command: BackboneOptions, backbone: Backbone, paths: Sequence[Path], given: Sequence[str], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """Each remedy of a backbone as the doctor takes it, the command that makes it, and of the others why there is none.
+    """Fit each remedy of a backbone for the doctor; return them, their commands, and why others are missing.
 
     They are found on every second image, so that the doctor does not judge on these alone; a single image is too few
     for remedies that claim something about all.

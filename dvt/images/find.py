@@ -22,7 +22,7 @@ _LINE_BYTES = 1 << 16  # no path is longer
 
 
 def find_images(specs: Sequence[str | Path]) -> list[Path]:
-    """The images that files, folders, globs and text lists stand for.
+    """Find the images that files, folders, globs and text lists stand for.
 
     Args:
         specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
@@ -47,7 +47,7 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
 
 
 def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
-    """:func:`find_images` that takes URLs too.
+    """Find images as :func:`find_images` does, behind URLs too.
 
     Args:
         specs: as :func:`find_images` takes them, or URLs of files, folders, globs or lists (of ``http://`` no folders

@@ -50,7 +50,7 @@ _TRANSPOSE = {
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(H, W) in pixels as displayed (EXIF orientation applied), from the header, without decoding pixels.
+    """Read an image's size (H, W) in pixels as displayed (EXIF orientation applied) from the header alone.
 
     Raises:
         ImageError: the file is missing, unreadable, not an image, or larger than :data:`MAX_PIXELS`.
@@ -60,13 +60,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def size_and_sha256(path: str | Path) -> tuple[tuple[int, int], str]:
-    """:func:`image_size` and :func:`file_sha256` from the same bytes, which are fetched once."""
+    """Read :func:`image_size` and :func:`file_sha256` from the same bytes, which are fetched once."""
     with _opened(path) as (image, file):
         return _displayed_size(image, file, path), _sha256(file, path)
 
 
 def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
-    """One image as (3, H, W) float32 RGB in [0, 1], turned as its EXIF orientation says.
+    """Load one image as (3, H, W) float32 RGB in [0, 1], turned as its EXIF orientation says.
 
     Grey becomes three equal channels. Sixteen-bit grey is divided by 65535, never clipped; 16 bits a channel of colour
     are read as 8. A float TIFF must already lie in [0, 1]. Transparent pixels are composited over white. CMYK is
@@ -140,7 +140,7 @@ def usable_images(images: Sequence[ImageLike], *fits: Callable[[Size], Size]) ->
 
 
 def file_sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file's bytes, read in pieces.
+    """Compute the hexadecimal SHA-256 of a file's bytes, read in pieces.
 
     Raises:
         ImageError: the file is missing or cannot be read.
@@ -173,7 +173,7 @@ def _sha256(file: BinaryIO, path: str | Path) -> str:
 
 @contextmanager
 def regular_file(path: str | Path) -> Iterator[BinaryIO]:
-    """The open file; devices and pipes, which could block or never end, are refused before they are opened."""
+    """Open a file for reading; devices and pipes, which could block or never end, are refused before that."""
     if is_url(path):
         with io.BytesIO(fetched(str(path))) as content:
             yield content

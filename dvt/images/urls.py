@@ -21,7 +21,7 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(::[A-Za-z0-9+.-]+)*://")
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether it is a URL; those stay text, because a Path would drop one of the slashes.
+    """Tell URLs from paths; URLs stay text, because a Path would drop one of the slashes.
 
     >>> is_url("s3://bucket/photo.jpg"), is_url("photos/a.jpg")
     (True, False)
@@ -38,7 +38,7 @@ def image_error(path: str | Path, reason: object) -> ImageError:
 
 
 def url_files(url: str) -> tuple[Any, str]:
-    """The fsspec file system that a URL lies on, and its path there.
+    """Find the fsspec file system that a URL lies on, and its path there.
 
     Raises:
         ImportError, ValueError: a package is missing, or nothing is known by that name.
@@ -64,7 +64,7 @@ def fetching(url: str) -> Iterator[None]:
 
 
 def fetched(url: str) -> bytes:
-    """The whole object, if it is of a bounded size."""
+    """Fetch the whole object, if it is of a bounded size."""
     with fetching(url):
         files, place = url_files(url)
         # Some servers do not tell the size, and some lie: what is read is bounded too.

@@ -55,7 +55,7 @@ def run(
     started: Callable[[Job], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """:func:`dvt.jobs.run.run` on a Ray cluster; the same call again does what is left.
+    """Run a job on a Ray cluster, as :func:`dvt.jobs.run.run` does here; the same call again does what is left.
 
     The store is the one that a run in one process makes whose torch has `threads` threads, bit for bit, on the same
     kind of processor or GPU.

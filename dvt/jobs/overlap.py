@@ -100,7 +100,7 @@ class Ahead(Generic[Group, Item]):
             raise self._error
 
     def take(self, stream: Stream[Item]) -> Item:
-        """The stream's next item, or `_END`."""
+        """Wait for the stream's next item and take it; `_END` after the last."""
         with self._changed:
             if not stream.items and not stream.ended:
                 self._wanted = stream

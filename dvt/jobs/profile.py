@@ -58,7 +58,7 @@ class Profile:
     >>> profile.rows()[1]
     ('backbone', 7.0, 0.7, 0.7)
     >>> print(profile.bound())
-    backbone bounds this run: busy 70% of 10.0 s; the backbone stood still 2.0 s (20%), 1.0 s of it for the solver and
+    backbone bounds this run: busy 70% of 10.0 s; the backbone was idle for 2.0 s (20%), 1.0 s of it for the solver and
     what follows
     """
 
@@ -93,16 +93,16 @@ class Profile:
         self.readers = max(self.readers, other.readers)
 
     def of(self, *stages: str) -> float:
-        """Seconds of these stages together."""
+        """Sum the seconds of these stages."""
         return sum(self.seconds.get(stage, 0.0) for stage in stages)
 
     def busy(self, stage: str) -> float:
-        """The share of wall in which the threads of a stage work at it; 0 for what is waiting."""
+        """Compute the share of wall in which the threads of a stage work at it; 0 for waiting."""
         threads = self.readers if stage == "read" else 1
         return 0.0 if stage in WAITS or not self.wall else self.of(stage) / (threads * self.wall)
 
     def rows(self) -> list[tuple[str, float, float, float]]:
-        """For a table: stage, seconds, their share of wall (where threads add up, above 1), its threads' busy share."""
+        """List stage, seconds, share of wall (above 1 where threads add up) and its threads' busy share."""
         return [
             (stage.replace("_", " "), self.of(stage), self.of(stage) / (self.wall or 1.0), self.busy(stage))
             for stage in STAGES
@@ -110,15 +110,15 @@ class Profile:
         ]
 
     def bound(self) -> str:
-        """In a sentence, the stage that takes longest, and how long the backbone stood still."""
+        """Name, in a sentence, the stage that takes longest, and how long the backbone was idle."""
         slowest = max(STAGES, key=self.busy)
-        still = max(0.0, self.wall - self.of("views", "backbone"))
-        share = still / (self.wall or 1.0)
+        idle = max(0.0, self.wall - self.of("views", "backbone"))
+        share = idle / (self.wall or 1.0)
         waits = {"images": "wait_images", "the solver and what follows": "wait_solver"}
         parts = [f"{self.of(wait):.1f} s of it for {what}" for what, wait in waits.items() if self.of(wait) >= 0.05]
         return (
-            f"{slowest} bounds this run: busy {self.busy(slowest):.0%} of {self.wall:.1f} s; the backbone stood still "
-            f"{still:.1f} s ({share:.0%}){''.join(f', {part}' for part in parts)}"
+            f"{slowest} bounds this run: busy {self.busy(slowest):.0%} of {self.wall:.1f} s; the backbone was idle for "
+            f"{idle:.1f} s ({share:.0%}){''.join(f', {part}' for part in parts)}"
         )
 
 
@@ -154,7 +154,7 @@ class StageTimer:
         self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
 
     def mark(self, stage: str | None = None) -> None:
-        """The end of a stage, which began at the mark before; None where what lies between is not to be counted."""
+        """End a stage, which began at the mark before; None: the time since that mark is not counted."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -163,7 +163,7 @@ class StageTimer:
             self._marks.append((stage, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """By stage."""
+        """Sum the seconds of each stage; on a GPU this waits for its marks."""
         marks, found = list(self._marks), dict[str, float]()
         for (_, start), (stage, end) in pairwise(marks):
             if stage is not None:

@@ -103,7 +103,7 @@ class Pool:
             self._end(worker)
 
     def capacity(self) -> int:
-        """How many actors there should be: all that were asked for, or one a device that the cluster has now."""
+        """Count the actors there should be: all that were asked for, or one a device that the cluster has now."""
         if self.limit is not None:
             return self.limit
         if time.monotonic() - self.counted >= _POLL_SECONDS:
@@ -113,14 +113,14 @@ class Pool:
         return self.devices
 
     def first(self, items: int) -> Hello:
-        """What the first actor that is up says; no more actors than items are started."""
+        """Start actors, at most one an item, and return what the first one that is up says."""
         while self.hello is None:
             self._resize(items, last=False)
             self._wait([])
         return self.hello
 
     def ordered(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Objects of Ray, in the order of the calls; None for a call that says that it has nothing."""
+        """Yield objects of Ray in the order of the calls; None for a call that says that it has nothing."""
         early: dict[int, Any] = {}
         wanted = 0
         for number, result in self.map(method, calls, keep=True):
@@ -132,7 +132,7 @@ class Pool:
     def map(
         self, method: str, calls: Sequence[tuple[Any, ...]], keep: bool = False, last: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """The number and the result of each call, in any order; a :class:`LostCall` where none came after three tries.
+        """Yield the number and the result of each call, in any order; a :class:`LostCall` after three failed tries.
 
         Args:
             method: of the actor.
@@ -309,7 +309,7 @@ class _Died(Exception):
 
 
 def brief(error: BaseException) -> str:
-    """The part of Ray's long messages that says what happened."""
+    """Shorten one of Ray's long messages to the part that says what happened."""
     text = " ".join(str(error).split())
     found = text.find("The actor ", 1)
     text = text[max(found, 0) :] or type(error).__name__
@@ -318,7 +318,7 @@ def brief(error: BaseException) -> str:
 
 @contextmanager
 def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
-    """The module of Ray, connected; see :func:`dvt.jobs.cluster.run`.
+    """Connect to Ray and lend its module; see :func:`dvt.jobs.cluster.run`.
 
     Raises:
         ConfigError: Ray is missing, or no cluster answers.

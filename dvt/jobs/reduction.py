@@ -78,7 +78,7 @@ class Reduced:
         self.found: dict[Size, Tensor | None] = {**stored}
 
     def of(self, shard: Shard) -> Tensor | None:
-        """The array that a shard's images share, if any."""
+        """Find the array that a shard's images share, if any."""
         grid = shard.images[0].grid
         if self.reduction is not None and grid not in self.found:
             with self.profile.timed("artifact"):

@@ -79,12 +79,12 @@ class ShardResult:
 
     @property
     def extraction_seconds(self) -> float:
-        """In views and the backbone."""
+        """The seconds spent in views and the backbone."""
         return self.profile.of("views", "backbone")
 
     @property
     def fitting_seconds(self) -> float:
-        """In the solver."""
+        """The seconds spent in the solver."""
         return self.profile.of("solve")
 
 

@@ -51,7 +51,7 @@ def shard_file(
     artifact: np.ndarray | Tensor | None = None,
     dtype: str = "float16",
 ) -> bytes:
-    """The bytes of a shard's file, the same wherever they are made; see :meth:`StoreWriter.write`."""
+    """Make the bytes of a shard's file, the same on every machine; see :meth:`StoreWriter.write`."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
         raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
     return _shard_image(job, records, artifact, dtype)

@@ -26,7 +26,7 @@ _REMEDY = "delete it and run the same command again; only its images are made ag
 
 
 def shard_files(path: Path) -> list[Path]:
-    """A store's shards; nothing for any other file, which must not be called a damaged shard."""
+    """List a store's shards; none for any other file, which must not be called a damaged shard."""
     try:
         return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() and path.suffix == ".h5" else []
     except OSError as error:
@@ -39,7 +39,7 @@ _OF_DAMAGE = (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW)
 
 @contextmanager
 def damage(path: str | Path) -> Iterator[None]:
-    """Whatever h5py raises on a damaged file becomes a StoreError that names it and says what to do."""
+    """Turn whatever h5py raises on a damaged file into a StoreError that names it and says what to do."""
     try:
         yield
     except DvtError:
@@ -96,7 +96,7 @@ class StoredShard:
 
 
 def read_shard(path: Path) -> StoredShard:
-    """The index of a shard, refusing whatever the writer would not have written.
+    """Read the index of a shard, refusing whatever the writer would not have written.
 
     A file from elsewhere can point into other files, or announce arrays that fill the memory; nothing is read before
     its links, layout, filters and stored size have been looked at.
@@ -123,7 +123,7 @@ class ShardIndex:
 
 
 def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardIndex:
-    """The index of a shard that lies elsewhere, read with the same suspicion; little more than that is fetched.
+    """Read the index of a shard behind a URL with the same checks; little more than the index is fetched.
 
     Args:
         source: its file, seekable.

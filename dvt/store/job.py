@@ -63,23 +63,23 @@ class Job:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the schema and all fields, as canonical JSON."""
+        """The job hash: SHA-256 over the schema and all fields, as canonical JSON."""
         return sha256_of(canonical({"schema": SCHEMA, **asdict(self)}))
 
     def attributes(self) -> dict[str, str]:
-        """The job as the text attributes of a shard."""
+        """Write the job as the text attributes of a shard."""
         values = asdict(self)
         text = {name: canonical(values[name]) if name in JSON_SETTINGS else values[name] for name in values}
         return {"schema": SCHEMA, **text}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, str]) -> Job:
-        """The inverse of :meth:`attributes`."""
+        """Read the job from what :meth:`attributes` wrote."""
         values: dict[str, Any] = {name: json.loads(attributes[name]) for name in JSON_SETTINGS}
         return cls(attributes["backbone"], attributes["weights_sha256"], **values)
 
     def differences(self, other: Job) -> str:
-        """What differs between two jobs, for people; empty when they are equal."""
+        """Describe the differences between two jobs for a message; empty when they are equal."""
         mine, theirs = ({**asdict(job), **asdict(job)["config"]} for job in (self, other))
         names = sorted((mine.keys() | theirs.keys()) - {"config"})
         pairs = ((name, mine.get(name, "unset"), theirs.get(name, "unset")) for name in names)
@@ -109,7 +109,7 @@ class Shard:
 
 
 def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: bool = False) -> list[Shard]:
-    """Cuts images into shards, whatever their order: a pure function of the set of images and the job.
+    """Divide images into shards: a pure function of the set of images and the job, whatever their order.
 
     Args:
         images: (path, sha256, grid) of each image that is not done yet.

@@ -69,7 +69,7 @@ class FeatureStore(Dataset[Tokens]):
 
     @property
     def job(self) -> Job:
-        """What made the tokens."""
+        """The job that made the tokens."""
         return self._shards[0].job
 
     @property
@@ -89,12 +89,12 @@ class FeatureStore(Dataset[Tokens]):
 
     @property
     def grids(self) -> list[Size]:
-        """(h, w) of each image's tokens."""
+        """The grid (h, w) of each image's tokens."""
         return [(int(shard.grid[row, 0]), int(shard.grid[row, 1])) for shard, row in self._rows()]
 
     @property
     def sizes(self) -> list[Size]:
-        """(H, W) of each image in pixels."""
+        """The size (H, W) of each image in pixels."""
         return [(int(shard.size[row, 0]), int(shard.size[row, 1])) for shard, row in self._rows()]
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class FeatureStore(Dataset[Tokens]):
         return (self[i] for i in range(len(self)))
 
     def read(self, i: int, term: str | None = None) -> np.ndarray:
-        """One term (h, w, C) of image i as it is stored, float16 or float32."""
+        """Read one term (h, w, C) of image i as it is stored, float16 or float32."""
         term = self.term if term is None else term
         self._check_term(term)
         shard, row = self._at(i)
@@ -121,18 +121,18 @@ class FeatureStore(Dataset[Tokens]):
         return rows.reshape(*shard.grid[row], shard.channels)
 
     def record(self, i: int) -> Record:
-        """Everything about image i."""
+        """Collect everything about image i."""
         shard, row = self._at(i)
         path, sha256 = os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
         size = (int(shard.size[row, 0]), int(shard.size[row, 1]))
         return Record(path, sha256, size, {term: self.read(i, term) for term in self.terms}, self._read_prefix(i))
 
     def prefix(self, i: int) -> np.ndarray | None:
-        """Prefix tokens (P, C) of image i as they are stored, or None."""
+        """Read the prefix tokens (P, C) of image i as they are stored, or None."""
         return self._read_prefix(i)
 
     def artifact(self, i: int) -> np.ndarray | None:
-        """The (h, w, C) artifact that image i shares with its shard, or None."""
+        """Read the artifact (h, w, C) that image i shares with its shard, or None."""
         shard, _ = self._at(i)
         if not shard.shared:
             return None
@@ -140,11 +140,11 @@ class FeatureStore(Dataset[Tokens]):
             return file["artifact"][:]
 
     def verify(self) -> list[Path]:
-        """The damaged shards, found by reading everything through its checksum. See :func:`damaged_shards`."""
+        """Read everything through its checksum and list the damaged shards. See :func:`damaged_shards`."""
         return list(damaged_shards(self.path))
 
     def summary(self) -> dict[str, Any]:
-        """What the store holds, ready for JSON: counts, bytes on disk, grids, terms, type, job."""
+        """Summarise the store, ready for JSON: counts, bytes on disk, grids, terms, type, job."""
         grids = Counter(f"{h}x{w}" for h, w in self.grids)
         contents = np.unique(np.concatenate([shard.sha256 for shard in self._shards]))
         return {
@@ -193,7 +193,7 @@ class FeatureStore(Dataset[Tokens]):
 
 
 def damaged_shards(path: str | Path) -> dict[Path, str]:
-    """The damaged shards of a store and what is wrong with each; every byte of tokens goes through its checksum.
+    """List the damaged shards of a store and what is wrong with each; every byte goes through its checksum.
 
     Unlike :class:`FeatureStore` it does not stop at the first one.
     """

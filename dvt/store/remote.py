@@ -32,11 +32,11 @@ class ShardTarget:
 
     @property
     def remote(self) -> bool:
-        """Whether it is a URL."""
+        """True if the target is behind a URL."""
         return is_url(self.place)
 
     def check(self) -> None:
-        """That there is a file system for the URL, before hours of work.
+        """Check, before hours of work, that there is a file system for the URL.
 
         Raises:
             StoreError: fsspec does not know it, or a package is missing.
@@ -46,7 +46,7 @@ class ShardTarget:
                 pass
 
     def put_shard(self, name: str, content: bytes) -> None:
-        """A shard, whole or not at all.
+        """Write a shard, whole or not at all.
 
         Raises:
             StoreError: it cannot be written.
@@ -57,7 +57,7 @@ class ShardTarget:
             commit_shard(Path(self.place), name, content)
 
     def put(self, name: str, content: bytes) -> None:
-        """A file behind the URL, whole or not at all; of object stores one put is, elsewhere a move is.
+        """Write a file behind the URL, whole or not at all: by one put into an object store, elsewhere by a move.
 
         Raises:
             StoreError: it cannot be written.
@@ -76,7 +76,7 @@ class ShardTarget:
                 raise OSError(f"{size} bytes of {name} arrived, {len(content)} were sent")
 
     def shards(self) -> list[str]:
-        """Names of the shards behind the URL, without their suffix."""
+        """List the names of the shards behind the URL, without their suffix."""
         with self._files("read") as (files, root):
             files.invalidate_cache()
             try:
@@ -87,7 +87,7 @@ class ShardTarget:
             return sorted(name[:-3] for name in names if name.endswith(".h5"))
 
     def index(self, name: str, artifact: bool = False) -> ShardIndex:
-        """The index of a shard behind the URL, and the artifact that its images share if it is asked for.
+        """Read the index of a shard behind the URL and, if asked for, the artifact that its images share.
 
         Raises:
             StoreError: it is damaged or cannot be read.

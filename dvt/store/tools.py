@@ -31,7 +31,7 @@ INDEX = "index.json"
 def merge_stores(
     stores: Sequence[str | Path], out: str | Path, *, wait: bool = True, progress: Progress | None = None
 ) -> dict[str, int]:
-    """One store of the images of several that the same job made, for example on several machines.
+    """Merge stores that the same job made, for example on several machines, into one.
 
     Shards stay as they are, each with its shared artifact; of an image that several hold under one path, the first
     store's tokens are taken. The same call again does what is left.
@@ -107,7 +107,7 @@ def export_store(
     *,
     progress: Progress | None = None,
 ) -> int:
-    """A store in a format that needs nothing of dvt.
+    """Write a store in a format that needs nothing of dvt.
 
     - "npy": a folder with TERM/NUMBER.npy, (h, w, C) of each image, prefix/NUMBER.npy, (P, C), and index.json: the job
       and, for each image in order, its path, sha256, size and grid.

@@ -70,7 +70,7 @@ class StoreWriter:
         artifact: np.ndarray | Tensor | None = None,
         dtype: str = "float16",
     ) -> Path:
-        """Commits a shard: afterwards it survives a crash. Writing the same name again replaces it whole.
+        """Commit a shard: afterwards it survives a crash. Writing the same name again replaces it whole.
 
         Args:
             name: of the shard, as :func:`plan` gives it.
@@ -103,7 +103,7 @@ class StoreWriter:
 
 
 def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], None] = lambda: None) -> Path:
-    """Puts a shard's bytes into a folder whole or not at all; the caller holds the store's lock, or is its helper.
+    """Write a shard's bytes into a folder, whole or not at all; the caller holds the store's lock, or is its helper.
 
     Args:
         folder: of the store.

@@ -464,7 +464,7 @@ def test_profiles_add_and_name_what_bounds():
         ("wait images", 6.0, pytest.approx(6 / 12), 0.0),
         ("write", 1.0, pytest.approx(1 / 12), pytest.approx(1 / 12)),
     ]
-    assert one.bound().startswith("backbone bounds this run: busy 42% of 12.0 s; the backbone stood still 7.0 s (58%)")
+    assert one.bound().startswith("backbone bounds this run: busy 42% of 12.0 s; the backbone was idle for 7.0 s (58%)")
     one.spend("write", 10.0)
     assert one.bound().startswith("write bounds")
     assert Profile().rows() == [] and set(WAITS) < set(STAGES)

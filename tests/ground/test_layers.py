@@ -1,4 +1,4 @@
-"""The architecture, read from the source: who may import whom, what `import dvt` loads, and docstring examples."""
+"""The architecture, read from the source: who may import whom, what `import dvt` loads, and docstrings."""
 
 import ast
 import doctest
@@ -170,6 +170,58 @@ def test_files_and_functions_are_short(module):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
             assert lines <= BODY_LINES, f"{module}.{node.name} has {lines} lines below its docstring"
+
+
+# The verbs that docstrings open with. A list of verbs, not of forbidden words: whoever needs another one adds it here.
+VERBS = """
+Add Adapt Advance Answer Apply Assign Average Call Check Choose Collect Colour Commit Compare Compute Connect Convert
+Copy Correct Count Cut Decompose Denoise Derive Describe Divide Do Download Draw Embed Encode End Estimate Evaluate
+Export Express Fetch Fill Find Fine-tune Fit Fold Force Forget Generate Give Group Guide Hand Hash Interpolate Invert
+Keep Learn Lend Let List Load Look Make Mark Match Measure Merge Minimise Mix Move Multiply Name Normalise Open
+Permute Plan Predict Prepare Print Prune Put Raise Read Record Recover Refuse Remove Rename Replace Resample Resize
+Resolve Return Roll Round Run Sample Save Say Scale Score Seed Select Set Shorten Show Shuffle Solve Sort Split Start
+Stop Subtract Sum Summarise Take Tell Test Train Transform Turn Update Upsample Use Wait Weigh Word Wrap Write Yield
+"""
+
+
+def documented(tree):
+    """(definition, whether it is a property) of each public function, method and property of a module."""
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            if isinstance(node, ast.ClassDef):
+                yield from documented(node)
+            elif ast.get_docstring(node):
+                yield node, any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def opens_well(sentence, is_property):
+    """Whether it opens with a verb; a property's may open with the thing that it is, but with no question or shape."""
+    first = sentence.split()[0].rstrip(",:")
+    named = {"The", "A", "An", "All", "True"} if is_property else set()
+    return first in named or first in VERBS.split()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_docstrings_open_with_a_verb(module):
+    for node, is_property in documented(ast.parse(MODULES[module].read_text())):
+        sentence = ast.get_docstring(node).splitlines()[0]
+        assert opens_well(sentence, is_property), (
+            f"{module}.{node.name} opens with {sentence!r}: open with a verb in plain English (a new one goes into "
+            "VERBS), then shapes, units and errors; a property may open with 'The ...'"
+        )
+
+
+def test_what_is_no_verb_is_seen():
+    bad = [
+        "What it holds.",
+        "Whether it is.",
+        "(h, w, C) tokens.",
+        "`dvt denoise`: 0.",
+        "Computes it.",
+        "Tokens of it.",
+    ]
+    assert not [line for line in bad if opens_well(line, False) or opens_well(line, True)]
+    assert opens_well("The size of a patch.", True) and not opens_well("The size of a patch.", False)
 
 
 def run_python(code, folder):
