@@ -39,6 +39,16 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
+def fast_bfloat16(device: torch.device) -> bool:
+    """Tell whether a device is fast in bfloat16: CUDA from compute capability 8, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Tell whether an error says that a device's memory, or the host's, is too small."""
     # On the CPU, torch raises a bare RuntimeError.

@@ -200,7 +200,8 @@ class DenoiseConfig:
         shifts: settings of the closed-form solver of shifted windows.
         shared_artifact: fit one artifact for all images of a grid shape, instead of one each.
         shared_images: images that the shared artifact is fitted on, the first ones in order of their paths.
-        dtype: of the backbone's forward pass; fitting is always done in float32 or better.
+        dtype: of the backbone's forward pass; "auto" asks :func:`dvt.backbones.choose_precision`. Fitting is always
+            done in float32 or better.
         solve_images: images of one grid shape that are solved together; their tokens are held in memory at once. None
             takes 8 for a closed form on a GPU, else 1.
         overlap: let the backbone go on with the next images while some are solved; None does so on a GPU.
@@ -224,13 +225,15 @@ class DenoiseConfig:
     shifts: ShiftConfig = field(default_factory=ShiftConfig)
     shared_artifact: bool = False
     shared_images: int = 32
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     solve_images: int | None = None
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in ("linear", "neural"):
             raise ConfigError(f"solver is {self.solver!r}; it must be 'linear' or 'neural'")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
         self._fill_in()
         self._check_product()
         if self.shared_artifact and self.solver != "linear":

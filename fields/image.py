@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.devices import autocast, upload
 from dvt.errors import ImageError
@@ -49,7 +49,7 @@ class TokenViews:
             )
         draw = Shifts if config.kind == "shifts" else Views
         self.views = draw(upload(image, self.device), size, self.coords, config)
-        self.dtype = getattr(torch, dtype)
+        self.dtype = getattr(torch, choose_precision(backbone, dtype))
         self.timer = StageTimer(self.device)
         self._whole: Tokens | None = None
 

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, choose_precision
 from dvt.devices import out_of_memory
 from dvt.errors import ImageError, NonFiniteError
 from dvt.fields.batches import ViewBatch
@@ -99,6 +99,7 @@ def denoise_images(
 def denoise_job(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
     """Describe everything that the tokens of stage one depend on."""
     terms = list(ALL_TERMS if keep_terms else ALL_TERMS[:2])
+    config = replace(config, dtype=choose_precision(backbone, config.dtype))
     return Job.of(backbone, {"verb": "denoise", "terms": terms, **config.job_settings()})
 
 
@@ -116,6 +117,7 @@ class DecomposeWork(Work):
         profile: bool = False,
         on_image: OnImage | None = None,
     ):
+        config = replace(config, dtype=choose_precision(backbone, config.dtype))
         super().__init__(
             backbone,
             denoise_job(backbone, config, keep_terms),

@@ -6,6 +6,7 @@ them can do.
 
 from dvt.backbones.backbone import Backbone, BackboneSpec, TokensOf, weights_sha256
 from dvt.backbones.load import load_backbone, single_scale_models
+from dvt.backbones.precision import choose_precision, in_precision
 from dvt.backbones.wrapped import IMAGENET_MEAN, IMAGENET_STD, wrap
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Backbone",
     "BackboneSpec",
     "TokensOf",
+    "choose_precision",
+    "in_precision",
     "load_backbone",
     "single_scale_models",
     "weights_sha256",

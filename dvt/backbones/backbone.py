@@ -14,6 +14,7 @@ from dvt import grids
 from dvt.backbones import families
 from dvt.backbones.families import pair
 from dvt.backbones.weights import HEAD
+from dvt.devices import autocast
 from dvt.errors import BackboneError, ImageError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
@@ -67,6 +68,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    #: Of its forward passes, by autocast; see :func:`dvt.backbones.in_precision`.
+    precision: torch.dtype = torch.float32
 
     def __init__(
         self, model: nn.Module, tokens: TokensOf, spec: BackboneSpec, mean: Sequence[float], std: Sequence[float]
@@ -146,7 +149,9 @@ class Backbone(nn.Module):
             ShapeError: the images have a shape that the model does not take.
         """
         self._check(images)
-        tokens = self._tokens(self.model, self.normalise(images))
+        with autocast(self.device, self.precision):
+            tokens = self._tokens(self.model, self.normalise(images))
+        tokens = tokens if self.precision == torch.float32 else tokens.to(torch.float32)
         expected = (*self.grid((images.shape[2], images.shape[3])), self.feature_dim)
         if tuple(tokens.patches.shape[1:]) != expected or tokens.prefix.shape[1] != self.num_prefix_tokens:
             raise ShapeError(
@@ -180,7 +185,11 @@ class Backbone(nn.Module):
                 f"{self.name} has {self.num_layers} blocks: layers must lie in -1 ... {self.num_layers - 1}"
             )
         self._check(images)
-        return families.layer_tokens(self.model, self.normalise(images), layers, self.patch_size, self.stride)
+        with autocast(self.device, self.precision):
+            found = families.layer_tokens(self.model, self.normalise(images), layers, self.patch_size, self.stride)
+        if self.precision == torch.float32:
+            return found
+        return {layer: tokens.to(torch.float32) for layer, tokens in found.items()}
 
     def input_size(self, image_size: Size) -> Size:
         """Find the size (H, W) to resize an image to: its aspect ratio, with the shorter side of :attr:`image_size`.

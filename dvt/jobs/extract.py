@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dvt.backbones import Backbone
+from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.devices import autocast
 from dvt.errors import ConfigError, NonFiniteError
@@ -38,20 +38,21 @@ class ExtractConfig:
     """How tokens are extracted. Only `dtype` belongs to the store's job: the others change speed and memory.
 
     Args:
-        dtype: of the forward pass, by autocast; tokens are stored in half precision where they fit into it.
+        dtype: of the forward pass, by autocast; "auto" asks :func:`dvt.backbones.choose_precision`. Tokens are stored
+            in half precision where they fit into it.
         batch: images a forward pass; what is left of a grid shape at the end of a shard makes a smaller one.
         shard_images: images a shard; a killed run loses at most the shard in hand and the one that is being written.
         workers: threads that read and decode images; None takes the processor's cores, at most 16.
     """
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     batch: int = 32
     shard_images: int = 64
     workers: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'float32', 'bfloat16' or 'float16'")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
         for name in ("batch", "shard_images", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,7 +107,7 @@ def extract_images(
 
 def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None) -> Job:
     """Describe everything that the tokens of an extraction depend on."""
-    settings: dict[str, Any] = {"verb": "extract", "dtype": config.dtype}
+    settings: dict[str, Any] = {"verb": "extract", "dtype": choose_precision(backbone, config.dtype)}
     if denoiser is not None:
         settings["denoiser"] = denoiser.identity
     return Job.of(backbone, settings)
@@ -118,6 +119,7 @@ class ExtractWork(Work):
     def __init__(
         self, backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None, *, strict: bool = False
     ):
+        config = replace(config, dtype=choose_precision(backbone, config.dtype))
         super().__init__(
             backbone,
             extract_job(backbone, config, denoiser),

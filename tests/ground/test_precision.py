@@ -1,0 +1,98 @@
+"""The precision of forward passes: bfloat16 where it is fast and changes next to nothing, else float32."""
+
+import pytest
+import torch
+from torch import nn
+
+import dvt
+from dvt.backbones import Backbone, choose_precision, in_precision, precision
+from dvt.errors import ConfigError
+from dvt.fields.config import DenoiseConfig
+from dvt.fields.images import denoise_job
+from dvt.jobs.extract import ExtractConfig, extract_job
+from dvt.tokens import Tokens
+
+
+@pytest.fixture(scope="module")
+def vit() -> Backbone:
+    return dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64)
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: True)
+
+
+class Patches(nn.Module):
+    """Mean colours of 16 x 16 patches by a linear layer, less an offset: bfloat16 loses what the offset hides."""
+
+    def __init__(self, offset: float):
+        super().__init__()
+        self.project, self.offset = nn.Linear(3, 4), offset
+
+    def forward(self, images):
+        small = nn.functional.avg_pool2d(images, 16).permute(0, 2, 3, 1)
+        return self.project(small + self.offset) - self.project(torch.full_like(small, self.offset))
+
+
+def wrapped(offset: float) -> Backbone:
+    torch.manual_seed(0)
+    model = Patches(offset)
+    return dvt.wrap(model, lambda inner, images: Tokens.of(inner(images)), 16, feature_dim=4, image_size=64, name="patches")
+
+
+def test_bfloat16_is_taken_where_it_is_fast_and_changes_little(vit, fast):
+    assert choose_precision(vit) == "bfloat16"
+    assert 1e-4 < precision.precision_difference(vit, torch.bfloat16) < precision.MOST_DIFFERENCE
+
+
+def test_float32_is_taken_where_bfloat16_is_not_fast(vit, monkeypatch):
+    monkeypatch.setattr(precision, "fast_bfloat16", lambda device: False)
+    assert choose_precision(vit) == "float32"
+
+
+def test_float32_is_taken_where_bfloat16_changes_much(fast):
+    assert precision.precision_difference(wrapped(100.0), torch.bfloat16) > precision.MOST_DIFFERENCE
+    assert choose_precision(wrapped(100.0)) == "float32"
+
+
+def test_weights_of_another_precision_keep_it(fast):
+    assert choose_precision(wrapped(0.0).bfloat16()) == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_precision_that_is_named_is_taken(vit, dtype):
+    assert choose_precision(vit, dtype) == dtype
+
+
+def test_an_unknown_precision_is_refused(vit):
+    with pytest.raises(ConfigError, match="'half'"):
+        choose_precision(vit, "half")
+    for config in (ExtractConfig, DenoiseConfig):
+        with pytest.raises(ConfigError, match="'half'"):
+            config(dtype="half")
+
+
+JOBS = {
+    "extract": lambda vit, dtype: extract_job(vit, ExtractConfig(dtype=dtype)),
+    "denoise": lambda vit, dtype: denoise_job(vit, DenoiseConfig(dtype=dtype), False),
+}
+
+
+@pytest.mark.parametrize("make", JOBS.values(), ids=JOBS)
+def test_a_job_holds_what_was_taken(vit, fast, make):
+    assert make(vit, "auto") == make(vit, "bfloat16") != make(vit, "float32")
+
+
+def test_a_backbone_in_another_precision_shares_the_weights_and_gives_float32(vit):
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    rough = in_precision(vit, "bfloat16")
+    with torch.no_grad():
+        exact, found = vit(images), rough(images)
+        layers = rough.at_layers(images, [3, -1])
+    assert rough.model is vit.model and rough.weights_sha256 == vit.weights_sha256 and vit.precision == torch.float32
+    assert found.patches.dtype == layers[3].patches.dtype == torch.float32
+    difference = float((found.patches - exact.patches).norm() / exact.patches.norm())
+    assert 1e-4 < difference < 0.01
+    assert torch.equal(layers[-1].patches, found.patches)
+    assert torch.equal(in_precision(vit, "float32")(images).patches, exact.patches)
