@@ -14,7 +14,7 @@ from dvt import grids
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.devices import autocast, upload
-from dvt.errors import ImageError
+from dvt.errors import ConfigError, ImageError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.linear import LinearSolver
@@ -47,8 +47,7 @@ class TokenViews:
                 f"an image of {image.shape[1]} x {image.shape[2]} pixels has only {self.coords.shape[0]} x "
                 f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
             )
-        draw = Shifts if config.kind == "shifts" else Views
-        self.views = draw(upload(image, self.device), size, self.coords, config)
+        self.views = _drawn(upload(image, self.device), size, backbone, config)
         self.dtype = getattr(torch, choose_precision(backbone, dtype))
         self.timer = StageTimer(self.device)
         self._whole: Tokens | None = None
@@ -87,6 +86,25 @@ class TokenViews:
         with autocast(self.device, self.dtype):
             tokens = self.backbone(images).to(torch.float32)
         return {"patches": tokens.patches, "prefix": tokens.prefix}
+
+
+def _drawn(image: Tensor, size: grids.Size, backbone: Backbone, config: ViewConfig) -> Shifts | Views:
+    """Draw the views of an image (3, H, W).
+
+    Raises:
+        ImageError: patches of the mirrored image do not meet those of the image.
+    """
+    if config.kind == "crops":
+        return Views(image, size, backbone.centres(size), config)
+    try:
+        return Shifts(image, size, backbone.centres(size), config)
+    except ConfigError as error:
+        patch = backbone.patch_size[0]
+        raise ImageError(
+            f"patches of {patch} pixels at a stride of {backbone.stride[0]} do not meet their mirror images in an "
+            f"input of {size[0]} x {size[1]}, which the product 'removed' needs: choose --stride {patch} or "
+            f"{patch // 2}, another --size, or --product ensembled"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,7 @@ class DecomposeWork(Work):
 
     def _prepare(self, shared: bool, pixels: Tensor, entry: ImageEntry) -> Tensor:
         if self.reduction is not None and not shared:
+            TokenViews(self.backbone, pixels, self.config.views)  # raises the reason, where it is this image's own
             raise ImageError(
                 f"no artifact that {entry.path!r} could share was fitted: none of the images for it was usable"
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,8 @@ from dvt.fields.gate import SignTest
 from dvt.fields.trust import Trust
 from dvt.fields.twoway import TwoWay
 from dvt.grids import Size
+
+log = logging.getLogger(__name__)
 
 #: Robust weights (V, n) of tokens (V, n, C) at coordinates (V, n, 2).
 Weigh = Callable[[Tensor, Tensor], Tensor]
@@ -91,8 +95,7 @@ class ShiftSolver:
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.
             NonFiniteError: a token is NaN or infinite.
-            ConfigError: there is no view, a view is no shifted window, the grid has one row or column, or too few
-                patches to test for an artifact.
+            ConfigError: there is no view, a view is no shifted window, or the grid has one row or column.
         """
         run = _ShiftPass(self, views, artifact)
         known = None
@@ -101,6 +104,7 @@ class ShiftSolver:
         p_value = run.test.p_value() if run.test is not None else None
         found = p_value is None or p_value <= self.config.alarm
         if not found:
+            say_if_too_small(run.grid, self.config.alarm)
             known = run.sums.position.new_zeros(run.sums.position.shape[1:])
         return self._result(run, known, p_value, found)
 
@@ -205,6 +209,18 @@ class _Windows(NamedTuple):
     coords: Tensor
     grid: Size
     period: Size
+
+
+@lru_cache
+def say_if_too_small(grid: Size, alarm: float) -> None:
+    """Say once that images of a grid have too few patches for the test to find anything."""
+    if 2.0 ** (1 - grid[0] * grid[1]) > alarm:
+        log.warning(
+            "on a grid of %d x %d patches no artifact can be told from content at a rate of false alarms of %g: such "
+            "images stay as they are; choose a larger --size, or --product ensembled",
+            *grid,
+            alarm,
+        )
 
 
 def _windows(tokens: Tensor, coords: Tensor) -> _Windows:

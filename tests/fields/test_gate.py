@@ -48,6 +48,19 @@ def test_equal_groups_give_the_least_p_value_and_opposite_ones_none():
     assert sign_flip_p_value(torch.tensor([[1.0, -1.0], [-1.0, 1.0]])) == 1.0
 
 
+def test_a_grid_of_few_patches_has_fewer_groups_and_abstains_below_its_least_p_value():
+    for grid, least in [((2, 2), 1 / 8), ((2, 3), 1 / 32), ((3, 4), 1 / 128)]:
+        offsets = grids.draw_offsets(grid, 16, 1.0, torch.Generator().manual_seed(0))
+        period = (2 * grid[0], 2 * grid[1])
+        index = grids.lattice_index(grid, offsets, period)
+        draw = torch.Generator().manual_seed(1)
+        clean = torch.randn(period[0] * period[1], CHANNELS, generator=draw)[index]
+        for tokens, expected in [(clean, None), (clean + 9 * torch.randn(*index.shape[1:], CHANNELS), least)]:
+            test = SignTest(grid, period, CHANNELS, tokens)
+            test.add(tokens, offsets)
+            assert test.p_value() >= least and (expected is None or test.p_value() == expected)
+
+
 def test_mirror_images_share_a_group_and_blocks_do():
     group = grids.lattice_blocks((8, 12), 2, 4).view(8, 12)
     assert torch.equal(group, group.flip(0)) and torch.equal(group, group.flip(1))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dvt.backbones import load_backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.fields import LinearConfig, LinearSolver, NeuralConfig
 from dvt.fields.config import DenoiseConfig
@@ -499,3 +500,31 @@ def test_on_a_gpu_overlap_changes_no_token(make_tiny_backbone, folder, tmp_path)
                 np.testing.assert_allclose(values.astype(float), other[key].astype(float), rtol=1e-2, atol=1e-2)
                 if key[1] in ("raw", "prefix"):
                     np.testing.assert_array_equal(values, other[key])
+
+
+@pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"solve_images": 3}, {"shared_artifact": True}])
+def test_images_that_shifted_windows_cannot_show_are_reported_with_what_to_do(folder, tmp_path, settings):
+    backbone = load_backbone("test_vit", pretrained=False, size=96, stride=12)
+    summary = denoise_images(backbone, images_of(folder), tmp_path / "out", DenoiseConfig(views=4, **settings))
+    assert summary.done == 0 and len(summary.failed) == 6
+    for _, reason in summary.failed:
+        assert "at a stride of 12 do not meet" in reason and "--stride 16 or 8" in reason
+    crops = DenoiseConfig(views=4, product="ensembled", **settings)
+    assert denoise_images(backbone, images_of(folder), tmp_path / "crops", crops).done == 6
+    with pytest.raises(ImageError, match="--product ensembled"):
+        denoise_image(backbone, torch.rand(3, 96, 112), DenoiseConfig())
+    half = load_backbone("test_vit", pretrained=False, size=96, stride=8)
+    assert denoise_images(half, images_of(folder), tmp_path / "half", DenoiseConfig(views=4, **settings)).done == 6
+
+
+@pytest.mark.parametrize("product", ["removed", "ensembled", "blend"])
+def test_small_grids_are_done_and_grids_of_one_row_are_reported(tiny_backbone, tmp_path, product):
+    for name, size in [("small", (40, 32)), ("row", (160, 16)), ("wide", (64, 32))]:
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / f"{name}.png")
+    backbone = load_backbone("test_vit", pretrained=False, size=32)
+    summary = denoise_images(backbone, sorted(tmp_path.glob("*.png")), tmp_path / "out", DenoiseConfig(product=product))
+    assert not summary.failed and summary.done == 3
+    row = load_backbone("test_vit", pretrained=False, size=16)
+    summary = denoise_images(row, sorted(tmp_path.glob("*.png")), tmp_path / "row", DenoiseConfig(product=product))
+    assert summary.done == 0 and len(summary.failed) == 3
+    assert all("at least 2 x 2: choose a larger" in reason for _, reason in summary.failed)

@@ -6,7 +6,7 @@ import torch
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.planted import PlantedBackbone, PlantedBackboneConfig, relative_error
-from dvt.fields.shifts import ShiftConfig, ShiftSolver
+from dvt.fields.shifts import ShiftConfig, ShiftSolver, say_if_too_small
 from dvt.fields.twoway import TwoWay
 from dvt.views import Shifts, ViewConfig, resize
 
@@ -151,11 +151,22 @@ def test_bad_windows_are_refused_with_what_to_do():
         solver.fit([(tokens, coords), (tokens[:, :4], coords[:, :4])])
     with pytest.raises(NonFiniteError):
         solver.fit([(tokens / 0, coords)])
-    with pytest.raises(ConfigError, match="too few patches"):
-        ShiftSolver().fit([problem(grid=(2, 3))[:2]])
-    assert ShiftSolver().fit([problem(grid=(3, 4))[:2]]).found
     with pytest.raises(ConfigError, match=r"alarm is 0\.001"):
         ShiftConfig(alarm=0.001)
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (2, 3), (7, 1 + 1)])
+def test_an_image_of_few_patches_stays_as_it_is_unless_the_test_can_tell(grid, caplog):
+    say_if_too_small.cache_clear()
+    tokens, coords, _, _ = problem(grid=grid, windows=16)
+    fits = [ShiftSolver().fit([(tokens, coords)]) for _ in range(2)]
+    assert torch.equal(fits[0].decompose(tokens[0], coords[0]).semantic, tokens[0]) is not fits[0].found
+    too_small = grid[0] * grid[1] < 8
+    assert fits[0].found is not too_small
+    assert (
+        len(caplog.records) == int(too_small) and ("larger --size, or --product ensembled" in caplog.text) is too_small
+    )
+    assert ShiftSolver(ShiftConfig(alarm=0.2)).fit([(tokens, coords)]).found
 
 
 # -- outliers ---------------------------------------------------------------------------------------------------------
