@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,8 @@ from dvt.grids import Size
 from dvt.progress import Progress
 from dvt.store import FeatureStore
 from dvt.training import TrainingConfig, flat_settings, is_first_process, sides_digest, train
+
+log = logging.getLogger(__name__)
 
 #: Kinds that are not trained: their values follow from the tokens in closed form.
 FITTED = ("linear", "subtract")
@@ -117,6 +120,7 @@ def train_denoiser(
     if out.is_file() and (there := Denoiser.from_pretrained(out).config.kind) != config.kind:
         raise ConfigError(f"{str(out)!r} holds a denoiser of kind {there!r}; choose another file, or delete it first")
     pairs = Pairs(opened, config.target, config.use_prefix)
+    _say_if_faithful(opened)
     chosen, held = split(pairs.sha256s, config.validation, config.loop.seed)
     subtract = _fitted("subtract", pairs, chosen)
     baselines = _baselines(pairs, held, subtract)
@@ -139,6 +143,16 @@ def train_denoiser(
     if is_first_process():
         denoiser.save_pretrained(out)
     return denoiser, report
+
+
+def _say_if_faithful(store: FeatureStore) -> None:
+    """Warn of a store whose product is not the best one to learn for labelled tasks (benchmarks/README.md)."""
+    if store.job.config.get("product") == "removed" and is_first_process():
+        log.warning(
+            "%s holds the product 'removed': a denoiser learnt from it stays closest to the backbone's own tokens; for "
+            "segmentation, grouping and matching one of `dvt denoise --product ensembled` was better",
+            store.path,
+        )
 
 
 def _untrained(

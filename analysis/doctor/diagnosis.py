@@ -123,8 +123,10 @@ class Diagnosis:
             "subtract": "Subtract one map: the artifact is the same in all images. `dvt train STORE --kind subtract` "
             "finds it; applying it costs nothing.",
             "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
-            "cannot remove it. For many images train a denoiser on that store: `dvt train STORE`.",
-            "denoiser": "A trained denoiser: `dvt denoise` some hundred images, `dvt train STORE`; a map that is "
+            "cannot remove it. Its default product stays closest to the backbone's own tokens. For many images train a "
+            "denoiser: `dvt denoise --product ensembled`, which suits labelled tasks better, then `dvt train STORE`.",
+            "denoiser": "A trained denoiser: `dvt denoise --product ensembled` some hundred images, `dvt train STORE`; "
+            "a map that is "
             "subtracted cannot see norm outliers. Or a backbone with registers, which `dvt remedy registers` adds "
             "without training; `dvt doctor --remedies` compares.",
         }

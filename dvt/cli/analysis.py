@@ -16,12 +16,11 @@ from dvt.analysis.probes.protocol import ProbeConfig
 from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json
 from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
-from dvt.fields.config import DenoiseConfig
+from dvt.fields.config import DenoiseConfig, Product
 from dvt.fields.image import denoise_image
 from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
-from dvt.views import ViewConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,8 +39,11 @@ class Analyze(DenoiserOptions):
     """Folder for report.json, tables and plots; `dvt report` makes one page of it."""
     store: Path | None = None
     """A store of `dvt denoise` with these images, whose terms are measured; without it they are computed."""
-    views: int = 48
-    """Random views of a decomposition computed here; 0 for none."""
+    product: Product | None = None
+    """The product of a decomposition computed here; if not given, that of `dvt denoise`."""
+    views: int | None = None
+    """Views of a decomposition computed here, beside the whole image; if not given, as many as suit the product; 0 for
+    no decomposition."""
     compare: tuple[str, ...] = ()
     """Further backbones, by timm name, to measure beside the first; raw features only."""
     analysis: Annotated[AnalyzeConfig, tyro.conf.arg(name="")] = field(default_factory=AnalyzeConfig)
@@ -90,11 +92,11 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
 
     paths = find_images(command.images)
     settings = resolved(command, command="analyze", images=paths)
-    if command.views < 0:
+    if command.views is not None and command.views < 0:
         raise ConfigError(f"views is {command.views}; it must be 0, for no decomposition, or more")
     backbone = command.load()
     backbones = [backbone, *(command.load(name) for name in command.compare)]
-    source = FeatureStore(command.store) if command.store else _decompose(backbone, command.views)
+    source = FeatureStore(command.store) if command.store else _decompose(backbone, command.product, command.views)
     none: list[None] = [None] * len(command.compare)
     with progress_bar(console) as progress:
         report = measure(
@@ -131,7 +133,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
             variants,
             command.doctor,
             commands=commands,
-            decompose=_decompose(backbone, DenoiseConfig().views.count),
+            decompose=_decompose(backbone),
             progress=progress,
         )
     console.print(diagnosis.to_text(), markup=False, highlight=False)
@@ -175,11 +177,11 @@ def _variants(command: DenoiserOptions, backbone: Backbone) -> dict[str, Any]:
     return {} if clean is None else {"denoised": clean}
 
 
-def _decompose(backbone: Backbone, views: int) -> Decompose | None:
+def _decompose(backbone: Backbone, product: Product | None = None, views: int | None = None) -> Decompose | None:
     """Make the function that decomposes an image by stage one; None for no views."""
     if views == 0:
         return None
-    config = DenoiseConfig(views=ViewConfig(count=views))
+    config = DenoiseConfig(views=views, product=product)  # type: ignore[arg-type]
 
     def terms(image: Tensor) -> dict[str, Tensor]:
         parts = denoise_image(backbone, image, config).decomposition

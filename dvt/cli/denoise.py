@@ -22,7 +22,7 @@ from dvt.cli.common import progress_bar, resolved
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
-from dvt.fields.config import DenoiseConfig
+from dvt.fields.config import DenoiseConfig, Product
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
 from dvt.files import whole_file
@@ -46,7 +46,7 @@ class Denoise(JobOptions):
 
     seed: int = 0
     """Seed of the views and the solver."""
-    product: Literal["removed", "ensembled", "blend"] | None = None
+    product: Product | None = None
     """removed: each image's own tokens without the artifact; ensembled: the field over scales, which labels like;
     blend: between the two. If not given, removed, or ensembled with the neural solver."""
     views: int | None = None

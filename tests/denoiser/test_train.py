@@ -421,3 +421,12 @@ def test_a_run_of_other_images_is_not_continued(square, ragged, tmp_path):
 def test_settings_outside_their_range(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         short(**changes)
+
+
+def test_a_store_of_the_faithful_product_is_trained_on_with_a_word(tmp_path, caplog):
+    for product, said in [("removed", True), ("ensembled", False), (None, False)]:
+        config = JOB.config if product is None else {**JOB.config, "product": product}
+        store = make_store(tmp_path / str(product), [(6, 5)] * 12, replace(JOB, config=config))
+        caplog.clear()
+        train_denoiser(store, tmp_path / f"{product}.safetensors", short(kind="subtract"))
+        assert ("--product ensembled" in caplog.text) is said
