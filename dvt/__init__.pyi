@@ -13,6 +13,7 @@ from .fields.image import denoise as denoise
 from .fields.images import denoise_images as denoise_images
 from .store import FeatureStore as FeatureStore
 from .tokens import Tokens as Tokens
+from .upsampling import upsample as upsample
 
 __version__: str
 

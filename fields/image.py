@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dvt import grids
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.devices import autocast, upload
@@ -23,6 +22,7 @@ from dvt.fields.shifts import ShiftSolver
 from dvt.images import load_image
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
+from dvt.upsampling import upsample
 from dvt.views import Shifts, ViewConfig, Views
 
 #: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
@@ -114,6 +114,7 @@ class DecomposedImage:
     Args:
         decomposition: its terms on the whole image's patch grid.
         prefix: (P, C) prefix tokens of the whole image.
+        coords: (h, w, 2) centres of its patches.
         fit: the solver's fit; evaluates F anywhere.
         extraction_seconds: in views and the backbone.
         fitting_seconds: in the solver.
@@ -121,17 +122,15 @@ class DecomposedImage:
 
     decomposition: Decomposition
     prefix: Tensor
+    coords: Tensor
     fit: Fit
     extraction_seconds: float
     fitting_seconds: float
 
-    def upsampled(self, factor: int) -> Tensor:
-        """Upsample the features to (factor h, factor w, C): F between patch centres plus what the estimate adds."""
-        height, width = self.decomposition.raw.shape[:2]
-        grid = (factor * height, factor * width)
-        coords = grids.grid_centres(grid, device=self.decomposition.raw.device)
-        detail = self.decomposition.semantic - self.decomposition.field
-        return self.fit.semantic(coords) + grids.resample(detail, grid)
+    def upsampled(self, image: Tensor, factor: int) -> Tensor:
+        """Upsample the semantic features to (factor h, factor w, C), guided by the image (3, H, W): its edges are
+        kept. See :func:`dvt.upsample`."""
+        return upsample(self.decomposition.semantic, image, factor, centres=self.coords)
 
 
 def denoise(
@@ -166,7 +165,7 @@ def denoise_image(
     if views.device.type == "cuda":
         torch.cuda.current_stream(views.device).synchronize()
     seconds, extraction = time.perf_counter() - start, views.seconds
-    return DecomposedImage(decomposition, views.whole.prefix[0], fit, extraction, seconds - extraction)
+    return DecomposedImage(decomposition, views.whole.prefix[0], views.coords, fit, extraction, seconds - extraction)
 
 
 def make_solver(config: DenoiseConfig) -> LinearSolver | NeuralSolver | ShiftSolver:

@@ -340,12 +340,12 @@ class _Reading:
             yield _handed_over(tokens), _handed_over(coords)
 
 
-def _decomposed(image: _Image, fit: Fit | Exception) -> tuple[Decomposition, Tensor, Fit] | Exception:
+def _decomposed(image: _Image, fit: Fit | Exception) -> tuple[Decomposition, Tensor, Tensor, Fit] | Exception:
     if isinstance(fit, Exception):
         return fit
     whole, coords = image.views.whole, image.views.coords
-    raw, prefix = _handed_over(whole.patches), _handed_over(whole.prefix)
-    return fit.decompose(raw[0], _handed_over(coords)), prefix[0], fit
+    raw, prefix, coords = (_handed_over(each) for each in (whole.patches, whole.prefix, coords))
+    return fit.decompose(raw[0], coords), prefix[0], coords, fit
 
 
 def _handed_over(values: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
+from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_map
 from dvt.cli.common import progress_bar, resolved
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.errors import ConfigError
@@ -25,7 +24,6 @@ from dvt.fields import LinearConfig, NeuralConfig
 from dvt.fields.config import DenoiseConfig, Product
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
-from dvt.files import whole_file
 from dvt.images import find_sources, is_url
 from dvt.store import FeatureStore, damaged_shards
 
@@ -66,7 +64,7 @@ class Denoise(JobOptions):
     shared_images: int = 32
     """Images that the shared artifact is fitted on."""
     upsample: int = 1
-    """Also write the semantic features this many times finer, to OUT/upsampled."""
+    """Also write the semantic features this many times finer, guided by the image, to OUT/upsampled."""
     keep_terms: bool = False
     """Also store the artifact and the residual."""
     pictures: bool = True
@@ -105,20 +103,11 @@ class Demo:
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
-    if command.upsample < 1:
-        raise ConfigError(f"upsample is {command.upsample}; it must be 1 or more")
-    if command.upsample > 1 and command.ray is not None:
-        raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
+    check_upsample(command.upsample, command.ray)
     if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
-    # Of an earlier run, where OUT lies among the images. Not Path.resolve, which stops at a symlink to itself.
-    pictures = Path(os.path.realpath(Path(command.out) / "pictures"))
-    paths = [
-        path
-        for path in find_sources(command.images)
-        if is_url(path) or pictures not in Path(os.path.realpath(path)).parents
-    ]
+    paths = sources_outside(find_sources(command.images), Path(command.out) / "pictures")
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
     console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
@@ -213,20 +202,15 @@ class _Writer:
 
     def __init__(self, command: Denoise, paths: Sequence[Path | str]):
         self.command, self.out = command, Path(command.out)
-        stems = Counter(Path(path).stem for path in paths)
-        self.names: dict[Path, str] = {}
-        for number, path in enumerate(map(Path, paths)):
-            name = path.stem if stems[path.stem] == 1 else f"{path.stem}-{number}"
-            while name != path.stem and name in stems:
-                name += "-"
-            self.names[path] = name
+        self.names = names_beside(paths)
 
     def __call__(self, path: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         name = self.names[path]
         if self.command.pictures:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
-            self._upsampled(self.out / "upsampled" / f"{name}.npy", result)
+            fine = result.upsampled(pixels, self.command.upsample)
+            write_map(self.out / "upsampled" / f"{name}.npy", fine)
 
     def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save
@@ -234,13 +218,6 @@ class _Writer:
         parts = result.decomposition.to("cpu")
         residual = parts.residual if parts.residual.any() else None
         save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
-
-    def _upsampled(self, target: Path, result: DecomposedImage) -> None:
-        import numpy as np
-
-        values = result.upsampled(self.command.upsample).cpu().numpy()
-        with whole_file(target) as part, open(part, "wb") as file:
-            np.save(file, values.astype(np.float16) if abs(values).max() < 65504 else values)
 
 
 def _position(store: Path) -> dict[str, dict[str, float]]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
+from dvt.cli.beside import check_upsample, names_beside, write_map
 from dvt.cli.common import DenoiserOptions, progress_bar, resolved
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
 from dvt.store.tools import export_store, merge_stores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dvt.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,9 @@ class Extract(JobOptions, DenoiserOptions):
     """Images a shard; a killed run loses at most the shard in hand and the one being written."""
     workers: int | None = None
     """Threads that read and decode images; the processor's cores, at most 16, if not given."""
+    upsample: int = 1
+    """Also write the denoised features, or the raw ones, this many times finer, guided by the image, to
+    OUT/upsampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +100,36 @@ class Store:
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
     config = ExtractConfig(command.dtype, command.batch, command.shard_images, command.workers)
+    check_upsample(command.upsample, command.ray)
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
     console.print(f"{escape(command.backbone)}{behind}: {len(paths)} images")
     with progress_bar(console) as bar:
-        summary, seconds = run_job(command, partial(_extraction, command, config), paths, settings, bar)
+        names = names_beside(paths) if command.upsample > 1 else {}
+        summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
     return (2 if summary.failed else 0), print_job(console, command, summary, seconds)
 
 
-def _extraction(command: Extract, config: ExtractConfig) -> ExtractWork:
+def _extraction(command: Extract, config: ExtractConfig, names: dict[Path, str]) -> ExtractWork:
     backbone = command.load()
-    return ExtractWork(backbone, config, command.load_denoiser(backbone), strict=command.strict)
+    fine = _Fine(command, names, backbone) if names else None
+    return ExtractWork(backbone, config, command.load_denoiser(backbone), strict=command.strict, on_image=fine)
+
+
+class _Fine:
+    """Writes an image's finer features next to the store."""
+
+    def __init__(self, command: Extract, names: dict[Path, str], backbone: Backbone):
+        self.factor, self.folder = command.upsample, Path(command.out) / "upsampled"
+        self.names, self.backbone = names, backbone
+
+    def __call__(self, path: Path, pixels: Tensor, maps: Mapping[str, Tensor]) -> None:
+        from dvt.upsampling import upsample
+
+        tokens = maps.get("denoised", maps["raw"]).float().to(self.backbone.device)
+        centres = self.backbone.centres((pixels.shape[1], pixels.shape[2]))
+        write_map(self.folder / f"{self.names[path]}.npy", upsample(tokens, pixels, self.factor, centres=centres))
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:

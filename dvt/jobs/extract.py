@@ -7,7 +7,7 @@ before is written. None of them changes a number: which image is in which batch 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,9 @@ from dvt.progress import Progress
 from dvt.store import ImageEntry, Job, Record, Shard
 from dvt.tokens import TokenMap
 from dvt.views import resize
+
+#: Called with an image's path, its pixels (3, H, W) as the backbone took them, and its maps (h, w, C) by term.
+OnMaps = Callable[[Path, Tensor, Mapping[str, Tensor]], None]
 
 _AHEAD = 2  # batches being decoded while one is in the backbone: one alone would wait for its slowest image
 
@@ -114,10 +117,19 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | 
 
 
 class ExtractWork(Work):
-    """Extraction as the work of a job; see :func:`extract_images` for the arguments."""
+    """Extraction as the work of a job; see :func:`extract_images` for the arguments.
+
+    `on_image` is called for every image computed, for what is written beside the store.
+    """
 
     def __init__(
-        self, backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None, *, strict: bool = False
+        self,
+        backbone: Backbone,
+        config: ExtractConfig,
+        denoiser: TokenMap | None = None,
+        *,
+        strict: bool = False,
+        on_image: OnMaps | None = None,
     ):
         config = replace(config, dtype=choose_precision(backbone, config.dtype))
         super().__init__(
@@ -127,7 +139,7 @@ class ExtractWork(Work):
             threads=config.threads,
             strict=strict,
         )
-        self.config, self.denoiser = config, denoiser
+        self.config, self.denoiser, self.on_image = config, denoiser, on_image
 
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
@@ -157,7 +169,7 @@ class ExtractWork(Work):
                 launched = None if loaded.images is None else self._launch(loaded.images)
                 if behind is not None:
                     yield behind
-                behind = (task, replace(loaded, images=None), launched)
+                behind = (task, loaded if self.on_image else replace(loaded, images=None), launched)
         if behind is not None:
             yield behind
 
@@ -222,6 +234,8 @@ class ExtractWork(Work):
                 )
             terms = {name: values[row] for name, values in maps.items()} if row >= 0 else {}
             prefix = terms.pop("prefix", None)
+            if self.on_image and error is None and row >= 0 and loaded.images is not None:
+                self.on_image(Path(intake.copies[intake.used].path), loaded.images[row], terms)
             yield from self.records(intake, terms, prefix, error, task.made.failed, tick)
 
 

@@ -17,7 +17,7 @@ from dvt.backbones.load import _backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
 from dvt.denoiser.attach import attach, denoised_backbone
 from dvt.denoiser.feature_maps import FeatureMaps
-from dvt.errors import BackboneError, ShapeError
+from dvt.errors import BackboneError, ConfigError, ShapeError
 from dvt.tokens import Tokens
 
 SIZE = dict.fromkeys(("beit", "cait", "tnt", "vision_transformer_relpos"), (64, 96)) | {"convit": 64}
@@ -264,6 +264,18 @@ def test_overlapping_patches_in_both_layouts():
     (maps,) = found(normalised(backbone, batch))
     close(maps.permute(0, 2, 3, 1), expected)
     assert maps.shape[2:] == (7, 11) and found.feature_info.reduction() == [8]
+
+
+def test_finer_feature_maps_are_guided_by_the_images():
+    backbone = load_backbone("test_vit", pretrained=False)
+    batch = images(2, (96, 64))
+    maps = FeatureMaps(attach(made(64), backbone), upsample=4)
+    (fine,) = maps(normalised(backbone, batch))
+    expected = dvt.upsample(denoised_backbone(made(64), backbone)(batch).patches, batch, 4)
+    torch.testing.assert_close(fine.movedim(1, -1), expected, atol=1e-4, rtol=1e-4)
+    assert fine.shape == (2, 64, 24, 16) and maps.feature_info.reduction() == [4]
+    with pytest.raises(ConfigError, match="upsample is 0"):
+        FeatureMaps(backbone.model, upsample=0)
 
 
 def test_feature_maps_are_a_features_only_backbone(model, clean):

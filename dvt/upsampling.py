@@ -1,0 +1,192 @@
+"""Bring token maps to a finer grid, guided by the image that they belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.grids import Size
+from dvt.views import resize
+
+ROUNDS = 6
+CONTRAST = 0.3
+_TILE = 512  # cells a side; with its border, what is held at once beside the result
+_CHANNELS = 32  # filtered at once
+_LEAST_RANGE = 0.01  # of a flat image, in units of lightness
+_NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
+
+
+def upsample(
+    tokens: Tensor,
+    image: Tensor,
+    factor: int | None = None,
+    *,
+    size: Size | None = None,
+    centres: Tensor | None = None,
+    rounds: int = ROUNDS,
+    contrast: float = CONTRAST,
+) -> Tensor:
+    """Upsample token maps so that their edges follow those of the image; nothing is trained.
+
+    The maps are enlarged (bilinear) and then smoothed by 3 x 3 cross-bilateral filters at distances of a patch, half
+    a patch, ... and one cell, again and again: neighbours of the same colour (CIE Lab) are averaged, others are not.
+    The range of the filter is the spread of the image's own colours times `contrast`. It runs in tiles and in groups
+    of channels, so the memory that it takes beside the result does not grow with the size.
+
+    Args:
+        tokens: (h, w, C) or (B, h, w, C), of any layer of any backbone, raw or denoised.
+        image: (3, H, W) or (B, 3, H, W) RGB in [0, 1], of any size; it covers what the tokens cover.
+        factor: cells of the result a token and side; 1 changes nothing.
+        size: (H', W') of the result instead, not smaller than the grid; the image's own for features of pixels.
+        centres: (h, w, 2) coordinates of the tokens; those of patches that tile the image if not given, and
+            :meth:`dvt.backbones.Backbone.centres` for patches that overlap.
+        rounds: how often the filters are run.
+        contrast: range of the filter, in standard deviations of the image's colours.
+
+    Returns:
+        (H', W', C) or (B, H', W', C), in the dtype and on the device of the tokens.
+
+    Raises:
+        ShapeError: tokens, image or centres do not fit together, or the size is smaller than the grid.
+        ConfigError: neither or both of factor and size, or a setting out of its range.
+        NonFiniteError: a token or a pixel is NaN or infinite.
+
+    Source: joint bilateral upsampling (Kopf et al., SIGGRAPH 2007), iterated over the distances of an edge-avoiding
+    a-trous transform (Dammertz et al., HPG 2010). Scores beside other filters: docs/upsampling.md.
+
+    >>> tokens, image = torch.zeros(2, 4, 8), torch.zeros(3, 32, 64)
+    >>> image[:, :, 24:] = 1  # a bright part that ends within the second patch
+    >>> tokens[:, 2:] = 1
+    >>> upsample(tokens, image, 4)[0, :, 0].round(decimals=1).tolist()
+    [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    maps, images, wanted = _checked(tokens, image, factor, size, rounds, contrast)
+    grid = (maps.shape[1], maps.shape[2])
+    centres = grids.grid_centres(grid, maps.device) if centres is None else centres
+    if tuple(centres.shape) != (*grid, 2):
+        raise ShapeError(f"centres have shape {tuple(centres.shape)}; tokens of grid {grid} need {(*grid, 2)}")
+    if wanted == grid:
+        return tokens
+    pairs = zip(maps, images, strict=True)
+    found = torch.stack([_upsampled(one, pixels, wanted, centres, rounds, contrast) for one, pixels in pairs])
+    return found if tokens.ndim == 4 else found[0]
+
+
+def _checked(
+    tokens: Tensor, image: Tensor, factor: int | None, size: Size | None, rounds: int, contrast: float
+) -> tuple[Tensor, Tensor, Size]:
+    """The maps (B, h, w, C), the images (B, 3, H, W) and the size that is wanted."""
+    if tokens.ndim not in (3, 4) or image.ndim != tokens.ndim or image.shape[-3] != 3:
+        raise ShapeError(
+            f"tokens {tuple(tokens.shape)} and image {tuple(image.shape)} do not fit together: give (h, w, C) and "
+            "(3, H, W), or (B, h, w, C) and (B, 3, H, W)"
+        )
+    maps, images = (tokens, image) if tokens.ndim == 4 else (tokens[None], image[None])
+    if len(maps) != len(images) or not min(maps.shape) or not min(images.shape):
+        raise ShapeError(f"{tuple(maps.shape)} tokens need an image each, got {tuple(images.shape)}")
+    if (factor is None) == (size is None):
+        raise ConfigError(f"give either a factor or a size, got factor {factor} and size {size}")
+    if factor is not None and (factor != int(factor) or factor < 1):
+        raise ConfigError(f"factor is {factor}; it must be a whole number, 1 or more")
+    if rounds < 1 or not contrast > 0:
+        raise ConfigError(f"rounds must be 1 or more and contrast positive, got {rounds} and {contrast}")
+    grid = (maps.shape[1], maps.shape[2])
+    wanted = size or (grid[0] * int(factor or 1), grid[1] * int(factor or 1))
+    if any(a < b for a, b in zip(wanted, grid, strict=True)):
+        raise ShapeError(f"the size {wanted} is smaller than the grid {grid}; upsampling only makes maps larger")
+    if not (torch.compiler.is_compiling() or bool(maps.isfinite().all() & images.isfinite().all())):
+        raise NonFiniteError("the tokens or the image hold NaN or infinity, which a filter would spread; leave it out")
+    return maps, images, wanted
+
+
+def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds: int, contrast: float) -> Tensor:
+    """One map (h, w, C) at a size, tile by tile."""
+    guide = _lab(resize(image.to(maps.device, torch.float32), size))
+    spread = contrast * guide.var((1, 2), correction=0).sum().sqrt().clamp_min(_LEAST_RANGE)
+    guide = guide / spread
+    steps = [_halvings(a / b) for a, b in zip(size, maps.shape, strict=False)]
+    count = max(map(len, steps))
+    distances = [tuple(side[min(i, len(side) - 1)] for side in steps) for i in range(count)]
+    border = tuple(rounds * sum(each[side] for each in distances) for side in (0, 1))
+    points = grids.grid_centres(size, maps.device)
+    result = maps.new_empty(*size, maps.shape[2])
+    for inner, outer, cut in _tiles(size, border):
+        weights = [_weights(guide[(slice(None), *outer)], distance) for distance in distances]
+        places = points[outer]
+        for start in range(0, maps.shape[2], _CHANNELS):
+            part = maps[..., start : start + _CHANNELS].float()
+            values = grids.sample_centres(part, places, centres).movedim(-1, 0)
+            for _ in range(rounds):
+                for distance, weight in zip(distances, weights, strict=True):
+                    values = _filtered(values, weight, distance)
+            result[(*inner, slice(start, start + _CHANNELS))] = values.movedim(0, -1)[cut].to(result.dtype)
+    return result
+
+
+def _halvings(ratio: float) -> list[int]:
+    """Distances from a patch down to one cell: [4, 2, 1] at 4 cells a patch.
+
+    >>> _halvings(14.0)
+    [14, 7, 4, 2, 1]
+    """
+    found = [max(1, round(ratio))]
+    while found[-1] > 1:
+        ratio /= 2
+        found.append(max(1, round(ratio)))
+    return found
+
+
+Part = tuple[slice, slice]
+
+
+def _tiles(size: Size, border: tuple[int, ...]) -> Iterator[tuple[Part, Part, Part]]:
+    """Tiles of a map, with the border that their filters reach into, and where each lies in that."""
+    for top in range(0, size[0], _TILE):
+        for left in range(0, size[1], _TILE):
+            first = (top, left)
+            last = [min(a + _TILE, length) for a, length in zip(first, size, strict=True)]
+            start = [max(0, a - reach) for a, reach in zip(first, border, strict=True)]
+            stop = [min(length, b + reach) for b, reach, length in zip(last, border, size, strict=True)]
+            inner, outer = (tuple(map(slice, *each)) for each in ((first, last), (start, stop)))
+            cut = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
+            yield inner, outer, cut  # type: ignore[misc]
+
+
+def _weights(guide: Tensor, distance: Size) -> Tensor:
+    """Weights (9, H, W) of the neighbours at a distance, which add up to 1."""
+    around = _neighbours(guide, distance)
+    apart = torch.stack([(each - guide).square().sum(0) for each in around])
+    away = apart.new_tensor([row * row + column * column for row, column in _NEIGHBOURS])
+    return (-(apart + away[:, None, None]) / 2).softmax(0)
+
+
+def _filtered(values: Tensor, weights: Tensor, distance: Size) -> Tensor:
+    total = torch.zeros_like(values)
+    for weight, each in zip(weights, _neighbours(values, distance), strict=True):
+        total = total + weight * each
+    return total
+
+
+def _neighbours(values: Tensor, distance: Size) -> Iterator[Tensor]:
+    """A map (c, H, W) as seen from each of the 9 neighbours; beyond the map its border goes on."""
+    height, width = values.shape[1:]
+    down, right = distance
+    padded = nnf.pad(values[None], (right, right, down, down), mode="replicate")[0]
+    for row, column in _NEIGHBOURS:
+        top, left = down * (1 + row), right * (1 + column)
+        yield padded[:, top : top + height, left : left + width]
+
+
+def _lab(image: Tensor) -> Tensor:
+    """An sRGB image (3, H, W) in CIE Lab under D65, over 100: colours as far apart as they look."""
+    linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
+    to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
+    white = linear.new_tensor([0.95047, 1.0, 1.08883])
+    xyz = torch.einsum("ij,jhw->ihw", linear.new_tensor(to_xyz) / white[:, None], linear)
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp_min(0.008856) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack((1.16 * y - 0.16, 5 * (x - y), 2 * (y - z)))
