@@ -60,10 +60,9 @@ def upsample(
     a-trous transform (Dammertz et al., HPG 2010). Scores beside other filters: docs/upsampling.md.
 
     >>> tokens, image = torch.zeros(2, 4, 8), torch.zeros(3, 32, 64)
-    >>> image[:, :, 24:] = 1  # a bright part that ends within the second patch
-    >>> tokens[:, 2:] = 1
-    >>> upsample(tokens, image, 4)[0, :, 0].round(decimals=1).tolist()
-    [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    >>> image[:, :, 24:], tokens[:, 1], tokens[:, 2:] = 1, 0.5, 1  # a bright part that begins within a patch
+    >>> upsample(tokens, image, 4)[0, :, 0].gt(0.5).int().tolist()
+    [0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]
     """
     maps, images, wanted = _checked(tokens, image, factor, size, rounds, contrast)
     grid = (maps.shape[1], maps.shape[2])

@@ -19,6 +19,7 @@ from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.linear import LinearSolver
 from dvt.fields.neural import NeuralSolver
 from dvt.fields.shifts import ShiftSolver
+from dvt.grids import Size
 from dvt.images import load_image
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
@@ -88,7 +89,7 @@ class TokenViews:
         return {"patches": tokens.patches, "prefix": tokens.prefix}
 
 
-def _drawn(image: Tensor, size: grids.Size, backbone: Backbone, config: ViewConfig) -> Shifts | Views:
+def _drawn(image: Tensor, size: Size, backbone: Backbone, config: ViewConfig) -> Shifts | Views:
     """Draw the views of an image (3, H, W).
 
     Raises:
