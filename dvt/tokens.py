@@ -60,8 +60,17 @@ class Tokens:
     def __len__(self) -> int:
         return self.patches.shape[0]
 
-    def __getitem__(self, index: slice) -> Tokens:
-        return Tokens(self.patches[index], self.prefix[index])
+    def __getitem__(self, index: int | slice) -> Tokens:
+        part = self.part(index)
+        return Tokens(self.patches[part], self.prefix[part])
+
+    def part(self, index: int | slice) -> slice:
+        """Return the slice of a batch that an index stands for: one image stays a batch, of one."""
+        if isinstance(index, slice):
+            return index
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"image {index} of a batch of {len(self)}")
+        return slice(index % len(self), index % len(self) + 1)
 
     def with_patches(self, patches: Tensor) -> Tokens:
         """Replace the patch tokens and keep the prefix."""

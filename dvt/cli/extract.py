@@ -70,13 +70,13 @@ class StoreMerge(_StoreOptions):
 
 @dataclass(frozen=True)
 class StoreExport(_StoreOptions):
-    """Write a store as .npy files, one an image and term, or as one zarr group."""
+    """Write a store as .npy files, one an image and term, as one zarr group, or as safetensors files of many images."""
 
     store: tyro.conf.Positional[Path]
     """A folder of shards, or one shard."""
     out: Path
     """A new folder."""
-    form: Annotated[Literal["npy", "zarr"], tyro.conf.arg(name="format")] = "npy"
+    form: Annotated[Literal["npy", "zarr", "safetensors"], tyro.conf.arg(name="format")] = "npy"
     """What to write; zarr needs the package of that name."""
     terms: tuple[str, ...] = ()
     """Terms to export, such as raw or denoised; all if not given."""

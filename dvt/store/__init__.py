@@ -19,6 +19,7 @@ is skipped under any path; the paths in a store are those of the run that comput
 lie next to each other, each path with its own copy of the rows, and are computed once a shard.
 """
 
+from dvt.store.batches import StoredTokens, collate_tokens
 from dvt.store.format import TERMS, Record, shard_file
 from dvt.store.index import ShardIndex, read_index
 from dvt.store.job import SCHEMA, ImageEntry, Job, Shard, plan
@@ -35,6 +36,8 @@ __all__ = [
     "Shard",
     "ShardIndex",
     "StoreWriter",
+    "StoredTokens",
+    "collate_tokens",
     "commit_shard",
     "damaged_shards",
     "plan",

@@ -2,46 +2,63 @@
 
 from __future__ import annotations
 
+import difflib
+import operator
 import os
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeAlias
 
-import h5py
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from dvt.errors import StoreError
 from dvt.grids import Size
-from dvt.store.format import CHUNK_BYTES, TERMS, Record
-from dvt.store.index import StoredShard, damage, opened, read_shard, shard_files
+from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
+from dvt.store.chunks import ChunkReader
+from dvt.store.format import TERMS, Record
+from dvt.store.index import StoredShard, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
-from dvt.tokens import Tokens
 
-_OPEN_FILES = 8
+#: Labels of images: by path, file name or SHA-256; or a function of the path, called when an image is read.
+Labels: TypeAlias = Mapping[str, Any] | Callable[[str], Any]
 
 
-class FeatureStore(Dataset[Tokens]):
-    """Reads a store; a torch Dataset of one image's :class:`Tokens` each, safe in DataLoader workers and threads.
+class FeatureStore(Dataset[StoredTokens]):
+    """Reads a store; a torch Dataset of one image's :class:`StoredTokens` each, safe in DataLoader workers and threads.
 
-    Images are in the order of their paths, however they are spread over shards.
+    Images are in the order of their paths, however they are spread over shards. ``store[i]`` is a batch of one image;
+    ``store[2:5]`` and ``store[[7, 3]]`` are batches of several, and ``store["photos/a.jpg"]`` finds an image by its
+    path or the end of it. ``DataLoader(store, batch_size=8)`` and :meth:`loader` give batches. Maps of several grids in
+    one batch are filled up with zeros, and its ``mask`` says where; :meth:`loader` groups them by grid instead.
 
     Args:
         path: a folder of shards, or one shard.
-        term: which of :data:`TERMS` ``store[i]`` returns.
+        term: which of :data:`TERMS` the tokens are; of several, `patches` is the first and `terms` has all.
+        prefix: read the prefix tokens too.
+        dtype: of the tokens that are given out; None leaves float16 or float32 as stored.
+        labels: to join beside, by path, file name or SHA-256, or a function of the path.
 
     Raises:
-        StoreError: not a store, another schema, shards of several jobs, a term that is not there, or damage; the
-            checksums of tokens are checked when they are read.
+        StoreError: not a store, another schema, shards of several jobs, a term that is not there, images without
+            labels, or damage; the checksums of tokens are checked whenever they are read.
     """
 
-    def __init__(self, path: str | Path, term: str = "raw") -> None:
-        self.path, self.term = Path(path), term
+    def __init__(
+        self,
+        path: str | Path,
+        term: str | Sequence[str] = "raw",
+        *,
+        prefix: bool = True,
+        dtype: torch.dtype | None = torch.float32,
+        labels: Labels | None = None,
+    ) -> None:
+        self.path, self.dtype = Path(path), dtype
+        self.chosen = (term,) if isinstance(term, str) else tuple(term)
         files = shard_files(self.path)
         if not files:
             raise StoreError(f"{str(path)!r} is not a feature store: it is not a shard, nor a folder with *.h5 shards")
@@ -59,13 +76,21 @@ class FeatureStore(Dataset[Tokens]):
                 )
         #: Terms that every shard holds.
         self.terms = tuple(name for name in TERMS if all(name in shard.terms for shard in self._shards))
-        self._check_term(term)
+        for each in self.chosen or ("",):
+            self._check_term(each)
+        self.term = self.chosen[0]
         paths = np.concatenate([shard.path for shard in self._shards])
         order = np.lexsort((np.concatenate([shard.sha256 for shard in self._shards]), paths))
         counts = [len(shard.path) for shard in self._shards]
         rows = np.concatenate([np.arange(count) for count in counts])
-        self._where = np.stack((np.repeat(np.arange(len(counts)), counts), rows), axis=1)[order]
-        self._local = _OpenFiles()
+        where = np.stack((np.repeat(np.arange(len(counts)), counts), rows), axis=1)[order]
+        self._where: list[tuple[int, int]] = [(shard, row) for shard, row in where.tolist()]
+        self._prefix = self._shards[0].prefix if prefix else 0
+        grids = np.concatenate([shard.grid for shard in self._shards])[order]
+        self._grids: list[Size] = [(h, w) for h, w in grids.tolist()]
+        self._chunks = ChunkReader()
+        self._named: dict[tuple[str, ...], list[int]] | None = None
+        self._labels = self._joined(labels)
 
     @property
     def job(self) -> Job:
@@ -90,7 +115,7 @@ class FeatureStore(Dataset[Tokens]):
     @property
     def grids(self) -> list[Size]:
         """The grid (h, w) of each image's tokens."""
-        return [(int(shard.grid[row, 0]), int(shard.grid[row, 1])) for shard, row in self._rows()]
+        return list(self._grids)
 
     @property
     def sizes(self) -> list[Size]:
@@ -100,43 +125,105 @@ class FeatureStore(Dataset[Tokens]):
     def __len__(self) -> int:
         return len(self._where)
 
-    def __getitem__(self, i: int) -> Tokens:
-        """Patches (1, h, w, C) and prefix (1, P, C) in float32."""
-        prefix = self._read_prefix(i)
-        patches = torch.from_numpy(self.read(i, self.term).astype(np.float32))[None]
-        if prefix is None:
-            return Tokens.of(patches)
-        return Tokens(patches, torch.from_numpy(prefix.astype(np.float32))[None])
+    def __getitem__(self, index: int | slice | str | Path | Sequence[int] | np.ndarray | Tensor) -> StoredTokens:
+        """Read patches (B, h, w, C), prefix (B, P, C) and origin of one image (B = 1), or of several."""
+        if isinstance(index, (str, os.PathLike)):
+            index = self.index_of(index)
+        if isinstance(index, slice):
+            return self._batch(range(*index.indices(len(self))))
+        if hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0:
+            return self._batch([operator.index(index)])  # type: ignore[arg-type]
+        return self._batch(_numbers(index, len(self)))
 
-    def __iter__(self) -> Iterator[Tokens]:
+    def __getitems__(self, indices: Sequence[int]) -> StoredTokens | list[StoredTokens]:
+        """What a DataLoader asks for: a batch if all have one grid, otherwise one image after the other."""
+        one = len({self._grids[i] for i in indices}) == 1
+        return self._batch(indices) if one else [self._batch([i]) for i in indices]
+
+    def __iter__(self) -> Iterator[StoredTokens]:
         return (self[i] for i in range(len(self)))
+
+    def loader(
+        self,
+        batch_size: int = 32,
+        *,
+        shuffle: bool = False,
+        ragged: Ragged = "group",
+        drop_last: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> DataLoader[StoredTokens]:
+        """Make a DataLoader of batches, of one grid each unless asked otherwise.
+
+        Args:
+            batch_size: images a batch; the last of each grid may be smaller.
+            shuffle: permute images and batches, anew each time the loader is gone through.
+            ragged: "group" makes batches of one grid each; "pad" batches of any, whose smaller maps are filled up with
+                zeros, with a `mask`.
+            drop_last: leave out batches that are smaller.
+            seed: of the permutations.
+            options: of torch's DataLoader, such as num_workers and pin_memory.
+        """
+        batches = GridBatches(self.grids, batch_size, shuffle, ragged, drop_last, seed)
+        options.setdefault("collate_fn", collate_tokens)
+        return DataLoader(self, batch_sampler=batches, **options)
+
+    def index_of(self, path: str | Path) -> int:
+        """Find an image by its path, or by the end of it from a folder on.
+
+        Raises:
+            StoreError: there is no such image, or more than one.
+        """
+        if self._named is None:
+            self._named = {}
+            for i, name in enumerate(self.images):
+                parts = PurePath(name).parts
+                for first in range(len(parts)):
+                    self._named.setdefault(parts[first:], []).append(i)
+        found = self._named.get(PurePath(path).parts, [])
+        exact = [i for i in found if self._origin(i)[0] == os.fspath(path)]
+        if len(exact or found) == 1:
+            return (exact or found)[0]
+        if found:
+            some = ", ".join(repr(self._origin(i)[0]) for i in found[:5])
+            raise StoreError(
+                f"{str(path)!r} stands for {len(found)} images of {str(self.path)!r} ({some}); give more of it"
+            )
+        near = difflib.get_close_matches(PurePath(path).name, [parts[-1] for parts in self._named], 3)
+        hint = f"; close names are {', '.join(near)}" if near else ""
+        raise StoreError(f"{str(self.path)!r} holds no image {str(path)!r} among its {len(self)}{hint}")
 
     def read(self, i: int, term: str | None = None) -> np.ndarray:
         """Read one term (h, w, C) of image i as it is stored, float16 or float32."""
         term = self.term if term is None else term
         self._check_term(term)
         shard, row = self._at(i)
-        with self._local.open(shard.file) as file:
-            rows = file[f"tokens/{term}"][shard.offset[row] : shard.offset[row + 1]]
-        return rows.reshape(*shard.grid[row], shard.channels)
+        out = torch.empty(*shard.grid[row].tolist(), shard.channels, dtype=getattr(torch, shard.dtype))
+        self._chunks.read(shard.file, f"tokens/{term}", int(shard.offset[row]), out.view(-1, shard.channels))
+        return out.numpy()
 
     def record(self, i: int) -> Record:
         """Collect everything about image i."""
         shard, row = self._at(i)
-        path, sha256 = os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
+        path, sha256 = self._origin(i)
         size = (int(shard.size[row, 0]), int(shard.size[row, 1]))
-        return Record(path, sha256, size, {term: self.read(i, term) for term in self.terms}, self._read_prefix(i))
+        return Record(path, sha256, size, {term: self.read(i, term) for term in self.terms}, self.prefix(i))
 
     def prefix(self, i: int) -> np.ndarray | None:
         """Read the prefix tokens (P, C) of image i as they are stored, or None."""
-        return self._read_prefix(i)
+        shard, row = self._at(i)
+        if not shard.prefix:
+            return None
+        out = torch.empty(1, shard.prefix, shard.channels, dtype=getattr(torch, shard.dtype))
+        self._chunks.read(shard.file, "tokens/prefix", row, out)
+        return out[0].numpy()
 
     def artifact(self, i: int) -> np.ndarray | None:
         """Read the artifact (h, w, C) that image i shares with its shard, or None."""
         shard, _ = self._at(i)
         if not shard.shared:
             return None
-        with self._local.open(shard.file) as file:
+        with opened(shard.file) as file:
             return file["artifact"][:]
 
     def verify(self) -> list[Path]:
@@ -165,31 +252,89 @@ class FeatureStore(Dataset[Tokens]):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_local"}  # workers open their own
+        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}  # workers open their own
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._local = _OpenFiles()
+        self._chunks = ChunkReader()
 
     def _rows(self) -> Iterator[tuple[StoredShard, int]]:
         return ((self._shards[shard], row) for shard, row in self._where)
 
     def _at(self, i: int) -> tuple[StoredShard, int]:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"image {i} of a store of {len(self)}")
-        shard, row = self._where[i]
-        return self._shards[shard], int(row)
+        shard, row = self._where[self._checked(i)]
+        return self._shards[shard], row
 
     def _check_term(self, term: str) -> None:
         if term not in self.terms:
             raise StoreError(f"{str(self.path)!r} holds the terms {', '.join(self.terms)}, not {term!r}")
 
-    def _read_prefix(self, i: int) -> np.ndarray | None:
+    def _batch(self, indices: Sequence[int]) -> StoredTokens:
+        """Several images: of one grid they are read into one tensor, in the order in which they lie on the disk."""
+        indices = [self._checked(i) for i in indices]
+        if not indices:
+            raise StoreError(f"no image of {str(self.path)!r} was asked for; give at least one number or path")
+        grid = self._grids[indices[0]]
+        if any(self._grids[i] != grid for i in indices[1:]):
+            return collate_tokens([self._batch([i]) for i in indices])
+        channels, dtype = self._shards[0].channels, self.dtype
+        if dtype is None:
+            dtype = getattr(torch, max(self._at(i)[0].dtype for i in indices))
+        rows = {term: torch.empty(len(indices), grid[0] * grid[1], channels, dtype=dtype) for term in self.chosen}
+        prefix = torch.empty(len(indices), self._prefix, channels, dtype=dtype)
+        for slot in sorted(range(len(indices)), key=lambda slot: self._where[indices[slot]]):
+            shard, row = self._at(indices[slot])
+            for term, out in rows.items():
+                self._chunks.read(shard.file, f"tokens/{term}", int(shard.offset[row]), out[slot])
+            if self._prefix:
+                self._chunks.read(shard.file, "tokens/prefix", row, prefix[slot : slot + 1])
+        terms = {term: out.view(len(indices), *grid, channels) for term, out in rows.items()}
+        paths, sha256s = zip(*map(self._origin, indices), strict=True)
+        labels = None if self._labels is None else collate_labels([self._label(i) for i in indices])
+        numbers = torch.tensor(indices)
+        return StoredTokens(terms[self.term], prefix, paths, sha256s, numbers, terms, labels=labels)
+
+    def _origin(self, i: int) -> tuple[str, str]:
         shard, row = self._at(i)
-        if not shard.prefix:
-            return None
-        with self._local.open(shard.file) as file:
-            return file["tokens/prefix"][row]
+        return os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
+
+    def _joined(self, labels: Labels | None) -> Callable[[str], Any] | list[Any] | None:
+        """The label of each image, or what makes one from its path."""
+        if labels is None or callable(labels):
+            return labels
+        found, missing = [], []
+        for i in range(len(self)):
+            path, sha256 = self._origin(i)
+            key = next((key for key in (path, PurePath(path).name, sha256) if key in labels), None)
+            found.append(None if key is None else labels[key])
+            missing += [path] if key is None else []
+        if missing:
+            raise StoreError(
+                f"{len(missing)} of {len(self)} images of {str(self.path)!r} have no label, {missing[0]!r} among them; "
+                "labels are looked up by path, file name or SHA-256"
+            )
+        return found
+
+    def _label(self, i: int) -> Any:
+        return self._labels(self._origin(i)[0]) if callable(self._labels) else self._labels[i]  # type: ignore[index]
+
+    def _checked(self, i: int) -> int:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"image {i} of a store of {len(self)}")
+        return i % len(self)
+
+
+def _numbers(index: Any, count: int) -> list[int]:
+    """Image numbers from a list, an array or a tensor of them, or of one truth value for each image."""
+    values = np.asarray(index)
+    if values.dtype == bool and values.shape == (count,):
+        return np.flatnonzero(values).tolist()
+    if values.ndim != 1 or values.dtype.kind not in "iu":
+        raise StoreError(
+            f"images of a store are chosen by numbers, a slice or a path, not by {type(index).__name__} of "
+            f"{values.dtype} with shape {values.shape}"
+        )
+    return values.tolist()
 
 
 def damaged_shards(path: str | Path) -> dict[Path, str]:
@@ -211,23 +356,3 @@ def damaged_shards(path: str | Path) -> dict[Path, str]:
         except StoreError as error:
             damaged[file] = str(error)
     return damaged
-
-
-class _OpenFiles(threading.local):
-    """The last few shards that this thread of this process has read from."""
-
-    def __init__(self) -> None:
-        self.process = os.getpid()
-        self.files: OrderedDict[Path, h5py.File] = OrderedDict()
-
-    @contextmanager
-    def open(self, path: Path) -> Iterator[h5py.File]:
-        with damage(path):
-            if self.process != os.getpid():  # a fork inherits handles that it must not use
-                self.process, self.files = os.getpid(), OrderedDict()
-            if path not in self.files:
-                self.files[path] = h5py.File(path, "r", locking=False, rdcc_nbytes=2 * CHUNK_BYTES)
-            self.files.move_to_end(path)
-            while len(self.files) > _OPEN_FILES:
-                self.files.popitem(last=False)[1].close()
-            yield self.files[path]

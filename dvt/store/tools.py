@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from dvt.errors import ConfigError, StoreError
 from dvt.files import open_lock, replaced, take_lock
@@ -102,7 +103,7 @@ def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tup
 def export_store(
     store: str | Path,
     out: str | Path,
-    form: Literal["npy", "zarr"] = "npy",
+    form: Literal["npy", "zarr", "safetensors"] = "npy",
     terms: Sequence[str] = (),
     *,
     progress: Progress | None = None,
@@ -114,12 +115,15 @@ def export_store(
     - "zarr": one group with the arrays of a shard: tokens/TERM (T, C), tokens/prefix (N, P, C), index/path,
       index/sha256, index/size, index/grid and index/offset; the rows of image i are offset[i]:offset[i + 1].
 
+    - "safetensors": a folder with files of about 256 MB, whose tensors are TERM/NUMBER, (h, w, C), and prefix/NUMBER,
+      (P, C), and the same index.json, which names the file of each image.
+
     Values keep their type, float16 or float32. Every token that is read goes through its checksum.
 
     Args:
         store: a folder or a shard.
         out: a new folder, or one of an earlier export that did not finish.
-        form: "npy" or "zarr".
+        form: "npy", "zarr" or "safetensors".
         terms: which terms; all by default.
         progress: called with (what, done, total) after every image.
 
@@ -131,7 +135,11 @@ def export_store(
         StoreError: not a store, a term that it does not hold, damage, or `out` holds something else or cannot be
             written.
     """
-    writers: dict[str, Callable[..., None]] = {"npy": _export_npy, "zarr": _export_zarr}
+    writers: dict[str, Callable[..., None]] = {
+        "npy": _export_npy,
+        "zarr": _export_zarr,
+        "safetensors": _export_safetensors,
+    }
     if form not in writers:
         raise ConfigError(f"a store is exported as {' or '.join(writers)}, got {form!r}")
     zarr = [_import_zarr()] if form == "zarr" else []
@@ -148,6 +156,7 @@ def export_store(
 
 
 _UNFINISHED = "unfinished-export"
+_TENSOR_FILE_BYTES = 256 << 20  # they are held in memory until their file is written
 
 
 @contextmanager
@@ -187,8 +196,30 @@ def _export_npy(store: FeatureStore, out: Path, terms: Sequence[str], progress: 
             np.save(out / "prefix" / file, np.asarray(store.prefix(i)))
         images.append({"file": file, **entry})
         progress("export", i + 1, len(store))
+    _write_index(out, store, terms, images)
+
+
+def _write_index(out: Path, store: FeatureStore, terms: Sequence[str], images: list[dict[str, Any]]) -> None:
     with replaced(out / INDEX) as part:
         part.write_text(json.dumps({"job": asdict(store.job), "terms": list(terms), "images": images}, indent=1))
+
+
+def _export_safetensors(store: FeatureStore, out: Path, terms: Sequence[str], progress: Progress) -> None:
+    images: list[dict[str, Any]] = []
+    held: dict[str, np.ndarray] = {}
+    files = 0
+    for i, entry in enumerate(_entries(store)):
+        held |= {f"{term}/{i:08d}": store.read(i, term) for term in terms}
+        prefix = store.prefix(i)
+        if prefix is not None:
+            held[f"prefix/{i:08d}"] = prefix
+        images.append({"file": f"{files:05d}.safetensors", "tensor": f"{i:08d}", **entry})
+        if sum(values.nbytes for values in held.values()) >= _TENSOR_FILE_BYTES or i + 1 == len(store):
+            with replaced(out / images[-1]["file"]) as part:
+                save_file(held, part)
+            held, files = {}, files + 1
+        progress("export", i + 1, len(store))
+    _write_index(out, store, terms, images)
 
 
 def _entries(store: FeatureStore) -> Iterator[dict[str, Any]]:

@@ -38,7 +38,9 @@ class Patches(nn.Module):
 def wrapped(offset: float) -> Backbone:
     torch.manual_seed(0)
     model = Patches(offset)
-    return dvt.wrap(model, lambda inner, images: Tokens.of(inner(images)), 16, feature_dim=4, image_size=64, name="patches")
+    return dvt.wrap(
+        model, lambda inner, images: Tokens.of(inner(images)), 16, feature_dim=4, image_size=64, name="patches"
+    )
 
 
 def test_bfloat16_is_taken_where_it_is_fast_and_changes_little(vit, fast):

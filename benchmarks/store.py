@@ -1,0 +1,155 @@
+"""Reading a feature store beside other formats: items and batches a second, warm, in random order.
+
+python benchmarks/store.py                                   2,000 maps of 14 x 14 x 384 in half precision
+python benchmarks/store.py --maps 200 --rounds 2             a small one
+
+Each way reads all maps in one order, and the ways take turns. Rates are those of the quickest round, because other
+programs on the machine can only slow it down; ratios are medians over the rounds. The store checks the checksum of all
+that it reads, the others check nothing. The last line of the output is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
+
+from dvt.store import FeatureStore, Job, Record, StoreWriter
+from dvt.store.tools import export_store
+from tables import described_machine, table
+
+SHARD = 64
+
+
+class Files(Dataset[Tensor]):
+    """One .npy file a map."""
+
+    def __init__(self, folder: Path, mapped: bool) -> None:
+        self.files, self.mode = sorted(folder.glob("*.npy")), "c" if mapped else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return torch.from_numpy(np.load(self.files[i], mmap_mode=self.mode))
+
+
+class Named(Dataset[Tensor]):
+    """Safetensors files of many maps."""
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())["images"]
+        files = {name: safe_open(folder / name, "pt") for name in {image["file"] for image in index}}
+        self.places = [(files[image["file"]], f"raw/{image['tensor']}") for image in index]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> Tensor:
+        file, name = self.places[i]
+        return file.get_tensor(name)
+
+
+def write(folder: Path, maps: int, grid: tuple[int, int], channels: int) -> None:
+    """Random maps as a store, and the same as .npy and safetensors files."""
+    rng = np.random.default_rng(0)
+    with StoreWriter(folder / "store", Job("random", "0" * 64)) as writer:
+        for start in range(0, maps, SHARD):
+            numbers = range(start, min(start + SHARD, maps))
+            values = {i: rng.standard_normal((*grid, channels), dtype=np.float32).astype(np.float16) for i in numbers}
+            names = {i: hashlib.sha256(str(i).encode()).hexdigest() for i in numbers}
+            prefix = np.ones((1, channels), np.float16)
+            writer.write(
+                f"{start:08}",
+                [Record(f"{i:08}.jpg", names[i], (224, 224), {"raw": values[i]}, prefix) for i in numbers],
+            )
+    for form in ("npy", "safetensors"):
+        export_store(folder / "store", folder / form, form)  # type: ignore[arg-type]
+
+
+def ways(folder: Path, order: list[int], batch: int) -> dict[str, Callable[[], None]]:
+    """What is compared: each reads every map once, in `order` or shuffled by torch."""
+    stored = FeatureStore(folder / "store", prefix=False, dtype=None)
+    floats = FeatureStore(folder / "store")
+    npy, mapped = (Files(folder / "npy" / "raw", each) for each in (False, True))
+    tensors = Named(folder / "safetensors")
+    parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+
+    def items(data: Dataset) -> Callable[[], None]:
+        return lambda: drain(data[i] for i in order)
+
+    def batches(data: Dataset) -> Callable[[], None]:
+        return lambda: drain(default_collate([data[i] for i in part]) for part in parts)
+
+    def loaded(data: Dataset) -> Callable[[], None]:
+        sampler = RandomSampler(data, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+        return lambda: drain(DataLoader(data, batch, sampler=sampler))
+
+    return {
+        "store[i], float32 with prefix": items(floats),
+        "store[i]": items(stored),
+        ".npy": items(npy),
+        "mapped .npy": items(mapped),
+        "safetensors": items(tensors),
+        "store[[...]]": lambda: drain(stored[part] for part in parts),
+        ".npy, stacked": batches(npy),
+        "mapped .npy, stacked": batches(mapped),
+        "safetensors, stacked": batches(tensors),
+        "DataLoader of the store": loaded(stored),
+        "DataLoader of .npy": loaded(npy),
+        "DataLoader of mapped .npy": loaded(mapped),
+        "DataLoader of safetensors": loaded(tensors),
+    }
+
+
+def drain(values: Iterable[object]) -> None:
+    """Go through them and keep none."""
+    for _ in values:
+        pass
+
+
+def main() -> None:
+    """Measure, and print a table and one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--maps", type=int, default=2000)
+    parser.add_argument("--grid", type=int, nargs=2, default=(14, 14))
+    parser.add_argument("--channels", type=int, default=384)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    order = np.random.default_rng(1).permutation(options.maps).tolist()
+    with tempfile.TemporaryDirectory() as name:
+        write(Path(name), options.maps, tuple(options.grid), options.channels)
+        compared = ways(Path(name), order, options.batch)
+        seconds: dict[str, list[float]] = {way: [] for way in compared}
+        for _ in range(options.rounds):
+            for way, run in compared.items():
+                start = time.perf_counter()
+                run()
+                seconds[way].append(time.perf_counter() - start)
+    rates = {way: options.maps / min(taken) for way, taken in seconds.items()}
+    pairs = [("store[i]", ".npy"), ("store[[...]]", ".npy"), ("store[[...]]", ".npy, stacked")]
+    pairs.append(("DataLoader of the store", "DataLoader of .npy"))
+    ratios = {
+        f"{way} over {other}": statistics.median(b / a for a, b in zip(seconds[way], seconds[other], strict=True))
+        for way, other in pairs
+    }
+    table("Maps read", [{"way": way, "maps a second": f"{rate:,.0f}"} for way, rate in rates.items()])
+    table("Of the store over others", [{"ratio": of, "median": ratio} for of, ratio in ratios.items()])
+    print(json.dumps({"store": {"machine": described_machine(), "maps a second": rates, "ratios": ratios}}))
+
+
+if __name__ == "__main__":
+    main()
