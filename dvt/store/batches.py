@@ -63,7 +63,7 @@ class StoredTokens(Tokens):
         return replace(self, patches=patches)
 
     def to(self, *args, **kwargs) -> StoredTokens:
-        """Convert all tokens as :meth:`torch.Tensor.to` does; indices, mask and labels stay as they are but for the device."""
+        """Convert all tokens as :meth:`torch.Tensor.to` does; indices, mask and labels change the device only."""
         patches = self.patches.to(*args, **kwargs)
         there = lambda values: values.to(patches.device) if isinstance(values, Tensor) else values  # noqa: E731
         return replace(
@@ -134,7 +134,7 @@ def _warn_of_padding() -> None:
 
 
 def collate_labels(labels: Sequence[Any]) -> Any:
-    """Stack labels into a tensor, or list them where they are no numbers of one shape; None where there are none."""
+    """Put labels into one tensor, or list them where they are no numbers of one shape; None where there are none."""
     if all(label is None for label in labels):
         return None
     try:

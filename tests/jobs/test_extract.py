@@ -501,7 +501,7 @@ def test_an_export_goes_to_a_new_folder_or_on_with_an_unfinished_one(mixed, tmp_
         export_store(mixed.path, tmp_path / "out")
     with pytest.raises(StoreError, match="raw, not semantic"):
         export_store(mixed.path, tmp_path / "other", terms=["semantic"])
-    with pytest.raises(ConfigError, match="npy or zarr, got 'csv'"):
+    with pytest.raises(ConfigError, match="npy or zarr or safetensors, got 'csv'"):
         export_store(mixed.path, tmp_path / "other", "csv")
     assert not (tmp_path / "other").exists()
 
