@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,9 +23,6 @@ from dvt.fields.twoway import TwoWay
 from dvt.grids import Size
 
 log = logging.getLogger(__name__)
-
-#: Robust weights (V, n) of tokens (V, n, C) at coordinates (V, n, 2).
-Weigh = Callable[[Tensor, Tensor], Tensor]
 
 # Windows that are held in memory until it is known which of their tokens are outliers.
 HELD = 64
@@ -78,11 +75,10 @@ class ShiftSolver:
 
     Args:
         config: settings.
-        weigh: gives every token a weight, to weigh outliers down; None trusts all of them.
     """
 
-    def __init__(self, config: ShiftConfig | None = None, weigh: Weigh | None = None):
-        self.config, self.weigh = config or ShiftConfig(), weigh
+    def __init__(self, config: ShiftConfig | None = None):
+        self.config = config or ShiftConfig()
 
     def fit(self, views: Iterable[ViewBatch], artifact: Tensor | None = None) -> ShiftFit:
         """Fit one image.
@@ -192,9 +188,7 @@ class _ShiftPass:
         if windows.period != self.period:
             raise ConfigError(f"windows of one image lie on grids of periods {self.period} and {windows.period}")
         weights = tokens.new_ones(tokens.shape[:2]) if self.trust is None else self.trust.weights(tokens, offsets)
-        if self.solver.weigh is not None:
-            weights = weights * self.solver.weigh(tokens, windows.coords)
-        plain = self.trust is None and self.solver.weigh is None  # whose system all images of a grid share
+        plain = self.trust is None  # whose system all images of a grid share
         self.sums.add(tokens[None], offsets, None if plain else weights[None])
         if self.test is not None:
             self.test.add(tokens, offsets, None if plain else weights)
@@ -202,11 +196,10 @@ class _ShiftPass:
 
 
 class _Windows(NamedTuple):
-    """A batch of windows: tokens (V, n, C), offsets (V, 2), coordinates (V, n, 2), and what all of them share."""
+    """A batch of windows: tokens (V, n, C), offsets (V, 2), and what all of them share."""
 
     tokens: Tensor
     offsets: Tensor
-    coords: Tensor
     grid: Size
     period: Size
 
@@ -226,7 +219,7 @@ def say_if_too_small(grid: Size, alarm: float) -> None:
 def _windows(tokens: Tensor, coords: Tensor) -> _Windows:
     offsets, period = grids.lattice(coords)
     grid = (tokens.shape[1], tokens.shape[2])
-    return _Windows(tokens.flatten(1, 2), offsets, coords.flatten(1, 2), grid, period)
+    return _Windows(tokens.flatten(1, 2), offsets, grid, period)
 
 
 def _checked(views: Iterable[ViewBatch], shape: tuple[int, ...]) -> Iterator[ViewBatch]:
