@@ -36,7 +36,7 @@ MAX_PIXELS = 178_956_970
 # A closed list: Pillow would otherwise also start Ghostscript for PostScript files.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
-_ORIENTATION_TAG, _TIFF_WIDTH, _TIFF_HEIGHT = 0x0112, 256, 257
+_ORIENTATION_TAG, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_SAMPLES = 0x0112, 256, 257, 277
 
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,7 +70,8 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
 
     Grey becomes three equal channels. Sixteen-bit grey is divided by 65535, never clipped; 16 bits a channel of colour
     are read as 8. A float TIFF must already lie in [0, 1]. Transparent pixels are composited over white. CMYK is
-    converted without its colour profile. Of an animation or a multi-page file the first frame is read.
+    converted without its colour profile. Of an animation or a file of several pages the first is read, with a warning
+    that names it; a TIFF of more than four bands is refused.
 
     Args:
         path: of the file.
@@ -83,6 +84,8 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
     with _opened(path) as (image, file):
         if sha256 is not None and _sha256(file, path) != sha256:
             raise ImageError("its bytes changed since it was listed; run the same command again")
+        if _has_more(image):
+            _warn_of_more(str(path))
         image.load()
         # Read after load(): a TIFF has been turned by then, and its tag is gone.
         method = _TRANSPOSE.get(_orientation(image, file, path))
@@ -208,6 +211,7 @@ def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
             # Not by name: Pillow may then map the file, and one that is cut short meanwhile kills the process.
             with _header(file) as image:
                 _check_size(image)
+                _check_bands(image)
                 yield image, file
         except ImageError as error:
             raise image_error(path, error) from error
@@ -232,6 +236,26 @@ def _check_size(image: Image.Image) -> None:
         raise ImageError(f"it has no pixels ({height} x {width})")
     if width * height > MAX_PIXELS:
         raise ImageError(f"it has {height} x {width} pixels; at most {MAX_PIXELS} are decoded")
+
+
+def _check_bands(image: Image.Image) -> None:
+    tags: Any = getattr(image, "tag_v2", {})
+    bands = tags.get(_TIFF_SAMPLES, 1)
+    if isinstance(bands, int) and bands > 4:  # Pillow would give the first as a grey image
+        raise ImageError(f"it has {bands} bands; write the three to use as red, green and blue to a file of their own")
+
+
+def _has_more(image: Image.Image) -> bool:
+    """Whether there are frames or pages behind the first; a camera's MPO holds other views of the same."""
+    try:
+        return image.format in ("GIF", "PNG", "TIFF", "WEBP") and bool(getattr(image, "is_animated", False))
+    except Exception:  # damage behind the first page is no reason to refuse the first
+        return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _warn_of_more(path: str) -> None:
+    log.warning("%s has several frames or pages; the first is read. Split it into files to use the others", path)
 
 
 def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:

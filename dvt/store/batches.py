@@ -80,7 +80,9 @@ class StoredTokens(Tokens):
         """Copy what a DataLoader with ``pin_memory=True`` sends to a GPU to page-locked memory."""
         pinned = lambda values: values.pin_memory() if isinstance(values, Tensor) else values  # noqa: E731
         terms = {name: values.pin_memory() for name, values in self.terms.items()}
-        parts = {name: pinned(getattr(self, name)) for name in ("patches", "prefix", "indices", "mask", "labels")}
+        parts: dict[str, Any] = {
+            name: pinned(getattr(self, name)) for name in ("patches", "prefix", "indices", "mask", "labels")
+        }
         return replace(self, **parts, terms=terms)
 
 

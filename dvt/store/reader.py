@@ -132,7 +132,7 @@ class FeatureStore(Dataset[StoredTokens]):
         if isinstance(index, slice):
             return self._batch(range(*index.indices(len(self))))
         if hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0:
-            return self._batch([operator.index(index)])  # type: ignore[arg-type]
+            return self._batch([operator.index(index)])
         return self._batch(_numbers(index, len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> StoredTokens | list[StoredTokens]:

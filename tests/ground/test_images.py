@@ -600,3 +600,32 @@ def test_a_folder_whose_name_looks_like_a_protocol_is_none(tmp_path, monkeypatch
     (tmp_path / "s3:" / "a").mkdir(parents=True)
     Image.new("RGB", (3, 2)).save("s3:/a/b.png")
     assert find_images(["s3:/a/b.png"]) == [Path("s3:/a/b.png")] and image_size("s3:/a/b.png") == (2, 3)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tif", ".png", ".webp"])
+def test_pages_and_frames_that_are_left_out_are_said_once(tmp_path, suffix, caplog):
+    first, other = (Image.new("RGB", (20, 10), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / f"two{suffix}", save_all=True, append_images=[other])
+    first.save(tmp_path / f"one{suffix}")
+    for name in ("two", "one", "two"):
+        assert load_image(tmp_path / f"{name}{suffix}")[0].mean() > 0.9  # red
+    said = [record.message for record in caplog.records if "frames or pages" in record.message]
+    assert len(said) == 1 and f"two{suffix}" in said[0]
+
+
+@pytest.mark.parametrize(("bands", "planar"), [(6, "contig"), (13, "contig"), (13, "separate")])
+def test_a_tiff_of_many_bands_is_refused(tmp_path, bands, planar):
+    tifffile = pytest.importorskip("tifffile")
+    values = np.zeros((bands, 8, 8) if planar == "separate" else (8, 8, bands), np.uint8)
+    kind = "rgb" if bands < 7 else "minisblack"  # of more than six Pillow itself knows nothing
+    tifffile.imwrite(tmp_path / "x.tif", values, photometric=kind, planarconfig=planar)
+    for read in (load_image, image_size):
+        with pytest.raises(ImageError, match=r"x\.tif.*6 bands" if bands == 6 else r"x\.tif"):
+            read(tmp_path / "x.tif")
+
+
+def test_a_tiff_whose_bands_are_pages_says_so(tmp_path, caplog):
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "x.tif", np.zeros((13, 8, 8), np.uint16), photometric="minisblack")
+    assert load_image(tmp_path / "x.tif").shape == (3, 8, 8)
+    assert "x.tif has several frames or pages" in caplog.text
