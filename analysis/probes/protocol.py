@@ -24,7 +24,7 @@ from dvt.analysis.probes.layouts import IGNORE, Example, some
 from dvt.analysis.probes.probe import HeadConfig, Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.analysis.probes.variants import BASELINES, RAW, Baseline, RowFeatures, Variant, row_names
+from dvt.analysis.probes.variants import BASELINES, RAW, UPSAMPLED, Baseline, RowFeatures, Variant, row_names
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
@@ -80,6 +80,8 @@ class ProbeConfig:
             training images' mean map), "linear-removal" (without the directions that tell position),
             "view-averaging" (the mean over `views` random crops of .1 to .5) and "ph-reg" (over as many shifts of at
             most 15 %, mirrored or not, at one scale, as PH-Reg's teacher takes).
+        upsample: also score each row's features this many times finer, guided by the images (:func:`dvt.upsample`), in
+            a row of its own; without it only the scores of classes are enlarged, bilinearly. For label and depth maps.
         transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
         views: of view averaging, besides the whole image.
         seed: of the crops, the views and the first probe.
@@ -103,6 +105,7 @@ class ProbeConfig:
     centred: bool = True
     position: Literal["none", "concatenate", "add"] = "none"
     baselines: tuple[Baseline, ...] = ("position-only",)
+    upsample: int = 1
     transfer: bool = False
     views: int = 10
     seed: int = 0
@@ -122,12 +125,14 @@ class ProbeConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
         if unknown := [name for name in self.baselines if name not in BASELINES]:
             raise ConfigError(f"there is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
-        for name in ("seeds", "neighbours", "views", "train_images", "test_images"):
+        for name in ("seeds", "neighbours", "views", "train_images", "test_images", "upsample"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
         if self.protocol == "crops" and TARGETS.get(self.task) not in ("labels", "depth"):
             raise ConfigError(f"{self.task} takes whole images only; crops need label or depth maps")
+        if self.upsample > 1 and TARGETS.get(self.task) not in ("labels", "depth"):
+            raise ConfigError(f"{self.task} has no map to score at a finer grid; upsample is for label and depth maps")
         if self.transfer and self.task in ("discovery", "correspondence"):
             raise ConfigError(f"{self.task} learns nothing, so there is no probe to transfer")
 
@@ -190,8 +195,12 @@ def run_probe(
     probes: dict[str, list[Probe]] = {}
     maps: dict[str, Sequence[Tensor]] = {}
     statistics: dict[str, Tensor] = {}
+    if config.upsample > 1:
+        names = [each for name in names for each in (name, name + UPSAMPLED)]
     for number, name in enumerate(names):
-        learnt, maps[name] = _parts(source.maps(name, variants.get(name)), count)
+        row = name.removesuffix(UPSAMPLED)
+        factor = 1 if row == name else config.upsample
+        learnt, maps[name] = _parts(source.maps(row, variants.get(row), factor), count)
         probes[name] = _fit(config, data.num_classes, learnt, train)
         statistics[name] = _statistics(probes[name], maps[name], test)
         if config.transfer and name != RAW:

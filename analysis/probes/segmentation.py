@@ -26,6 +26,8 @@ from dvt.grids import Size
 
 _LABELS_A_PATCH = 4
 _TOKENS_AT_ONCE = 256
+NEAR = 3
+"""Pixels from a boundary within which bAcc counts."""
 
 
 class SegmentationProbe(Probe):
@@ -58,16 +60,23 @@ class SegmentationProbe(Probe):
 
     @torch.no_grad()
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """Count the pixels of each image by class, as :func:`class_counts` does: (N, K, 3)."""
+        """Count the pixels of each image by class, in all and, right and true, near boundaries: (N, K, 5)."""
         check_maps(tokens, targets)
         sizes = [(target.shape[0], target.shape[1]) for target in targets]
         found = self._predictions(tokens, sizes)
-        return torch.stack([class_counts(p.cpu(), t, self.num_classes) for p, t in zip(found, targets, strict=True)])
+        return torch.stack([self._counts(p.cpu(), t) for p, t in zip(found, targets, strict=True)])
+
+    def _counts(self, predicted: Tensor, labels: Tensor) -> Tensor:
+        near = torch.where(near_boundaries(labels), labels, IGNORE)
+        edges = class_counts(predicted, near, self.num_classes)
+        return torch.cat((class_counts(predicted, labels, self.num_classes), edges[:, :2]), dim=1)
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Compute mIoU and mAcc over the classes in the truth, and aAcc, the share of right pixels; in [0, 1]."""
-        return count_scores(statistics)
+        """Compute mIoU and mAcc over the classes in the truth, aAcc, the share of right pixels, and bAcc, that share
+        within 3 pixels of a boundary between classes; in [0, 1]."""
+        right, true = statistics[..., 3].sum(-1), statistics[..., 4].sum(-1)
+        return {**count_scores(statistics[..., :3]), "bAcc": right / true}
 
 
 class LinearSegmentation(SegmentationProbe):
@@ -185,6 +194,22 @@ def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         predicted.flatten(), labels.flatten().long(), num_classes, ignore_index=IGNORE, validate_args=False
     )
     return torch.stack((confusion.diagonal(), confusion.sum(1), confusion.sum(0)), dim=1).double()
+
+
+def near_boundaries(labels: Tensor, distance: int = NEAR) -> Tensor:
+    """Mark the pixels (H, W) within a distance of one that has a neighbour of another class; ignored ones make none.
+
+    >>> near_boundaries(torch.tensor([[0, 0, 0, 1, 1, 1]]), distance=1).int().tolist()
+    [[0, 1, 1, 1, 1, 0]]
+    """
+    edges = torch.zeros(labels.shape, device=labels.device)
+    for axis in (0, 1):
+        one, other = labels.narrow(axis, 0, labels.shape[axis] - 1), labels.narrow(axis, 1, labels.shape[axis] - 1)
+        apart = ((one != other) & (one != IGNORE) & (other != IGNORE)).float()
+        for start in (0, 1):
+            part = edges.narrow(axis, start, labels.shape[axis] - 1)
+            part.copy_(torch.maximum(part, apart))
+    return nnf.max_pool2d(edges[None, None], 2 * distance + 1, 1, distance)[0, 0] > 0
 
 
 def count_scores(counts: Tensor) -> dict[str, Tensor]:

@@ -14,9 +14,11 @@ from dvt.analysis.probes import features
 from dvt.analysis.probes.features import Lazy, cached_tokens, held, stored_tokens
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ShapeError
+from dvt.images import load_image
 from dvt.progress import Progress
 from dvt.store import FeatureStore
 from dvt.tokens import Tokens
+from dvt.upsampling import upsample
 from dvt.views import ViewConfig
 
 Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
@@ -25,6 +27,8 @@ Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
 Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg"]
 BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
 RAW = "raw"
+UPSAMPLED = ", upsampled"
+"""What the name of a row ends with whose maps are finer than the tokens."""
 
 
 def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list[str]:
@@ -70,15 +74,19 @@ class RowFeatures:
         self.device = backbone.device
         self.raw = cached_tokens(backbone, images, cache, progress=progress)
 
-    def maps(self, name: str, variant: Variant | None) -> Sequence[Tensor]:
-        """Make the map (h, w, C) of each image, with its position put back in where that is asked for."""
+    def maps(self, name: str, variant: Variant | None, factor: int = 1) -> Sequence[Tensor]:
+        """Make the map (h, w, C) of each image, with its position put back in where that is asked for.
+
+        With a factor the map is (factor h, factor w, C), guided by the image (:func:`dvt.upsample`).
+        """
         tokens = self._tokens(name, variant)
 
         def make(i: int) -> Tensor:
             found = tokens[i]
             if found.patches.ndim != 4 or len(found) != 1:
                 raise ShapeError(f"{name} gave patches {tuple(found.patches.shape)} for one image; return (1, h, w, C)")
-            return self.placed(name, found.to(self.device)).patches[0]
+            patches = self.placed(name, found.to(self.device)).patches[0]
+            return patches if factor == 1 else upsample(patches, load_image(self.images[i]), factor)
 
         return held(Lazy(len(tokens), make))
 

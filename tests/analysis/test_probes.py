@@ -24,7 +24,13 @@ from dvt.analysis.probes.depth import DepthProbe, depth_errors
 from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import HeadConfig, reduced
 from dvt.analysis.probes.protocol import ProbeConfig, prepare, run_probe
-from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation, class_counts, count_scores
+from dvt.analysis.probes.segmentation import (
+    KnnSegmentation,
+    LinearSegmentation,
+    class_counts,
+    count_scores,
+    near_boundaries,
+)
 from dvt.analysis.probes.table import make_rows, resampled, student
 from dvt.backbones import wrap
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
@@ -139,7 +145,7 @@ def test_planted_classes_are_found_and_shuffled_ones_are_chance(make):
     tokens, labels = planted(24, pixels=1)
     new, truth = planted(12, seed=7, pixels=1)
     probe = make().fit(tokens, labels)
-    assert probe.score(new, truth) == {"mIoU": 1.0, "mAcc": 1.0, "aAcc": 1.0}
+    assert probe.score(new, truth) == {"mIoU": 1.0, "mAcc": 1.0, "aAcc": 1.0, "bAcc": 1.0}
     assert torch.equal(probe.predict(new)[0], truth[0].long())
     chance = []
     for draw in range(12):  # each finds three classes at random, so one alone can be far from a third
@@ -152,7 +158,7 @@ def test_planted_classes_are_found_and_shuffled_ones_are_chance(make):
 
 def test_linear_head_reaches_every_pixel_when_tokens_are_far_apart():
     tokens, labels = planted(24, classes=2, grid=(1, 1))
-    assert LinearSegmentation(2, QUICK).fit(tokens, labels).score(tokens, labels) == {"mIoU": 1, "mAcc": 1, "aAcc": 1}
+    assert LinearSegmentation(2, QUICK).fit(tokens, labels).score(tokens, labels)["mIoU"] == 1
 
 
 def brute_force_knn(tokens, labels, new, classes, neighbours):
@@ -188,6 +194,31 @@ def test_nearest_centroids_are_those_of_brute_force(seed, neighbours):
     assert torch.equal(probe.predict(new[None])[0], brute_force_knn(tokens, labels, new, 4, neighbours))
 
 
+def test_pixels_near_boundaries_are_those_of_a_naive_loop():
+    labels = torch.randint(-1, 2, (5, 7), generator=generator(0)).repeat_interleave(4, 0).repeat_interleave(4, 1)
+    height, width = labels.shape
+    expected = torch.zeros(height, width, dtype=torch.bool)
+    for i in range(height):
+        for j in range(width):
+            for y, x in ((i + 1, j), (i, j + 1)):
+                pair = {int(labels[i, j]), int(labels[y, x])} if y < height and x < width else set()
+                if pair == {0, 1}:
+                    for a, b in ((i, j), (y, x)):
+                        expected[max(0, a - 2) : a + 3, max(0, b - 2) : b + 3] = True
+    assert torch.equal(near_boundaries(labels, distance=2), expected)
+
+
+def test_accuracy_near_boundaries_counts_only_those_pixels():
+    tokens, labels = torch.eye(2)[torch.tensor([[0, 0, 1, 1]])].repeat(8, 4, 1, 1), torch.zeros(8, 16, 32).long()
+    labels[:, :, 16:] = 1
+    moved = labels.roll(-2, 2)
+    moved[:, :, -2:] = 1  # the truth that is scored lies two pixels off what was learnt
+    probe = LinearSegmentation(2, QUICK).fit(tokens, list(labels))
+    assert probe.score(tokens, list(labels))["bAcc"] == 1
+    found = probe.score(tokens, list(moved))
+    assert found["aAcc"] == pytest.approx(30 / 32) and found["bAcc"] == pytest.approx(6 / 8)
+
+
 @pytest.mark.parametrize("make", [lambda: LinearSegmentation(3, QUICK), lambda: KnnSegmentation(3)])
 def test_ignored_pixels_teach_nothing_and_count_for_nothing(make):
     tokens, labels = planted(12)
@@ -197,7 +228,7 @@ def test_ignored_pixels_teach_nothing_and_count_for_nothing(make):
     wild[:, :, 3:] += 5 * noise(12, 4, 3, 8, seed=5)
     probe = make().fit(tokens, hidden)
     counts = probe.sufficient_statistics(wild, hidden)
-    assert counts.sum(1).tolist() == [[float(right), 16 * 12, 16 * 12] for right in counts[..., 0].sum(1)]
+    assert counts[..., :3].sum(1).tolist() == [[float(right), 16 * 12, 16 * 12] for right in counts[..., 0].sum(1)]
     changed = [torch.where(each == IGNORE, IGNORE, each) for each in hidden]
     changed[0] = torch.full_like(changed[0], IGNORE)
     again = make().fit(tokens[1:], hidden[1:])
@@ -738,3 +769,24 @@ def test_names_of_rows_and_splits(tmp_path, tiny_backbone):
         run_probe(
             config(root, baselines=()), tiny_backbone, {"flat": lambda t: Tokens.of(t.patches.repeat(2, 1, 1, 1))}
         )
+
+
+def test_finer_features_are_rows_of_their_own(tiny_backbone, tmp_path, monkeypatch):
+    generator_ = generator(0)
+    for split in ("train", "test"):
+        for kind in ("images", "annotations"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        for i in range(2):
+            pixels = torch.rand(96, 96, 3, generator=generator_).mul(255).byte().numpy()
+            Image.fromarray(pixels).save(tmp_path / "images" / split / f"{i}.png")
+            labels = torch.zeros(96, 96, dtype=torch.uint8)
+            labels[:, 50:] = 1
+            Image.fromarray(labels.numpy()).save(tmp_path / "annotations" / split / f"{i}.png")
+    config = ProbeConfig("knn", tmp_path, upsample=2, cache=tmp_path / "cache")
+    report = run_probe(config, tiny_backbone, {"same": lambda tokens: tokens})
+    names = ["raw", "raw, upsampled", "position-only", "position-only, upsampled", "same", "same, upsampled"]
+    assert [row.variant for row in report.rows] == names
+    scores = {row.variant: row.scores for row in report.rows}
+    assert scores["same, upsampled"] == scores["raw, upsampled"] != scores["raw"] == scores["same"]
+    with pytest.raises(ConfigError, match="upsample"):
+        ProbeConfig("discovery", tmp_path, upsample=2)
