@@ -206,7 +206,7 @@ def _listed(scores: Mapping[str, float | None]) -> str:
 
 
 def estimate(config: ProbeConfig, backbone: Backbone, rows: int) -> None:
-    """Prints the minutes that so many rows will take, from one row of one seed."""
+    """Print the minutes that all rows will take, estimated from one row of one seed."""
     once = replace(config, seeds=1, baselines=())
     run_probe(replace(once, head=replace(config.head, epochs=1)), backbone, progress=told)  # fills the cache
     start = time.perf_counter()

@@ -33,7 +33,7 @@ class Denoiser(PretrainedDenoiser):
     :class:`~dvt.denoiser.sharing.PretrainedDenoiser` saves, loads and publishes it.
 
     Args:
-        config: what it is made of.
+        config: its architecture.
         generator: where the initial weights come from; None is torch's global generator.
 
     Attributes:

@@ -99,7 +99,7 @@ def train_denoiser(
     Args:
         store: a store of `dvt denoise`, with the terms "raw" and "semantic".
         out: the .safetensors file to write, whole or not at all.
-        config: how.
+        config: the training's settings.
         progress: called with (what, done, total).
         device: where to train; None for a GPU if there is one. Several processes have theirs from accelerate.
 

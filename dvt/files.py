@@ -26,8 +26,12 @@ _NAME_BYTES = 160  # of a file's name in that of its unfinished one: file system
 
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     """Give a file to write to, in a folder that is made; at the end of the block it takes the name `path`.
+
+    Args:
+        path: of the file, whose folder is made if it is missing.
+        suffix: that the unfinished file's name ends with, for writers that look at it.
 
     Raises:
         ConfigError: something cannot be written; nothing is left of it.
@@ -35,7 +39,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as part:
+        with replaced(path, suffix=suffix) as part:
             yield part
     except OSError as error:
         raise ConfigError(

@@ -1,20 +1,6 @@
 """One image: its features as a semantic field, an artifact and a residual."""
 
-from dvt.fields.decomposition import Decomposition, Fit
-from dvt.fields.linear import LinearConfig, LinearFit, LinearSolver
-from dvt.fields.neural import NeuralConfig, NeuralFit, NeuralSolver
-from dvt.fields.shifts import ShiftConfig, ShiftFit, ShiftSolver
+import lazy_loader
 
-__all__ = [
-    "Decomposition",
-    "Fit",
-    "LinearConfig",
-    "LinearFit",
-    "LinearSolver",
-    "NeuralConfig",
-    "NeuralFit",
-    "NeuralSolver",
-    "ShiftConfig",
-    "ShiftFit",
-    "ShiftSolver",
-]
+# The names stand in __init__.pyi. They are loaded when first used.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -153,8 +153,8 @@ class ShiftConfig:
 
     Args:
         ridge: on the artifact, relative to the mean diagonal of its equations.
-        alarm: the rate of false alarms of the test for an artifact: without one, all but so many images come out as
-            they went in. 1 does without the test.
+        alarm: the rate of false alarms of the test for an artifact: the share of images without one that are changed
+            all the same. 1 does without the test.
         groups: of content that the test compares; its least p-value is 2^(1 - groups).
         average: the share of F, the average over windows, in the estimate, against raw - G.
         robust: weigh outlier tokens down; in the estimate, F stands for them where other windows show their content.

@@ -1,6 +1,6 @@
 """A test whether windows have an artifact at all, with a stated rate of false alarms (ours).
 
-The image's content falls into groups of small blocks, by lot. In each group the score of the two-way model (what the
+The image's content falls into groups of small blocks, drawn by a fixed lot. In each group the score of the two-way model (what the
 tokens of a position have beyond the mean of their content) is a linear function of noise alone where there is no
 artifact: independent from group to group, and as likely as its negative. Then all 2^(K-1) ways to give the K groups
 signs are equally likely to make their sum the longest. An artifact is the same for all contents and makes it so with

@@ -27,7 +27,7 @@ PILOT_CHANNELS = 32
 FINEST = 112
 # Values of lambda that are tried.
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-# One view in so many is held out.
+# One view in this many is held out.
 HELD_OUT = 5
 # Tokens at nearby image points, the token itself among them.
 NEIGHBOURS = 9

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.analyze.config import Decompose, DenoiserLike
-from dvt.analysis.analyze.sample import read_pixels, spread
 from dvt.analysis.doctor.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
 from dvt.analysis.doctor.examination import Examination, settled_time
+from dvt.analysis.measure.config import Decompose, DenoiserLike
+from dvt.analysis.measure.sample import read_pixels, spread
 from dvt.errors import ImageError
 from dvt.images import ImageLike, usable_images
 from dvt.progress import Progress, silent
@@ -45,7 +45,7 @@ def diagnose(
         denoisers: by name, each from Tokens to Tokens, or a backbone whose model was changed; to be tried and timed.
         config: thresholds.
         commands: how to get a denoiser, by its name; the page ends with that of the best one.
-        decompose: one image's terms, as in :func:`dvt.analysis.analyze.analyze`; tried once, for its time.
+        decompose: one image's terms, as in :func:`dvt.analysis.analyze`; tried once, for its time.
         progress: called with (what, done, total) after every image.
 
     Raises:

@@ -76,12 +76,12 @@ def pooled_position_mic(tokens: TokenSets, candidates: int | None = 8) -> float:
     """Measure how much the most position-bound channel tells of x, and of y, over all images at once, in [0, 1].
 
     As :func:`position_mic`, but one channel has to say the same of a position in all images, so what is smooth in each
-    in a way of its own cancels. With few images some of it stays; its null keeps just that:
+    in a way of its own cancels. With few images some of it stays, and the same amount stays in its null:
     ``with_null(pooled_position_mic, tokens, generator, null=torus_shifted)``. With one image that null says nothing.
 
     Args:
         tokens: the tokens of two or more images of one grid shape, the more the better.
-        candidates: channels that are scored for each axis, as for :func:`position_mic`; None takes all, and long.
+        candidates: channels that are scored for each axis, as for :func:`position_mic`; None scores all, which is slow.
 
     Raises:
         ShapeError: there is one image, or grids differ.
@@ -124,7 +124,7 @@ def position_errors(tokens: TokenSets, targets: Sequence[Tensor] | None = None, 
     """Compute the squared errors behind :func:`position_decodability`, for each held-out image.
 
     Args:
-        tokens, targets: as there.
+        tokens, targets: as for :func:`position_decodability`.
         width: the targets are read in blocks of this many, each by a probe of its own; see
             :func:`dvt.analysis.metrics.ridge.held_out`.
     """

@@ -81,7 +81,7 @@ def _shuffle(tokens: Tokens, generator: torch.Generator) -> Tokens:
 def torus_shifted(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
     """Roll each image's map around by a random number of patches: as smooth as before, but at another place.
 
-    The null of position metrics of smooth maps over several images. Smooth maps alone tell of position within an image
+    The null of position metrics of smooth maps over several images. Smoothness alone reveals position within an image
     (neighbours resemble each other): :func:`shuffled`, which breaks that, puts every smooth map beyond chance. A code
     of position that images share is moved differently in each, so pooled metrics
     (:func:`dvt.analysis.metrics.pooled_position_mic`, :func:`dvt.analysis.metrics.position_decodability`) lose it. A

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import dvt
-from dvt.analysis.analyze.sample import spread
+from dvt.analysis.measure.sample import spread
 from dvt.analysis.page import charts, sections
 from dvt.analysis.results import Report
 from dvt.errors import ConfigError

@@ -222,7 +222,7 @@ def restart(
     """Sample by Heun that, at the low end of an interval, adds noise up to its high end and comes back, K times.
 
     The model is called 2N - 1 + sum 2 K_i (points_i - 1) times. It contracts errors made above the interval, and does
-    not beat :func:`heun` where the model is exact. Arguments as there.
+    not beat :func:`heun` where the model is exact. Arguments as for :func:`heun`.
 
     Args:
         generator: draws the noise; needed with intervals.

@@ -39,7 +39,7 @@ class Prior(nn.Module):
     """Model maps of target tokens (B, h, w, D) that have mean 0 and standard deviation 1: a generative prior.
 
     Args:
-        config: what it is made of.
+        config: its architecture.
         generator: of the initial weights, on the CPU.
 
     Attributes:

@@ -74,7 +74,7 @@ def train_prior(
         images: files, folders, globs or lists, as :func:`dvt.images.find_images` takes them.
         backbone: whose tokens are the condition.
         out: the run's folder.
-        config: how.
+        config: the training's settings.
         denoiser: makes Tokens of Tokens; None for raw ones.
         progress: called with (what, done, total), what being "look", "features" or "train".
         device: where to train; None for a GPU if there is one.

@@ -219,7 +219,7 @@ def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
 
 
 def _overlap(length: int, offset: int) -> tuple[slice, slice]:
-    """What a window shifted by so many patches shares with the image: places in the image and in the window."""
+    """The part of a window, shifted by whole patches, that lies in the image: places in the image and in the window."""
     first, last = max(0, offset), length + min(0, offset)
     return slice(first, last), slice(first - offset, last - offset)
 

@@ -54,7 +54,7 @@ def distill_backbone(
             not changed. An earlier layer than the last leaves the blocks after it as they are.
         images: files.
         out: the .safetensors file to write, whole or not at all.
-        config: how.
+        config: the training's settings.
         denoiser: of this backbone and layer, for the teacher "denoiser".
         progress: called with (what, done, total).
 

@@ -25,7 +25,7 @@ from torch.export import Dim, ExportedProgram
 from dvt import __version__
 from dvt.backbones.backbone import Backbone
 from dvt.errors import BackboneError, ConfigError
-from dvt.files import replaced
+from dvt.files import whole_file
 from dvt.grids import Size
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def export(backbone: Backbone, path: str | Path, config: ExportConfig | None = N
         backbone: from :func:`dvt.load_backbone`, :func:`dvt.wrap` or
             :func:`dvt.denoiser.attach.denoised_backbone`; exported in float32, from a copy where it is something else.
         path: ends in .onnx or .pt2 (which :func:`torch.export.load` reads).
-        config: how.
+        config: the grid, the size and, for ONNX, the opset; by default those of :class:`ExportConfig`.
 
     Raises:
         ConfigError: another suffix, a size that the model does not take, or ONNX's packages are missing.
@@ -171,22 +171,16 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
     size = tuple(config.size or backbone.image_size)
     program = _traced(module, (size[0], size[1]), dynamic)
     described = {"backbone": description(backbone), "dynamic_grid": dynamic, "size": size}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path, suffix=path.suffix) as part:  # torch.onnx and torch.export look at the suffix
-            opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
-            inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
-            deviation = max(_deviation(module, run, images) for images in inputs)
-            if not deviation <= TOLERANCE:
-                raise BackboneError(
-                    f"what was exported of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or "
-                    f"deviates from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. "
-                    "Try grid='fixed', or the other of .onnx and .pt2"
-                )
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {str(path)!r}: {error.strerror or error}; make room or choose another place"
-        ) from error
+    with whole_file(path, suffix=path.suffix) as part:  # torch.onnx and torch.export look at the suffix
+        opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
+        inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
+        deviation = max(_deviation(module, run, images) for images in inputs)
+        if not deviation <= TOLERANCE:
+            raise BackboneError(
+                f"what was exported of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or "
+                f"deviates from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. "
+                "Try grid='fixed', or the other of .onnx and .pt2"
+            )
     return Exported(path, dynamic, (size[0], size[1]), opset, deviation, tuple(tuple(i.shape) for i in inputs))
 
 

@@ -10,8 +10,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.analysis.analyze import AnalyzeConfig
 from dvt.analysis.doctor import DoctorConfig
+from dvt.analysis.measure import AnalyzeConfig
 from dvt.analysis.probes.protocol import ProbeConfig
 from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json
 from dvt.cli.remedies import compared
@@ -25,7 +25,7 @@ from dvt.store import FeatureStore
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dvt.analysis.analyze import Decompose
+    from dvt.analysis.measure import Decompose
     from dvt.backbones import Backbone
 
 
@@ -88,7 +88,7 @@ class ReportCommand:
 
 def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt analyze`: exit code 0 when the report is written."""
-    from dvt.analysis.analyze import analyze as measure
+    from dvt.analysis.measure import analyze as measure
 
     paths = find_images(command.images)
     settings = resolved(command, command="analyze", images=paths)

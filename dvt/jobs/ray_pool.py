@@ -1,4 +1,9 @@
-"""Calls given to actors on a Ray cluster that come and go; the only file that knows Ray."""
+"""Calls given to actors on a Ray cluster that come and go; the only file that knows Ray.
+
+The driver has one thread and no locks: it starts actors, hands calls out, waits for the first one to end, and settles
+it, in a loop (:meth:`Pool.map`). All state lies in the driver's `Pool`; when an actor dies, the driver still has the
+calls that it was given. Inside an actor on a GPU two calls run in two threads of Ray's.
+"""
 
 from __future__ import annotations
 
@@ -56,19 +61,23 @@ class LostCall:
 
 @dataclass
 class _Call:
+    """A call that is still to be done, and how often it was tried in vain."""
+
     number: int
     arguments: tuple[Any, ...]
-    deaths: int = 0
-    errors: int = 0
-    alone: bool = False  # it was there when a worker died, and so it may be why
+    deaths: int = 0  # of workers that did this call and no other
+    errors: int = 0  # exceptions that it raised
+    alone: bool = False  # a worker died during it, so it may be the cause: the next try shares its worker with no other
 
 
 @dataclass
 class _Worker:
+    """An actor as the driver sees it."""
+
     actor: Any
-    greeting: Any
-    node: str | None = None  # known once it is up
-    calls: dict[Any, _Call] = field(default_factory=dict)
+    greeting: Any  # future of its Hello
+    node: str | None = None  # None until the greeting has come: it gets no calls before that
+    calls: dict[Any, _Call] = field(default_factory=dict)  # futures of its running and waiting calls
 
 
 class Pool:
@@ -85,15 +94,17 @@ class Pool:
     ):
         self.ray, self.workers, self.limit, self.threads = ray, list[_Worker](), workers, threads
         self.gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
-        # On a GPU two calls run at a time, so that one decodes and solves while the other is in the backbone.
+        # On a GPU two calls run at a time, so that one decodes and solves while the other is in the backbone. Ray must
+        # neither restart actors nor repeat calls: the driver does both, and counts the tries.
         options = {"num_gpus": 1, "max_concurrency": 2} if self.gpu else {"max_concurrency": 1}
         self.kind = ray.remote(actor).options(
             num_cpus=1 if self.gpu else threads, max_restarts=0, max_task_retries=0, **options
         )
         self.arguments = arguments
         self.hello: Hello | None = None
-        self.failures, self.rest_until, self.counted, self.devices = 0, 0.0, -_POLL_SECONDS, 1
-        self.told = time.monotonic()
+        self.failures, self.rest_until = 0, 0.0  # greetings that failed in a row; no new actor is started before
+        self.counted, self.devices = -_POLL_SECONDS, 1  # when the cluster's devices were counted last, and how many
+        self.told = time.monotonic()  # when the user was last told that Ray starts no workers
 
     def __enter__(self) -> Pool:
         return self
@@ -152,7 +163,8 @@ class Pool:
                 for worker, ref in self._wait([ref for one in self.workers for ref in one.calls]):
                     yield from self._settled(worker, ref, keep, again)
         finally:
-            for worker in self.workers:  # where it ends early, what they still do is of no interest
+            # After an early end the actors may still be busy; what they return is ignored.
+            for worker in self.workers:
                 worker.calls.clear()
 
     def _settled(self, worker: _Worker, ref: Any, keep: bool, again: deque[_Call]) -> Iterator[tuple[int, Any]]:
@@ -193,7 +205,10 @@ class Pool:
             raise _Died(brief(error)) from error
 
     def _hand_out(self, method: str, queue: deque[_Call], again: deque[_Call], keep: bool) -> None:
-        """One call each, then a second; one that may have killed a worker is done alone, so that no other is blamed."""
+        """Give each worker one call, then a second one.
+
+        A call that may have killed a worker is done alone, so that no other is blamed if it does so again.
+        """
         up = sorted((worker for worker in self.workers if worker.node is not None), key=lambda w: len(w.calls))
         for depth in (1, 2):
             reserved = len(again)
@@ -202,7 +217,7 @@ class Pool:
                     continue
                 if again and not worker.calls:
                     self._call(worker, method, again.popleft(), keep)
-                elif worker.calls and reserved:  # it runs empty for one of these
+                elif worker.calls and reserved:  # no second call: the worker will be free for one of `again` sooner
                     reserved -= 1
                 elif queue and (depth == 1 or len(queue) >= len(up)):
                     self._call(worker, method, queue.popleft(), keep)

@@ -1,4 +1,4 @@
-"""The index of one shard, read with suspicion: nothing is believed before it has been checked."""
+"""The index of one shard. A shard may come from anywhere, so nothing in it is used before it has been checked."""
 
 from __future__ import annotations
 

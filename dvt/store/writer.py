@@ -50,7 +50,9 @@ class StoreWriter:
             reason = "it is a file, not a folder" if self.folder.is_file() else error.strerror or error
             raise StoreError(f"cannot write to the store {str(self.folder)!r}: {reason}") from error
         try:
-            remove_parts(self.folder, "*.h5")  # under the lock: whoever was writing them is dead
+            # Only now that the lock is held: whoever was writing these is dead, so none is still in use. Shards are
+            # listed after that too, or one that another writer had just committed would be computed again.
+            remove_parts(self.folder, "*.h5")
             self.images = {image for shard in self._shards() for image in shard.images()}
             self.done = {sha256 for _, sha256 in self.images}
         except BaseException:
@@ -85,7 +87,7 @@ class StoreWriter:
         """
         if self._lock is None:
             raise StoreError("a StoreWriter writes inside its with block: `with StoreWriter(folder, job) as writer:`")
-        image = shard_file(name, self.job, records, artifact, dtype)
+        image = shard_file(name, self.job, records, artifact, dtype)  # all checks come before anything is written
         target = commit_shard(self.folder, name, image, allowed=self._lock.check)
         self.images.update((record.path, record.sha256) for record in records)
         self.done.update(record.sha256 for record in records)
@@ -126,9 +128,15 @@ def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], No
 
 
 class _Lock:
-    """An advisory lock on a file of the folder. POSIX locks die with their process, but do not keep it from itself."""
+    """An advisory lock on a file of the folder, which the kernel gives back when its process dies.
 
-    _held: dict[str, int] = {}  # noqa: RUF012  folder to the process that holds it: a forked child holds nothing
+    A POSIX lock belongs to a process, not to a descriptor: it does not keep the same process (or another of its
+    threads) from taking it again, and is lost when the process closes *any* descriptor of the file. So `_held` refuses
+    a second writer of this process before the file is opened. A child inherits the dictionary by fork but not the lock:
+    therefore the id of the process that holds it is kept, not a mere True.
+    """
+
+    _held: dict[str, int] = {}  # noqa: RUF012  one for all instances: real path of the folder to the holder's id
 
     def __init__(self, folder: Path, wait: bool) -> None:
         self.key = os.path.realpath(folder)
@@ -148,6 +156,7 @@ class _Lock:
     def _take(self, folder: Path, wait: bool) -> None:
         if take_lock(self.fd):
             return
+        # The holder wrote its id after it took the lock, so for a moment there may be none, or its predecessor's.
         holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip() or "unknown"
         if not wait:
             raise StoreError(
@@ -157,7 +166,7 @@ class _Lock:
         take_lock(self.fd, wait=True)
 
     def check(self) -> None:
-        """That it is still the folder's: one that was moved or made anew may have another writer by now."""
+        """Check that the lock is still the folder's: one that was moved or made anew may have another writer by now."""
         if not os.path.samestat(os.fstat(self.fd), os.stat(os.path.join(self.key, "writer.lock"))):
             raise OSError(errno.ESTALE, "the folder was moved or made anew while it was written to")
 

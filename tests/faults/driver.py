@@ -54,7 +54,7 @@ import dvt.cli  # noqa: E402
 # What commands import when they run.
 for _name in (
     *("accelerate", "accelerate.utils", "matplotlib.figure", "matplotlib.backends.backend_agg", "safetensors.torch"),
-    *("timm", "dvt.analysis", "dvt.analysis.analyze", "dvt.analysis.pictures", "dvt.analysis.page.plots"),
+    *("timm", "dvt.analysis", "dvt.analysis.measure", "dvt.analysis.pictures", "dvt.analysis.page.plots"),
     *("dvt.analysis.page.report", "dvt.backbones", "dvt.denoiser", "dvt.denoiser.attach", "dvt.denoiser.distill.job"),
 ):
     importlib.import_module(_name)

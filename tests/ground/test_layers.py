@@ -241,6 +241,8 @@ def test_the_solvers_and_metrics_need_no_model_library(tmp_path):
     heavy = ["matplotlib", "sklearn", "ray", "timm", "torchvision", "h5py"]
     code = f"""
 import sys, dvt.fields, dvt.analysis
+for front in (dvt.fields, dvt.analysis):
+    assert all(hasattr(front, name) for name in front.__all__)  # they are loaded when first used
 print(*[name for name in {heavy} if name in sys.modules])
 """
     assert run_python(code, tmp_path) == []

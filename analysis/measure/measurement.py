@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dvt.analysis.analyze.config import AnalyzeConfig, Decompose, DenoiserLike, TermSource
-from dvt.analysis.analyze.sample import places_of, read_pixels, spread, store_of
-from dvt.analysis.analyze.stopwatch import Stopwatch
-from dvt.analysis.analyze.treated import treated
+from dvt.analysis.measure.config import AnalyzeConfig, Decompose, DenoiserLike, TermSource
+from dvt.analysis.measure.sample import places_of, read_pixels, spread, store_of
+from dvt.analysis.measure.stopwatch import Stopwatch
+from dvt.analysis.measure.treated import treated
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics import scores
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.analyze.config import AnalyzeConfig, TermSource
+from dvt.analysis.measure.config import AnalyzeConfig, TermSource
 from dvt.errors import ConfigError, ImageError
 from dvt.images import ImageLike, load_image, usable_images
 
