@@ -105,6 +105,8 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
             WeightsError: there is no such file or repository, or it does not hold a denoiser's finite weights.
         """
         source = str(pretrained_model_name_or_path)
+        if not source:  # as a path it would be the working folder
+            raise WeightsError("no denoiser was named; give a .safetensors file, a folder or a repository")
         path = Path(source)
         if path.suffix in (".pth", ".pt"):
             return cls._build(*published_denoiser(path), source)

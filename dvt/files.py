@@ -189,8 +189,12 @@ def writable(path: Path) -> Path:
     """Make the folder of a file to write, and try it: before hours of work, not after them.
 
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: nothing can be written there, or weights could not be read back under that name.
     """
+    try:
+        str(path if path.suffix == ".safetensors" else "").encode()
+    except UnicodeError as error:  # file names are bytes on Linux; safetensors writes such files, and reads none
+        raise ConfigError(f"the name {str(path)!r} is no UTF-8, and weights are read by such names only") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new_part(path).unlink()

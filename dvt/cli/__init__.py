@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -22,7 +23,8 @@ from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
 from dvt.cli.priors import PriorCommand, prior
 from dvt.cli.remedies import FindRemedy, remedy
-from dvt.errors import DvtError
+from dvt.errors import ConfigError, DvtError
+from dvt.text import visible, visible_lines
 
 CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
 
@@ -51,36 +53,56 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if arguments == ["--version"]:
-        sys.stdout.write(f"dvt {dvt.__version__}\n")
-        return 0
-    errors = Console(stderr=True, soft_wrap=True)
+    errors = Console(stderr=True, soft_wrap=True, emoji=False)
     try:
-        command = tyro.cli(_union(), prog="dvt", description=dvt.__doc__.splitlines()[0], args=arguments)
-    except DvtError as error:  # a setting out of its range
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        return _run(arguments, errors)
+    except DvtError as error:
+        errors.print(f"[bold red]error:[/] {escape(visible_lines(str(error)))}")
         return 2
-    console = Console(stderr=command.json, soft_wrap=True)
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[RichHandler(console=errors, show_path=False)])
+    except BrokenPipeError:  # whoever read the output has gone
+        return 1
+    except OSError as error:  # a place or a disk of the user's, where nothing below says more
+        where = "" if error.filename is None else f"{str(error.filename)!r}: "
+        errors.print(f"[bold red]error:[/] {escape(visible_lines(where + (error.strerror or str(error))))}")
+        return 2
+    except KeyboardInterrupt:
+        errors.print("stopped; the same command goes on where it was")
+        return 1
+
+
+def _run(arguments: list[str], errors: Console) -> int:
+    if arguments == ["--version"]:
+        _write(f"dvt {dvt.__version__}\n")
+        return 0
+    if empty := [each for each in arguments if each == "" or re.fullmatch(r"--[\w.-]+=", each)]:
+        raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
+    description = "Clean dense features from Vision Transformers."  # not a docstring: python -OO has none
+    command = tyro.cli(_union(), prog="dvt", description=description, args=arguments)
+    console = Console(stderr=command.json, soft_wrap=True, emoji=False)
+    handler = RichHandler(console=errors, show_path=False)
+    handler.addFilter(_visible_record)
+    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
     run = next(function for settings, function in COMMANDS.values() if type(command) is settings)
     try:
         code, result = run(command, console)
     except DryRun as stopped:
         code, result = 0, stopped.settings
         console.print_json(data=result)
-    except DvtError as error:
-        errors.print(f"[bold red]error:[/] {escape(str(error))}")
-        return 2
-    except OSError as error:  # a place or a disk of the user's, where nothing below says more
-        where = "" if error.filename is None else f"{str(error.filename)!r}: "
-        errors.print(f"[bold red]error:[/] {escape(where + (error.strerror or str(error)))}")
-        return 2
-    except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on where it was")
-        return 1
     if command.json:
-        sys.stdout.write(json.dumps(result, default=str) + "\n")
+        _write(json.dumps(result, default=str) + "\n")
     return code
+
+
+def _visible_record(record: logging.LogRecord) -> bool:
+    """Make one line of a record that a terminal shows and does not obey: names of files may lie in it."""
+    record.msg, record.args = visible(record.getMessage()), ()
+    return True
+
+
+def _write(text: str) -> None:
+    """Write to standard output, now: an error of it is ours to tell, not the interpreter's when it ends."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _union() -> Any:

@@ -1,5 +1,3 @@
-import sys
+from dvt.__main__ import main
 
-from dvt.cli import main
-
-sys.exit(main())
+main()

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from dvt.analysis.doctor import DoctorConfig
 from dvt.analysis.measure import AnalyzeConfig
 from dvt.analysis.probes.protocol import ProbeConfig
-from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved, save_json, shown
 from dvt.cli.remedies import compared
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig, Product
@@ -21,6 +20,7 @@ from dvt.fields.image import denoise_image
 from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
+from dvt.text import visible_lines
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,8 +108,8 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     report.save(command.out)
-    console.print(report.to_text(), markup=False, highlight=False)
-    console.print(f"report: {escape(str(command.out))}; `dvt report {escape(str(command.out))}` makes one page of it")
+    console.print(visible_lines(report.to_text()), markup=False, highlight=False)
+    console.print(f"report: {shown(str(command.out))}; `dvt report {shown(str(command.out))}` makes one page of it")
     return 0, {**report.to_json(), "settings": settings, "out": str(command.out)}
 
 
@@ -136,9 +136,9 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
             decompose=_decompose(backbone),
             progress=progress,
         )
-    console.print(diagnosis.to_text(), markup=False, highlight=False)
+    console.print(visible_lines(diagnosis.to_text()), markup=False, highlight=False)
     for name, reason in refused.items():
-        console.print(f"\n{name}: {reason}", markup=False, highlight=False)
+        console.print(f"\n{name}: {visible_lines(reason)}", markup=False, highlight=False)
     return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
@@ -155,7 +155,7 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
         variants["semantic"] = FeatureStore(command.store, "semantic")
     with progress_bar(console) as progress:
         report = run_probe(command.probe, backbone, variants, progress)
-    console.print(report.table(), markup=False, highlight=False)
+    console.print(visible_lines(report.table()), markup=False, highlight=False)
     result = {**report.to_dict(), "settings": settings}
     if command.out is not None:
         save_json(command.out, result)
@@ -168,7 +168,7 @@ def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any
 
     path = write_report(command.folder, command.out)
     size = path.stat().st_size
-    console.print(f"{escape(str(path))}: {size / 1e6:.1f} MB, open it in any browser")
+    console.print(f"{shown(str(path))}: {size / 1e6:.1f} MB, open it in any browser")
     return 0, {"out": str(path), "bytes": size}
 
 

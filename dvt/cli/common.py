@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 import dvt
 from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.text import visible
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -137,6 +139,11 @@ class DryRun(Exception):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__("dry run")
         self.settings = settings
+
+
+def shown(name: object) -> str:
+    """Write a name for the terminal, where it is read and not obeyed: neither its control characters nor its markup."""
+    return escape(visible(str(name)))
 
 
 @contextmanager

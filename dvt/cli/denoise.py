@@ -17,7 +17,7 @@ from rich.table import Table
 
 import dvt
 from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_map
-from dvt.cli.common import progress_bar, resolved
+from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.errors import ConfigError
 from dvt.fields import LinearConfig, NeuralConfig
@@ -26,6 +26,7 @@ from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
 from dvt.images import find_sources, is_url
 from dvt.store import FeatureStore, damaged_shards
+from dvt.text import visible
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +111,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     paths = sources_outside(find_sources(command.images), Path(command.out) / "pictures")
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
-    console.print(f"{escape(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
+    console.print(f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
@@ -149,14 +150,14 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"{command.store!r} is a URL; stores are read from folders: copy it to one first")
     damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
     summary = {} if damaged else FeatureStore(command.store).summary()
-    table = Table("", "value", title=escape(str(command.store)), show_header=False)
+    table = Table("", "value", title=shown(str(command.store)), show_header=False)
     for name, value in summary.items():
-        shown = json.dumps(value, indent=1) if isinstance(value, dict) else value
-        table.add_row(name.replace("_", " "), escape(str(shown)))
+        text = json.dumps(value, indent=1) if isinstance(value, dict) else visible(str(value))
+        table.add_row(name.replace("_", " "), escape(text))
     if summary:
         console.print(table)
     for path, reason in damaged.items():
-        console.print(f"[bold red]damaged[/] {escape(path)}: {escape(reason)}")
+        console.print(f"[bold red]damaged[/] {shown(path)}: {shown(reason)}")
     if command.verify and not damaged:
         console.print("every checksum is right")
     return (2 if damaged else 0), {**summary, "damaged": damaged}
@@ -176,8 +177,8 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
         keep_terms=True,
     )
     code, result = denoise(job, console)
-    console.print(f"pictures: {escape(str(command.out / 'pictures' / '*.png'))}")
-    console.print(f"look at the store with `dvt inspect {escape(str(command.out))}`")
+    console.print(f"pictures: {shown(str(command.out / 'pictures' / '*.png'))}")
+    console.print(f"look at the store with `dvt inspect {shown(str(command.out))}`")
     return code, result
 
 

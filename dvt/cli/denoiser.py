@@ -9,10 +9,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import DenoiserOptions, Options, progress_bar, quiet_unless_first, resolved
+from dvt.cli.common import DenoiserOptions, Options, progress_bar, quiet_unless_first, resolved, shown
 from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.train import DenoiserTraining, train_denoiser
 from dvt.devices import find_device
@@ -127,7 +126,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     with console.status("exporting and comparing"):
         written = write(backbone, writable(command.out), config)
     sizes = "every size in whole patches" if written.dynamic_grid else f"images of {written.size} only"
-    console.print(f"{escape(str(written.path))}: images (B, 3, H, W) in [0, 1] to patches (B, h, w, C); {sizes}")
+    console.print(f"{shown(str(written.path))}: images (B, 3, H, W) in [0, 1] to patches (B, h, w, C); {sizes}")
     console.print(f"largest difference from the backbone on {len(written.tried)} inputs: {written.deviation:.1e}")
     return 0, {**dataclasses.asdict(written), "settings": settings}
 
@@ -139,8 +138,8 @@ def _print_distillation(console: Console, report: dict[str, Any], backbone: str)
     console.print(table)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
-    out = escape(report["out"])
-    console.print(f"backbone: {out}; every command takes it by --backbone {backbone} --weights {out}")
+    out = shown(report["out"])
+    console.print(f"backbone: {out}; every command takes it by --backbone {shown(backbone)} --weights {out}")
 
 
 _SCORES = ("loss", "mse", "cosine", "prefix_cosine")
@@ -159,4 +158,4 @@ def _print_training(console: Console, report: dict[str, Any]) -> None:
     best = min(scores["loss"] for scores in report["baselines"].values())
     if report["validation"]["loss"] >= best and "steps" in report:
         console.print("[yellow]the denoiser is no better than a baseline above: use more images or more steps[/]")
-    console.print(f"denoiser: {escape(report['out'])}")
+    console.print(f"denoiser: {shown(report['out'])}")

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from dvt.cli.beside import check_upsample, names_beside, write_map
-from dvt.cli.common import DenoiserOptions, progress_bar, resolved
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved, shown
 from dvt.cli.jobs import JobOptions, print_job, run_job
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
@@ -104,7 +103,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
-    console.print(f"{escape(command.backbone)}{behind}: {len(paths)} images")
+    console.print(f"{shown(command.backbone)}{behind}: {len(paths)} images")
     with progress_bar(console) as bar:
         names = names_beside(paths) if command.upsample > 1 else {}
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
@@ -143,7 +142,7 @@ def _merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
     with progress_bar(console) as progress:
         counts = merge_stores(command.stores, command.out, wait=command.wait, progress=progress)
     console.print(
-        f"store: {escape(str(command.out))}: {counts['images']} images in {counts['shards']} shards written, "
+        f"store: {shown(str(command.out))}: {counts['images']} images in {counts['shards']} shards written, "
         f"{counts['present']} were there already"
     )
     return 0, {**counts, "store": str(command.out), "settings": settings}
@@ -153,5 +152,5 @@ def _export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]
     settings = resolved(command, command="store export")
     with progress_bar(console) as progress:
         images = export_store(command.store, command.out, command.form, command.terms, progress=progress)
-    console.print(f"{escape(str(command.out))}: {images} images as {command.form}")
+    console.print(f"{shown(str(command.out))}: {images} images as {command.form}")
     return 0, {"images": images, "out": str(command.out), "settings": settings}

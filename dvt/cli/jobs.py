@@ -13,10 +13,9 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.common import BackboneOptions, save_json
+from dvt.cli.common import BackboneOptions, save_json, shown
 from dvt.errors import ConfigError
 from dvt.images import is_url
 from dvt.jobs.run import check_run, run
@@ -119,9 +118,9 @@ def print_job(
     if command.profile:
         _print_profile(console, summary, "" if command.ray is None else ", in all workers together")
     if summary.done + summary.skipped:
-        console.print(f"store: {escape(command.out)}")
+        console.print(f"store: {shown(command.out)}")
     for path, reason in summary.failed:
-        console.print(f"[yellow]skipped[/] {escape(path)}: {escape(reason)}")
+        console.print(f"[yellow]skipped[/] {shown(path)}: {shown(reason)}")
     return result
 
 

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from dvt.analysis.priors.runs import PriorTraining
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved
+from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved, shown
 from dvt.devices import find_device
 from dvt.images import find_images
 
@@ -111,8 +110,8 @@ def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     losses = f"loss {report['loss']:.4f}, held out {report['held_out_loss']:.4f} (1 is an untrained prior)"
     console.print(f"{counts}; {losses}; {report['seconds']:.0f} s")
-    run = escape(str(command.out))
-    console.print(f"run: {run}; samples: {escape(report['samples'])}; more by `dvt prior sample {run}`")
+    run = shown(str(command.out))
+    console.print(f"run: {run}; samples: {shown(report['samples'])}; more by `dvt prior sample {run}`")
     return 0, {**report, "settings": settings}
 
 
@@ -129,7 +128,7 @@ def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]
         command.seed,
         device=find_device(command.device),
     )
-    console.print(f"{escape(str(report['out']))}: {report['samples']} samples of {report['images']} images")
+    console.print(f"{shown(str(report['out']))}: {report['samples']} samples of {report['images']} images")
     return 0, {**report, "out": str(report["out"]), "settings": plain(command, command="prior sample")}
 
 

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
-from dvt.cli.common import BackboneOptions, progress_bar, resolved, variant_of
+from dvt.cli.common import BackboneOptions, progress_bar, resolved, shown, variant_of
 from dvt.denoiser.remedies.config import WITHOUT_IMAGES, Remedy, RemedyConfig
 from dvt.errors import ImageError
 from dvt.files import writable
@@ -59,8 +58,8 @@ def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
     denoiser.save_pretrained(out)
     found = {key: value for key, value in denoiser.card.items() if key not in _ABOUT_BACKBONE}
     for key, value in found.items():
-        console.print(f"{key.replace('_', ' ')}: {value}", markup=False)
-    console.print(f"denoiser: {escape(str(out))}; every command with --denoiser takes it")
+        console.print(f"{key.replace('_', ' ')}: {shown(value)}")
+    console.print(f"denoiser: {shown(str(out))}; every command with --denoiser takes it")
     return 0, {"out": str(out), "card": denoiser.card, "settings": settings}
 
 

@@ -31,8 +31,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
     same process.
 
     Raises:
-        ConfigError: another process holds the lock, or nothing can be written there.
+        ConfigError: another process holds the lock, nothing can be written there, or its name is no text.
     """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeError as error:  # safetensors would write such files, and not read them
+        raise ConfigError(f"the name of the folder {str(folder)!r} is no UTF-8; choose another") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = open_lock(folder / "run.lock")

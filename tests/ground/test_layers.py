@@ -58,6 +58,7 @@ def floor(module):
     if wing(module):
         return FLOORS.index("wings")
     folder = module.removeprefix("dvt").lstrip(".").partition(".")[0]
+    folder = "cli" if folder == "__main__" else folder  # the front door, which opens on the commands
     return FLOORS.index(folder) if folder in ("jobs", "cli") else 0
 
 

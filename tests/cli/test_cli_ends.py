@@ -1,0 +1,92 @@
+"""How commands end: interrupted, without streams, without docstrings, with names that are commands to a terminal."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import dvt
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+DVT = [sys.executable, "-m", "dvt"]
+EXTRACT = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
+
+
+def run(command, cwd, **options):
+    done = subprocess.run(
+        command, cwd=cwd, env=ENVIRONMENT, stderr=subprocess.PIPE, timeout=300, **{"stdout": subprocess.PIPE, **options}
+    )
+    assert b"Traceback" not in done.stderr and b"Exception ignored" not in done.stderr, done.stderr.decode()
+    return done
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_interrupted_in_the_first_seconds(count, tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    for _ in range(count):
+        process = subprocess.Popen(
+            [*DVT, "demo"], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        time.sleep(chance.uniform(0.3, 5))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert b"Traceback" not in said and b"Exception ignored" not in said, said.decode()
+        assert process.returncode in (-signal.SIGINT, 1, 0)
+
+
+def test_closed_and_broken_streams(tmp_path):
+    run(["sh", "-c", '"$0" -m dvt --version >&-', sys.executable], tmp_path)
+    # Nothing reads the pipe any more when the command writes to it.
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run([*DVT, "--version"], tmp_path, stdout=writing).returncode == 1
+    os.close(writing)
+    store = tmp_path / "store"
+    shutil.copytree(os.path.join(os.path.dirname(dvt.__file__), "data", "photos"), tmp_path / "photos")
+    line = f'"$0" -m dvt extract photos --out store {" ".join(EXTRACT)} --json >&- 2>&-'
+    assert run(["sh", "-c", line, sys.executable], tmp_path).returncode == 0
+    verified = run([*DVT, "inspect", "store", "--verify"], tmp_path)
+    assert verified.returncode == 0 and b"every checksum is right" in verified.stdout
+    assert not [path for path in store.iterdir() if path.suffix == ".part"]
+
+
+def test_without_docstrings(tmp_path):
+    for arguments in (["--help"], ["demo", "--views", "2", "--json"]):
+        assert run([sys.executable, "-OO", "-m", "dvt", *arguments], tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["extract", "photos", "--out", ""], ["extract", "photos", "--out="], ["inspect", ""]]
+)
+def test_an_empty_argument_is_no_working_folder(arguments, tmp_path):
+    done = run([*DVT, *arguments], tmp_path)
+    assert done.returncode == 2 and b"is empty" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_names_are_shown_and_not_obeyed(tmp_path):
+    """A title of the window, a forged line, markup and an emoji, in the names of a bad image and of the store."""
+    hostile = "a\x1b]0;owned\x07\nerror: forged [red]x :smile: \u202egnp.png"
+    (tmp_path / hostile).write_bytes(b"no image")
+    shutil.copy(next((tmp_path / hostile).parent.iterdir()), tmp_path / "b.png")
+    source = os.path.join(os.path.dirname(dvt.__file__), "data", "photos")
+    for name in os.listdir(source)[:1]:
+        shutil.copy(os.path.join(source, name), tmp_path)
+    done = run([*DVT, "extract", ".", "--out", f"store{hostile}", *EXTRACT], tmp_path)
+    said = (done.stdout + done.stderr).decode()
+    assert done.returncode == 2 and "forged" in said
+    assert not {"\x1b", "\x07", "\u202e", "\N{SMILING FACE WITH OPEN MOUTH AND SMILING EYES}"} & set(said)
+    assert not any(line.startswith("error: forged") for line in said.splitlines())
+    assert "[red]x :smile:" in said
+
+
+def test_weights_are_not_written_under_a_name_that_cannot_be_read(tmp_path):
+    path = os.fsdecode(b"caf\xe9.safetensors")
+    done = run([*DVT, "remedy", "noise", "--out", path, *EXTRACT, "--noise-images", "2"], tmp_path)
+    assert done.returncode == 2 and b"UTF-8" in done.stderr and not list(tmp_path.iterdir())
