@@ -4,6 +4,9 @@ from . import pictures as pictures
 from .doctor import Diagnosis as Diagnosis
 from .doctor import DoctorConfig as DoctorConfig
 from .doctor import diagnose as diagnose
+from .gallery import ShownImage as ShownImage
+from .gallery import pca as pca
+from .gallery import save_gallery as save_gallery
 from .measure import AnalyzeConfig as AnalyzeConfig
 from .measure import analyze as analyze
 from .metrics import BlankResponse as BlankResponse

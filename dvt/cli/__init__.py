@@ -23,6 +23,7 @@ from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
 from dvt.cli.priors import PriorCommand, prior
 from dvt.cli.remedies import FindRemedy, remedy
+from dvt.cli.show import Show, show
 from dvt.errors import ConfigError, DvtError
 from dvt.text import visible, visible_lines
 
@@ -39,6 +40,7 @@ COMMANDS: dict[str, tuple[type, CommandFunction]] = {
     "remedy": (FindRemedy, remedy),
     "distill": (Distill, distill),
     "export": (Export, export),
+    "show": (Show, show),
     "doctor": (Doctor, doctor),
     "analyze": (Analyze, analyze),
     "report": (ReportCommand, report),
