@@ -70,6 +70,27 @@ def grid_centres(grid: Size, device=None) -> Tensor:
     return patch_centres(grid, (1, 1), device=device)
 
 
+def middle_square(grid: Size) -> tuple[int, int, int]:
+    """Find the largest square of cells in the middle of a grid: (top, left, side) in cells.
+
+    >>> middle_square((2, 5))
+    (0, 1, 2)
+    """
+    side = min(grid)
+    return (grid[0] - side) // 2, (grid[1] - side) // 2, side
+
+
+def cells_to_pixels(square: tuple[int, int, int], grid: Size, image_size: Size) -> tuple[int, int, int, int]:
+    """Find the pixels (top, left, bottom, right), ends excluded, under a square of cells of a grid that tiles an image.
+
+    >>> cells_to_pixels((0, 1, 2), (2, 5), (20, 50))
+    (0, 10, 20, 30)
+    """
+    top, left, side = square
+    down, across = image_size[0] / grid[0], image_size[1] / grid[1]
+    return round(top * down), round(left * across), round((top + side) * down), round((left + side) * across)
+
+
 def node_coords(resolution: Size, device=None) -> Tensor:
     """Compute the coordinates (rows, columns, 2) of a bilinear grid's nodes; its corners are the image's corners."""
     rows, columns = (torch.linspace(0, 1, n, dtype=torch.float64, device=device) for n in resolution)

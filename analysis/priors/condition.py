@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ class PseudoText(nn.Module):
         for layer in (self.mean, self.log_scale):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.log_scale.bias, torch.tensor(xi / feature_dim**0.5).log().item())
+        nn.init.constant_(self.log_scale.bias, math.log(xi / feature_dim**0.5))
 
     def forward(self, features: Tensor, generator: torch.Generator) -> Tensor:
         """Draw pseudo-text (..., C), unit vectors, for features (..., C)."""

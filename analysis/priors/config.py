@@ -26,6 +26,12 @@ class PriorConfig:
         heads: attention heads.
         drop: share of conditions replaced by a learned null in training, for guidance.
         levels: noise levels for each token and step of a token head.
+        codes: of a token head: 0 for continuous tokens, else the number of entries of a codebook that tokens are
+            rounded to, predicted by cross-entropy.
+        centred: whether the embedder of conditions learns what it takes off each place of the grid before it
+            normalises a token.
+        pseudo: "fixed" or "trained" noise turns image features into pseudo-text features in training (LAFITE); None
+            for none.
 
     Raises:
         ConfigError: a setting is outside its range.
@@ -42,6 +48,9 @@ class PriorConfig:
     heads: int = 4
     drop: float = 0.1
     levels: int = 4
+    codes: int = 0
+    centred: bool = False
+    pseudo: Literal["fixed", "trained"] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -50,6 +59,12 @@ class PriorConfig:
             raise ConfigError(
                 f"head must be 'image' or 'token' and order 'random' or 'raster', got {self.head!r}, {self.order!r}"
             )
+        if self.codes < 0 or self.codes == 1 or (self.codes and self.head != "token"):
+            raise ConfigError(f"codes must be 0, or at least 2 with the head 'token', got {self.codes}, {self.head!r}")
+        if self.pseudo not in (None, "fixed", "trained") or (self.pseudo and self.condition_dim is None):
+            raise ConfigError(f"pseudo must be None, or 'fixed' or 'trained' with a condition, got {self.pseudo!r}")
+        if self.centred and self.condition_grid is None:
+            raise ConfigError("centring needs condition tokens on a grid, such as patches")
         for name in ("token_dim", "width", "depth", "heads", "levels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

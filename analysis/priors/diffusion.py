@@ -77,17 +77,23 @@ def draw_sigmas(count: int, generator: torch.Generator, mean: float = -1.2, std:
     return (mean + std * torch.randn(count, generator=generator, device=generator.device)).exp()
 
 
-def guided(x0_model: X0Model, scale: float, null: Any) -> X0Model:
+def guided(x0_model: X0Model, scale: float | Callable[[float], float], null: Any) -> X0Model:
     """Guide without a classifier: x0(null) + scale [x0(condition) - x0(null)]; each call runs the model twice.
 
     At scale 1 the model itself is returned. Source: Ho and Salimans, 2022, equation 6, where w = scale - 1.
+
+    Args:
+        x0_model: the model.
+        scale: one number, or a function of the noise level.
+        null: the condition that stands for none.
     """
     if scale == 1:
         return x0_model
 
     def model(x: Tensor, sigma: Tensor, condition: Any) -> Tensor:
         without = x0_model(x, sigma, null)
-        return without + scale * (x0_model(x, sigma, condition) - without)
+        here = scale(float(sigma[0])) if callable(scale) else scale
+        return without + here * (x0_model(x, sigma, condition) - without)
 
     return model
 

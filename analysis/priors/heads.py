@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dvt.analysis.priors.condition import Codebook
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.diffusion import (
     Preconditioned,
@@ -21,7 +23,7 @@ from dvt.analysis.priors.diffusion import (
     guided,
 )
 from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
-from dvt.analysis.priors.trunk import Trunk, fourier
+from dvt.analysis.priors.trunk import Memory, Trunk, fourier
 
 _CENTRE = math.log(2) - 1.2  # EDM's ln(sigma) = -1.2 is for data of standard deviation 1/2; ours is 1
 _BLOCKS_OF_HEAD = 3
@@ -48,6 +50,9 @@ class SampleRequest:
         sigmas: its noise levels.
         scale: of the guidance; 1 for none.
         steps: how often a token head in random order asks its trunk.
+        temperature: the starting noise is scaled by it, and logits of codes are divided by it.
+        rising: whether the guidance rises evenly from 1 to its scale: along the logarithm of the noise level, or, with
+            a token head, along the share of tokens that are known (MAR).
     """
 
     count: int
@@ -58,11 +63,25 @@ class SampleRequest:
     sigmas: Tensor
     scale: float
     steps: int
+    temperature: float = 1.0
+    rising: bool = False
 
     def denoise(self, model: X0Model, shape: tuple[int, ...], condition: Tensor | None) -> Sampled:
         """Draw noise of a shape at the first level and denoise it with a model."""
-        start = float(self.sigmas[0]) * _normal(shape, self.generator)
+        start = float(self.sigmas[0]) * self.temperature * _normal(shape, self.generator)
         return self.sampler(model, start, self.sigmas, condition, self.generator)
+
+    def scale_at(self, done: float) -> float:
+        """Tell the guidance where a share of the work is done."""
+        return 1 + (self.scale - 1) * done if self.rising else self.scale
+
+    def scale_of_noise(self) -> float | Callable[[float], float]:
+        """Tell the guidance by noise level: 1 at the first, the whole scale at the last but zero."""
+        if not self.rising or self.scale == 1:
+            return self.scale
+        levels = self.sigmas[self.sigmas > 0].double().log()
+        high, low = float(levels[0]), float(levels[-1])
+        return lambda sigma: self.scale_at(min(max((high - math.log(sigma)) / max(high - low, 1e-9), 0.0), 1.0))
 
 
 class ImageHead(nn.Module):
@@ -92,7 +111,7 @@ class ImageHead(nn.Module):
 
     def sample(self, request: SampleRequest) -> Sampled:
         """Draw all tokens of each map together: (B, h, w, D), and the number of calls of this network."""
-        model = guided(Preconditioned(self), request.scale, request.null)
+        model = guided(Preconditioned(self), request.scale_of_noise(), request.null)
         return request.denoise(model, (request.count, *self.shape), request.context)
 
 
@@ -131,15 +150,29 @@ class DenoisingMLP(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Read the known tokens with the trunk, which answers z; a small MLP denoises each token given its z."""
+    """Read the known tokens with the trunk, which answers z; each token is drawn by itself given its z.
+
+    Continuous tokens are denoised by a small MLP (MAR); of a codebook, logits of z choose the entry (Fluid's discrete
+    tokens). Outside, both are maps of tokens.
+
+    Attributes:
+        centres: (K, D) the codebook, in the scale of the maps; set it before training.
+    """
+
+    centres: Tensor
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.shape, self.raster, self.levels = (*config.grid, config.token_dim), config.order == "raster", config.levels
+        self.codes = config.codes
         self.enter = nn.Linear(config.token_dim, config.width)
         self.hole = nn.Parameter(torch.empty(config.width))
         self.trunk = Trunk(config)
-        self.mlp = DenoisingMLP(config.token_dim, config.width)
+        if self.codes:
+            self.register_buffer("centres", torch.zeros(config.codes, config.token_dim))
+            self.leave = nn.Linear(config.width, config.codes)
+        else:
+            self.mlp = DenoisingMLP(config.token_dim, config.width)
 
     def z(self, tokens: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
         """Compute the trunk's answers (B, L, W).
@@ -156,10 +189,25 @@ class TokenHead(nn.Module):
             x = torch.where(hidden[..., None], self.hole.to(x), x)
         return self.trunk(x, x.new_zeros(len(x), x.shape[-1]), context)
 
+    def logits(self, z: Tensor) -> Tensor:
+        """Compute the logits (..., K) of the codebook's entries."""
+        return self.leave(z)
+
+    def ids(self, tokens: Tensor) -> Tensor:
+        """Find the codebook's nearest entry (...) to each of (..., D) tokens."""
+        return Codebook(self.centres).encode(tokens)
+
     def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
-        """Average the loss over dimensions, noise levels and hidden tokens of all images (in raster order, all)."""
+        """Average the loss over dimensions, noise levels and hidden tokens of all images (in raster order, all).
+
+        Of codes it is the cross-entropy over log K, so that an untrained head scores 1 as well.
+        """
         tokens = clean.flatten(1, 2)
         hidden = self.draw_hidden(len(tokens), generator).to(tokens.device)
+        if self.codes:
+            ids = self.ids(tokens)
+            logits = self.logits(self.z(self.centres[ids], hidden, context)[hidden])
+            return functional.cross_entropy(logits, ids[hidden]) / math.log(self.codes)
         z, target = (x[hidden].repeat(self.levels, 1) for x in (self.z(tokens, hidden, context), tokens))
         sigma = draw_sigmas(len(target), generator, mean=_CENTRE)
         return denoising_loss(Preconditioned(self.mlp), target, sigma, _normal(target.shape, generator), z).mean()
@@ -179,23 +227,49 @@ class TokenHead(nn.Module):
         return torch.rand(count, length, generator=generator, device=generator.device).argsort(1)
 
     def sample(self, request: SampleRequest) -> Sampled:
-        """Draw some tokens at a time, given those before: (B, h, w, D), and the number of calls of the small MLP."""
+        """Draw some tokens at a time, given those before: (B, h, w, D), and the number of calls of the small MLP.
+
+        Of codes, the number of calls of the trunk. In raster order keys and values of the tokens before are kept.
+        """
         height, width, channels = self.shape
-        count, context = request.count, request.context
+        count, length = request.count, height * width
         orders = self._orders(count, request.generator)
-        tokens = torch.zeros(count, height * width, channels, device=request.generator.device)
+        tokens = torch.zeros(count, length, channels, device=request.generator.device)
         hidden = torch.ones_like(orders, dtype=torch.bool)
         filled, calls = 0, 0
-        for number in [1] * (height * width) if self.raster else unmasking(height * width, request.steps):
-            now = orders[:, filled : filled + number]
-            z = _picked(self.z(tokens, hidden, context), now).flatten(0, 1)
-            without = z if request.scale == 1 else _picked(self.z(tokens, hidden, request.null), now).flatten(0, 1)
-            model = guided(Preconditioned(self.mlp), request.scale, without)
-            fresh, more = request.denoise(model, (len(z), channels), z)
+        memories: tuple[Memory, Memory] = ({}, {})
+        for number in [1] * length if self.raster else unmasking(length, request.steps):
+            now, scale = orders[:, filled : filled + number], request.scale_at(filled / length)
+            z = self._asked(tokens, hidden, now, request.context, memories[0])
+            # Kept up to date at scale 1, too, where the guidance rises from there.
+            unguided = request.scale == 1
+            without = z if unguided else self._asked(tokens, hidden, now, request.null, memories[1])
+            fresh, more = self._drawn(z, without, scale, request)
             tokens.scatter_(1, _wide(now, channels), fresh.view(count, number, channels))
             hidden.scatter_(1, now, False)
             filled, calls = filled + number, calls + more
         return tokens.view(count, height, width, channels), calls
+
+    def _asked(self, tokens: Tensor, hidden: Tensor, now: Tensor, context: Tensor | None, memory: Memory) -> Tensor:
+        """Ask the trunk for the places `now` (B, n): z (B n, W)."""
+        if not self.raster:
+            return _picked(self.z(tokens, hidden, context), now).flatten(0, 1)
+        place = int(now[0, 0])
+        before = tokens[:, place - 1 : place]
+        x = self.enter(before) if place else self.hole.to(tokens).expand(len(tokens), 1, -1)
+        return self.trunk(x, x.new_zeros(len(x), x.shape[-1]), context, memory, place)[:, 0]
+
+    def _drawn(self, z: Tensor, without: Tensor, scale: float, request: SampleRequest) -> Sampled:
+        """Draw one token (N, D) for each z (N, W), guided away from `without`."""
+        if not self.codes:
+            model = guided(Preconditioned(self.mlp), scale, without)
+            return request.denoise(model, (len(z), self.shape[2]), z)
+        logits = self.logits(z)
+        if scale != 1:
+            plain = self.logits(without)
+            logits = plain + scale * (logits - plain)
+        chances = (logits / request.temperature).softmax(-1)
+        return self.centres[torch.multinomial(chances, 1, generator=request.generator)[:, 0]], 1
 
 
 def _wide(index: Tensor, channels: int) -> Tensor:

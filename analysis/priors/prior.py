@@ -15,17 +15,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dvt.analysis.priors.condition import drop
+from dvt.analysis.priors.condition import PseudoText, drop, pseudo_text
 from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
 from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
 from dvt.analysis.priors.trunk import ConditionEmbedder
 from dvt.backbones.weights import State, check_state, load_state, save_state
 from dvt.errors import ConfigError, WeightsError
+from dvt.grids import Size
 from dvt.schema import typed
 
 PRIOR_SCHEMA = "dvt-prior/1"
 _KEY = "dvt"
+_LAFITE = 0.5  # temperature and weight of its contrastive loss
+MOST_GUIDANCE = 100.0
 
 
 def sampling_sigmas(steps: int = 18) -> Tensor:
@@ -59,6 +63,9 @@ class Prior(nn.Module):
         self.head = _planned_head(config).to_empty(device="cpu")
         _reset(self.head, generator)
         self.embed = _embedder(config, generator)
+        self.pseudo = PseudoText(config.condition_dim) if config.condition_dim and config.pseudo == "trained" else None
+        if self.pseudo is not None:
+            _reset(self.pseudo.hidden, generator)
 
     def loss(self, clean: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
         """Compute the training loss, a mean over dimensions that starts near 1.
@@ -68,10 +75,17 @@ class Prior(nn.Module):
             condition: (B, M, C); None only where the prior has no condition.
             generator: draws noise, masks and dropped conditions; on the device of the prior.
         """
+        added: Tensor | float = 0.0
+        if self.config.pseudo is not None and condition is not None:
+            feature = condition[:, 0].float()
+            text = pseudo_text(feature, generator) if self.pseudo is None else self.pseudo(feature, generator)
+            if self.pseudo is not None and self.training and len(text) > 1:
+                added = _LAFITE * contrast(text, feature, temperature=_LAFITE)  # or the noise would be learnt away
+            condition = text[:, None]
         context = self.context(condition)
         if self.embed is not None and context is not None and self.training:
             context = drop(context, self.embed.null.to(context), self.config.drop, generator)
-        return self.head.loss(clean, context, generator)
+        return self.head.loss(clean, context, generator) + added
 
     def context(self, condition: Tensor | None) -> Tensor | None:
         """Embed condition tokens: (B, M, W)."""
@@ -92,6 +106,8 @@ class Prior(nn.Module):
         sigmas: Tensor | None = None,
         guidance: float = 1.0,
         steps: int = 16,
+        temperature: float = 1.0,
+        rising: bool = False,
     ) -> Sampled:
         """Draw new maps of target tokens.
 
@@ -103,6 +119,8 @@ class Prior(nn.Module):
             sigmas: its noise levels; None for 18 steps of :func:`sampling_sigmas`.
             guidance: 1 for none; larger values follow the condition more closely and vary less.
             steps: how often a token head in random order asks its trunk; in raster order that is once a token.
+            temperature: positive; below 1 samples vary less: the starting noise is scaled by it, logits are divided.
+            rising: whether the guidance rises from 1 to its scale on the way.
 
         Returns:
             (B, h, w, D), and the number of calls of the denoising network.
@@ -113,19 +131,30 @@ class Prior(nn.Module):
             null, count = self.embed.null.expand_as(context), len(context)
         if count is None or count < 1 or steps < 1:
             raise ConfigError(f"sampling needs a condition or a count, and a step, got count {count}, steps {steps}")
+        if not 0 <= guidance <= MOST_GUIDANCE:
+            raise ConfigError(f"guidance must lie in 0 ... {MOST_GUIDANCE:g}; 1 is none, got {guidance}")
+        if not 0 < temperature <= 10:
+            raise ConfigError(f"temperature must lie above 0 and be at most 10, got {temperature}")
         if guidance != 1 and context is None:
             raise ConfigError("guidance needs a prior with a condition; leave it at 1")
         sigmas = sampling_sigmas() if sigmas is None else sigmas
-        return self.head.sample(SampleRequest(count, context, null, generator, sampler, sigmas, guidance, steps))
+        request = SampleRequest(count, context, null, generator, sampler, sigmas, guidance, steps, temperature, rising)
+        return self.head.sample(request)
 
-    def swap_condition(self, dim: int, generator: torch.Generator) -> None:
+    def swap_condition(self, dim: int, generator: torch.Generator, grid: Size | None = None) -> None:
         """Replace the embedder for conditions (B, M, dim), such as one-hot labels or texts; all else stays as trained.
+
+        Args:
+            dim: channels of a condition token.
+            generator: of the embedder's initial weights, on the CPU.
+            grid: (h, w) where the conditions lie on a grid.
 
         Source:
             Lumos, 2024: the second stage, fine-tuned on a tenth of the pairs.
         """
         device = next(self.parameters()).device
-        self.config = replace(self.config, condition_dim=dim, condition_grid=None)
+        self.config = replace(self.config, condition_dim=dim, condition_grid=grid, centred=False, pseudo=None)
+        self.pseudo = None
         fresh = _embedder(self.config, generator)
         assert fresh is not None  # dim is a number
         self.embed = fresh.to(device)
@@ -170,6 +199,9 @@ def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorCon
         planned = nn.ModuleDict({"head": _planned_head(config)})
         if (embedder := _planned_embedder(config)) is not None:
             planned["embed"] = embedder
+        if config.condition_dim is not None and config.pseudo == "trained":
+            with torch.device("meta"):
+                planned["pseudo"] = PseudoText(config.condition_dim)
         check_state(planned, state, source)
     except WeightsError:
         raise
@@ -188,7 +220,7 @@ def _planned_embedder(config: PriorConfig) -> ConditionEmbedder | None:
     if config.condition_dim is None:
         return None
     with torch.device("meta"):
-        return ConditionEmbedder(config.condition_dim, config.width, config.condition_grid)
+        return ConditionEmbedder(config.condition_dim, config.width, config.condition_grid, config.centred)
 
 
 def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbedder | None:
@@ -205,7 +237,9 @@ def _reset(module: nn.Module, generator: torch.Generator) -> None:
     for name, value in module.named_parameters():
         if name.endswith(("hole", "null")):
             nn.init.normal_(value, std=0.02, generator=generator)
-        elif value.ndim == 1 or "modulation" in name or "leave" in name:
+        elif value.ndim == 1 or "modulation" in name or "leave" in name or name.endswith("centre"):
             nn.init.zeros_(value)
         else:
             nn.init.xavier_uniform_(value, generator=generator)
+    for value in module.buffers():
+        value.zero_()  # a codebook that is not set yet

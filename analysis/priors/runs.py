@@ -3,7 +3,8 @@
 A run's folder holds
 
     prior.safetensors      weights, config, and where it comes from
-    held_out.safetensors   a few held-out images: conditions, small pictures, targets; and features of all images
+    tokens/                tokens and pictures of all images (of a store only the pictures), looked at once
+    held_out.safetensors   held-out images: conditions, small pictures, targets; of features a decoder to pixels
     samples/step-*.png     samples beside the images that they were conditioned on, one file a checkpoint
     log.csv, step-*/       as :mod:`dvt.training` writes them
 """
@@ -15,69 +16,100 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional
 
+from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
-from dvt.analysis.priors.sampling import (
-    PriorRun,
-    evaluate_prior,
-    keep,
-    open_run,
-    sample_prior,
-    summaries,
-)
+from dvt.analysis.priors.reading import Wanted, kept_store, kept_tokens
+from dvt.analysis.priors.run_folder import PriorRun, keep_run, open_run
+from dvt.analysis.priors.sampling import Sampling, sample_prior, write_samples
+from dvt.analysis.priors.stored import store_identity
 from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import (
     BATCH,
+    Chosen,
     Clean,
+    Computed,
+    Rows,
     TokenSet,
-    read_tokens,
     split,
     token_identity,
 )
 from dvt.analysis.priors.training import PriorTraining, fit_prior
-from dvt.backbones import Backbone
-from dvt.errors import NonFiniteError
-from dvt.images import find_images, readable, size_and_sha256
+from dvt.backbones import Backbone, weights_sha256
+from dvt.errors import ConfigError, NonFiniteError
+from dvt.images import find_images
 from dvt.progress import Progress, silent
 from dvt.training import Trained
 
-__all__ = ["PriorRun", "PriorTraining", "evaluate_prior", "fit_prior", "open_run", "sample_prior", "train_prior"]
+__all__ = [
+    "PriorRun",
+    "PriorTraining",
+    "Sampling",
+    "StoreTerm",
+    "fit_prior",
+    "open_run",
+    "sample_prior",
+    "train_prior",
+    "write_samples",
+]
 
 log = logging.getLogger(__name__)
 
 # The entries of a prior's card that a run's folder must agree with to be continued.
-_IDENTITY = ("backbone", "weights_sha256", "layer", "denoised", "condition", "target", "data")
+_IDENTITY = (
+    *("backbone", "weights_sha256", "layer", "stride", "size", "denoiser"),
+    *("condition", "target", "data", "start"),
+)
+
+
+@dataclass(frozen=True)
+class StoreTerm:
+    """Name the tokens of a feature store.
+
+    Args:
+        path: of the store.
+        term: of its terms.
+    """
+
+    path: str | Path
+    term: str = "raw"
 
 
 def train_prior(
-    images: str | Path | Sequence[str | Path],
-    backbone: Backbone,
+    images: str | Path | Sequence[str | Path] | StoreTerm,
+    backbone: Backbone | None,
     out: str | Path,
     config: PriorTraining | None = None,
     denoiser: Clean | None = None,
     progress: Progress | None = None,
     device: str | torch.device | None = None,
+    start: str | Path | None = None,
 ) -> dict[str, Any]:
     """Train a prior on images and the tokens that a backbone makes of them, or continue a run.
 
-    Images are cut to their middle square. The tokens of all images stay in memory, two bytes a value. Started by
+    Images are cut to their middle square; those that cannot be read are left out. Each goes through the backbone once:
+    its tokens stay in the run's folder, two bytes a value, and are read from there batch by batch. Started by
     ``accelerate launch`` or ``torchrun`` it uses all of their processes.
 
     Args:
-        images: files, folders, globs or lists, as :func:`dvt.images.find_images` takes them.
-        backbone: whose tokens are the condition.
+        images: files, folders, globs or lists, as :func:`dvt.images.find_images` takes them, or a store's tokens.
+        backbone: whose tokens are the condition; None with a store.
         out: the run's folder.
-        config: the training's settings.
-        denoiser: makes Tokens of Tokens; None for raw ones.
-        progress: called with (what, done, total), what being "look", "features" or "train".
+        config: how.
+        denoiser: makes Tokens of Tokens; None for raw ones. An attribute `identity` says what it is.
+        progress: called with (what, done, total), what being "look" or "train".
         device: where to train; None for a GPU if there is one.
+        start: folder of another run, whose weights this one starts from: to train a finished run further, or, where
+            the condition is another, as the second stage of Lumos.
 
     Returns:
         A report ready for JSON: counts, "loss" at the end, "held_out_loss", seconds, paths.
@@ -87,33 +119,29 @@ def train_prior(
         NonFiniteError: tokens or the loss are not finite; the latter names the last checkpoint.
     """
     config, out, started = config or PriorTraining(), Path(out), time.perf_counter()
-    progress = progress or silent
-    paths, sha256s = _hashed(find_images([images] if isinstance(images, (str, Path)) else images))
-    chosen, held = split(sha256s, config.held_out, config.loop.seed)
-    wants = config.target == "features"
-    tokens = read_tokens(paths, backbone, config.condition, wants, config.side, denoiser, progress)
+    tokens, identity = _tokens(images, backbone, out / "tokens", config, denoiser, progress or silent)
+    chosen, held = _sides(tokens, config)
     target, maps = _standardised(config, tokens, chosen)
-    prior = _untrained(config, maps, tokens, backbone)
-    prior.card = {
-        **token_identity(backbone, denoiser),
-        "condition": config.condition,
-        "target": asdict(target),
-        "training": config.to_json(),
-        "data": {"images": len(paths), "held_out": len(held), "sha256": _digest(sha256s, chosen, held)},
-    }
+    conditions, labels = _conditions(config, tokens)
+    prior = _initial(config, maps, conditions, tokens, start)
+    data = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
+    prior.card = {**identity, "condition": config.condition, "target": asdict(target), "training": config.to_json()}
+    prior.card |= {"data": data, "labels": labels, "start": None if start is None else weights_sha256(prior)}
     prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
 
     def on_checkpoint(path: Path) -> None:
         # Not before: a run of other settings is refused by then, and its folder must stay as it is.
-        if not (kept := out / "held_out.safetensors").exists():
-            real = summaries(tokens, backbone, denoiser, progress)
-            keep(kept, tokens[held], maps[held], real[chosen], real[held], [paths[i] for i in held])
+        if not (out / "held_out.safetensors").exists():
+            decoder = _decoder(maps, tokens.pictures, chosen) if config.target == "features" else None
+            names = [tokens.names[i] for i in held]
+            keep_run(out, prior, (Chosen(maps, held), given[1]), tokens.pictures[held], names, decoder)
         _show_progress(prior, path, config.loop.ema > 0, out)
 
     done = fit_prior(
         prior,
-        (maps[chosen], tokens[chosen].conditions),
-        (maps[held], tokens[held].conditions),
+        (Chosen(maps, chosen), given[0]),
+        (Chosen(maps, held), given[1]),
         config.loop,
         out,
         on_checkpoint=on_checkpoint,
@@ -121,16 +149,55 @@ def train_prior(
         settings={**{name: prior.card[name] for name in _IDENTITY}, "prior": asdict(prior.config)},
     )
     report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started)
+    report["left_out"] = len(tokens.skipped)
     prior.card["metrics"] = {name: report[name] for name in ("steps", "loss", "held_out_loss")}
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first
         prior.save(out / "prior.safetensors")
     return report
 
 
-def _hashed(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
-    """Find the hashes of the images that can be read, and their paths."""
-    found = readable(paths, size_and_sha256)
-    return [paths[i] for i in found], [sha256 for _, sha256 in found.values()]
+def _decoder(maps: Rows, pictures: Rows, rows: list[int]) -> PixelDecoder:
+    return PixelDecoder.fit(Chosen(maps, rows), Chosen(pictures, rows))
+
+
+def _tokens(
+    images: Any, backbone: Backbone | None, folder: Path, config: PriorTraining, denoiser: Clean | None, say: Progress
+) -> tuple[TokenSet, dict[str, Any]]:
+    """Read the tokens of images or of a store, and what they come from."""
+    asked = None if config.condition == "label" else config.condition
+    wanted = Wanted(asked, config.target == "features", config.side, config.flips)
+    if isinstance(images, StoreTerm):
+        if denoiser is not None or backbone is not None:
+            raise ConfigError("a store's tokens are there already: give neither a backbone nor a denoiser with it")
+        seen = kept_store(folder, images.path, images.term, wanted, say)
+        return seen, store_identity(images.path, images.term)
+    if backbone is None:
+        raise ConfigError("images need a backbone; or give a feature store")
+    paths = find_images([images] if isinstance(images, (str, Path)) else images)
+    return kept_tokens(folder, paths, backbone, wanted, denoiser, say), token_identity(backbone, denoiser)
+
+
+def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int]]:
+    """Divide the rows into those to learn from, of which a share may be used, and those held out, never mirrored."""
+    chosen, held = split(tokens.sha256s, config.held_out, config.loop.seed)
+    plain = len(tokens) - tokens.mirrored
+    if config.pairs < 1:
+        draws = torch.Generator().manual_seed(config.loop.seed)
+        some = torch.randperm(len(chosen), generator=draws)[: max(2, round(config.pairs * len(chosen)))]
+        chosen = [chosen[i] for i in sorted(some.tolist())]
+    return chosen, [row for row in held if row < plain]
+
+
+def _conditions(config: PriorTraining, tokens: TokenSet) -> tuple[Rows | None, list[str] | None]:
+    """Make what the prior is told of each image, and the names of the classes where that is a label."""
+    if config.condition != "label":
+        return tokens.conditions, None
+    named = [Path(name).parent.name for name in tokens.names]
+    classes = sorted(set(named))
+    if len(classes) < 2:
+        raise ConfigError(f"labels are the names of the images' folders, and all images lie in {classes[0]!r}")
+    ids = torch.tensor([classes.index(name) for name in named])
+    return functional.one_hot(ids, len(classes)).half()[:, None], classes
 
 
 def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:
@@ -156,22 +223,53 @@ def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) 
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _untrained(config: PriorTraining, maps: Tensor, tokens: TokenSet, backbone: Backbone) -> Prior:
-    dim = None if tokens.conditions is None else tokens.conditions.shape[-1]
-    grid = backbone.grid(backbone.image_size) if config.condition in ("patch", "both") else None
-    about = config.prior((maps.shape[1], maps.shape[2]), maps.shape[3], dim, grid)
-    return Prior(about, torch.Generator().manual_seed(config.loop.seed))
+def _initial(
+    config: PriorTraining, maps: Rows, conditions: Rows | None, tokens: TokenSet, start: str | Path | None
+) -> Prior:
+    """Make an untrained prior, or that of another run, told of something else where the condition differs."""
+    dim = None if conditions is None else int(conditions.shape[-1])
+    grid = tokens.grid if config.condition in ("patch", "both") else None
+    about = config.prior((int(maps.shape[1]), int(maps.shape[2])), int(maps.shape[3]), dim, grid)
+    draws = torch.Generator().manual_seed(config.loop.seed)
+    if start is None:
+        return Prior(about, draws)
+    prior = Prior.load(Path(start) / "prior.safetensors").train()
+    own = ("condition_dim", "condition_grid", "drop", "levels", "centred", "pseudo")
+    differ = [name for name, value in asdict(about).items() if name not in own and asdict(prior.config)[name] != value]
+    if differ:
+        said = ", ".join(f"{name} {getattr(prior.config, name)} there, {getattr(about, name)} here" for name in differ)
+        raise ConfigError(f"{str(start)!r} holds a prior of another kind ({said}); give its settings")
+    there, here = prior.config, about
+    same = (there.condition_dim, there.condition_grid, there.centred, there.pseudo)
+    if (here.condition_dim, here.condition_grid, here.centred, here.pseudo) != same or (
+        prior.card.get("condition") != config.condition
+    ):
+        if dim is None:
+            raise ConfigError("a second stage needs a condition, such as label")
+        prior.swap_condition(dim, draws, grid)
+    return prior
 
 
-def _standardised(config: PriorTraining, tokens: TokenSet, chosen: list[int]) -> tuple[PriorTarget, Tensor]:
-    """Fit the target to the training images, and make (N, h, w, D) maps of all images."""
-    target, parts = PriorTarget(config.target, config.patch, config.vae), []
-    for start in range(0, len(tokens.pictures), BATCH):
-        some = tokens[list(range(start, min(start + BATCH, len(tokens.pictures))))]
-        parts.append(target.encode(some.pictures.float(), some.pictures if some.patches is None else some.patches))
-    raw = torch.cat(parts)
-    target = target.fitted(raw[chosen])
-    return target, target.standardise(raw)
+def _standardised(config: PriorTraining, tokens: TokenSet, chosen: list[int]) -> tuple[PriorTarget, Rows]:
+    """Fit the target to the training images, and give the standardised maps of all images as they are asked for."""
+    target = PriorTarget(config.target, config.patch, config.vae)
+    source = tokens.pictures if tokens.patches is None else tokens.patches
+    if config.target == "latents":  # a VAE takes long: once for all
+        batches = range(0, len(tokens), BATCH)
+        parts = [target.encode(x := source[list(range(i, min(i + BATCH, len(tokens))))].float(), x) for i in batches]
+        source = torch.cat(parts).half()
+
+    def encode(some: Tensor) -> Tensor:
+        return some.float() if config.target == "latents" else target.encode(some.float(), some)
+
+    learnt = (encode(source[chosen[i : i + BATCH]]) for i in range(0, len(chosen), BATCH))
+    target = target.fitted(learnt)
+    first = encode(source[[0]])
+    return target, Computed(source, partial(_standard, target, encode), (len(tokens), *first.shape[1:]))
+
+
+def _standard(target: PriorTarget, encode: Any, some: Tensor) -> Tensor:
+    return target.standardise(encode(some))
 
 
 def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) -> None:

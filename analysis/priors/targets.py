@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -78,16 +78,26 @@ class PriorTarget:
         pictures = unpatchify(raw, self.patch)
         return (self._pictures(pictures) if self.kind == "latents" else pictures).clamp(0, 1)
 
-    def fitted(self, raw: Tensor) -> PriorTarget:
-        """Return the target with the mean and standard deviation of (N, h, w, D) training tokens."""
-        if not bool(raw.isfinite().all()):
-            raise NonFiniteError("target tokens hold NaN or infinity; check the images, the VAE and the backbone")
-        rows = raw.double().flatten(0, 2) if self.kind == "features" else raw.double().flatten()[:, None]
-        if float(rows.std()) == 0:
+    def fitted(self, raw: Tensor | Iterable[Tensor]) -> PriorTarget:
+        """Return the target with the mean and standard deviation of training tokens.
+
+        Args:
+            raw: (N, h, w, D), or parts of that, one in memory at a time.
+        """
+        count, mean, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        for part in [raw] if isinstance(raw, Tensor) else raw:
+            if not bool(part.isfinite().all()):
+                raise NonFiniteError("target tokens hold NaN or infinity; check the images, the VAE and the backbone")
+            rows = part.double().flatten(0, 2) if self.kind == "features" else part.double().flatten()[:, None]
+            new, own = len(rows), rows.mean(0)
+            squares = squares + (rows - own).square().sum(0) + (own - mean).square() * count * new / (count + new)
+            mean, count = mean + (own - mean) * new / (count + new), count + new
+        variance = squares / max(count - 1, 1)
+        if float(variance.sum()) == 0:
             raise ConfigError("all images are the same: there is nothing to learn")
         # A channel that hardly varies must not have its noise blown up to unit size.
-        std = rows.std(0).clamp(min=1e-2 * float(rows.std(0).square().mean().sqrt()))
-        return replace(self, mean=tuple(rows.mean(0).tolist()), std=tuple(std.tolist()))
+        std = variance.sqrt().clamp(min=1e-2 * float(variance.mean().sqrt()))
+        return replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 
     def standardise(self, raw: Tensor) -> Tensor:
         """Scale tokens to mean 0 and standard deviation 1."""

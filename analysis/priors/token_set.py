@@ -1,25 +1,23 @@
-"""Compute the tokens of images that condition a prior, or that it is trained to generate."""
+"""Hold the tokens of images that condition a prior, or that it is trained to generate, and choose among the images."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone
-from dvt.errors import ConfigError, NonFiniteError
-from dvt.images import load_image
-from dvt.progress import Progress
+from dvt.errors import ConfigError
+from dvt.grids import Size
 from dvt.tokens import Tokens
 from dvt.training import hold_out
-from dvt.views import resize
 
-Condition = Literal["cls", "patch", "both"]
-CONDITIONS = ("cls", "patch", "both")
+Condition = Literal["cls", "mean", "patch", "both"]
+CONDITIONS = ("cls", "mean", "patch", "both")
 Clean = Callable[[Tokens], Tokens]
 
 BATCH = 32  # images at a time where nothing is trained
@@ -27,35 +25,107 @@ _FEWEST = 8  # images
 _MOST_HELD_OUT = 64
 
 
+class Rows(Protocol):
+    """Give some of N arrays of one shape: a tensor, or what reads them from a disk when they are asked for."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """The shape of all, N first."""
+
+    def __len__(self) -> int:
+        """The number N."""
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        """Read those with these numbers."""
+
+
 @dataclass(frozen=True)
 class TokenSet:
     """Hold the tokens and pictures of N square images.
 
     Args:
-        conditions: (N, M, C) float16 condition tokens; None for none.
-        patches: (N, h, w, C) float16 patch tokens, where they are the target; else None.
-        pictures: (N, 3, S, S) float16 in [0, 1].
+        conditions: N of (M, C) float16 condition tokens; None for none.
+        patches: N of (h, w, C) float16 patch tokens, where they are the target; else None.
+        pictures: N of (3, S, S) float16 in [0, 1].
+        names: the images' files.
+        sha256s: of each file; a mirrored copy has that of its image.
+        grid: (h, w) of the backbone's patches; None where it was not asked.
+        mirrored: how many of the last ones are mirrored copies of the first.
+        skipped: files that could not be read, with the reason.
     """
 
-    conditions: Tensor | None
-    patches: Tensor | None
-    pictures: Tensor
+    conditions: Rows | None
+    patches: Rows | None
+    pictures: Rows
+    names: tuple[str, ...] = ()
+    sha256s: tuple[str, ...] = ()
+    grid: Size | None = None
+    mirrored: int = 0
+    skipped: tuple[str, ...] = ()
 
-    def __getitem__(self, rows: list[int]) -> TokenSet:
-        conditions, patches = (each if each is None else each[rows] for each in (self.conditions, self.patches))
-        return TokenSet(conditions, patches, self.pictures[rows])
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Give some rows of others, in an order of their own.
+
+    >>> Chosen(torch.arange(5), [4, 2, 0])[[0, 1]].tolist()
+    [4, 2]
+    """
+
+    of: Rows
+    rows: Sequence[int]
+
+    @property
+    def shape(self) -> Sequence[int]:
+        return (len(self.rows), *self.of.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        wanted = range(len(self.rows))[rows] if isinstance(rows, slice) else rows
+        return self.of[[self.rows[row] for row in wanted]]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Give rows that are computed from others when they are asked for, all by one function of a batch.
+
+    >>> Computed(torch.arange(3.0), torch.square, (3,))[[2]].tolist()
+    [4.0]
+    """
+
+    of: Rows
+    function: Callable[[Tensor], Tensor]
+    shape: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.of)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return self.function(self.of[rows])
 
 
 def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
-    """Select condition tokens (B, M, C): the class token, the patches in raster order, or one before the others.
+    """Select condition tokens (B, M, C).
+
+    Args:
+        tokens: of a backbone.
+        kind: "cls" the class token, "mean" the mean patch, "patch" the patches in raster order, "both" the class token
+            before the patches.
 
     Raises:
         ConfigError: an unknown kind, or the backbone has no class token.
     """
     if kind not in CONDITIONS:
         raise ConfigError(f"there is no condition {kind!r}; it is one of {', '.join(CONDITIONS)}")
+    if kind == "mean":
+        return tokens.patches.mean((1, 2))[:, None]
     if kind != "patch" and not tokens.prefix.shape[1]:
-        raise ConfigError(f"this backbone has no class token for the condition {kind!r}; take 'patch'")
+        raise ConfigError(f"this backbone has no class token for the condition {kind!r}; take 'patch' or 'mean'")
     parts = [] if kind == "patch" else [tokens.prefix[:, :1]]
     if kind != "cls":
         parts.append(tokens.patches.flatten(1, 2))
@@ -67,56 +137,6 @@ def square(image: Tensor) -> Tensor:
     side = min(image.shape[1:])
     top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
     return image[:, top : top + side, left : left + side]
-
-
-@torch.no_grad()
-def read_tokens(
-    paths: Sequence[Path],
-    backbone: Backbone,
-    kind: Condition | None,
-    features: bool,
-    side: int,
-    denoiser: Clean | None,
-    progress: Progress,
-) -> TokenSet:
-    """Run the middle square of each image through the backbone; the tokens stay in memory.
-
-    Args:
-        paths: of the images.
-        backbone: sees them at its own size.
-        kind: of the condition.
-        features: whether the patch tokens are kept as a target, too.
-        side: pixels of the pictures kept.
-        denoiser: of the tokens.
-        progress: called with ("look", images done, images).
-
-    Raises:
-        NonFiniteError: a token is NaN or infinite.
-    """
-    conditions: list[Tensor] = []
-    patches: list[Tensor] = []
-    pictures: list[Tensor] = []
-    for start in range(0, len(paths), BATCH):
-        images = [square(load_image(path)) for path in paths[start : start + BATCH]]
-        tokens = backbone(torch.stack([resize(image, backbone.image_size) for image in images]).to(backbone.mean))
-        tokens = tokens if denoiser is None else denoiser(tokens)
-        if not bool(tokens.patches.isfinite().all() and tokens.prefix.isfinite().all()):
-            raise NonFiniteError(f"{backbone.name} gave tokens with NaN or infinity; check its weights and precision")
-        if kind is not None:
-            conditions.append(_half(read_conditions(tokens, kind)))
-        if features:
-            patches.append(_half(tokens.patches))
-        pictures.append(_half(torch.stack([resize(image, (side, side)) for image in images])))
-        progress("look", start + len(images), len(paths))
-    return TokenSet(_joined(conditions), _joined(patches), torch.cat(pictures))
-
-
-def _half(values: Tensor) -> Tensor:
-    return values.float().clamp(-65504, 65504).half().cpu()
-
-
-def _joined(parts: list[Tensor]) -> Tensor | None:
-    return torch.cat(parts) if parts else None
 
 
 def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -137,13 +157,18 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
 
 
 def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
-    """List what the tokens of a prior come from; of a denoiser, only that there was one."""
+    """List what the tokens of a prior come from, as plain JSON values.
+
+    A denoiser says what it is by an attribute `identity`, as :class:`dvt.tokens.TokenMap` has it; a function without
+    one is known by its name alone.
+    """
     spec = backbone.identity
+    named = f"{getattr(denoiser, '__module__', '')}.{getattr(denoiser, '__qualname__', type(denoiser).__qualname__)}"
     return {
         "backbone": spec.name,
         "weights_sha256": spec.weights_sha256,
         "layer": spec.layer,
         "stride": list(spec.stride),
         "size": list(spec.image_size),
-        "denoised": denoiser is not None,
+        "denoiser": None if denoiser is None else json.loads(json.dumps(getattr(denoiser, "identity", named))),
     }

@@ -27,6 +27,10 @@ def places(grid: Size, width: int, device: torch.device) -> Tensor:
     return fourier(grids.grid_centres(grid, device).flatten(0, 1), width)
 
 
+Memory = dict[nn.Module, tuple[Tensor, Tensor]]
+"""Keys and values (B, heads, n, W / heads) of the n tokens that each block has seen."""
+
+
 class Block(nn.Module):
     """Apply self-attention, cross-attention and an MLP, each shifted, scaled and gated by the time (adaLN-zero).
 
@@ -44,9 +48,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, 4 * width)
         self.modulation = nn.Linear(width, 9 * width)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None, mask: Tensor | None, memory: Memory | None = None
+    ) -> Tensor:
         ways = (
-            partial(self.attention, attn_mask=mask),
+            partial(self.attention, attn_mask=mask) if memory is None else partial(self._remember, memory),
             None if context is None else lambda x: self.cross(x, context, context, need_weights=False)[0],
             self.mlp,
         )
@@ -55,6 +61,18 @@ class Block(nn.Module):
             if way is not None:
                 x = x + gate * way(self.norm(x) * (1 + scale) + shift)
         return x
+
+    def _remember(self, memory: Memory, x: Tensor) -> Tensor:
+        """Let the one token (B, 1, W) that is new attend to those before it, and to itself."""
+        attention = self.attention
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        before = memory.get(self)
+        if before is not None:
+            key, value = torch.cat((before[0], key), dim=2), torch.cat((before[1], value), dim=2)
+        memory[self] = (key, value)
+        answer = functional.scaled_dot_product_attention(query, key, value)
+        return attention.proj(answer.transpose(1, 2).flatten(2))
 
 
 class Trunk(nn.Module):
@@ -70,15 +88,22 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, eps=1e-6, elementwise_affine=False)
 
-    def forward(self, x: Tensor, time: Tensor, context: Tensor | None) -> Tensor:
-        """Run all blocks; time is (B, W), context (B, M, W) or None."""
+    def forward(
+        self, x: Tensor, time: Tensor, context: Tensor | None, memory: Memory | None = None, start: int = 0
+    ) -> Tensor:
+        """Run all blocks; time is (B, W), context (B, M, W) or None.
+
+        Args:
+            memory: of the tokens before, where x is the one (B, 1, W) that follows them; None where x is all tokens.
+            start: the place of the first token of x.
+        """
         _, length, width = x.shape
-        x = x + places(self.grid, width, x.device).to(x)
+        x = x + places(self.grid, width, x.device).to(x)[start : start + length]
         mask = None
-        if self.causal:
+        if self.causal and memory is None:
             mask = x.new_full((length, length), -torch.inf).triu(1)
         for block in self.blocks:
-            x = block(x, time, context, mask)
+            x = block(x, time, context, mask, memory)
         return self.norm(x)
 
 
@@ -86,22 +111,28 @@ class ConditionEmbedder(nn.Module):
     """Embed condition tokens (B, M, C), L2-normalised, by an MLP of two layers as (B, M, W).
 
     Source:
-        Lumos, 2024, section 3; the length after normalising is sqrt(C), so that channels have unit size.
+        Lumos, 2024, section 3; the length after normalising is sqrt(C), so that channels have unit size. The learned
+        centring is ours.
     """
 
-    def __init__(self, dim: int, width: int, grid: Size | None) -> None:
+    def __init__(self, dim: int, width: int, grid: Size | None, centred: bool = False) -> None:
         super().__init__()
         self.dim, self.grid = dim, grid
+        self.centre = nn.Parameter(torch.empty(grid[0] * grid[1], dim)) if centred and grid else None
         self.mlp = Mlp(dim, width, width)
         self.null = nn.Parameter(torch.empty(1, 1, width))
 
     def forward(self, condition: Tensor) -> Tensor:
         if condition.ndim != 3 or condition.shape[-1] != self.dim:
             raise ShapeError(f"conditions must be (B, M, {self.dim}), got {tuple(condition.shape)}")
-        x = self.mlp(functional.normalize(condition.float(), dim=-1) * self.dim**0.5)
+        cells = 0 if self.grid is None else self.grid[0] * self.grid[1]
+        if cells > condition.shape[1]:
+            raise ShapeError(f"there are {condition.shape[1]} condition tokens, fewer than the grid {self.grid} has")
+        condition = condition.float()
+        if self.centre is not None:
+            condition = condition - functional.pad(self.centre, (0, 0, condition.shape[1] - cells, 0))
+        x = self.mlp(functional.normalize(condition, dim=-1) * self.dim**0.5)
         if self.grid is None:
             return x
         where = places(self.grid, x.shape[-1], x.device).to(x)
-        if len(where) > x.shape[1]:
-            raise ShapeError(f"there are {x.shape[1]} condition tokens, fewer than the grid {self.grid} has")
         return x + functional.pad(where, (0, 0, x.shape[1] - len(where), 0))

@@ -1,7 +1,8 @@
-"""Run `dvt prior train|sample|evaluate`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate|compare`: what can be generated from the tokens shows what they hold."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,9 +11,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dvt.analysis.priors.runs import PriorTraining
-from dvt.cli.common import DenoiserOptions, plain, progress_bar, quiet_unless_first, resolved, shown
+from dvt.analysis.priors.runs import PriorTraining, Sampling
+from dvt.cli.common import DenoiserOptions, Options, progress_bar, quiet_unless_first, resolved, shown
+from dvt.cli.prior_compare import PriorCompare, compare
 from dvt.devices import find_device
+from dvt.errors import ConfigError
 from dvt.images import find_images
 
 
@@ -24,10 +27,16 @@ class PriorTrain(DenoiserOptions):
     GPUs.
     """
 
-    images: tyro.conf.Positional[tuple[str, ...]]
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
-    out: Path
+    out: Path = Path("run")
     """The run's folder."""
+    store: Path | None = None
+    """A feature store whose tokens are taken, instead of images and a backbone."""
+    term: str = "raw"
+    """Which of the store's terms: raw, semantic, artifact, residual or denoised."""
+    start: Path | None = None
+    """Folder of another run whose weights this one starts from: to train it further, or told of something else."""
     # No prefixes: the settings of the training loop inside it are --steps, --batch-size and so on.
     prior: Annotated[PriorTraining, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
         default_factory=PriorTraining
@@ -36,51 +45,52 @@ class PriorTrain(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class PriorSample:
-    """Draw samples beside the held-out images that they are conditioned on; the run's folder is all it needs."""
+class PriorSample(DenoiserOptions):
+    """Draw samples: a sheet beside the held-out images, or files for what you say."""
 
     run: tyro.conf.Positional[Path]
     """A folder of `dvt prior train`."""
     out: Path | None = None
-    """The .png file to write; samples.png in the run's folder if not given."""
+    """A .png file for a sheet, samples.png in the run's folder if not given; or a folder, for files and arrays."""
+    condition: tuple[Path, ...] = ()
+    """Images whose tokens condition the samples; give the backbone and the denoiser of the training."""
+    label: tuple[str, ...] = ()
+    """Names of classes, of a prior that was trained with labels."""
     images: int = 8
-    """Rows at most, one a held-out image."""
-    samples: int = 4
-    """Samples of each."""
-    steps: int = 18
-    """Noise levels of the sampler."""
-    guidance: float = 1.0
-    """Classifier-free guidance; 1 for none."""
-    seed: int = 0
-    """Seed of the samples."""
-    device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
+    """Rows of a sheet at most, one a held-out image."""
+    count: int = 4
+    """Samples of each condition."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+    """How samples are drawn."""
 
 
 @dataclass(frozen=True)
-class PriorEvaluate(DenoiserOptions):
-    """Measure a prior on its held-out images: round trip, Frechet distance, memorisation, each beside its null."""
+class PriorEvaluate(Options):
+    """Measure priors on their held-out images by one yardstick: round trip, distances, memorisation, beside nulls."""
 
-    run: tyro.conf.Positional[Path]
-    """A folder of `dvt prior train`; give the backbone and the denoiser of the training."""
-    steps: int = 18
-    """Noise levels of the sampler."""
-    guidance: float = 1.0
-    """Classifier-free guidance; 1 for none."""
-    seed: int = 0
-    """Seed of the samples."""
+    run: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of `dvt prior train`, of the same images."""
+    yardstick: str | None = None
+    """A timm model that looks, beside pixels and random filters; best one that no run was told of."""
+    yardstick_weights: str | None = None
+    """Its weights, a file; "demo" means the small ViT that comes with dvt."""
+    yardstick_size: int | None = None
+    """Shorter side of its input in pixels."""
+    count: int = 2000
+    """Samples of each run at least."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+    """How samples are drawn."""
 
 
 @dataclass(frozen=True)
 class PriorCommand:
-    """Train, sample or evaluate a generative prior on tokens."""
+    """Train, sample, evaluate or compare generative priors on tokens."""
 
     action: Annotated[
         Annotated[PriorTrain, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[PriorSample, tyro.conf.subcommand("sample", prefix_name=False)]
-        | Annotated[PriorEvaluate, tyro.conf.subcommand("evaluate", prefix_name=False)],
+        | Annotated[PriorEvaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+        | Annotated[PriorCompare, tyro.conf.subcommand("compare", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 
@@ -94,71 +104,119 @@ def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)
+    if isinstance(action, PriorCompare):
+        return compare(action, console)
     return _sample(action, console) if isinstance(action, PriorSample) else _evaluate(action, console)
 
 
 def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
-    from dvt.analysis.priors.runs import train_prior
+    from dvt.analysis.priors.runs import StoreTerm, train_prior
 
-    paths = find_images(command.images)
+    if bool(command.images) == (command.store is not None):
+        raise ConfigError("give either images or --store, a feature store's folder")
+    paths = find_images(command.images) if command.images else []
     settings = resolved(command, command="prior train", images=paths)
-    console = quiet_unless_first(console)
-    backbone = command.load()
-    denoiser, device = command.token_function(backbone), find_device(command.device)
+    console, device = quiet_unless_first(console), find_device(command.device)
+    backbone = command.load() if paths else None
+    if backbone is None and command.denoiser is not None:
+        raise ConfigError("a store's tokens are denoised already or not: take --term denoised instead of --denoiser")
+    denoiser = None if backbone is None else token_map(command, backbone)
+    source = paths if command.store is None else StoreTerm(command.store, command.term)
     with progress_bar(console) as progress:
-        report = train_prior(paths, backbone, command.out, command.prior, denoiser, progress, device)
+        report = train_prior(source, backbone, command.out, command.prior, denoiser, progress, device, command.start)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
+    left = f", {report['left_out']} left out" if report["left_out"] else ""
     losses = f"loss {report['loss']:.4f}, held out {report['held_out_loss']:.4f} (1 is an untrained prior)"
-    console.print(f"{counts}; {losses}; {report['seconds']:.0f} s")
+    console.print(f"{counts}{left}; {losses}; {report['seconds']:.0f} s")
     run = shown(str(command.out))
     console.print(f"run: {run}; samples: {shown(report['samples'])}; more by `dvt prior sample {run}`")
     return 0, {**report, "settings": settings}
 
 
+def token_map(command: DenoiserOptions, backbone: Any) -> Any:
+    """Load the denoiser as a function of Tokens that says what it is; None for none."""
+    clean = command.token_function(backbone)
+    if clean is None:
+        return None
+    named = functools.partial(clean)
+    denoiser = command.load_denoiser(backbone)
+    named.identity = denoiser.identity  # type: ignore[attr-defined, union-attr]
+    return named
+
+
 def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]:
-    from dvt.analysis.priors.runs import sample_prior
+    from dvt.analysis.priors.runs import sample_prior, write_samples
 
-    report = sample_prior(
-        command.run,
-        command.out,
-        command.images,
-        command.samples,
-        command.steps,
-        command.guidance,
-        command.seed,
-        device=find_device(command.device),
-    )
-    console.print(f"{shown(str(report['out']))}: {report['samples']} samples of {report['images']} images")
-    return 0, {**report, "out": str(report["out"]), "settings": plain(command, command="prior sample")}
-
-
-def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
-    from dvt.analysis.priors.runs import evaluate_prior
-
-    settings = resolved(command, command="prior evaluate")
-    backbone = command.load()
-    report = evaluate_prior(
-        command.run,
-        backbone,
-        command.token_function(backbone),
-        command.steps,
-        command.guidance,
-        command.seed,
-        find_device(command.device),
-    )
-    _print_evaluation(console, report)
+    settings, device = resolved(command, command="prior sample"), find_device(command.device)
+    sheet = command.out is None or command.out.suffix
+    if sheet and not command.condition and not command.label:
+        report = sample_prior(command.run, command.out, command.images, command.count, command.sampling, device)
+        console.print(f"{shown(report['out'])}: {report['samples']} samples of {report['images']} images")
+        return 0, {**report, "settings": settings}
+    if sheet:
+        raise ConfigError("samples of your own conditions are written to a folder: give --out FOLDER")
+    assert command.out is not None
+    conditions = _own_conditions(command)
+    report = write_samples(command.run, command.out, conditions, command.count, command.sampling, device)
+    console.print(f"{shown(report['out'])}: {len(report['files'])} pictures and samples.npz")
     return 0, {**report, "settings": settings}
 
 
-def _print_evaluation(console: Console, report: dict[str, Any]) -> None:
-    table = Table("", "value", "beside it")
-    table.add_row("held-out loss", f"{report['held_out_loss']:.4f}", "1 untrained")
-    if (trip := report["round_trip"]) is not None:
-        beside = f"{trip['shuffled']:.4f} other conditions; {trip['sigmas']:.1f} standard errors apart"
-        table.add_row("round-trip cosine", f"{trip['matched']:.4f}", f"{beside}; {trip['ceiling']:.4f} real pictures")
-    frechet = report["frechet"]
-    table.add_row("Frechet distance", f"{frechet['generated']:.3f}", f"{frechet['held_out']:.3f} held-out images")
-    if (copies := report["memorisation"]) is not None:
-        values = ", ".join(f"{name} {value:.3f}" for name, value in copies.items())
-        table.add_row("memorisation", values, "share .05 is chance")
+def _own_conditions(command: PriorSample) -> Any:
+    """Make the conditions that were asked for, or take those of the held-out images."""
+    from dvt.analysis.priors.runs import open_run
+    from dvt.analysis.priors.told import conditions_of_images, conditions_of_labels
+
+    if command.condition and command.label:
+        raise ConfigError("give either --condition or --label")
+    run = open_run(command.run, "cpu")
+    if command.label:
+        return conditions_of_labels(run.prior.card, command.label)
+    if command.condition:
+        backbone = command.load()
+        return conditions_of_images(run.prior.card, command.condition, backbone, token_map(command, backbone))
+    return run.conditions(slice(command.images))
+
+
+def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
+    from dvt.analysis.priors.scoring import evaluate_priors, pixels, random_filters
+
+    settings, device = resolved(command, command="prior evaluate"), find_device(command.device)
+    sticks = [pixels(), random_filters()]
+    if (third := third_model(command.yardstick, command.yardstick_weights, command.yardstick_size, device)) is not None:
+        sticks.append(third)
+    with progress_bar(console) as progress:
+        report = evaluate_priors(command.run, sticks, command.count, command.sampling, device, progress)
+    for name, found in report["runs"].items():
+        _print_evaluation(console, name, found)
+    return 0, {**report, "settings": settings}
+
+
+def third_model(name: str | None, weights: str | None, size: int | None, device: Any) -> Any:
+    """Load a timm model as a yardstick; None where no model was named."""
+    import dvt
+    from dvt.analysis.priors.scoring import seen_by
+
+    if name is None:
+        return None
+    file = dvt.demo_weights() if weights == "demo" else weights
+    return seen_by(dvt.load_backbone(name, weights=file, size=size).to(device))
+
+
+def _print_evaluation(console: Console, name: str, found: dict[str, Any]) -> None:
+    table = Table(f"{name}: {found['samples']} samples", "value", "beside it")
+    table.add_row("held-out loss", f"{found['held_out_loss']:.4f}", "1 untrained")
+    for stick, scores in found["yardsticks"].items():
+        if (trip := scores["round_trip"]) is not None:
+            beside = f"{trip['shuffled']:.3f} other images; {trip['sigmas']:.1f} standard errors apart"
+            table.add_row(f"{stick}: cosine", f"{trip['matched']:.3f}", beside)
+        if (kid := scores["kid"]) is not None:
+            made, real = (f"{v['value']:.4f} [{v['low']:.4f}, {v['high']:.4f}]" for v in kid.values())
+            table.add_row(f"{stick}: kernel distance", made, f"{real} held-out images")
+        if scores["frechet"] is not None:
+            table.add_row(f"{stick}: Frechet distance", f"{scores['frechet']:.3f}", "")
+        if (copies := scores["memorisation"]) is not None:
+            table.add_row(f"{stick}: memorised", f"{copies['share']:.3f}", "share; .05 is chance")
+        for reason in scores["refused"]:
+            table.add_row(f"{stick}: refused", "", reason)
     console.print(table)

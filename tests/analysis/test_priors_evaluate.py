@@ -9,7 +9,8 @@ from scipy.stats import binomtest, kstest
 from torch.nn import functional
 
 from dvt.analysis.priors import evaluate
-from dvt.analysis.priors.evaluate import fit_power_law, frechet_distance, memorisation, round_trip_cosine
+from dvt.analysis.priors.evaluate import frechet_distance, kernel_distance, memorisation, round_trip_cosine
+from dvt.analysis.priors.scaling import fit_floored_law, fit_power_law
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 
@@ -206,6 +207,65 @@ def test_seeds_are_averaged_before_the_fit():
 def test_points_without_a_law_are_refused(sizes, losses, message):
     with pytest.raises(ConfigError, match=message):
         fit_power_law(sizes, losses)
+
+
+def test_an_exact_law_with_a_floor_is_found():
+    sizes = [10, 30, 100, 300, 1000, 3000]
+    law = fit_floored_law(sizes, [0.3 + 2.0 * size**-0.5 for size in sizes])
+    assert law.k == pytest.approx(0.5, abs=0.03) and law.floor == pytest.approx(0.3, abs=0.01)
+    assert law.a == pytest.approx(2.0, rel=0.1) and law(100) == pytest.approx(0.5, abs=0.01)
+    # The plain law has no floor, and calls the same losses nearly flat.
+    assert fit_power_law(sizes, [0.3 + size**-0.5 for size in sizes]).k < 0.2
+
+
+@pytest.mark.parametrize("count", [6, 8])
+def test_the_intervals_cover_a_planted_exponent_and_floor(count):
+    draws = generator(count)
+    sizes = torch.logspace(1, 4, count, dtype=torch.float64)
+    hits = {"k": 0, "floor": 0}
+    for _ in range(200):
+        logs = (0.3 + 2 * sizes**-0.5).log() + 0.05 * torch.randn(count, generator=draws, dtype=torch.float64)
+        law = fit_floored_law(sizes.tolist(), logs.exp().tolist())
+        hits["k"] += law.k_low <= 0.5 <= law.k_high
+        hits["floor"] += law.floor_low <= 0.3 <= law.floor_high
+    assert all(0.9 <= each / 200 <= 0.99 for each in hits.values()), hits
+
+
+def test_a_law_with_a_floor_needs_five_sizes():
+    with pytest.raises(ConfigError, match="5 or more"):
+        fit_floored_law([1, 2, 3, 4], [4, 3, 2, 1])
+    with pytest.raises(ConfigError, match="positive and finite"):
+        fit_floored_law([1, 2, 3, 4, 5], [4, 3, 2, 1, 0])
+
+
+# --- kernel distance
+
+
+def naive_kernel_distance(real, generated):
+    scale = real.var(0).mean().sqrt()
+    x, y = (real - real.mean(0)) / scale, (generated - real.mean(0)) / scale
+
+    def kernel(a, b):
+        return (float(a @ b) / len(a) + 1) ** 3
+
+    own = np.mean([kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    other = np.mean([kernel(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j])
+    return own + other - 2 * np.mean([kernel(a, b) for a in x for b in y])
+
+
+def test_the_kernel_distance_is_the_naive_loop():
+    real, generated = noise(23, 5).double(), noise(31, 5, seed=1).double() + 0.3
+    assert kernel_distance(real, generated).value == pytest.approx(naive_kernel_distance(real, generated), abs=1e-9)
+
+
+def test_the_kernel_distance_has_no_bias_and_its_interval_covers():
+    """Of two samples of one distribution the mean is 0 also where they are small, and 95 % intervals hold 0."""
+    found = [kernel_distance(noise(40, 8, seed=s), noise(40, 8, seed=1000 + s)) for s in range(150)]
+    values = np.array([each.value for each in found])
+    assert abs(values.mean()) < 3 * values.std() / 150**0.5
+    assert np.mean([each.low <= 0 <= each.high for each in found]) > 0.9
+    apart = kernel_distance(noise(200, 8), noise(200, 8, seed=1) + 1)
+    assert apart.low > 0
 
 
 # --- memorisation

@@ -14,7 +14,7 @@ from torch import nn
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.diffusion import Preconditioned, denoising_loss, draw_sigmas, heun, restart
 from dvt.analysis.priors.evaluate import round_trip_cosine
-from dvt.analysis.priors.heads import DenoisingMLP
+from dvt.analysis.priors.heads import DenoisingMLP, SampleRequest
 from dvt.analysis.priors.masking import draw_mask_ratios, unmasking
 from dvt.analysis.priors.prior import Prior, sampling_sigmas
 from dvt.analysis.priors.targets import PriorTarget, patchify
@@ -524,3 +524,78 @@ def test_denoising_mlp_answers_zero_at_first():
         prior = make("token", opened=False)
     assert isinstance(prior.head.mlp, DenoisingMLP)
     assert not prior.head.mlp(normal(7, 5), normal(7), normal(7, 32)).any()
+
+
+# --- discrete tokens, raster memory, temperature
+
+
+def test_a_raster_prior_that_remembers_draws_what_the_whole_trunk_answers():
+    """z of each token from kept keys and values equals the causal trunk on all tokens, with and without a condition."""
+    config = PriorConfig((2, 3), 4, 5, head="token", order="raster", width=16, depth=2, heads=2)
+    prior = Prior(config, generator())
+    with torch.no_grad():
+        for value in prior.parameters():
+            value.add_(0.2 * torch.randn(value.shape, generator=generator(1)))
+    head, tokens, context = prior.head, normal(3, 6, 4, seed=2), prior.context(normal(3, 2, 5, seed=3))
+    hidden = torch.ones(3, 6, dtype=torch.bool)
+    with torch.no_grad():
+        whole, memory, parts = head.z(tokens, hidden, context), {}, []
+        for place in range(6):
+            now = torch.full((3, 1), place)
+            parts.append(head._asked(tokens, hidden, now, context, memory))
+    torch.testing.assert_close(torch.stack(parts, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_a_discrete_head_recovers_a_planted_joint(order):
+    """Two places, three codes: a joint table that is not the product of its margins."""
+    table = torch.tensor([[0.30, 0.02, 0.02], [0.02, 0.02, 0.28], [0.02, 0.30, 0.02]])
+    centres = torch.tensor([[1.0, 0.0], [-0.5, 1.0], [-0.5, -1.0]])
+    drawn = torch.multinomial(table.flatten(), 6000, replacement=True, generator=generator(5))
+    ids = torch.stack((drawn // 3, drawn % 3), 1)
+    maps = centres[ids].view(-1, 1, 2, 2)
+    config = PriorConfig((1, 2), 2, head="token", order=order, codes=3, width=32, depth=1, heads=2)
+    prior = Prior(config, generator())
+    prior.head.centres.copy_(centres)
+    if order == "random":  # with two tokens MAR's shares hide both, always; here either may be hidden
+        prior.head.draw_hidden = lambda count, draws: torch.rand(count, 2, generator=draws) < 0.7
+    optimizer, draws = torch.optim.Adam(prior.parameters(), lr=3e-3), generator(6)
+    assert float(prior.loss(maps[:64], None, draws)) == pytest.approx(1, abs=1e-5)  # untrained: log K / log K
+    for _ in range(400):
+        rows = torch.randint(len(maps), (128,), generator=draws)
+        loss = prior.loss(maps[rows], None, draws)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    made, calls = prior.eval().sample(None, generator(7), count=4000, steps=2)
+    found = prior.head.ids(made.flatten(1, 2))
+    assert calls == 2 and torch.equal(prior.head.centres[found].view_as(made), made)
+    counted = torch.bincount(3 * found[:, 0] + found[:, 1], minlength=9).view(3, 3) / 4000
+    assert float((counted - table).abs().sum()) / 2 < 0.05  # total variation; the margins alone are .57 away
+
+
+def test_temperature_scales_what_a_gaussian_prior_draws():
+    """Untrained, x0 shrinks linearly: samples are normal with a deviation proportional to the temperature."""
+    prior = Prior(PriorConfig((4, 4), 8, width=16, depth=1, heads=2), generator()).eval()
+    warm, cool = (prior.sample(None, generator(1), 32, temperature=t)[0] for t in (1.0, 0.5))
+    torch.testing.assert_close(cool, warm / 2, atol=1e-5, rtol=1e-4)
+
+
+def test_a_rising_guidance_ends_at_its_scale():
+    levels = torch.tensor([8.0, 2.0, 0.5, 0.0])
+    request = SampleRequest(1, None, None, generator(), heun, levels, 3.0, 1, rising=True)
+    scale = request.scale_of_noise()
+    assert [round(scale(float(level)), 6) for level in levels[:3]] == [1.0, 2.0, 3.0]
+    assert [request.scale_at(done) for done in (0.0, 0.5, 1.0)] == [1.0, 2.0, 3.0]
+
+
+def test_a_learned_centring_can_take_any_constant_off():
+    """With the constant as its centre, conditions that share it are read as if it were not there."""
+    config = PriorConfig((2, 2), 3, 6, (2, 2), width=16, depth=1, heads=2, centred=True)
+    prior, plain = Prior(config, generator()), normal(3, 4, 6, seed=1)
+    shift = 5 * normal(4, 6, seed=2)
+    before = prior.context(plain)
+    torch.testing.assert_close(before, Prior(dataclasses.replace(config, centred=False), generator()).context(plain))
+    with torch.no_grad():
+        prior.embed.centre.copy_(shift)
+    torch.testing.assert_close(prior.context(plain + shift), before, atol=1e-4, rtol=1e-4)

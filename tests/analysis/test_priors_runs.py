@@ -4,28 +4,38 @@ import csv
 import json
 import shutil
 from dataclasses import asdict, fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dvt.analysis.priors.compare import Comparison, compare_priors, look
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.prior import Prior
+from dvt.analysis.priors.reading import Wanted, opened_tokens, read_tokens
 from dvt.analysis.priors.runs import (
     PriorTraining,
-    evaluate_prior,
+    Sampling,
+    StoreTerm,
     fit_prior,
     open_run,
     sample_prior,
     train_prior,
+    write_samples,
 )
-from dvt.analysis.priors.token_set import read_conditions, read_tokens, split, square
+from dvt.analysis.priors.scoring import evaluate_priors
+from dvt.analysis.priors.token_set import read_conditions, split, square
+from dvt.analysis.priors.told import conditions_of_images, conditions_of_labels
 from dvt.backbones import wrap
-from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, WeightsError
-from dvt.images import load_image
+from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, StoreError, WeightsError
+from dvt.images import file_sha256, load_image
+from dvt.store import ImageEntry, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
 from dvt.training import TrainingConfig
 from dvt.views import resize
@@ -87,7 +97,7 @@ def test_a_run_reports_and_keeps_what_sampling_needs(images, backbone, tmp_path)
     report = train_tiny(images, backbone, tmp_path / "run", progress=lambda *about: told.append(about))
     assert (report["images"], report["training"], report["held_out"], report["steps"]) == (12, 9, 3, 4)
     assert json.loads(json.dumps(report)) == report
-    assert ("look", 12, 12) in told and ("features", 12, 12) in told and told[-1] == ("train", 4, 4)
+    assert ("look", 12, 12) in told and told[-1] == ("train", 4, 4)
     # Samples of every checkpoint, also of the last one, and the log of both losses.
     names = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
     assert names == ["step-00000002.png", "step-00000004.png"]
@@ -121,7 +131,9 @@ def test_a_killed_run_ends_with_the_same_weights(images, backbone, tmp_path):
         load_file(tmp_path / "killed" / name) for name in ("prior.safetensors", "step-00000002/ema.safetensors")
     )
     assert all(torch.equal(left[name], averaged[name]) for name in averaged)
-    assert sample_prior(tmp_path / "killed", images=2, samples=1, steps=2, device="cpu")["images"] == 2
+    assert (
+        sample_prior(tmp_path / "killed", images=2, samples=1, sampling=Sampling(steps=2), device="cpu")["images"] == 2
+    )
     train_tiny(images, backbone, tmp_path / "killed")
     first, second = (load_file(tmp_path / name / "prior.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -130,14 +142,14 @@ def test_a_killed_run_ends_with_the_same_weights(images, backbone, tmp_path):
     assert not torch.equal(fresh.head.leave.weight, untrained.head.leave.weight)
 
 
-def test_what_a_run_must_agree_with_to_be_continued_is_what_it_always_was(images, backbone, tmp_path):
+def test_what_a_run_must_agree_with_to_be_continued(images, backbone, tmp_path):
     """Runs that are on users' disks go on only while these names and their values stay."""
     train_tiny(images, backbone, tmp_path)
     state = json.loads((tmp_path / "step-00000004" / "state.json").read_text())
     names = "steps batch_size learning_rate min_learning_rate warmup weight_decay betas clip ema precision seed"
     assert list(state["config"]) == names.split()
     assert [state["config"][name] for name in ("steps", "batch_size", "warmup", "ema")] == [4, 4, 0.05, 0.5]
-    names = "backbone weights_sha256 layer denoised condition target data prior"
+    names = "backbone weights_sha256 layer stride size denoiser condition target data start prior"
     assert list(state["settings"]) == names.split()
 
 
@@ -159,8 +171,159 @@ def test_a_run_of_another_backbone_is_not_continued(images, backbone, make_tiny_
     with pytest.raises(ConfigError, match="weights_sha256"):
         train_tiny(images, other, tmp_path / "run")
     assert len(before) == 2 and all((tmp_path / "run" / name).read_bytes() == was for name, was in before.items())
-    with pytest.raises(ConfigError, match="denoised"):
+    with pytest.raises(ConfigError, match="denoiser"):
         train_tiny(images, backbone, tmp_path / "run", denoiser=lambda tokens: tokens)
+
+
+class Scaled:
+    """A denoiser that multiplies, and says by how much."""
+
+    def __init__(self, factor):
+        self.factor, self.identity = factor, {"factor": factor}
+
+    def __call__(self, tokens):
+        return tokens.with_patches(self.factor * tokens.patches)
+
+
+def test_a_run_goes_on_only_with_its_denoiser_size_and_images(images, backbone, make_tiny_backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "run", denoiser=Scaled(1.0))
+    with pytest.raises(ConfigError, match=r"denoiser .*factor.*1\.0.*there.*2\.0"):
+        train_tiny(images, backbone, tmp_path / "run", denoiser=Scaled(2.0))
+    with pytest.raises(ConfigError, match=r"size \[32, 32\] there, \[48, 48\] here"):
+        train_tiny(images, make_tiny_backbone(size=48), tmp_path / "run", denoiser=Scaled(1.0))
+    some = sorted(images.iterdir())[:10]
+    with pytest.raises(ConfigError, match=r"images 12 of them there, 10 of them here"):
+        train_tiny(some, backbone, tmp_path / "run", denoiser=Scaled(1.0))
+    assert train_tiny(images, backbone, tmp_path / "run", denoiser=Scaled(1.0))["steps"] == 4
+
+
+def test_no_image_is_looked_at_twice(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "run")
+
+    def refuse(tokens):
+        raise AssertionError("looked again")
+
+    def kill(what, done, total):
+        if what == "look":
+            raise KeyboardInterrupt
+
+    refuse.__module__, refuse.__qualname__ = ignore.__module__, ignore.__qualname__
+    told = []
+    train_tiny(images, backbone, tmp_path / "run", progress=lambda *about: told.append(about[0]))
+    assert "look" not in told
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(images, backbone, tmp_path / "killed", progress=kill)
+    assert not (tmp_path / "killed" / "tokens").exists()
+    with pytest.raises(AssertionError, match="looked again"):
+        train_tiny(images, backbone, tmp_path / "killed", denoiser=refuse)
+
+
+def test_an_image_that_cannot_be_read_is_left_out(images, backbone, tmp_path):
+    mine = shutil.copytree(images, tmp_path / "mine")
+    (mine / "000.png").write_bytes((mine / "001.png").read_bytes()[:200])
+    report = train_tiny(mine, backbone, tmp_path / "run")
+    assert (report["images"], report["left_out"]) == (11, 1)
+
+
+def test_a_finished_run_is_trained_further_from_its_weights(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "first")
+    kept = load_file(tmp_path / "first" / "prior.safetensors")
+    changes = {"steps": 1, "learning_rate": 1e-12, "min_learning_rate": 0.0, "weight_decay": 0.0, "ema": 0.0}
+    config = tiny_training(**changes)
+    train_prior(images, backbone, tmp_path / "more", config, device="cpu", start=tmp_path / "first")
+    after = load_file(tmp_path / "more" / "prior.safetensors")
+    assert all(torch.allclose(kept[name], after[name], atol=1e-6) for name in kept)
+    with pytest.raises(ConfigError, match="start"):
+        train_prior(images, backbone, tmp_path / "more", config, device="cpu")
+    with pytest.raises(ConfigError, match="width 16 there, 32 here"):
+        other = tiny_training(width=32)
+        train_prior(images, backbone, tmp_path / "x", other, device="cpu", start=tmp_path / "first")
+
+
+def test_a_second_stage_learns_labels_and_is_sampled_by_them(images, backbone, tmp_path):
+    for number, path in enumerate(sorted(images.iterdir())):
+        target = tmp_path / "classes" / ("cat", "dog")[number % 2] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    train_tiny(images, backbone, tmp_path / "first")
+    config = tiny_training(condition="label", pairs=0.5)
+    report = train_prior(
+        tmp_path / "classes", backbone, tmp_path / "second", config, device="cpu", start=tmp_path / "first"
+    )
+    assert report["training"] in (4, 5) and is_picture(report["samples"])
+    card = Prior.load(report["out"]).card
+    assert card["labels"] == ["cat", "dog"]
+    told = conditions_of_labels(card, ["dog"])
+    made = write_samples(tmp_path / "second", tmp_path / "dogs", told, 3, Sampling(steps=2), "cpu")
+    assert [Path(name).name for name in made["files"]] == ["0000-00.png", "0000-01.png", "0000-02.png"]
+    with np.load(tmp_path / "dogs" / "samples.npz") as arrays:
+        assert arrays["pictures"].shape == (3, 3, 8, 8)
+        shown = np.asarray(Image.open(made["files"][1])).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(arrays["pictures"][1], shown, atol=0.003)
+    with pytest.raises(ConfigError, match="no label 'cow'; this prior knows cat, dog"):
+        conditions_of_labels(card, ["cow"])
+    with pytest.raises(ConfigError, match="knows no labels"):
+        conditions_of_labels(Prior.load(tmp_path / "first" / "prior.safetensors").card, ["cat"])
+    with pytest.raises(ConfigError, match="all images lie in"):
+        train_tiny(images, backbone, tmp_path / "third", condition="label")
+
+
+def test_conditions_of_images_are_those_of_the_training(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "run")
+    run = open_run(tmp_path / "run", "cpu")
+    made = conditions_of_images(run.prior.card, [Path(name) for name in run.names], backbone)
+    torch.testing.assert_close(made.float(), run.held["conditions"].float(), atol=1e-2, rtol=1e-3)
+    with pytest.raises(BackboneError, match="something else"):
+        conditions_of_images(run.prior.card, sorted(images.iterdir())[:1], backbone, Scaled(2.0))
+
+
+def test_a_prior_fitted_to_tensors_is_sampled_from_its_folder(tmp_path):
+    prior = Prior(PriorConfig((2, 2), 3, 5, width=16, depth=1, heads=2), torch.Generator().manual_seed(0))
+    data = (torch.randn(8, 2, 2, 3), torch.randn(8, 1, 5))
+    fit_prior(prior, data, (data[0][:3], data[1][:3]), TrainingConfig(2, 4, 1e-3), tmp_path / "a")
+    assert sample_prior(tmp_path / "a", sampling=Sampling(steps=2), device="cpu")["images"] == 3
+    prior.swap_condition(4, torch.Generator().manual_seed(1))
+    swapped = (data[0], torch.randn(8, 1, 4))
+    fit_prior(prior, swapped, (data[0][:3], swapped[1][:3]), TrainingConfig(2, 4, 1e-3), tmp_path / "b")
+    assert is_picture(sample_prior(tmp_path / "b", sampling=Sampling(steps=2), device="cpu")["out"])
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_mirrored_images_are_learnt_from_and_not_held_out(images, backbone, tmp_path, flips):
+    report = train_tiny(images, backbone, tmp_path, flips=flips)
+    assert (report["training"], report["held_out"]) == ((18, 3) if flips else (9, 3))
+    if flips:
+        pictures = np.load(tmp_path / "tokens" / "pictures.npy")
+        np.testing.assert_allclose(pictures[12:], pictures[:12, :, :, ::-1], atol=1e-3)
+
+
+def test_a_store_gives_the_tokens_that_its_images_give(images, backbone, tmp_path):
+    """Of any term, without a backbone; only pictures are kept."""
+    paths = sorted(images.iterdir())
+    job = Job.of(backbone, {"verb": "test"})
+    entries = [ImageEntry(str(path), file_sha256(path), (2, 3)) for path in paths]
+    with StoreWriter(tmp_path / "store", job) as writer:
+        (shard,) = plan(entries, 100, job)
+        records = []
+        for path, sha256, _ in shard.images:
+            with torch.no_grad():
+                tokens = backbone(resize(load_image(path), (32, 48))[None])
+            raw, prefix = tokens.patches[0].half().numpy(), tokens.prefix[0].half().numpy()
+            records.append(Record(path, sha256, (32, 40), {"raw": raw, "denoised": 2 * raw}, prefix))
+        writer.write(shard.name, records)
+    config = tiny_training(target="features", condition="both")
+    train_prior(StoreTerm(tmp_path / "store", "denoised"), None, tmp_path / "run", config, device="cpu")
+    seen = opened_tokens(tmp_path / "run" / "tokens")
+    assert sorted(path.name for path in (tmp_path / "run" / "tokens").iterdir()) == ["about.json", "pictures.npy"]
+    with torch.no_grad():
+        tokens = backbone(resize(load_image(seen.names[0]), (32, 48))[None])
+    torch.testing.assert_close(seen.patches[[0]].float(), 2 * tokens.patches[:, :, :2], atol=2e-2, rtol=1e-2)
+    assert seen.conditions[[0, 1]].shape == (2, 5, 64)
+    with pytest.raises(StoreError, match="'semantic'"):
+        train_prior(StoreTerm(tmp_path / "store", "semantic"), None, tmp_path / "other", config, device="cpu")
+    with pytest.raises(StoreError, match="not a feature store"):
+        train_prior(StoreTerm(tmp_path / "run"), None, tmp_path / "other", config, device="cpu")
+    assert not (tmp_path / "other" / "tokens").exists()
 
 
 @pytest.mark.parametrize(
@@ -169,6 +332,9 @@ def test_a_run_of_another_backbone_is_not_continued(images, backbone, make_tiny_
         {"condition": "cls"},
         {"condition": "both", "head": "token"},
         {"condition": None, "head": "token", "order": "raster"},
+        {"condition": "mean", "pseudo": "trained"},
+        {"condition": "patch", "centred": True},
+        {"head": "token", "order": "raster", "codes": 8},
         {"target": "features"},
         {"target": "features", "condition": "cls", "head": "token"},
     ],
@@ -176,12 +342,13 @@ def test_a_run_of_another_backbone_is_not_continued(images, backbone, make_tiny_
 def test_every_kind_of_prior_trains_samples_and_is_measured(images, backbone, tmp_path, changes):
     report = train_tiny(images, backbone, tmp_path, **changes)
     assert is_picture(report["samples"])
-    scores = evaluate_prior(tmp_path, backbone, steps=2, device="cpu")
-    assert scores["samples"] == 3 and json.loads(json.dumps(scores)) == scores
-    assert (scores["round_trip"] is None) == (changes.get("condition", "patch") is None)
-    assert scores["memorisation"] is None  # 3 held-out images are too few to compare with
-    assert scores["frechet"]["generated"] > 0 and scores["frechet"]["held_out"] >= 0
+    found = evaluate_priors([tmp_path], samples=6, sampling=Sampling(steps=2), device="cpu")
+    (scores,) = found["runs"].values()
+    assert scores["samples"] == 6 and json.loads(json.dumps(found)) == found
     assert scores["held_out_loss"] == pytest.approx(report["held_out_loss"], rel=1e-5)
+    for each in scores["yardsticks"].values():  # 3 held-out images are too few to compare with
+        assert each["kid"] is None and each["frechet"] is None and "20 held-out images" in each["refused"][0]
+        assert -1 <= each["round_trip"]["matched"] <= 1
 
 
 def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_path):
@@ -195,10 +362,12 @@ def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_pa
     made, real = run.target.decode(maps).mean((2, 3)), run.held["pictures"].float().mean((2, 3))
     correlation = torch.corrcoef(torch.stack((made.flatten(), real.flatten())))[0, 1]
     assert correlation > 0.9
-    scores = evaluate_prior(tmp_path / "told", backbone, device="cpu")
-    assert scores["round_trip"]["sigmas"] > 5
-    assert scores["round_trip"]["shuffled"] < scores["round_trip"]["matched"] <= scores["round_trip"]["ceiling"] + 0.01
-    assert 0 <= scores["memorisation"]["share"] <= 1 and 0 <= scores["memorisation"]["p_value"] <= 1
+    (scores,) = evaluate_priors([tmp_path / "told"], samples=24, device="cpu")["runs"].values()
+    for each in scores["yardsticks"].values():
+        assert (
+            each["memorisation"]["share"] <= 1 and each["kid"]["held_out"]["low"] < 0 < each["kid"]["held_out"]["high"]
+        )
+    assert scores["yardsticks"]["pixels"]["round_trip"]["sigmas"] > 5
 
 
 # --- what the backbone sees
@@ -206,7 +375,7 @@ def test_colours_are_given_back_by_a_prior_that_is_told_of_them(backbone, tmp_pa
 
 def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
     paths = sorted(images.iterdir())[:3]
-    seen = read_tokens(paths, backbone, "both", True, 8, None, ignore)
+    seen = read_tokens(paths, backbone, Wanted("both", True, 8), None, ignore)
     assert seen.conditions.shape == (3, 5, 64) and seen.pictures.shape == (3, 3, 8, 8)
     for row, path in enumerate(paths):
         image = load_image(path)[:, :, 4:36]  # 32 x 40 pixels: four columns are cut on each side
@@ -219,8 +388,9 @@ def test_the_conditions_are_the_tokens_of_the_middle_square(images, backbone):
 
 def test_a_denoiser_changes_what_the_prior_is_told(images, backbone):
     paths = sorted(images.iterdir())[:2]
-    raw = read_tokens(paths, backbone, "patch", False, 8, None, ignore).conditions
-    halved = read_tokens(paths, backbone, "patch", False, 8, lambda t: t.with_patches(t.patches / 2), ignore).conditions
+    wanted = Wanted("patch", False, 8)
+    raw = read_tokens(paths, backbone, wanted, None, ignore).conditions
+    halved = read_tokens(paths, backbone, wanted, Scaled(0.5), ignore).conditions
     torch.testing.assert_close(halved.float(), raw.float() / 2, atol=1e-3, rtol=1e-2)
 
 
@@ -247,19 +417,21 @@ def test_sampling_needs_the_folder_alone_and_repeats_itself(images, backbone, tm
     shutil.rmtree(mine)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     reports = [
-        sample_prior(moved, tmp_path / f"{name}.png", images=2, samples=3, steps=3, seed=seed, device="cpu")
+        sample_prior(
+            moved, tmp_path / f"{name}.png", images=2, samples=3, sampling=Sampling(steps=3, seed=seed), device="cpu"
+        )
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     ]
     assert reports[0] == {"out": str(tmp_path / "a.png"), "images": 2, "samples": 3, "calls": 5}
     first, again, other = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
     assert first == again and first != other
-    assert sample_prior(moved, steps=2, device="cpu")["out"] == str(moved / "samples.png")
+    assert sample_prior(moved, sampling=Sampling(steps=2), device="cpu")["out"] == str(moved / "samples.png")
 
 
 def test_the_held_out_images_lie_beside_their_samples(images, backbone, tmp_path):
     """The first column of the picture holds the held-out images themselves."""
     train_tiny(images, backbone, tmp_path / "run")
-    sample_prior(tmp_path / "run", tmp_path / "a.png", images=3, samples=1, steps=2, device="cpu")
+    sample_prior(tmp_path / "run", tmp_path / "a.png", images=3, samples=1, sampling=Sampling(steps=2), device="cpu")
     run, picture = open_run(tmp_path / "run", "cpu"), load_image(tmp_path / "a.png")
     assert len(run.names) == 3 and all(name.endswith(".png") for name in run.names)
     top = 0.25 / (picture.shape[1] / 110)  # of the picture's height, where the titles are
@@ -269,15 +441,18 @@ def test_the_held_out_images_lie_beside_their_samples(images, backbone, tmp_path
         assert (middle - colour).abs().max() < 0.06
 
 
-def test_evaluation_refuses_another_backbone(images, backbone, make_tiny_backbone, tmp_path):
-    train_tiny(images, backbone, tmp_path)
-    other = make_tiny_backbone(size=32)
-    with torch.no_grad():
-        other.model.norm.bias.add_(1)
-    with pytest.raises(BackboneError, match="another backbone"):
-        evaluate_prior(tmp_path, other, device="cpu")
-    with pytest.raises(BackboneError, match="denoised"):
-        evaluate_prior(tmp_path, backbone, denoiser=lambda tokens: tokens, device="cpu")
+def test_runs_of_other_images_are_not_compared(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "a")
+    train_tiny(images, backbone, tmp_path / "b", denoiser=Scaled(9.0))
+    train_tiny(sorted(images.iterdir())[:10], backbone, tmp_path / "c")
+    how = {"samples": 3, "sampling": Sampling(steps=2), "device": "cpu"}
+    found = evaluate_priors([tmp_path / "a", tmp_path / "b"], **how)["runs"]
+    assert len(found) == 2
+    with pytest.raises(ConfigError, match="different images"):
+        evaluate_priors([tmp_path / "a", tmp_path / "c"], **how)
+    shutil.rmtree(tmp_path / "a" / "tokens")
+    with pytest.raises(ConfigError, match="keeps no tokens"):
+        evaluate_priors([tmp_path / "a"], **how)
 
 
 def test_a_run_that_is_missing_or_damaged_is_named(images, backbone, tmp_path):
@@ -317,7 +492,7 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"condition": "text"}, "no condition 'text'.*cls, patch, both"),
+        ({"condition": "text"}, "no condition 'text'.*cls, mean, patch, both"),
         ({"target": "sound"}, "no target 'sound'"),
         ({"target": "latents"}, "VAE"),
         ({"held_out": 0.0}, "held_out"),
@@ -325,11 +500,41 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
         ({"steps": 0}, "steps"),
         ({"heads": 3}, "heads"),
         ({"order": "spiral"}, "order"),
+        ({"codes": 8}, "codes"),
+        ({"pseudo": "fixed"}, "pseudo"),
+        ({"pairs": 0.0}, "pairs"),
+        ({"condition": "cls", "centred": True}, "centring"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_training(**changes)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"guidance": -1.0}, "guidance"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": 1e6}, "guidance"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"sampler": "euler"}, "heun, ddim, restart"),
+        ({"ar_steps": 0}, "ar_steps"),
+    ],
+)
+def test_ways_of_sampling_out_of_range_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Sampling(**settings)
+
+
+def test_the_steps_of_unmasking_reach_a_token_head(images, backbone, tmp_path):
+    """The calls of the small network: noise levels times unmasking steps."""
+    train_tiny(images, backbone, tmp_path, head="token", condition=None)
+    calls = [
+        sample_prior(tmp_path, images=1, samples=1, sampling=Sampling(steps=1, ar_steps=n), device="cpu")["calls"]
+        for n in (1, 2, 4)
+    ]
+    assert calls == [1, 2, 4]
 
 
 def test_too_few_images_are_refused(backbone, tmp_path):
@@ -355,3 +560,50 @@ def test_tokens_and_losses_that_are_not_finite_stop_the_run(images, backbone, tm
     changes = {"learning_rate": 1e30, "clip": 0, "warmup": 0.0, "steps": 12, "checkpoint_every": 1, "validate_every": 0}
     with pytest.raises(NonFiniteError, match=r"step .*step-0000000"):
         train_tiny(images, backbone, tmp_path / "b", **changes)
+
+
+# --- comparison
+
+
+def comparison(**changes):
+    loop = replace(Comparison().prior.loop, steps=4, batch_size=4, validate_every=2, log_every=2)
+    return Comparison(seeds=2, prior=replace(tiny_training(), loop=loop, **changes))
+
+
+def test_kinds_of_tokens_are_compared_on_one_split_and_budget(images, backbone, tmp_path):
+    paths, config = sorted(images.iterdir()), comparison()
+    seen = look(
+        paths, backbone, config, {"doubled": lambda image: 2 * backbone(image[None]).patches[0]}, denoiser=Scaled(3.0)
+    )
+    raw = seen.tokens["raw"].float()
+    torch.testing.assert_close(seen.tokens["doubled"].float(), 2 * raw, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(seen.tokens["denoiser"].float(), 3 * raw, atol=1e-2, rtol=1e-2)
+    mean = raw[seen.chosen].mean(0)
+    torch.testing.assert_close(seen.tokens["raw - mean map"].float(), raw - mean, atol=1e-2, rtol=1e-2)
+    assert all((row - mean).abs().max() < 0.01 for row in seen.tokens["position only"].float())
+    # Each image is told of another one of its own side.
+    for side in (seen.chosen, seen.held):
+        rows = {tuple(row.flatten().tolist()) for row in seen.tokens["raw"][side]}
+        assert all(tuple(row.flatten().tolist()) in rows for row in seen.tokens["shuffled"][side])
+    assert not any(torch.equal(a, b) for a, b in zip(seen.tokens["shuffled"], seen.tokens["raw"], strict=True))
+    report = compare_priors(seen, tmp_path, config)
+    assert report["kinds"].keys() == seen.tokens.keys()
+    assert report == json.loads((tmp_path / "compare.json").read_text())
+    loss = report["kinds"]["raw"]["held_out_loss"]
+    assert loss["steps"] == [2, 4] and len(loss["curve"]) == 2
+    assert loss["last_over_raw"] == {"mean": 0.0, "half": 0.0}
+    assert is_picture(tmp_path / "samples.png") and "raw - mean map" in (tmp_path / "page.html").read_text()
+    # A finished comparison is not trained again, and gives the same numbers; other tokens are refused.
+    assert compare_priors(seen, tmp_path, config)["kinds"] == report["kinds"]
+    with pytest.raises(ConfigError, match="tokens"):
+        other = look(paths, backbone, config, {"doubled": lambda image: backbone(image[None]).patches[0]})
+        compare_priors(replace(other, tokens={**seen.tokens, "doubled": other.tokens["doubled"]}), tmp_path, config)
+
+
+def test_comparisons_out_of_range_are_refused(images, backbone):
+    with pytest.raises(ConfigError, match="not among"):
+        Comparison(kinds=("shuffled",))
+    with pytest.raises(ConfigError, match="2 seeds"):
+        Comparison(seeds=1)
+    with pytest.raises(ConfigError, match="no tokens of kind 'clean'; here there are raw"):
+        look(sorted(images.iterdir()), backbone, replace(comparison(), kinds=("raw", "clean")))

@@ -144,13 +144,20 @@ def test_a_prior_is_trained_sampled_and_evaluated(work, tmp_path, capsys):
     tokens = (*WITH, "--denoiser", work / "denoiser.safetensors")
     trained = run(capsys, "prior", "train", work / "photos", *tokens, "--out", tmp_path / "run", *small)
     assert trained["steps"] == 3 and 0 < trained["held_out_loss"] < 2
-    sampled = run(capsys, "prior", "sample", tmp_path / "run", "--out", tmp_path / "grid.png", "--samples", 2)
+    sampled = run(capsys, "prior", "sample", tmp_path / "run", "--out", tmp_path / "grid.png", "--count", 2)
     with Image.open(tmp_path / "grid.png") as grid:
         assert sampled["samples"] == 2 and np.asarray(grid.convert("L")).std() > 5
-    found = run(capsys, "prior", "evaluate", tmp_path / "run", *tokens, "--steps", 3)
-    assert -1 <= found["round_trip"]["matched"] <= 1 and found["frechet"]["generated"] > 0
-    error = run(capsys, "prior", "evaluate", tmp_path / "run", *WITH, expect=2)
-    assert "denoiser" in error
+    found = run(capsys, "prior", "evaluate", tmp_path / "run", "--count", 4, "--steps", 3)
+    (scores,) = found["runs"].values()
+    assert all(-1 <= each["round_trip"]["matched"] <= 1 for each in scores["yardsticks"].values())
+    photo = work / "photos" / "6.png"
+    files = ("prior", "sample", tmp_path / "run", "--condition", photo, "--out", tmp_path / "files", "--steps", 2)
+    assert len(run(capsys, *files, *tokens, "--count", 2)["files"]) == 2
+    assert "denoiser" in run(capsys, *files, *WITH, expect=2)
+    assert "knows no labels" in run(
+        capsys, "prior", "sample", tmp_path / "run", "--label", "cat", "--out", "x", expect=2
+    )
+    assert "either images or --store" in run(capsys, "prior", "train", "--out", tmp_path / "other", expect=2)
 
 
 @pytest.mark.parametrize(

@@ -759,12 +759,12 @@ def prior_run(folder: Path) -> None:
 
 
 def sampled(folder: Path) -> None:
-    from dvt.analysis.priors.runs import open_run, sample_prior
+    from dvt.analysis.priors.runs import Sampling, open_run, sample_prior
 
     run = open_run(folder, "cpu")
     assert all(value.isfinite().all() for value in (*run.prior.parameters(), *run.held.values()))
     if len(run.names) == 2:
-        sample_prior(folder, folder / "s.png", images=1, samples=1, steps=2, device="cpu")
+        sample_prior(folder, folder / "s.png", images=1, samples=1, sampling=Sampling(steps=2), device="cpu")
 
 
 RUNS: dict[str, Callable[[Path], None]] = {"training": trained, "prior": sampled}

@@ -1,0 +1,293 @@
+"""Compare priors that are told of the same images by different tokens: same seeds, split and budget, against steps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvt.analysis.priors.evaluate import round_trip_cosine
+from dvt.analysis.priors.prior import Prior
+from dvt.analysis.priors.sampling import Sampling
+from dvt.analysis.priors.scoring import Yardstick, pixels, random_filters
+from dvt.analysis.priors.targets import PriorTarget
+from dvt.analysis.priors.token_set import Clean, split, square
+from dvt.analysis.priors.training import PriorTraining, fit_prior
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError
+from dvt.files import whole_file
+from dvt.images import load_image, readable, size_and_sha256
+from dvt.progress import Progress, silent
+from dvt.training import TrainingConfig
+from dvt.views import resize
+
+#: Kinds of patch tokens that need no more than a backbone; others come from the treatments that are handed over.
+PLAIN_KINDS = ("raw", "raw - mean map", "position only", "shuffled", "learned centring")
+
+Treatment = Callable[[Tensor], Tensor]
+"""An image (3, H, W) in [0, 1] at the backbone's size -> its patch tokens (h, w, C)."""
+
+_LOOP = TrainingConfig(
+    steps=3000,
+    batch_size=48,
+    learning_rate=2e-3,
+    min_learning_rate=2e-3,  # no decay: a curve that flattens does so by itself
+    warmup=0.02,
+    ema=0.99,
+    checkpoint_every=3000,
+    validate_every=250,
+    log_every=250,
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Say what is compared, and with which budget.
+
+    Args:
+        kinds: some of those that there are, "raw" among them; empty for all.
+        seeds: runs of each kind; their spread gives the intervals.
+        prior: what is trained and how; the condition is patches, and `loop.validate_every` is how often the curves
+            have a point.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    kinds: tuple[str, ...] = ()
+    seeds: int = 3
+    prior: PriorTraining = PriorTraining(side=32, width=64, depth=2, held_out=0.2, loop=_LOOP)  # noqa: RUF009  frozen
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ConfigError(f"an interval needs 2 seeds or more, got {self.seeds}")
+        if self.prior.condition != "patch" or self.prior.target == "features" or self.prior.flips:
+            raise ConfigError("a comparison is of patch tokens as conditions, of pixels or latents, and without flips")
+        if self.kinds and "raw" not in self.kinds:
+            raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
+        if self.prior.loop.validate_every < 1:
+            raise ConfigError("a curve needs validate_every of at least 1")
+
+
+@dataclass(frozen=True)
+class Material:
+    """Hold all images and their tokens.
+
+    Args:
+        pictures: (N, 3, S, S).
+        tokens: by kind, (N, h w, C) float16.
+        grid: (h, w).
+        chosen, held: rows to learn from and those held out.
+        sha256s: of the images' files.
+    """
+
+    pictures: Tensor
+    tokens: dict[str, Tensor]
+    grid: tuple[int, int]
+    chosen: list[int]
+    held: list[int]
+    sha256s: list[str]
+
+
+@torch.no_grad()
+def look(
+    paths: Sequence[Path],
+    backbone: Backbone,
+    config: Comparison,
+    treatments: Mapping[str, Treatment] | None = None,
+    shared: Callable[[list[Tensor]], Tensor] | None = None,
+    denoiser: Clean | None = None,
+    progress: Progress = silent,
+) -> Material:
+    """Make the tokens of all kinds of all images.
+
+    Args:
+        paths: of the images.
+        backbone: that sees them.
+        config: the split and the kinds wanted.
+        treatments: by kind, of one image.
+        shared: makes the artifact (h, w, C) of some training images; for the kind "raw - G".
+        denoiser: for the kind "denoiser".
+        progress: called with ("look", images done, images).
+    """
+    found = readable(paths, lambda path: (size_and_sha256(path)[1], square(load_image(path))))
+    sha256s, images = [each[0] for each in found.values()], [each[1] for each in found.values()]
+    chosen, held = split(sha256s, config.prior.held_out, config.prior.loop.seed)
+    inputs = [resize(image, backbone.image_size) for image in images]
+    rows: dict[str, list[Tensor]] = {"raw": [], **{name: [] for name in treatments or {}}}
+    if denoiser is not None:
+        rows["denoiser"] = []
+    for done, image in enumerate(inputs, 1):
+        tokens = backbone(image[None].to(backbone.mean))
+        rows["raw"].append(tokens.patches[0].cpu())
+        if denoiser is not None:
+            rows["denoiser"].append(denoiser(tokens).patches[0].cpu())
+        for name, treat in (treatments or {}).items():
+            rows[name].append(treat(image).cpu())
+        progress("look", done, len(inputs))
+    maps = {name: torch.stack(values) for name, values in rows.items()}
+    raw, mean = maps["raw"], maps["raw"][chosen].mean(0)
+    maps |= {"raw - mean map": raw - mean, "position only": mean.expand_as(raw), "learned centring": raw}
+    if shared is not None:
+        maps["raw - G"] = raw - shared([inputs[row] for row in chosen[:24]]).cpu()
+    other = torch.arange(len(raw))
+    for side in (chosen, held):
+        other[side] = torch.tensor(side).roll(1)
+    maps["shuffled"] = raw[other]
+    kinds = config.kinds or tuple(maps)
+    if unknown := [name for name in kinds if name not in maps]:
+        raise ConfigError(f"there are no tokens of kind {unknown[0]!r}; here there are {', '.join(maps)}")
+    kept = {name: maps[name].flatten(1, 2).half() for name in kinds}
+    pictures = torch.stack([resize(image, (config.prior.side, config.prior.side)) for image in images])
+    return Material(pictures, kept, (raw.shape[1], raw.shape[2]), chosen, held, sha256s)
+
+
+def compare_priors(
+    material: Material,
+    out: Path,
+    config: Comparison,
+    yardsticks: Sequence[Yardstick] | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Train one prior for each kind and seed, measure all alike against steps, and write a page.
+
+    Runs that a folder has finished are not trained again. Yardsticks see the sample of each held-out image beside the
+    image itself, less the training images' mean.
+
+    Args:
+        material: of :func:`look`.
+        out: the folder: compare.json, page.html, samples.png, and the runs.
+        config: of the comparison.
+        yardsticks: None for pixels and random filters.
+        progress: called with ("runs", runs done, runs).
+
+    Returns:
+        A report ready for JSON: by kind and measure, curves with intervals, the last and the best point, each with its
+        paired difference to raw.
+    """
+    sticks = list(yardsticks or (pixels(), random_filters()))
+    jobs = [(kind, seed) for seed in range(config.seeds) for kind in material.tokens]
+    curves: dict[str, list[list[dict[str, float]]]] = {kind: [] for kind in material.tokens}
+    shown: dict[str, Tensor] = {}
+    for number, (kind, seed) in enumerate(jobs, 1):
+        rows, pictures = _run(kind, seed, material, out / "runs" / f"{_plain(kind)}-{seed}", config, sticks)
+        curves[kind].append(rows)
+        shown.setdefault(kind, pictures)
+        progress("runs", number, len(jobs))
+    report = {
+        "config": {"seeds": config.seeds, **config.prior.to_json()},
+        "images": {"training": len(material.chosen), "held_out": len(material.held)},
+        "kinds": {kind: _summary(curves[kind], curves["raw"]) for kind in curves},
+    }
+    report = json.loads(json.dumps(report))
+    with whole_file(out / "compare.json") as part:
+        part.write_text(json.dumps(report, indent=1) + "\n")
+    from dvt.analysis.priors.compare_page import write_page
+
+    write_page(report, {"held out": material.pictures[material.held], **shown}, out)
+    return report
+
+
+def _plain(kind: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in kind)
+
+
+def _run(
+    kind: str, seed: int, material: Material, folder: Path, config: Comparison, sticks: Sequence[Yardstick]
+) -> tuple[list[dict[str, float]], Tensor]:
+    """Train one prior: its curve, and samples for the held-out images."""
+    training, tokens = config.prior, material.tokens[kind]
+    target = PriorTarget(training.target, training.patch, training.vae)
+    raw = target.encode(material.pictures, material.pictures)
+    target = target.fitted(raw[material.chosen])
+    maps = target.standardise(raw)
+    settings = replace(training, centred=kind == "learned centring")
+    about = settings.prior((maps.shape[1], maps.shape[2]), maps.shape[3], tokens.shape[-1], material.grid)
+    prior = Prior(about, torch.Generator().manual_seed(seed))
+    prior.card = {"condition": "patch", "target": asdict(target)}
+    held = (maps[material.held], tokens[material.held])
+    reals, centres = material.pictures[material.held], {}
+    for stick in sticks:
+        centres[stick.name] = stick(material.pictures[material.chosen]).mean(0)
+
+    def sampled() -> Tensor:
+        return target.decode(Sampling(seed=seed).draw(prior, held[1], len(held[1]))[0])
+
+    def validate() -> dict[str, float]:
+        pictures, found = sampled(), {}
+        for stick in sticks:
+            trip = round_trip_cosine(stick(pictures) - centres[stick.name], stick(reals) - centres[stick.name])
+            found |= {f"{stick.name}: cosine": trip.matched, f"{stick.name}: with others": trip.shuffled}
+        return found
+
+    loop = replace(training.loop, seed=seed, batch_size=min(training.loop.batch_size, len(material.chosen)))
+    done = fit_prior(
+        prior,
+        (maps[material.chosen], tokens[material.chosen]),
+        held,
+        replace(loop, checkpoint_every=loop.steps, keep=1),
+        folder,
+        validate=validate,
+        settings={"kind": kind, "prior": asdict(about), "tokens": _mark(tokens), "pictures": _mark(material.pictures)},
+    )
+    rows = [row for row in done.history if "held_out_loss" in row]
+    return [{name: float(value) for name, value in row.items() if name != "lr"} for row in rows], sampled()
+
+
+def _mark(values: Tensor) -> float:
+    """Sum a tensor up, so that a folder's runs are of the same tokens."""
+    return round(float(values.double().abs().mean()), 6)
+
+
+# --- what the curves say
+
+
+def _summary(runs: list[list[dict[str, float]]], raw: list[list[dict[str, float]]]) -> dict[str, Any]:
+    steps = [int(row["step"]) for row in runs[0]]
+    names = [name for name in runs[0][0] if name not in ("step", "loss", "grad_norm")]
+    found = {}
+    for name in names:
+        mine, theirs = ([_values(rows, name) for rows in each] for each in (runs, raw))
+        found[name] = {"steps": steps, **_measure(mine, theirs, name)}
+    return found
+
+
+def _values(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows]
+
+
+def _measure(runs: list[list[float]], raw: list[list[float]], name: str) -> dict[str, Any]:
+    """Describe one measure of one kind: (seeds, points) against those of raw."""
+    best = min if "loss" in name else max
+    mean = torch.tensor(runs).mean(0)
+    quarter = max(1, len(mean) // 4)
+    late, before = mean[-quarter:].mean(), mean[-2 * quarter : -quarter].mean()  # NaN where there is one point
+    return {
+        "curve": [interval(list(point)) for point in zip(*runs, strict=True)],
+        "last": interval([run[-1] for run in runs]),
+        "best": interval([best(run) for run in runs]),
+        "last_over_raw": interval([a[-1] - b[-1] for a, b in zip(runs, raw, strict=True)]),
+        "best_over_raw": interval([best(a) - best(b) for a, b in zip(runs, raw, strict=True)]),
+        "change_in_last_quarter": float(late - before),
+    }
+
+
+def interval(values: Sequence[float]) -> dict[str, float]:
+    """Give the mean of some seeds and half the width of its 95 % t interval.
+
+    >>> interval([1.0, 2.0, 3.0])["mean"]
+    2.0
+    """
+    from scipy.stats import t as student
+
+    each = torch.tensor(values, dtype=torch.float64)
+    half = (
+        float(student.ppf(0.975, len(each) - 1)) * float(each.std()) / len(each) ** 0.5 if len(each) > 1 else math.nan
+    )
+    return {"mean": float(each.mean()), "half": half}

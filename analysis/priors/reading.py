@@ -1,0 +1,363 @@
+"""Read the tokens and pictures of images: through a backbone once, kept in a folder, or from a feature store."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvt import grids
+from dvt.analysis.priors.stored import store_rows
+from dvt.analysis.priors.token_set import (
+    BATCH,
+    CONDITIONS,
+    Clean,
+    Condition,
+    Rows,
+    TokenSet,
+    read_conditions,
+    square,
+    token_identity,
+)
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
+from dvt.files import open_lock, replaced_folder, take_lock
+from dvt.images import file_sha256, load_image
+from dvt.progress import Progress
+from dvt.store import FeatureStore
+from dvt.views import resize
+
+log = logging.getLogger(__name__)
+
+_ARRAYS = ("conditions", "patches", "pictures")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Say what is to be read of each image.
+
+    Args:
+        condition: tokens that condition a prior; None for none.
+        features: whether the patch tokens are kept as a target, too.
+        side: pixels of the pictures kept.
+        flips: whether each image is also seen mirrored.
+    """
+
+    condition: Condition | None
+    features: bool
+    side: int
+    flips: bool = False
+
+
+@torch.no_grad()
+def read_tokens(
+    paths: Sequence[Path],
+    backbone: Backbone,
+    wanted: Wanted,
+    denoiser: Clean | None,
+    progress: Progress,
+    folder: Path | None = None,
+) -> TokenSet:
+    """Run the middle square of each image through the backbone; two bytes are kept of each value.
+
+    An image that cannot be read is left out, with a warning.
+
+    Args:
+        paths: of the images.
+        backbone: sees them at its own size.
+        wanted: of each.
+        denoiser: of the tokens.
+        progress: called with ("look", images done, images).
+        folder: where the values are kept, in files that are read when they are needed; None keeps them in memory.
+
+    Raises:
+        NonFiniteError: a token is NaN or infinite.
+        ImageError: no image can be read.
+    """
+    kept = _Kept(folder, 2 * len(paths) if wanted.flips else len(paths))
+    names: list[str] = []
+    sha256s: list[str] = []
+    skipped: list[str] = []
+    grid = None
+    for mirror in (False, True) if wanted.flips else (False,):
+        for start in range(0, len(paths), BATCH):
+            images = []
+            for path in paths[start : start + BATCH]:
+                try:
+                    sha256 = file_sha256(path)
+                    image = square(load_image(path))
+                except ImageError as error:
+                    if not mirror:
+                        log.warning("left out: %s", error)
+                        skipped.append(str(error))
+                    continue
+                images.append(image.flip(2) if mirror else image)
+                names.append(str(path))
+                sha256s.append(sha256)
+            if images:
+                grid = _look(images, backbone, wanted, denoiser, kept) or grid
+            progress("look", min(start + BATCH, len(paths)), len(paths))
+    if not names:
+        raise ImageError(f"none of the {len(paths)} images can be read; the first: {skipped[0]}")
+    mirrored = len(names) // 2 if wanted.flips else 0
+    arrays = kept.done(len(names))
+    return TokenSet(
+        arrays.get("conditions"),
+        arrays.get("patches"),
+        arrays["pictures"],
+        tuple(names),
+        tuple(sha256s),
+        grid,
+        mirrored,
+        tuple(skipped),
+    )
+
+
+def _look(
+    images: list[Tensor], backbone: Backbone, wanted: Wanted, denoiser: Clean | None, kept: _Kept
+) -> grids.Size | None:
+    """Keep what is wanted of one batch; the grid of its patches, if they were looked at."""
+    kept.add("pictures", torch.stack([resize(image, (wanted.side, wanted.side)) for image in images]))
+    if wanted.condition is None and not wanted.features:
+        return None
+    tokens = backbone(torch.stack([resize(image, backbone.image_size) for image in images]).to(backbone.mean))
+    tokens = tokens if denoiser is None else denoiser(tokens)
+    if not bool(tokens.patches.isfinite().all() and tokens.prefix.isfinite().all()):
+        raise NonFiniteError(f"{backbone.name} gave tokens with NaN or infinity; check its weights and precision")
+    if wanted.condition is not None:
+        kept.add("conditions", read_conditions(tokens, wanted.condition))
+    if wanted.features:
+        kept.add("patches", tokens.patches)
+    return tokens.grid
+
+
+class _Kept:
+    """Collect arrays batch by batch, in memory or in files of a folder."""
+
+    def __init__(self, folder: Path | None, most: int) -> None:
+        self.folder, self.most = folder, most
+        self.parts: dict[str, list[Tensor]] = {}
+        self.files: dict[str, Any] = {}
+        self.filled: dict[str, int] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        half = values.float().clamp(-65504, 65504).half().cpu()
+        if self.folder is None:
+            self.parts.setdefault(name, []).append(half)
+            return
+        if name not in self.files:
+            shape = (self.most, *half.shape[1:])
+            self.files[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, shape)
+            self.filled[name] = 0
+        start = self.filled[name]
+        self.files[name][start : start + len(half)] = half.numpy()
+        self.filled[name] += len(half)
+
+    def done(self, count: int) -> dict[str, Rows]:
+        if self.folder is None:
+            return {name: torch.cat(parts) for name, parts in self.parts.items()}
+        for file in self.files.values():
+            file.flush()
+        return {name: MappedRows(self.folder / f"{name}.npy", count) for name in self.files}
+
+
+class MappedRows:
+    """Read rows of an array from its file when they are asked for.
+
+    Args:
+        path: a .npy file.
+        count: how many of its rows are used.
+
+    Raises:
+        ConfigError: the file is missing, damaged, or has fewer rows.
+    """
+
+    def __init__(self, path: Path, count: int) -> None:
+        try:
+            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if len(self.array) < count or self.array.dtype != np.float16:
+                raise ValueError(f"it holds {self.array.shape} {self.array.dtype}")
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise ConfigError(
+                f"cannot read {str(path)!r}: {error}; delete the folder {str(path.parent)!r} and run again"
+            ) from error
+        self.shape = (count, *self.array.shape[1:])
+
+    def __len__(self) -> int:
+        return int(self.shape[0])
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.array[: len(self)][rows]))
+
+
+# --- kept in a folder, so that nothing is looked at twice
+
+
+def kept_tokens(
+    folder: Path,
+    paths: Sequence[Path],
+    backbone: Backbone,
+    wanted: Wanted,
+    denoiser: Clean | None,
+    progress: Progress,
+) -> TokenSet:
+    """Open the tokens that a folder keeps, or read them as :func:`read_tokens` does and keep them there.
+
+    Of several processes one reads, and the others wait.
+
+    Raises:
+        ConfigError: the folder keeps tokens of something else.
+    """
+    about = {**token_identity(backbone, denoiser), "wanted": vars(wanted), "images": [str(path) for path in paths]}
+    with _lock(folder):
+        if (folder / "about.json").exists():
+            return opened_tokens(folder, about)
+        with replaced_folder(folder) as part:
+            seen = read_tokens(paths, backbone, wanted, denoiser, progress, part)
+            _describe(part, seen, about)
+    return opened_tokens(folder)
+
+
+def _describe(folder: Path, seen: TokenSet, about: dict[str, Any]) -> None:
+    plain = {name: getattr(seen, name) for name in ("names", "sha256s", "grid", "mirrored", "skipped")}
+    (folder / "about.json").write_text(json.dumps({"from": about, **plain}, default=str))
+
+
+def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet:
+    """Open the tokens that a folder keeps.
+
+    Args:
+        folder: written by :func:`kept_tokens` or :func:`kept_store`.
+        about: what they must come from; None takes them as they are.
+
+    Raises:
+        ConfigError: there are none, they are damaged, or they come from something else.
+    """
+    path = folder / "about.json"
+    try:
+        found = json.loads(path.read_text())
+        names, sha256s = tuple(found["names"]), tuple(found["sha256s"])
+        grid = tuple(found["grid"]) if found["grid"] else None
+        source, mirrored, skipped = found["from"], int(found["mirrored"]), tuple(found["skipped"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{str(folder)!r} keeps no tokens of a run that can be read ({error}); delete it and train again"
+        ) from error
+    if about is not None:
+        _check_source(folder, source, json.loads(json.dumps(about, default=str)))
+    arrays: dict[str, Rows] = {
+        name: MappedRows(folder / f"{name}.npy", len(names)) for name in _ARRAYS if (folder / f"{name}.npy").exists()
+    }
+    if "store" in source:
+        store = FeatureStore(source["store"], source["term"])
+        wanted = Wanted(**source["wanted"])
+        arrays |= store_rows(store, wanted.condition, wanted.features, names)
+    return TokenSet(
+        arrays.get("conditions"), arrays.get("patches"), arrays["pictures"], names, sha256s, grid, mirrored, skipped
+    )
+
+
+def _check_source(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    changed = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
+    if changed:
+        said = ", ".join(f"{name} {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in changed)
+        raise ConfigError(
+            f"{str(folder.parent)!r} holds a run with other settings ({said}); continue it with the same ones, or "
+            "choose another folder"
+        )
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list) and len(value) > 3:
+        return f"{len(value)} of them"
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:90]}..."
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time read tokens into a folder."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        fd = open_lock(folder.with_name(f"{folder.name}.lock"))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {str(folder.parent)!r}: {error.strerror or error}") from error
+    try:
+        take_lock(fd, wait=True)
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"cannot keep the tokens in {str(folder)!r}: {error.strerror or error}; make room, and run again"
+        ) from error
+    finally:
+        os.close(fd)
+
+
+# --- feature stores
+
+
+def kept_store(folder: Path, path: str | Path, term: str, wanted: Wanted, progress: Progress) -> TokenSet:
+    """Take the tokens of a feature store, which stay there, and keep the images' pictures in a folder.
+
+    Args:
+        folder: of the pictures.
+        path: of the store; the files that it names must still be there.
+        term: of the store's terms.
+        wanted: of each image; flips are not in a store.
+        progress: called with ("look", images done, images).
+
+    Raises:
+        StoreError: no store, another term, or grids that differ in their shorter side.
+        ConfigError: the folder keeps something else, or flips are wanted.
+        ImageError: no picture can be read.
+    """
+    store = FeatureStore(path, term)
+    if wanted.flips:
+        raise ConfigError("a store holds no mirrored images: leave --flips out, or give the images")
+    if wanted.condition is not None and wanted.condition not in CONDITIONS:
+        raise ConfigError(f"there is no condition {wanted.condition!r}; it is one of {', '.join(CONDITIONS)}")
+    if not len(store):
+        raise StoreError(f"{str(path)!r} holds no image")
+    sides = sorted({min(grid) for grid in store.grids})
+    if len(sides) > 1:
+        raise StoreError(
+            f"{str(path)!r} has grids with shorter sides of {sides}; a prior needs one: extract at one size"
+        )
+    about = {"store": str(path), "job": store.job.digest, "term": term, "wanted": vars(wanted), "images": store.images}
+    with _lock(folder):
+        if (folder / "about.json").exists():
+            return opened_tokens(folder, about)
+        with replaced_folder(folder) as part:
+            _describe(part, _pictures(store, wanted.side, part, progress), about)
+    return opened_tokens(folder)
+
+
+def _pictures(store: FeatureStore, side: int, folder: Path, progress: Progress) -> TokenSet:
+    """Keep the part of each picture that lies under the middle square of its tokens."""
+    kept, names, sha256s, skipped = _Kept(folder, len(store)), [], [], []
+    for row, (name, sha256, grid) in enumerate(zip(store.images, store.sha256s, store.grids, strict=True)):
+        try:
+            image = load_image(name, sha256)
+        except ImageError as error:
+            log.warning("left out: %s", error)
+            skipped.append(str(error))
+            continue
+        top, left, bottom, right = grids.cells_to_pixels(grids.middle_square(grid), grid, tuple(image.shape[1:]))
+        kept.add("pictures", resize(image[:, top:bottom, left:right], (side, side))[None])
+        names.append(name)
+        sha256s.append(sha256)
+        progress("look", row + 1, len(store))
+    if not names:
+        raise ImageError(f"none of the {len(store)} images of the store can be read; the first: {skipped[0]}")
+    cells = min(store.grids[0])
+    pictures = kept.done(len(names))["pictures"]
+    return TokenSet(None, None, pictures, tuple(names), tuple(sha256s), (cells, cells), 0, tuple(skipped))

@@ -1,0 +1,148 @@
+"""Write and open the folder of a trained prior: what sampling needs of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dvt.analysis.pictures import pca_colours
+from dvt.analysis.priors.decoder import PixelDecoder
+from dvt.analysis.priors.prior import Prior
+from dvt.analysis.priors.targets import PriorTarget
+from dvt.analysis.priors.token_set import Rows
+from dvt.backbones.weights import save_state
+from dvt.errors import ConfigError, WeightsError
+from dvt.schema import typed
+
+GIVEN = "given"  # the condition of a prior that was trained on tensors
+
+
+def keep_run(
+    folder: Path,
+    prior: Prior,
+    held: tuple[Rows, Rows | None],
+    pictures: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    decoder: PixelDecoder | None = None,
+) -> None:
+    """Write what sampling needs beside the weights: held-out maps with their conditions and pictures.
+
+    Args:
+        folder: of the run; prior.safetensors is written only where it is missing.
+        prior: its card is given a target and a condition if it names none.
+        held: standardised maps (n, h, w, D) and conditions (n, M, C), None for none.
+        pictures: (n, 3, S, S); None for those that the maps stand for.
+        names: of the held-out images.
+        decoder: of features to pixels.
+    """
+    maps, conditions = (None if each is None else each[list(range(len(each)))] for each in held)
+    assert maps is not None
+    prior.card.setdefault("target", asdict(PriorTarget("features")))
+    prior.card.setdefault("condition", None if conditions is None else GIVEN)
+    if pictures is None:
+        target = typed(PriorTarget, json.loads(json.dumps(prior.card["target"])))
+        made = target.decode(maps.float())
+        if target.kind == "features":
+            made = torch.stack(pca_colours(list(made))).permute(0, 3, 1, 2)
+        pictures = made
+    tensors = {"pictures": pictures.half(), "maps": maps.float()}
+    if conditions is not None:
+        tensors["conditions"] = conditions
+    if decoder is not None:
+        tensors["decoder"] = decoder.weights
+    named = [str(name) for name in names] if names else [str(row) for row in range(len(maps))]
+    save_state(folder / "held_out.safetensors", tensors, {"images": json.dumps(named)})
+    if not (folder / "prior.safetensors").exists():
+        prior.save(folder / "prior.safetensors")
+
+
+@dataclass(frozen=True)
+class PriorRun:
+    """Hold what a run's folder has for sampling.
+
+    Args:
+        prior: the trained prior, on its device.
+        target: what it generates.
+        held: tensors by name: pictures (n, 3, S, S), maps (n, h, w, D), conditions (n, M, C), and of
+            features the weights of their decoder to pixels.
+        names: files of the held-out images.
+    """
+
+    prior: Prior
+    target: PriorTarget
+    held: dict[str, Tensor]
+    names: list[str]
+
+    def pictures_of(self, maps: Tensor) -> Tensor:
+        """Turn standardised maps into pictures (B, 3, S, S) in [0, 1]; of features those that a decoder makes.
+
+        Raises:
+            ConfigError: features without a decoder, as of a prior that was trained on tensors.
+        """
+        if self.target.kind != "features":
+            return self.target.decode(maps)
+        if "decoder" not in self.held:
+            raise ConfigError("this run has features and no decoder to pixels; train it anew with `dvt prior train`")
+        return PixelDecoder(self.held["decoder"])(maps)
+
+    def conditions(self, rows: slice | list[int]) -> Tensor | None:
+        """Move the conditions (n, M, C) of some rows to the prior's device; None where there are none."""
+        if "conditions" not in self.held:
+            return None
+        return self.held["conditions"][rows].to(next(self.prior.parameters()).device)
+
+
+def open_run(folder: str | Path, device: str | torch.device | None = None) -> PriorRun:
+    """Open the run that :func:`train_prior` left, or is leaving, in a folder.
+
+    Raises:
+        WeightsError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    prior = Prior.load(folder / "prior.safetensors").to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = folder / "held_out.safetensors"
+    try:
+        with safe_open(str(path), "pt") as file:
+            names = json.loads((file.metadata() or {})["images"])
+        held = load_file(path)
+        target = typed(PriorTarget, prior.card["target"])
+        _check_held(held, names, prior, target)
+    except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
+        raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
+    return PriorRun(prior, target, held, names)
+
+
+def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
+    """Check that what a run keeps fits its prior, and holds numbers."""
+    config, count = prior.config, len(names)
+    condition = prior.card["condition"]
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("it names no images")
+    wanted: dict[str, tuple[int | None, ...]] = {
+        "maps": (count, *config.grid, config.token_dim),
+        "pictures": (count, 3, None, None),
+    }
+    if config.condition_dim is not None:
+        cells = math.prod(config.condition_grid) if config.condition_grid else None
+        wanted["conditions"] = (count, None if condition == "both" else cells, config.condition_dim)
+    if "decoder" in held:
+        wanted["decoder"] = (9 * config.token_dim + 1, None)
+    for name, shape in wanted.items():
+        value = held[name]
+        same = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
+        if not same or not value.numel() or not value.isfinite().all():
+            raise ValueError(f"{name} is {tuple(value.shape)} instead of {shape}, or holds NaN")
+    if target.kind != "latents":  # whose VAE is read when it is needed
+        made = target.decode(held["maps"][:1].float())
+        fits = target.kind == "features" or made.shape[1:] == held["pictures"].shape[1:]
+        if not fits or made.shape[0] != 1 or not made.isfinite().all():
+            raise ValueError(f"the target {target.kind!r} of patch {target.patch} does not fit them")

@@ -1,0 +1,197 @@
+"""Measure the samples of runs by one yardstick that is declared beforehand, so that runs can be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dvt.analysis.priors.evaluate import (
+    enough_for_frechet,
+    features,
+    frechet_distance,
+    kernel_distance,
+    memorisation,
+    round_trip_cosine,
+)
+from dvt.analysis.priors.reading import opened_tokens
+from dvt.analysis.priors.run_folder import PriorRun, open_run
+from dvt.analysis.priors.sampling import Sampling, held_out_loss
+from dvt.analysis.priors.token_set import BATCH
+from dvt.backbones import Backbone
+from dvt.errors import ConfigError
+from dvt.progress import Progress, silent
+
+_FEWEST = 20  # held-out images for distances and for memorisation
+
+See = Callable[[Tensor], Tensor]
+"""Pictures (B, 3, S, S) in [0, 1] -> features (B, h, w, C)."""
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Look at pictures with something that none of the compared runs was told of.
+
+    Args:
+        name: how reports call it.
+        see: pictures to features.
+    """
+
+    name: str
+    see: See
+
+    def __call__(self, pictures: Tensor) -> Tensor:
+        """Look at (N, 3, S, S) pictures: (N, h, w, C)."""
+        return torch.cat([self.see(part.float().clamp(0, 1)).float().cpu() for part in pictures.split(BATCH)])
+
+
+def pixels() -> Yardstick:
+    """Take pixels themselves, averaged to 8 x 8 at most."""
+
+    def see(pictures: Tensor) -> Tensor:
+        side = min(8, pictures.shape[2])
+        return functional.interpolate(pictures, (side, side), mode="area").permute(0, 2, 3, 1)
+
+    return Yardstick("pixels", see)
+
+
+def random_filters(channels: int = 32) -> Yardstick:
+    """Take the rectified responses of fixed random filters, two layers deep: a model that has seen no image at all."""
+    draws = torch.Generator().manual_seed(0)
+    first = torch.randn(channels, 3, 5, 5, generator=draws)
+    first = first - first.mean((1, 2, 3), keepdim=True)  # blind to brightness
+    second = torch.randn(channels, channels, 3, 3, generator=draws) / (9 * channels) ** 0.5
+
+    def see(pictures: Tensor) -> Tensor:
+        shown = functional.interpolate(pictures, (32, 32), mode="bilinear", antialias=True)
+        x = functional.conv2d(shown, first.to(shown), padding=2).relu()
+        x = functional.conv2d(functional.avg_pool2d(x, 2), second.to(shown), padding=1).relu()
+        return functional.avg_pool2d(x, 4).permute(0, 2, 3, 1)
+
+    return Yardstick("random filters", see)
+
+
+def seen_by(backbone: Backbone) -> Yardstick:
+    """Take the raw patch tokens of a backbone."""
+
+    def see(pictures: Tensor) -> Tensor:
+        return features(backbone, pictures.to(backbone.mean), "patch", size=backbone.image_size)
+
+    return Yardstick(backbone.name, see)
+
+
+def measured(made: Tensor, own: Sequence[int], reals: Tensor, training: Tensor, yardstick: Yardstick) -> dict[str, Any]:
+    """Measure samples beside real pictures, in features less the training pictures' mean at each place.
+
+    Args:
+        made: (N, 3, S, S) samples.
+        own: for each sample, the number of the real picture that its condition comes from.
+        reals: (n, 3, S, S) held-out pictures.
+        training: (M, 3, S, S) pictures that were learnt from.
+        yardstick: what looks.
+
+    Returns:
+        "matched" and "shuffled" cosines with the own and with other real pictures, and the standard error of their
+        difference over held-out images; "kid" and, where there are ten samples a channel, "frechet" to all real
+        pictures; each with the same number for real held-out pictures beside it; "memorisation". None where there are
+        too few images, with the reason in "refused".
+    """
+    sights = [yardstick(each) for each in (made, reals, training)]
+    centre = sights[2].mean(0)
+    made, reals, learnt = (each - centre for each in sights)
+    index = torch.tensor(list(own))
+    mean = torch.stack([made[index == row].flatten(1).mean(0) for row in sorted(set(own))])
+    trip = round_trip_cosine(mean.view(-1, *made.shape[1:]), reals[sorted(set(own))]) if len(set(own)) > 2 else None
+    generated, held, known = (each.mean((1, 2)) for each in (made, reals, learnt))
+    answer: dict[str, Any] = {
+        "round_trip": None if trip is None else {**asdict(trip), "sigmas": trip.sigmas},
+        "kid": None,
+        "frechet": None,
+        "memorisation": None,
+        "refused": [],
+    }
+    if min(len(held), len(generated)) < _FEWEST:
+        answer["refused"].append(f"distances need {_FEWEST} held-out images and samples, there are {len(held)}")
+        return answer
+    answer["kid"] = {
+        "generated": asdict(kernel_distance(known, generated)),
+        "held_out": asdict(kernel_distance(known, held)),
+    }
+    copies = memorisation(generated, known, held)
+    answer["memorisation"] = {name: getattr(copies, name) for name in ("share", "p_value", "threshold")}
+    channels, fewest = known.shape[1], min(len(generated), len(known))
+    if enough_for_frechet(fewest, channels):
+        answer["frechet"] = frechet_distance(known, generated)
+    else:
+        answer["refused"].append(f"a Frechet distance of {channels} channels needs {10 * channels}, there are {fewest}")
+    return answer
+
+
+def evaluate_priors(
+    run_dirs: Sequence[str | Path],
+    yardsticks: Sequence[Yardstick] | None = None,
+    samples: int = 2000,
+    sampling: Sampling | None = None,
+    device: str | torch.device | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure runs on their held-out images, all by the same yardsticks.
+
+    Args:
+        run_dirs: folders of :func:`dvt.analysis.priors.runs.train_prior`, of the same images and held-out images.
+        yardsticks: None for pixels and random filters; a model that no run was told of is better.
+        samples: at least so many of each run, the same number for each held-out image.
+        sampling: how they are drawn.
+        device: None for a GPU if there is one.
+        progress: called with ("evaluate", runs done, runs).
+
+    Returns:
+        A report ready for JSON: by run the held-out loss (1 is an untrained prior) and, by yardstick, what
+        :func:`measured` gives.
+
+    Raises:
+        ConfigError: runs of different images, or none.
+        WeightsError: a run's file is missing or damaged.
+    """
+    if not run_dirs or samples < 1:
+        raise ConfigError(f"evaluation needs a run and a sample at least, got {len(run_dirs)} runs, {samples} samples")
+    runs = {str(folder): open_run(folder, device) for folder in run_dirs}
+    data = {name: run.prior.card.get("data", {}).get("sha256", name) for name, run in runs.items()}
+    if len(set(data.values())) > 1:
+        raise ConfigError(
+            f"the runs {', '.join(runs)} learnt from or held out different images: their numbers say nothing of each "
+            "other. Evaluate each alone, or train them on the same images with the same --seed and --held-out"
+        )
+    found = {}
+    for number, (name, run) in enumerate(runs.items(), 1):
+        found[name] = _scores(Path(name), run, yardsticks or (pixels(), random_filters()), samples, sampling)
+        (progress or silent)("evaluate", number, len(runs))
+    return {"runs": found}
+
+
+def _scores(
+    folder: Path, run: PriorRun, yardsticks: Sequence[Yardstick], samples: int, sampling: Sampling | None
+) -> dict[str, Any]:
+    seen, held = opened_tokens(folder / "tokens"), run.held["pictures"]
+    apart = set(run.names)
+    chosen = [row for row, name in enumerate(seen.names) if name not in apart]
+    each = -(-samples // len(held))
+    own = [row for row in range(len(held)) for _ in range(each)]
+    maps, calls = (sampling or Sampling()).draw(run.prior, run.conditions(own), len(own))
+    made = run.pictures_of(maps).cpu()
+    side = made.shape[2:]
+    training, reals = (
+        functional.interpolate(part.float(), side, mode="area") if part.shape[2:] != side else part.float()
+        for part in (seen.pictures[chosen], held)
+    )
+    return {
+        "held_out_loss": held_out_loss(run.prior, run.held["maps"], run.conditions(slice(None))),
+        "samples": len(made),
+        "calls": calls,
+        "yardsticks": {each.name: measured(made, own, reals, training, each) for each in yardsticks},
+    }

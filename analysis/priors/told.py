@@ -1,0 +1,61 @@
+"""Make what a trained prior is told, of images, or of the names of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dvt.analysis.priors.reading import Wanted, read_tokens
+from dvt.analysis.priors.token_set import CONDITIONS, Clean, token_identity
+from dvt.backbones import Backbone
+from dvt.errors import BackboneError, ConfigError
+from dvt.progress import silent
+
+
+def conditions_of_images(
+    card: dict[str, Any], paths: Sequence[Path], backbone: Backbone, denoiser: Clean | None = None
+) -> Tensor:
+    """Make conditions (n, M, C) of images.
+
+    Args:
+        card: of the prior.
+        paths: of the images.
+        backbone: that of the training.
+        denoiser: that of the training; None for none.
+
+    Raises:
+        ConfigError: the prior is not told of images.
+        BackboneError: it was trained on tokens of something else.
+        ImageError: an image cannot be read.
+    """
+    if card.get("condition") not in CONDITIONS:
+        raise ConfigError(f"this prior is told of {card.get('condition')!r} and not of images; leave --condition out")
+    here = token_identity(backbone, denoiser)
+    changed = [f"{k} {card.get(k)!r} there, {v!r} here" for k, v in here.items() if card.get(k) != v]
+    if changed:
+        raise BackboneError(
+            f"the prior was trained on tokens of something else ({'; '.join(changed)}); give the same backbone, size "
+            "and denoiser"
+        )
+    seen = read_tokens(list(paths), backbone, Wanted(card["condition"], False, 8), denoiser, silent)
+    assert seen.conditions is not None
+    return seen.conditions[list(range(len(seen)))]
+
+
+def conditions_of_labels(card: dict[str, Any], labels: Sequence[str]) -> Tensor:
+    """Make conditions (n, 1, K) of the names of classes.
+
+    Raises:
+        ConfigError: the prior knows no labels, or not these.
+    """
+    known = card.get("labels")
+    if not known:
+        raise ConfigError(f"this prior is told of {card.get('condition')!r} and knows no labels; train with label")
+    if unknown := [name for name in labels if name not in known]:
+        raise ConfigError(f"there is no label {unknown[0]!r}; this prior knows {', '.join(known)}")
+    return functional.one_hot(torch.tensor([known.index(name) for name in labels]), len(known)).half()[:, None]

@@ -1,0 +1,80 @@
+"""Run `dvt prior compare`: the same prior told of raw, cleaned, and position-only tokens, on one budget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from dvt.analysis.priors.compare import Comparison
+from dvt.cli.common import DenoiserOptions, progress_bar, resolved, shown
+from dvt.images import find_images
+
+
+@dataclass(frozen=True)
+class PriorCompare(DenoiserOptions):
+    """Compare priors that are told of raw and of cleaned tokens, with the same seeds, split and budget, against steps.
+
+    The same command goes on with the runs that are missing.
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths."""
+    out: Path
+    """The folder: compare.json, page.html and the runs."""
+    decompose: bool = False
+    """Also compare raw - G (one artifact for all images) and each image's own decomposition, removed and ensembled."""
+    comparison: Annotated[Comparison, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
+        default_factory=Comparison
+    )
+    """What is compared, and the budget."""
+
+
+def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run the comparison: exit code 0 when all runs are done."""
+    from dvt.analysis.priors.compare import compare_priors, look
+
+    paths = find_images(command.images)
+    settings = resolved(command, command="prior compare", images=paths)
+    backbone = command.load()
+    treatments, shared = decompositions(backbone) if command.decompose else ({}, None)
+    with progress_bar(console) as progress:
+        material = look(
+            paths, backbone, command.comparison, treatments, shared, command.token_function(backbone), progress
+        )
+        report = compare_priors(material, command.out, command.comparison, progress=progress)
+    _print(console, report)
+    console.print(f"page: {shown(str(command.out / 'page.html'))}")
+    return 0, {**report, "settings": settings}
+
+
+def decompositions(backbone: Any) -> tuple[dict[str, Any], Any]:
+    """Make the products of each image's own decomposition, and the artifact of several images."""
+    from dvt.fields.config import DenoiseConfig
+    from dvt.fields.image import denoise
+    from dvt.fields.shared import shared_artifact
+
+    products = {name: DenoiseConfig(product=name) for name in ("removed", "ensembled")}  # type: ignore[arg-type]
+    treatments = {
+        name: lambda image, config=config: denoise(backbone, image, config).semantic
+        for name, config in products.items()
+    }
+    return treatments, lambda images: shared_artifact(backbone, images, products["removed"])
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    from dvt.analysis.priors.compare_page import told
+
+    for name in next(iter(report["kinds"].values())):
+        if "others" in name:
+            continue
+        table = Table(name.replace("_", " "), "best", "over raw", "last", "over raw", "change in the last quarter")
+        for kind, measures in report["kinds"].items():
+            found = measures[name]
+            cells = (told(found[each]) for each in ("best", "best_over_raw", "last", "last_over_raw"))
+            table.add_row(kind, *cells, f"{found['change_in_last_quarter']:+.4f}")
+        console.print(table)
