@@ -7,6 +7,9 @@ from .doctor import diagnose as diagnose
 from .gallery import ShownImage as ShownImage
 from .gallery import pca as pca
 from .gallery import save_gallery as save_gallery
+from .matching import ImageMatches as ImageMatches
+from .matching import match_images as match_images
+from .matching import save_matches as save_matches
 from .measure import AnalyzeConfig as AnalyzeConfig
 from .measure import analyze as analyze
 from .metrics import BlankResponse as BlankResponse

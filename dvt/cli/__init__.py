@@ -21,6 +21,7 @@ from dvt.cli.common import DryRun
 from dvt.cli.denoise import Demo, Denoise, Inspect, demo, denoise, inspect
 from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
 from dvt.cli.extract import Extract, Store, extract, store
+from dvt.cli.match import MatchCommand, match
 from dvt.cli.priors import PriorCommand, prior
 from dvt.cli.remedies import FindRemedy, remedy
 from dvt.cli.show import Show, show
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[type, CommandFunction]] = {
     "distill": (Distill, distill),
     "export": (Export, export),
     "show": (Show, show),
+    "match": (MatchCommand, match),
     "doctor": (Doctor, doctor),
     "analyze": (Analyze, analyze),
     "report": (ReportCommand, report),

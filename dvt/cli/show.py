@@ -11,7 +11,8 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.common import DenoiserOptions, progress_bar, resolved
+from dvt.cli.clean import CleanOptions
+from dvt.cli.common import progress_bar, resolved
 from dvt.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Show(DenoiserOptions):
+class Show(CleanOptions):
     """Draw features in PCA colours, the same over all images, raw beside clean: a picture each and one page."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
@@ -31,20 +32,15 @@ class Show(DenoiserOptions):
     """Terms to show, such as raw and semantic; if not given, all that a store holds, or raw and clean."""
     foreground: bool = False
     """Mask the background by the first component and colour the rest by components of its own."""
-    upsample: int = 1
-    """Cells a patch and side; the maps' edges then follow the photograph's."""
-    views: int | None = None
-    """Views of the decomposition that cleans a photograph where no --denoiser is given; 0 shows raw features alone."""
     count: int = 100
     """Images at most, evenly spaced."""
 
 
 def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt show`: exit code 0 when the pictures are written."""
-    if command.count < 1 or command.upsample < 1:
-        raise ConfigError(f"count ({command.count}) and upsample ({command.upsample}) must be 1 or more")
-    if command.views is not None and command.views < 0:
-        raise ConfigError(f"views is {command.views}; it must be 0, for raw features alone, or more")
+    command.check_clean()
+    if command.count < 1:
+        raise ConfigError(f"count is {command.count}; it must be 1 or more")
     from dvt.analysis.gallery import pca, save_gallery
 
     stored = len(command.sources) == 1 and _is_store(Path(command.sources[0]))
@@ -87,32 +83,17 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
 
 def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
     """Each photograph's raw features, and clean ones by a denoiser or by stage one."""
-    import torch
-
     from dvt.analysis.gallery import ShownImage
     from dvt.analysis.probes.datasets import pick
-    from dvt.fields.config import DenoiseConfig
-    from dvt.fields.image import denoise
     from dvt.images import find_images, load_image
-    from dvt.views import resize
 
     paths = pick(find_images(command.sources), command.count)
     resolved(command, command="show", images=paths)
     backbone = command.load()
-    clean = command.token_function(backbone)
     for done, path in enumerate(paths, 1):
         pixels = load_image(path)
-        if clean is None and command.views != 0:
-            parts = denoise(backbone, pixels, DenoiseConfig(views=command.views))  # type: ignore[arg-type]
-            maps = {"raw": parts.raw, "semantic": parts.semantic}
-        else:
-            with torch.no_grad():
-                inputs = resize(pixels.to(backbone.device), backbone.input_size((pixels.shape[1], pixels.shape[2])))
-                tokens = backbone(inputs[None])
-            maps = {"raw": tokens.patches[0].float()}
-            if clean is not None:
-                maps["denoised"] = clean(tokens.to(torch.float32)).patches[0]
+        maps = command.terms_of(backbone, pixels)
         if unknown := set(command.terms) - set(maps):
             raise ConfigError(f"there is no term {sorted(unknown)[0]!r} here; there are {', '.join(maps)}")
-        yield ShownImage(path.stem, {term: maps[term].cpu() for term in command.terms or maps}, pixels)
+        yield ShownImage(path.stem, {term: maps[term] for term in command.terms or maps}, pixels)
         progress("images", done, len(paths))

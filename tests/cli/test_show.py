@@ -1,4 +1,4 @@
-"""`dvt show` as a user runs it."""
+"""`dvt show` and `dvt match` as a user runs them."""
 
 import json
 
@@ -23,3 +23,34 @@ def test_photographs_and_their_store_are_shown(photo, tmp_path, monkeypatch, cap
     (tmp_path / "a.png").unlink()
     assert main(["show", "store", "--upsample", "2", "--out", "three"]) == 2  # its photograph is gone
     assert not (tmp_path / "three").exists()
+
+
+def test_a_photograph_matches_itself_place_by_place(photo, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo.mul(255).byte().movedim(0, -1).numpy()).save("a.png")
+    assert main(["match", "a.png", "a.png", *WITH, "--views", "0", "--out", "all"]) == 0
+    pairs = json.loads((tmp_path / "all" / "matches.json").read_text())["matches"]["raw"]
+    assert len(pairs) == 16 and all(pair["first"] == pair["second"] for pair in pairs)
+    arguments = [
+        "match",
+        "a.png",
+        "a.png",
+        *WITH,
+        "--views",
+        "0",
+        "--points",
+        "0.1",
+        "0.1",
+        "0.9",
+        "0.4",
+        "--out",
+        "two",
+    ]
+    assert main(arguments) == 0
+    assert len(json.loads((tmp_path / "two" / "matches.json").read_text())["matches"]["raw"]) == 2
+    assert (tmp_path / "two" / "matches.png").is_file()
+    outside = [{"0.9": "7"}.get(each, each) for each in arguments]
+    assert main([*outside[:-1], "bad"]) == 2
+    assert main(["match", "a.png", "none.png", *WITH, "--out", "bad"]) == 2

@@ -1,0 +1,49 @@
+"""Options of commands that show raw features beside clean ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dvt.cli.common import DenoiserOptions
+from dvt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dvt.backbones import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleanOptions(DenoiserOptions):
+    """Options of commands that clean single photographs, by a denoiser or by stage one."""
+
+    views: int | None = None
+    """Views of the decomposition that cleans a photograph where no --denoiser is given; 0 leaves features raw."""
+    upsample: int = 1
+    """Cells a patch and side; the maps' edges then follow the photograph's."""
+
+    def check_clean(self) -> None:
+        """Refuse numbers out of their range."""
+        if self.upsample < 1:
+            raise ConfigError(f"upsample is {self.upsample}; it must be 1 or more")
+        if self.views is not None and self.views < 0:
+            raise ConfigError(f"views is {self.views}; it must be 0, for raw features alone, or more")
+
+    def terms_of(self, backbone: Backbone, pixels: Tensor) -> dict[str, Tensor]:
+        """Compute a photograph's raw map (h, w, C) and a clean one, by name, on the CPU."""
+        import torch
+
+        from dvt.fields.config import DenoiseConfig
+        from dvt.fields.image import denoise
+        from dvt.views import resize
+
+        clean = self.token_function(backbone)
+        if clean is None and self.views != 0:
+            parts = denoise(backbone, pixels, DenoiseConfig(views=self.views))  # type: ignore[arg-type]
+            return {"raw": parts.raw.cpu(), "semantic": parts.semantic.cpu()}
+        with torch.no_grad():
+            inputs = resize(pixels.to(backbone.device), backbone.input_size((pixels.shape[1], pixels.shape[2])))
+            tokens = backbone(inputs[None]).to(torch.float32)
+        maps = {"raw": tokens.patches[0].cpu()}
+        return maps if clean is None else maps | {"denoised": clean(tokens).patches[0].cpu()}

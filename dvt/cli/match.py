@@ -1,0 +1,58 @@
+"""Run `dvt match`: which places of two photographs are alike, by raw and by clean features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+from dvt.cli.clean import CleanOptions
+from dvt.cli.common import resolved, save_json
+from dvt.files import writable
+
+
+@dataclass(frozen=True)
+class MatchCommand(CleanOptions):
+    """Match two photographs by their features, raw beside clean; write a picture and the pairs as JSON."""
+
+    first: tyro.conf.Positional[Path]
+    """A photograph."""
+    second: tyro.conf.Positional[Path]
+    """Another one."""
+    out: Path
+    """Folder for matches.png and matches.json."""
+    points: tuple[tuple[float, float], ...] = ()
+    """Places x y in [0, 1] of the first photograph to find in the second; all mutual neighbours if not given."""
+    ratio: float = 1.0
+    """Keep mutual neighbours whose distance is at most so much of the second nearest's; 1 keeps all."""
+
+
+def match(command: MatchCommand, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt match`: exit code 0 when picture and pairs are written."""
+    import torch
+
+    from dvt.analysis.matching import match_images, save_matches
+    from dvt.images import load_image
+    from dvt.upsampling import upsample
+
+    command.check_clean()
+    settings = resolved(command, command="match")
+    writable(command.out / "matches.json")
+    pixels = load_image(command.first), load_image(command.second)
+    backbone = command.load()
+    terms = [command.terms_of(backbone, each) for each in pixels]
+    points = torch.tensor(command.points) if command.points else None
+    found = {}
+    for name in terms[0]:
+        maps = [upsample(term[name], each, command.upsample) for term, each in zip(terms, pixels, strict=True)]
+        found[name] = match_images(maps[0], maps[1], points, command.ratio)
+        console.print(f"{name}: {len(found[name])} matches")
+    picture = save_matches(pixels, found, command.out / "matches.png")
+    result = {"matches": {name: each.to_json() for name, each in found.items()}, "settings": settings}
+    save_json(command.out / "matches.json", result)
+    console.print(f"picture: {escape(str(picture))}")
+    return 0, {**result, "picture": str(picture)}
