@@ -1,8 +1,9 @@
 # The names that `dvt.analysis` offers; loaded when first used (lazy_loader), and read by type checkers.
 from . import metrics as metrics
 from . import pictures as pictures
+from .config import AnalyzeConfig as AnalyzeConfig
+from .config import DoctorConfig as DoctorConfig
 from .doctor import Diagnosis as Diagnosis
-from .doctor import DoctorConfig as DoctorConfig
 from .doctor import diagnose as diagnose
 from .gallery import ShownImage as ShownImage
 from .gallery import pca as pca
@@ -10,7 +11,6 @@ from .gallery import save_gallery as save_gallery
 from .matching import ImageMatches as ImageMatches
 from .matching import match_images as match_images
 from .matching import save_matches as save_matches
-from .measure import AnalyzeConfig as AnalyzeConfig
 from .measure import analyze as analyze
 from .metrics import BlankResponse as BlankResponse
 from .metrics import NormOutliers as NormOutliers

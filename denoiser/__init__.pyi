@@ -1,6 +1,7 @@
 # The names that `dvt.denoiser` offers; loaded when first used (lazy_loader), and read by type checkers.
 from .attach import denoised_backbone as denoised_backbone
 from .config import DenoiserConfig as DenoiserConfig
+from .config import DenoiserTraining as DenoiserTraining
 from .distill.card import read_card as read_card
 from .distill.config import BackboneTraining as BackboneTraining
 from .distill.job import distill_backbone as distill_backbone
@@ -23,7 +24,6 @@ from .remedies.noise import fit_noise as fit_noise
 from .remedies.noise import noise_maps as noise_maps
 from .remedies.rasa import fit_rasa as fit_rasa
 from .remedies.registers import fit_registers as fit_registers
-from .train import DenoiserTraining as DenoiserTraining
 from .train import train_denoiser as train_denoiser
 from .variants import fit_linear as fit_linear
 from .variants import fit_subtract as fit_subtract

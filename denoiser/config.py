@@ -1,11 +1,12 @@
-"""Settings of a denoiser, and the kinds that there are."""
+"""Settings of a denoiser and of its training, and the kinds that there are."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from dvt.errors import ConfigError
-from dvt.grids import Size
+from dvt.training.config import TrainingConfig
 
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
 #: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
@@ -44,7 +45,7 @@ class DenoiserConfig:
 
     kind: str
     feature_dim: int
-    grid: Size
+    grid: tuple[int, int]
     num_heads: int | None = None
     depth: int = 1
     mlp_ratio: float = 4.0
@@ -79,3 +80,56 @@ def check_strength(value: float) -> None:
     """Raise ConfigError unless a strength lies in [0, 1]."""
     if not 0 <= value <= 1:
         raise ConfigError(f"strength must lie in [0, 1], from the raw tokens to the denoised ones, got {value}")
+
+
+_DENOISER_LOOP = TrainingConfig(
+    steps=1000, batch_size=16, learning_rate=1e-3, ema=0.99, validate_every=200, checkpoint_every=500
+)
+
+
+@dataclass(frozen=True)
+class DenoiserTraining:
+    """Say how a denoiser is made from a store of `dvt denoise`.
+
+    Args:
+        kind: "block", "conv1x1" or "conv3x3", which are trained; "linear" or "subtract", which are fitted in
+            closed form and use only `validation` and `target` of what follows.
+        depth: transformer blocks.
+        heads: attention heads of a block; None for C / 64.
+        position: whether a block has a position embedding.
+        use_prefix: whether a block attends to the class token and the registers.
+        target: the term of the store to give back from "raw".
+        validation: share of the images that is held out, in (0, 1); at least one image, and at most 256.
+        loop: steps, batch size, learning rate and the rest of the training loop; its averaged weights are the result.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    kind: Literal["block", "conv1x1", "conv3x3", "linear", "subtract"] = "block"
+    depth: int = 1
+    heads: int | None = None
+    position: bool = True
+    use_prefix: bool = False
+    target: str = "semantic"
+    validation: float = 0.1
+    loop: TrainingConfig = _DENOISER_LOOP
+
+    def __post_init__(self) -> None:
+        if self.kind not in DENOISER_KINDS:
+            known = ", ".join(DENOISER_KINDS)
+            raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
+        if not 0 < self.validation < 1:
+            raise ConfigError(f"validation is a share of the images in (0, 1), got {self.validation}")
+
+    def denoiser(self, feature_dim: int, grid: tuple[int, int]) -> DenoiserConfig:
+        """Describe the denoiser for tokens of C channels on a grid (h, w)."""
+        return DenoiserConfig(
+            self.kind,
+            feature_dim,
+            grid,
+            num_heads=self.heads,
+            depth=self.depth,
+            position=self.position,
+            use_prefix=self.use_prefix,
+        )

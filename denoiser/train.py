@@ -6,24 +6,23 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dvt.denoiser.config import DENOISER_KINDS, DenoiserConfig
+from dvt.denoiser.config import DenoiserTraining
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.pairs import InMemory, Pairs, TrainingBatch, pair_batches, split
 from dvt.denoiser.scores import denoiser_loss, evaluate
 from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.errors import ConfigError
-from dvt.grids import Size
 from dvt.progress import Progress
 from dvt.store import FeatureStore
-from dvt.training import TrainingConfig, flat_settings, is_first_process, sides_digest, train
+from dvt.training import flat_settings, is_first_process, sides_digest, train
 
 log = logging.getLogger(__name__)
 
@@ -31,57 +30,6 @@ log = logging.getLogger(__name__)
 FITTED = ("linear", "subtract")
 
 _MOST_FITTED = 1024  # images from which means and closed forms are computed
-_DENOISER_LOOP = TrainingConfig(
-    steps=1000, batch_size=16, learning_rate=1e-3, ema=0.99, validate_every=200, checkpoint_every=500
-)
-
-
-@dataclass(frozen=True)
-class DenoiserTraining:
-    """Say how a denoiser is made from a store of `dvt denoise`.
-
-    Args:
-        kind: "block", "conv1x1" or "conv3x3", which are trained; "linear" or "subtract", which are fitted in
-            closed form and use only `validation` and `target` of what follows.
-        depth: transformer blocks.
-        heads: attention heads of a block; None for C / 64.
-        position: whether a block has a position embedding.
-        use_prefix: whether a block attends to the class token and the registers.
-        target: the term of the store to give back from "raw".
-        validation: share of the images that is held out, in (0, 1); at least one image, and at most 256.
-        loop: steps, batch size, learning rate and the rest of the training loop; its averaged weights are the result.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    kind: Literal["block", "conv1x1", "conv3x3", "linear", "subtract"] = "block"
-    depth: int = 1
-    heads: int | None = None
-    position: bool = True
-    use_prefix: bool = False
-    target: str = "semantic"
-    validation: float = 0.1
-    loop: TrainingConfig = _DENOISER_LOOP
-
-    def __post_init__(self) -> None:
-        if self.kind not in DENOISER_KINDS:
-            known = ", ".join(DENOISER_KINDS)
-            raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
-        if not 0 < self.validation < 1:
-            raise ConfigError(f"validation is a share of the images in (0, 1), got {self.validation}")
-
-    def denoiser(self, feature_dim: int, grid: Size) -> DenoiserConfig:
-        """Describe the denoiser for tokens of C channels on a grid (h, w)."""
-        return DenoiserConfig(
-            self.kind,
-            feature_dim,
-            grid,
-            num_heads=self.heads,
-            depth=self.depth,
-            position=self.position,
-            use_prefix=self.use_prefix,
-        )
 
 
 def train_denoiser(

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dvt.errors import ConfigError
-from dvt.fields.encodings import EncodingKind, GridLayout
-from dvt.views import ViewConfig
+from dvt.views.config import ViewConfig
 
 Product = Literal["removed", "ensembled", "blend"]
+EncodingKind = Literal["auto", "torch", "tinycudann"]
 
 #: The views that each product is best made of, at equal forward passes (benchmarks/products.py).
 PRODUCT_VIEWS: dict[str, ViewConfig] = {
@@ -21,6 +21,18 @@ PRODUCT_VIEWS: dict[str, ViewConfig] = {
 
 #: Counts what changes the estimators' numbers, so that a store never mixes two of them: 2 since outliers are screened.
 ESTIMATOR = 2
+
+
+def check_grid(levels: int, base: int, finest: int, channels: int, hash_entries: int) -> None:
+    """Raise ConfigError unless these are the sizes of a multi-resolution grid."""
+    if levels < 1 or base < 2 or finest < base:
+        raise ConfigError(
+            f"a grid needs levels >= 1 and finest >= base >= 2, got levels {levels}, base {base}, finest {finest}"
+        )
+    if channels not in (1, 2, 4, 8):
+        raise ConfigError(f"a grid has 1, 2, 4 or 8 channels a level, got {channels}")
+    if hash_entries < 8 or hash_entries & (hash_entries - 1):
+        raise ConfigError(f"hash_entries must be a power of two of at least 8, got {hash_entries}")
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ class NeuralConfig:
     encoding: EncodingKind = "auto"
 
     def __post_init__(self) -> None:
-        self.layout  # noqa: B018  its own checks
+        check_grid(self.levels, self.base, self.finest, self.channels, self.hash_entries)
         checks = {
             "steps": self.steps >= 2,
             "tokens_per_step": self.tokens_per_step >= 1,
@@ -127,11 +139,6 @@ class NeuralConfig:
         for name, fine in checks.items():
             if not fine:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
-
-    @property
-    def layout(self) -> GridLayout:
-        """The sizes of the field's encoding."""
-        return GridLayout(self.levels, self.base, self.finest, self.channels, self.hash_entries)
 
     def learning_rate(self, step: int) -> float:
         """Compute the rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dvt.errors import ConfigError, ShapeError
-
-EncodingKind = Literal["auto", "torch", "tinycudann"]
+from dvt.fields.config import EncodingKind, NeuralConfig, check_grid
 
 _PRIME = 2654435761
 _INITIAL_RANGE = 1e-4
@@ -57,15 +56,12 @@ class GridLayout:
     hash_entries: int = 2**20
 
     def __post_init__(self) -> None:
-        if self.levels < 1 or self.base < 2 or self.finest < self.base:
-            raise ConfigError(
-                f"a grid needs levels >= 1 and finest >= base >= 2, got levels {self.levels}, base {self.base}, "
-                f"finest {self.finest}"
-            )
-        if self.channels not in (1, 2, 4, 8):
-            raise ConfigError(f"a grid has 1, 2, 4 or 8 channels a level, got {self.channels}")
-        if self.hash_entries < 8 or self.hash_entries & (self.hash_entries - 1):
-            raise ConfigError(f"hash_entries must be a power of two of at least 8, got {self.hash_entries}")
+        check_grid(self.levels, self.base, self.finest, self.channels, self.hash_entries)
+
+    @classmethod
+    def of(cls, config: NeuralConfig) -> GridLayout:
+        """Take the sizes of a solver's settings."""
+        return cls(config.levels, config.base, config.finest, config.channels, config.hash_entries)
 
     @cached_property
     def growth(self) -> float:

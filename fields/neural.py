@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.config import NeuralConfig
 from dvt.fields.decomposition import Fit
-from dvt.fields.encodings import make_encoding
+from dvt.fields.encodings import GridLayout, make_encoding
 
 ViewBatches = Iterable[tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int], None]
@@ -126,7 +126,7 @@ class _NeuralFitting:
     ) -> None:
         self.config, self.grid, self.centre, self.scale = config, grid, centre, scale
         generator = torch.Generator(device).manual_seed(config.seed)
-        layout, channels = config.layout, grid[2]
+        layout, channels = GridLayout.of(config), grid[2]
         encoding = make_encoding(config.encoding, layout, layout.initial_table(generator))
         self.field = nn.Sequential(encoding, *_mlp((layout.features, max(channels // 2, 1), channels), generator))
         hidden = max(channels // 4, 1)

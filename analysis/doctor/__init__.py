@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.doctor.config import DoctorConfig
+from dvt.analysis.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated
 from dvt.analysis.doctor.examination import Examination, settled_time
-from dvt.analysis.measure.config import Decompose, DenoiserLike
 from dvt.analysis.measure.sample import read_pixels, spread
+from dvt.analysis.measure.types import Decompose, DenoiserLike
 from dvt.errors import ImageError
 from dvt.images import ImageLike, usable_images
 from dvt.progress import Progress, silent

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
-from dvt.analysis.doctor.config import DoctorConfig
+from dvt.analysis.config import DoctorConfig
 from dvt.analysis.metrics.nulls import Score
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.doctor.config import DoctorConfig
+from dvt.analysis.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated, left_share
-from dvt.analysis.measure.config import DenoiserLike
 from dvt.analysis.measure.treated import treated
+from dvt.analysis.measure.types import DenoiserLike
 from dvt.analysis.metrics import log_norm_outliers, scores
 from dvt.analysis.metrics.nulls import Score, matched_noise
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows

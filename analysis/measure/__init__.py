@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dvt.analysis.measure.config import AnalyzeConfig, Decompose, DenoiserLike
+from dvt.analysis.config import AnalyzeConfig
 from dvt.analysis.measure.measurement import BackboneMeasurement
 from dvt.analysis.measure.sample import choose_sample, name_of, read_pixels, spread, store_of
 from dvt.analysis.measure.stopwatch import Stopwatch
+from dvt.analysis.measure.types import Decompose, DenoiserLike
 from dvt.analysis.metrics.scores import Row
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dvt.analysis.measure.config import AnalyzeConfig, Decompose, DenoiserLike, TermSource
+from dvt.analysis.config import AnalyzeConfig
 from dvt.analysis.measure.sample import places_of, read_pixels, spread, store_of
 from dvt.analysis.measure.stopwatch import Stopwatch
 from dvt.analysis.measure.treated import treated
+from dvt.analysis.measure.types import Decompose, DenoiserLike, TermSource
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics import scores
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows

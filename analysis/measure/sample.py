@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dvt.analysis.measure.config import AnalyzeConfig, TermSource
+from dvt.analysis.config import AnalyzeConfig
+from dvt.analysis.measure.types import TermSource
 from dvt.errors import ConfigError, ImageError
 from dvt.images import ImageLike, load_image, usable_images
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dvt.analysis.measure.config import DenoiserLike
+from dvt.analysis.measure.types import DenoiserLike
 from dvt.tokens import Tokens
 
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvt.analysis.priors.config import Comparison, Sampling
 from dvt.analysis.priors.evaluate import round_trip_cosine
 from dvt.analysis.priors.prior import Prior
-from dvt.analysis.priors.sampling import Sampling
+from dvt.analysis.priors.sampling import draw_maps
 from dvt.analysis.priors.scoring import Yardstick, pixels, random_filters
 from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import Clean, split, square
-from dvt.analysis.priors.training import PriorTraining, fit_prior
+from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images import load_image, readable, size_and_sha256
 from dvt.progress import Progress, silent
-from dvt.training import TrainingConfig
 from dvt.views import resize
 
 #: Kinds of patch tokens that need no more than a backbone; others come from the treatments that are handed over.
@@ -32,47 +32,6 @@ PLAIN_KINDS = ("raw", "raw - mean map", "position only", "shuffled", "learned ce
 
 Treatment = Callable[[Tensor], Tensor]
 """An image (3, H, W) in [0, 1] at the backbone's size -> its patch tokens (h, w, C)."""
-
-_LOOP = TrainingConfig(
-    steps=3000,
-    batch_size=48,
-    learning_rate=2e-3,
-    min_learning_rate=2e-3,  # no decay: a curve that flattens does so by itself
-    warmup=0.02,
-    ema=0.99,
-    checkpoint_every=3000,
-    validate_every=250,
-    log_every=250,
-)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Say what is compared, and with which budget.
-
-    Args:
-        kinds: some of those that there are, "raw" among them; empty for all.
-        seeds: runs of each kind; their spread gives the intervals.
-        prior: what is trained and how; the condition is patches, and `loop.validate_every` is how often the curves
-            have a point.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    kinds: tuple[str, ...] = ()
-    seeds: int = 3
-    prior: PriorTraining = PriorTraining(side=32, width=64, depth=2, held_out=0.2, loop=_LOOP)  # noqa: RUF009  frozen
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ConfigError(f"an interval needs 2 seeds or more, got {self.seeds}")
-        if self.prior.condition != "patch" or self.prior.target == "features" or self.prior.flips:
-            raise ConfigError("a comparison is of patch tokens as conditions, of pixels or latents, and without flips")
-        if self.kinds and "raw" not in self.kinds:
-            raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
-        if self.prior.loop.validate_every < 1:
-            raise ConfigError("a curve needs validate_every of at least 1")
 
 
 @dataclass(frozen=True)
@@ -217,7 +176,7 @@ def _run(
         centres[stick.name] = stick(material.pictures[material.chosen]).mean(0)
 
     def sampled() -> Tensor:
-        return target.decode(Sampling(seed=seed).draw(prior, held[1], len(held[1]))[0])
+        return target.decode(draw_maps(Sampling(seed=seed), prior, held[1], len(held[1]))[0])
 
     def validate() -> dict[str, float]:
         pictures, found = sampled(), {}

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dvt.analysis.priors.condition import PseudoText, drop, pseudo_text
-from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.config import MOST_GUIDANCE, PriorConfig
 from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
 from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
@@ -29,7 +29,6 @@ from dvt.schema import typed
 PRIOR_SCHEMA = "dvt-prior/1"
 _KEY = "dvt"
 _LAFITE = 0.5  # temperature and weight of its contrastive loss
-MOST_GUIDANCE = 100.0
 
 
 def sampling_sigmas(steps: int = 18) -> Tensor:

@@ -26,11 +26,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import Wanted, kept_store, kept_tokens
 from dvt.analysis.priors.run_folder import PriorRun, keep_run, open_run
-from dvt.analysis.priors.sampling import Sampling, sample_prior, write_samples
+from dvt.analysis.priors.sampling import sample_prior, write_samples
 from dvt.analysis.priors.stored import store_identity
 from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import (
@@ -43,7 +44,7 @@ from dvt.analysis.priors.token_set import (
     split,
     token_identity,
 )
-from dvt.analysis.priors.training import PriorTraining, fit_prior
+from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import find_images

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from dvt.analysis.pictures import pca_colours, save
+from dvt.analysis.priors.config import Sampling
 from dvt.analysis.priors.diffusion import Restart, Sampled, ddim, heun, restart
 from dvt.analysis.priors.heads import Sampler
-from dvt.analysis.priors.prior import MOST_GUIDANCE, Prior, sampling_sigmas
+from dvt.analysis.priors.prior import Prior, sampling_sigmas
 from dvt.analysis.priors.run_folder import PriorRun, open_run
 from dvt.analysis.priors.token_set import BATCH, Rows
 from dvt.errors import ConfigError
@@ -27,70 +27,35 @@ _SAMPLED = 64  # maps at a time
 _TILE, _GAP = 96, 4  # pixels of a picture of samples
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Say how samples are drawn.
-
-    Args:
-        steps: noise levels of the sampler.
-        ar_steps: how often a token head in random order asks its trunk.
-        sampler: "heun", "ddim" (ancestral), or "restart" (four returns between noise levels .3 and 2).
-        guidance: classifier-free guidance in [0, 100]; 1 for none.
-        rising: whether the guidance rises from 1 to its value on the way, or is the same all along.
-        temperature: in (0, 10]; below 1 samples vary less.
-        seed: of the samples.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    steps: int = 18
-    ar_steps: int = 16
-    sampler: Literal["heun", "ddim", "restart"] = "heun"
-    guidance: float = 1.0
-    rising: bool = False
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or self.ar_steps < 1:
-            raise ConfigError(f"steps and ar_steps must be at least 1, got {self.steps} and {self.ar_steps}")
-        if self.sampler not in _SAMPLERS:
-            raise ConfigError(f"there is no sampler {self.sampler!r}; it is one of {', '.join(_SAMPLERS)}")
-        if not 0 <= self.guidance <= MOST_GUIDANCE:
-            raise ConfigError(f"guidance must lie in 0 ... {MOST_GUIDANCE:g}; 1 is none, got {self.guidance}")
-        if not 0 < self.temperature <= 10:
-            raise ConfigError(f"temperature must lie above 0 and be at most 10, got {self.temperature}")
-
-    def draw(self, prior: Prior, conditions: Tensor | None, count: int) -> Sampled:
-        """Draw `count` maps, one for each condition (count, M, C), batch by batch; and the calls of the network."""
-        device = next(prior.parameters()).device
-        generator = torch.Generator(device).manual_seed(self.seed)
-        parts, calls = [], 0
-        for start in range(0, count, _SAMPLED):
-            many = min(_SAMPLED, count - start)
-            given = None if conditions is None else conditions[start : start + many].to(device)
-            maps, more = prior.sample(
-                given,
-                generator,
-                many,
-                sampler=_SAMPLERS[self.sampler],
-                sigmas=sampling_sigmas(self.steps),
-                guidance=self.guidance,
-                steps=self.ar_steps,
-                temperature=self.temperature,
-                rising=self.rising,
-            )
-            parts.append(maps)
-            calls += more
-        return torch.cat(parts), calls
-
-
 _SAMPLERS: dict[str, Sampler] = {
     "heun": heun,
     "ddim": partial(ddim, eta=1.0),
     "restart": partial(restart, intervals=(Restart(0.3, 2.0, 5, 4),)),
 }
+
+
+def draw_maps(sampling: Sampling, prior: Prior, conditions: Tensor | None, count: int) -> Sampled:
+    """Draw `count` maps, one for each condition (count, M, C), batch by batch; and the calls of the network."""
+    device = next(prior.parameters()).device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    parts, calls = [], 0
+    for start in range(0, count, _SAMPLED):
+        many = min(_SAMPLED, count - start)
+        given = None if conditions is None else conditions[start : start + many].to(device)
+        maps, more = prior.sample(
+            given,
+            generator,
+            many,
+            sampler=_SAMPLERS[sampling.sampler],
+            sigmas=sampling_sigmas(sampling.steps),
+            guidance=sampling.guidance,
+            steps=sampling.ar_steps,
+            temperature=sampling.temperature,
+            rising=sampling.rising,
+        )
+        parts.append(maps)
+        calls += more
+    return torch.cat(parts), calls
 
 
 def sample_prior(
@@ -121,7 +86,7 @@ def sample_prior(
     run, out = open_run(run_dir, device), Path(out or Path(run_dir) / "samples.png")
     images = min(images, len(run.names))
     rows = [row for row in range(images) for _ in range(samples)]
-    maps, calls = (sampling or Sampling()).draw(run.prior, run.conditions(rows), len(rows))
+    maps, calls = draw_maps(sampling or Sampling(), run.prior, run.conditions(rows), len(rows))
     save(_figure(run, run.target.decode(maps).cpu(), images, samples), out)
     return {"out": str(out), "images": images, "samples": samples, "calls": calls}
 
@@ -153,7 +118,7 @@ def write_samples(
         raise ConfigError(f"count must be at least 1, got {count}")
     run, out = open_run(run_dir, device), Path(out)
     told = None if conditions is None else conditions.repeat_interleave(count, 0)
-    maps, calls = (sampling or Sampling()).draw(run.prior, told, count if told is None else len(told))
+    maps, calls = draw_maps(sampling or Sampling(), run.prior, told, count if told is None else len(told))
     pictures = run.pictures_of(maps).cpu()
     files = [out / f"{row // count:04}-{row % count:02}.png" for row in range(len(pictures))]
     for path, picture in zip(files, pictures, strict=True):

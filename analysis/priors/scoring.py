@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dvt.analysis.priors.config import Sampling
 from dvt.analysis.priors.evaluate import (
     enough_for_frechet,
     features,
@@ -21,7 +22,7 @@ from dvt.analysis.priors.evaluate import (
 )
 from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.run_folder import PriorRun, open_run
-from dvt.analysis.priors.sampling import Sampling, held_out_loss
+from dvt.analysis.priors.sampling import draw_maps, held_out_loss
 from dvt.analysis.priors.token_set import BATCH
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError
@@ -182,7 +183,7 @@ def _scores(
     chosen = [row for row, name in enumerate(seen.names) if name not in apart]
     each = -(-samples // len(held))
     own = [row for row in range(len(held)) for _ in range(each)]
-    maps, calls = (sampling or Sampling()).draw(run.prior, run.conditions(own), len(own))
+    maps, calls = draw_maps(sampling or Sampling(), run.prior, run.conditions(own), len(own))
     made = run.pictures_of(maps).cpu()
     side = made.shape[2:]
     training, reals = (

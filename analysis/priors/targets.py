@@ -6,16 +6,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from dvt.analysis.priors.config import TargetKind, check_target
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
-
-TargetKind = Literal["pixels", "latents", "features"]
-TARGET_KINDS = ("pixels", "latents", "features")
 
 
 def patchify(maps: Tensor, patch: int) -> Tensor:
@@ -59,10 +57,7 @@ class PriorTarget:
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if self.kind not in TARGET_KINDS:
-            raise ConfigError(f"there is no target {self.kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
-        if (self.vae is None) == (self.kind == "latents"):
-            raise ConfigError(f"latents, and only they, need a VAE; the target is {self.kind!r} and vae {self.vae!r}")
+        check_target(self.kind, self.vae)
 
     def encode(self, pictures: Tensor, features: Tensor) -> Tensor:
         """Make target tokens (B, h, w, D), unstandardised, of pictures (B, 3, S, S) or features (B, h, w, C)."""

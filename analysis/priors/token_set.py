@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dvt.analysis.priors.config import CONDITIONS, Condition
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError
 from dvt.grids import Size
 from dvt.tokens import Tokens
 from dvt.training import hold_out
 
-Condition = Literal["cls", "mean", "patch", "both"]
-CONDITIONS = ("cls", "mean", "patch", "both")
 Clean = Callable[[Tokens], Tokens]
 
 BATCH = 32  # images at a time where nothing is trained

@@ -20,13 +20,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from dvt.analysis.config import AnnotationKind
 from dvt.analysis.probes.layouts import IGNORE, LAYOUTS, PLAIN, SPLITS, Example, category_names, size_text, some
 from dvt.errors import ConfigError, DataError
 from dvt.images import image_size
@@ -35,7 +36,6 @@ log = logging.getLogger(__name__)
 
 Picked = TypeVar("Picked")
 
-AnnotationKind = Literal["labels", "depth", "boxes", "category"]
 
 MOST_CLASSES = 1000
 _METRES = 0.001

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from dvt.analysis.config import HeadConfig
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.grids import Size
 
@@ -69,41 +69,6 @@ class Probe(ABC):
         if not bool(statistics.any()):
             raise DataError(f"nothing to score: the targets of all {len(targets)} images are left out (ignored or 0)")
         return {name: float(value) for name, value in self.summarise(statistics).items()}
-
-
-@dataclass(frozen=True)
-class HeadConfig:
-    """Set how a head is trained on frozen tokens.
-
-    Args:
-        epochs: passes over the training images.
-        batch: images a step.
-        learning_rate: highest, of AdamW, under one cycle.
-        weight_decay: of AdamW.
-        labels_per_patch: training targets are reduced (nearest) to this many a patch and side; 0 keeps every pixel.
-            Scores are always taken at every pixel.
-        seed: of the head's first weights and of the order of the images.
-    """
-
-    epochs: int = 25
-    batch: int = 8
-    learning_rate: float = 3e-3
-    weight_decay: float = 1e-3
-    labels_per_patch: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.labels_per_patch < 0:
-            raise ConfigError(
-                f"epochs and batch are 1 or more, labels_per_patch 0 or more; got {self.epochs}, {self.batch}, "
-                f"{self.labels_per_patch}"
-            )
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ConfigError(f"learning rate {self.learning_rate} or weight decay {self.weight_decay} is out of range")
-
-    def with_seed(self, seed: int) -> HeadConfig:
-        """Copy the settings with another seed."""
-        return replace(self, seed=seed)
 
 
 HeadLoss = Callable[[Tensor, Tensor], Tensor]

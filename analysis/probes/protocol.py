@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dvt.analysis.probes import features
+from dvt.analysis.config import TARGETS, ProbeConfig
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
-from dvt.analysis.probes.datasets import AnnotationKind, LabelledData, open_data, pick
+from dvt.analysis.probes.datasets import LabelledData, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
-from dvt.analysis.probes.features import Lazy, fitting_size, held
+from dvt.analysis.probes.features import Lazy, default_cache, fitting_size, held
 from dvt.analysis.probes.layouts import IGNORE, Example, some
-from dvt.analysis.probes.probe import HeadConfig, Probe
+from dvt.analysis.probes.probe import Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.analysis.probes.variants import BASELINES, RAW, UPSAMPLED, Baseline, RowFeatures, Variant, row_names
+from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, row_names
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
@@ -35,111 +35,11 @@ from dvt.views import ViewConfig
 
 log = logging.getLogger(__name__)
 
-Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
-TARGETS: dict[str, AnnotationKind] = {
-    "segmentation": "labels",
-    "knn": "labels",
-    "depth": "depth",
-    "classification": "category",
-    "knn-classification": "category",
-    "discovery": "boxes",
-}
-
 _LEGENDS = {
     "discovery": f"whole: the whole image as the box; centred: the best of {len(TRIVIAL_MARGINS)} centred boxes, "
     "chosen by its CorLoc on these images",
     "correspondence": "position PCK is what matching to the same place of the grid scores, chance PCK a random match",
 }
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """Choose a probe, its data and its protocol.
-
-    Args:
-        task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
-            (linear, whole images), "knn-classification", "discovery" (one box an image, nothing is learnt) or
-            "correspondence" (matches between an image and warped views of it, nothing is learnt).
-        data: folder of the labelled data; any images for correspondence.
-        layout: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto" recognises it.
-        ignore: label ids that do not count, besides those of the layout.
-        classes: number of classes; None finds it.
-        protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
-            training and test, so that layout is less of a cue.
-        evaluate: the split that is scored; None means test, or val where there is no test.
-        train_images, test_images: number of images at most, evenly spaced; None takes all.
-        seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
-        head: how a linear head is trained.
-        bins: of depth, even in its logarithm or in depth.
-        neighbours: votes of the probes without training.
-        method: of discovery.
-        centred: of discovery: subtract each image's mean token first [ours]. Denoised tokens are known only up to a
-            constant vector, and both methods depend on the origin; False takes tokens as the papers take keys.
-        position: put the position back into all features: "none", "concatenate" or "add".
-        baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
-            training images' mean map), "linear-removal" (without the directions that tell position),
-            "view-averaging" (the mean over `views` random crops of .1 to .5) and "ph-reg" (over as many shifts of at
-            most 15 %, mirrored or not, at one scale, as PH-Reg's teacher takes).
-        upsample: also score each row's features this many times finer, guided by the images (:func:`dvt.upsample`), in
-            a row of its own; without it only the scores of classes are enlarged, bilinearly. For label and depth maps.
-        transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
-        views: of view averaging, besides the whole image.
-        seed: of the crops, the views and the first probe.
-        cache: folder for features and crops; None is the user's cache folder.
-    """
-
-    task: Task
-    data: Path
-    layout: str = "auto"
-    ignore: tuple[int, ...] = ()
-    classes: int | None = None
-    protocol: Literal["frames", "crops"] = "frames"
-    evaluate: Literal["val", "test"] | None = None
-    train_images: int | None = None
-    test_images: int | None = None
-    seeds: int = 3
-    head: HeadConfig = HeadConfig()  # noqa: RUF009  frozen
-    bins: Literal["log", "linear"] = "log"
-    neighbours: int = 20
-    method: Literal["lost", "tokencut"] = "lost"
-    centred: bool = True
-    position: Literal["none", "concatenate", "add"] = "none"
-    baselines: tuple[Baseline, ...] = ("position-only",)
-    upsample: int = 1
-    transfer: bool = False
-    views: int = 10
-    seed: int = 0
-    cache: Path | None = None
-
-    def __post_init__(self) -> None:
-        choices = {
-            "task": (*TARGETS, "correspondence"),
-            "method": ("lost", "tokencut"),
-            "protocol": ("frames", "crops"),
-            "evaluate": (None, "val", "test"),
-            "bins": ("log", "linear"),
-            "position": ("none", "concatenate", "add"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
-        if unknown := [name for name in self.baselines if name not in BASELINES]:
-            raise ConfigError(f"there is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
-        for name in ("seeds", "neighbours", "views", "train_images", "test_images", "upsample"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; it must be 1 or more")
-        if self.protocol == "crops" and TARGETS.get(self.task) not in ("labels", "depth"):
-            raise ConfigError(f"{self.task} takes whole images only; crops need label or depth maps")
-        if self.upsample > 1 and TARGETS.get(self.task) not in ("labels", "depth"):
-            raise ConfigError(f"{self.task} has no map to score at a finer grid; upsample is for label and depth maps")
-        if self.transfer and self.task in ("discovery", "correspondence"):
-            raise ConfigError(f"{self.task} learns nothing, so there is no probe to transfer")
-
-    @property
-    def folder(self) -> Path:
-        """Find the folder where features and crops are kept."""
-        return Path(self.cache) if self.cache else features.default_cache()
 
 
 def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:
@@ -159,7 +59,7 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
     splits = {"train": data.splits.get("train", ()), "test": data.splits[name]}
     data = replace(data, splits=splits, notes=notes)
     data = data.limited(train=config.train_images, test=config.test_images).counted()
-    return data if config.protocol == "frames" else cached_crops(data, config.folder, config.seed, progress)
+    return data if config.protocol == "frames" else cached_crops(data, _cache(config), config.seed, progress)
 
 
 def run_probe(
@@ -271,7 +171,7 @@ def _row_features(
     config: ProbeConfig, backbone: Backbone, images: Sequence[Path], train: int, progress: Progress | None
 ) -> RowFeatures:
     views = ViewConfig(count=config.views, seed=config.seed)
-    return RowFeatures(backbone, images, train, config.folder, views, config.position, config.seed, progress)
+    return RowFeatures(backbone, images, train, _cache(config), views, config.position, config.seed, progress)
 
 
 def _target(data: LabelledData, example: Example) -> Tensor:
@@ -358,3 +258,8 @@ def _void_notes(
 def _plain(config: ProbeConfig) -> dict[str, Any]:
     values = asdict(config)
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _cache(config: ProbeConfig) -> Path:
+    """Find the folder where features and crops are kept."""
+    return Path(config.cache) if config.cache else default_cache()

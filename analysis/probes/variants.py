@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +23,6 @@ from dvt.views import ViewConfig
 Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
 """A function of the raw tokens, a store that holds the images (its `term` is read), or another backbone."""
 
-Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg"]
-BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
 RAW = "raw"
 UPSAMPLED = ", upsampled"
 """What the name of a row ends with whose maps are finer than the tokens."""

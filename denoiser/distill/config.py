@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvt.errors import ConfigError
-from dvt.training import TrainingConfig
+from dvt.training.config import TrainingConfig
 
 _BACKBONE_LOOP = TrainingConfig(
     steps=2000, batch_size=16, learning_rate=1e-4, warmup=0.1, ema=0.99, validate_every=200, checkpoint_every=500

@@ -7,52 +7,19 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
-from typing import Annotated, Any
 
-import tyro
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
 import dvt
-from dvt.cli.analysis import Analyze, Doctor, ProbeCommand, ReportCommand, analyze, doctor, probe, report
+from dvt.cli.commands import parse, print_overview
 from dvt.cli.common import DryRun
-from dvt.cli.denoise import Demo, Denoise, Inspect, demo, denoise, inspect
-from dvt.cli.denoiser import Distill, Export, Train, distill, export, train
-from dvt.cli.extract import Extract, Store, extract, store
-from dvt.cli.match import MatchCommand, match
-from dvt.cli.priors import PriorCommand, prior
-from dvt.cli.remedies import FindRemedy, remedy
-from dvt.cli.show import Show, show
 from dvt.errors import ConfigError, DvtError
 from dvt.text import visible, visible_lines
 
-CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
-
-#: Each command's name, its settings and the function that does it: (settings, console) -> (exit code, JSON result).
-COMMANDS: dict[str, tuple[type, CommandFunction]] = {
-    "demo": (Demo, demo),
-    "denoise": (Denoise, denoise),
-    "extract": (Extract, extract),
-    "inspect": (Inspect, inspect),
-    "store": (Store, store),
-    "train": (Train, train),
-    "remedy": (FindRemedy, remedy),
-    "distill": (Distill, distill),
-    "export": (Export, export),
-    "show": (Show, show),
-    "match": (MatchCommand, match),
-    "doctor": (Doctor, doctor),
-    "analyze": (Analyze, analyze),
-    "report": (ReportCommand, report),
-    "probe": (ProbeCommand, probe),
-    "prior": (PriorCommand, prior),
-}
-
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code: 0 all done, 2 bad input, 1 failure."""
+    """Run a command and return its exit code: 0 all done, 2 bad input, 1 failure, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
         if isinstance(stream, io.TextIOWrapper):
@@ -71,24 +38,27 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         errors.print("stopped; the same command goes on where it was")
-        return 1
+        return 130
 
 
 def _run(arguments: list[str], errors: Console) -> int:
     if arguments == ["--version"]:
         _write(f"dvt {dvt.__version__}\n")
         return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print_overview(Console(stderr=not arguments))
+        return 0 if arguments else 2
     if empty := [each for each in arguments if each == "" or re.fullmatch(r"--[\w.-]+=", each)]:
         raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
-    description = "Clean dense features from Vision Transformers."  # not a docstring: python -OO has none
-    command = tyro.cli(_union(), prog="dvt", description=description, args=arguments)
+    command, function = parse(arguments)
+    from rich.logging import RichHandler  # takes time, and help needs none of it
+
     console = Console(stderr=command.json, soft_wrap=True, emoji=False)
     handler = RichHandler(console=errors, show_path=False)
     handler.addFilter(_visible_record)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
-    run = next(function for settings, function in COMMANDS.values() if type(command) is settings)
     try:
-        code, result = run(command, console)
+        code, result = function(command, console)
     except DryRun as stopped:
         code, result = 0, stopped.settings
         console.print_json(data=result)
@@ -107,12 +77,3 @@ def _write(text: str) -> None:
     """Write to standard output, now: an error of it is ours to tell, not the interpreter's when it ends."""
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _union() -> Any:
-    """The commands as one type for tyro."""
-    union: Any = None
-    for name, (settings, _) in COMMANDS.items():
-        choice: Any = Annotated[settings, tyro.conf.subcommand(name)]
-        union = choice if union is None else union | choice
-    return union

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -18,10 +16,10 @@ from rich.table import Table
 import dvt
 from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_map
 from dvt.cli.common import progress_bar, resolved, shown
-from dvt.cli.jobs import JobOptions, print_job, run_job
+from dvt.cli.jobs import print_job, run_job
+from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.errors import ConfigError
-from dvt.fields import LinearConfig, NeuralConfig
-from dvt.fields.config import DenoiseConfig, Product
+from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
 from dvt.images import find_sources, is_url
@@ -34,72 +32,6 @@ if TYPE_CHECKING:
 DEMO_MODEL = "vit_tiny_patch16_224"
 # Enough images for a stable probe; more would only take memory.
 SCORED_IMAGES = 100
-
-
-@dataclass(frozen=True)
-class Denoise(JobOptions):
-    """Split each image's features into a semantic field, an artifact and a residual; write a store and pictures.
-
-    The same command again computes what is missing and nothing else.
-    """
-
-    seed: int = 0
-    """Seed of the views and the solver."""
-    product: Product | None = None
-    """removed: each image's own tokens without the artifact; ensembled: the field over scales, which labels like;
-    blend: between the two. If not given, removed, or ensembled with the neural solver."""
-    views: int | None = None
-    """Views an image, beside the whole image; if not given, 16 where the product is removed, else 48 (paper: 768)."""
-    batch: int = 16
-    """Views a forward pass."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the backbone's forward pass."""
-    solver: Literal["linear", "neural"] = "linear"
-    """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
-    linear: LinearConfig = field(default_factory=LinearConfig)
-    """Settings of the linear solver."""
-    neural: NeuralConfig = field(default_factory=NeuralConfig)
-    """Settings of the neural solver."""
-    shared_artifact: bool = False
-    """Fit one artifact for all images of a grid shape, instead of one each."""
-    shared_images: int = 32
-    """Images that the shared artifact is fitted on."""
-    upsample: int = 1
-    """Also write the semantic features this many times finer, guided by the image, to OUT/upsampled."""
-    keep_terms: bool = False
-    """Also store the artifact and the residual."""
-    pictures: bool = True
-    """Draw a picture for each image, in OUT/pictures; not with --ray."""
-    shard_images: int = 16
-    """Images a shard; a killed run loses at most the shards in hand and the one being written."""
-    solve_images: int | None = None
-    """Images solved together; 8 on a GPU, 1 on a CPU, if not given."""
-    overlap: Literal["auto", "on", "off"] = "auto"
-    """Let the backbone go on with the next images while some are solved; "auto" does so on a GPU."""
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Show what a feature store holds."""
-
-    store: tyro.conf.Positional[str]
-    """A folder of shards, or one shard."""
-    verify: bool = False
-    """Read everything through its checksums and name damaged shards."""
-    json: bool = False
-    """Print one JSON object on standard output."""
-
-
-@dataclass(frozen=True)
-class Demo:
-    out: Path = Path("dvt-demo")
-    """Folder for the store and the pictures."""
-    views: int = 48
-    """Random views."""
-    device: str = "auto"
-    """"cpu", "cuda" or "auto"."""
-    json: bool = False
-    """Print one JSON object on standard output."""
 
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:

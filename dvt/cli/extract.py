@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 
 from dvt.cli.beside import check_upsample, names_beside, write_map
-from dvt.cli.common import DenoiserOptions, progress_bar, resolved, shown
-from dvt.cli.jobs import JobOptions, print_job, run_job
+from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.jobs import print_job, run_job
+from dvt.cli.settings.extract import Extract, Store, StoreExport, StoreMerge
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
 from dvt.store.tools import export_store, merge_stores
@@ -22,78 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dvt.backbones import Backbone
-
-
-@dataclass(frozen=True)
-class Extract(JobOptions, DenoiserOptions):
-    """Write the tokens of images, raw and with --denoiser also denoised, to a feature store.
-
-    The same command again computes what is missing and nothing else.
-    """
-
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the forward pass."""
-    batch: int = 32
-    """Images a forward pass."""
-    shard_images: int = 64
-    """Images a shard; a killed run loses at most the shard in hand and the one being written."""
-    workers: int | None = None
-    """Threads that read and decode images; the processor's cores, at most 16, if not given."""
-    upsample: int = 1
-    """Also write the denoised features, or the raw ones, this many times finer, guided by the image, to
-    OUT/upsampled."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _StoreOptions:
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
-    dry_run: bool = False
-    """Print the resolved settings and stop."""
-
-
-@dataclass(frozen=True)
-class StoreMerge(_StoreOptions):
-    """Put stores that the same job made, for example on several machines, into one.
-
-    The same command again does what is left. Stores of different jobs are refused.
-    """
-
-    stores: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of shards, or shards."""
-    out: Path
-    """Folder of the store that holds all of them."""
-    wait: bool = True
-    """Wait for another writer of the same store, instead of refusing."""
-
-
-@dataclass(frozen=True)
-class StoreExport(_StoreOptions):
-    """Write a store as .npy files, one an image and term, as one zarr group, or as safetensors files of many images."""
-
-    store: tyro.conf.Positional[Path]
-    """A folder of shards, or one shard."""
-    out: Path
-    """A new folder."""
-    form: Annotated[Literal["npy", "zarr", "safetensors"], tyro.conf.arg(name="format")] = "npy"
-    """What to write; zarr needs the package of that name."""
-    terms: tuple[str, ...] = ()
-    """Terms to export, such as raw or denoised; all if not given."""
-
-
-@dataclass(frozen=True)
-class Store:
-    """Merge or export feature stores."""
-
-    action: Annotated[
-        Annotated[StoreMerge, tyro.conf.subcommand("merge", prefix_name=False)]
-        | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    @property
-    def json(self) -> bool:
-        return self.action.json
 
 
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:

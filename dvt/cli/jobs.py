@@ -6,43 +6,20 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import BackboneOptions, save_json, shown
+from dvt.cli.common import save_json, shown
+from dvt.cli.settings.jobs import JobOptions
 from dvt.errors import ConfigError
 from dvt.images import is_url
 from dvt.jobs.run import check_run, run
 from dvt.jobs.work import Summary, Work
 from dvt.progress import Progress
-
-
-@dataclass(frozen=True)
-class JobOptions(BackboneOptions):
-    """Options of every command that makes a feature store of images."""
-
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively), globs, URLs such as s3://bucket/folder, or a .txt list of these."""
-    out: str
-    """Folder of the feature store; with --ray also a URL."""
-    strict: bool = dataclasses.field(default=False, kw_only=True)
-    """Stop at the first image that cannot be read."""
-    wait: bool = dataclasses.field(default=True, kw_only=True)
-    """Wait for another writer of the same store, instead of refusing."""
-    profile: bool = dataclasses.field(default=False, kw_only=True)
-    """Print where the time went."""
-    ray: str | None = dataclasses.field(default=None, kw_only=True)
-    """Run on a Ray cluster: "auto", HOST:PORT or ray://HOST:PORT, or "local" to start one on this machine."""
-    ray_workers: int | None = dataclasses.field(default=None, kw_only=True)
-    """Workers on the cluster; one a GPU, or one a CPU core where there are no GPUs, if not given."""
-    ray_threads: int = dataclasses.field(default=1, kw_only=True)
-    """Threads of each worker on CPUs; another number may change the last bits of tokens."""
 
 
 def run_job(

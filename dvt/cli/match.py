@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.clean import CleanOptions
 from dvt.cli.common import resolved, save_json
+from dvt.cli.settings.show import MatchCommand
 from dvt.files import writable
-
-
-@dataclass(frozen=True)
-class MatchCommand(CleanOptions):
-    """Match two photographs by their features, raw beside clean; write a picture and the pairs as JSON."""
-
-    first: tyro.conf.Positional[Path]
-    """A photograph."""
-    second: tyro.conf.Positional[Path]
-    """Another one."""
-    out: Path
-    """Folder for matches.png and matches.json."""
-    points: tuple[tuple[float, float], ...] = ()
-    """Places x y in [0, 1] of the first photograph to find in the second; all mutual neighbours if not given."""
-    ratio: float = 1.0
-    """Keep mutual neighbours whose distance is at most so much of the second nearest's; 1 keeps all."""
 
 
 def match(command: MatchCommand, console: Console) -> tuple[int, dict[str, Any]]:

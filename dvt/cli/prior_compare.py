@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
-from dvt.analysis.priors.compare import Comparison
-from dvt.cli.common import DenoiserOptions, progress_bar, resolved, shown
+from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.settings.priors import PriorCompare
 from dvt.images import find_images
-
-
-@dataclass(frozen=True)
-class PriorCompare(DenoiserOptions):
-    """Compare priors that are told of raw and of cleaned tokens, with the same seeds, split and budget, against steps.
-
-    The same command goes on with the runs that are missing.
-    """
-
-    images: tyro.conf.Positional[tuple[str, ...]]
-    """Files, folders (searched recursively), globs, or a .txt list of paths."""
-    out: Path
-    """The folder: compare.json, page.html and the runs."""
-    decompose: bool = False
-    """Also compare raw - G (one artifact for all images) and each image's own decomposition, removed and ensembled."""
-    comparison: Annotated[Comparison, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
-        default_factory=Comparison
-    )
-    """What is compared, and the budget."""
 
 
 def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any]]:

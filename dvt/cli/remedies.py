@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 
-from dvt.cli.common import BackboneOptions, progress_bar, resolved, shown, variant_of
-from dvt.denoiser.remedies.config import WITHOUT_IMAGES, Remedy, RemedyConfig
+from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.settings.common import BackboneOptions, variant_of
+from dvt.cli.settings.remedies import FindRemedy
+from dvt.denoiser.remedies.config import WITHOUT_IMAGES
 from dvt.errors import ImageError
 from dvt.files import writable
 from dvt.images import find_images
@@ -20,25 +20,6 @@ from dvt.images import find_images
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
     from dvt.progress import Progress
-
-
-@dataclass(frozen=True)
-class FindRemedy(BackboneOptions):
-    """Find a denoiser without training: one of the remedies that `dvt doctor --remedies` compares.
-
-    registers and defect are against tokens of outlying norm, noise, insid3 and rasa against artifacts of position.
-    noise and insid3 need no images. The file is used like a trained denoiser, by --denoiser.
-    """
-
-    remedy: tyro.conf.Positional[Remedy]
-    """registers: test-time registers; defect: the direction of outliers; noise: the mean of noise images is subtracted;
-    insid3: directions of position in noise images; rasa: directions from which probes read position."""
-    images: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed, ten are enough."""
-    out: Path = Path("denoiser.safetensors")
-    """The .safetensors file to write."""
-    settings: Annotated[RemedyConfig, tyro.conf.arg(name="")] = field(default_factory=RemedyConfig)
-    """How it is found."""
 
 
 def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:

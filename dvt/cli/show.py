@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from dvt.cli.clean import CleanOptions
 from dvt.cli.common import progress_bar, resolved
+from dvt.cli.settings.show import Show
 from dvt.errors import ConfigError, ImageError
 
 if TYPE_CHECKING:
     from dvt.analysis.gallery import ShownImage
     from dvt.progress import Progress
-
-
-@dataclass(frozen=True)
-class Show(CleanOptions):
-    """Draw features in PCA colours, the same over all images, raw beside clean: a picture each and one page."""
-
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    """Photographs (files, folders, globs, a .txt list of paths), or one feature store."""
-    out: Path
-    """Folder for the pictures and index.html."""
-    terms: tuple[str, ...] = ()
-    """Terms to show, such as raw and semantic; if not given, all that a store holds, or raw and clean."""
-    foreground: bool = False
-    """Mask the background by the first component and colour the rest by components of its own."""
-    count: int = 100
-    """Images at most, evenly spaced."""
 
 
 def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:

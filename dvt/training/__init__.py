@@ -11,22 +11,7 @@ function of the step, and so is the seed of whatever draws random numbers inside
 at any moment ends with the weights, bit by bit, that it would have had (on one device, with the same processes).
 """
 
-from dvt.training.config import TrainingConfig, flat_settings
-from dvt.training.data import epoch_indices, hold_out, sides_digest
-from dvt.training.log import LogRow
-from dvt.training.loop import Batches, LossFunction, Trained, train
-from dvt.training.processes import is_first_process
+import lazy_loader
 
-__all__ = [
-    "Batches",
-    "LogRow",
-    "LossFunction",
-    "Trained",
-    "TrainingConfig",
-    "epoch_indices",
-    "flat_settings",
-    "hold_out",
-    "is_first_process",
-    "sides_digest",
-    "train",
-]
+# The names stand in __init__.pyi. They are loaded when first used: settings need no torch.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

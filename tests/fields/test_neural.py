@@ -9,6 +9,7 @@ import scipy.optimize
 import torch
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.fields.encodings import GridLayout
 from dvt.fields.neural import NeuralConfig, NeuralSolver
 from dvt.grids import grid_centres, sample, view_to_image
 
@@ -182,7 +183,7 @@ def test_weight_decay_is_adams_l2(problem):
     half = [(tokens, 0.4 * coords) for tokens, coords in problem.batches()]
     found = next(NeuralSolver(config).fit(half).field[0].parameters())
     kept = next(NeuralSolver(replace(config, weight_decay=0.0)).fit(half).field[0].parameters())
-    initial = config.layout.initial_table(torch.Generator().manual_seed(config.seed))
+    initial = GridLayout.of(config).initial_table(torch.Generator().manual_seed(config.seed))
     untouched = (kept == initial).all(-1)
     assert 0.3 < untouched.float().mean() < 1
     value, first, second = initial[untouched].double(), 0.0, 0.0

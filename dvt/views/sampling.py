@@ -1,11 +1,9 @@
-"""Views of one image: random crops and flips, with the coordinates of every patch."""
+"""Cut the views of one image: random crops and flips, or shifted windows, with the coordinates of every patch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as nnf
@@ -13,51 +11,9 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.devices import upload
-from dvt.errors import ConfigError, ShapeError
+from dvt.errors import ShapeError
 from dvt.grids import Size
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """How the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
-
-    Two kinds: crops show parts of the image, enlarged; shifts are windows at its own scale, moved by whole patches
-    over the image mirrored at its borders (ours). The whole image always comes first, in addition.
-
-    Args:
-        count: views an image, beside the whole one.
-        kind: "crops", to which `scale`, `ratio` and `flip` belong, or "shifts", to which `reach` belongs.
-        reach: the farthest that a window is shifted, as a share of the image's sides. At 1 every content is as likely
-            at every position, so what a window's content does to its tokens does not pass for an artifact.
-        scale: smallest and largest share of the image's area that a view shows.
-        ratio: smallest and largest aspect ratio of a view, relative to the whole image's.
-        flip: probability that a view is mirrored left to right.
-        seed: seed of the generator; the same seed draws the same boxes.
-        batch: views per forward pass of the backbone.
-    """
-
-    count: int = 48
-    kind: Literal["crops", "shifts"] = "crops"
-    reach: float = 1.0
-    scale: tuple[float, float] = (0.1, 0.5)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    seed: int = 0
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("crops", "shifts"):
-            raise ConfigError(f"kind is {self.kind!r}; views are 'crops' or 'shifts', all of one kind")
-        if self.count < 0 or self.batch < 1:
-            raise ConfigError(f"views must be 0 or more and the batch 1 or more, got {self.count} and {self.batch}")
-        if not 0 < self.reach <= 1:
-            raise ConfigError(f"reach is {self.reach}; windows are shifted by a share in (0, 1] of the image's sides")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"scale must satisfy 0 < smallest <= largest <= 1, got {self.scale}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ConfigError(f"ratio must satisfy 0 < smallest <= largest, got {self.ratio}")
-        if not 0 <= self.flip <= 1:
-            raise ConfigError(f"flip is a probability between 0 and 1, got {self.flip}")
+from dvt.views.config import ViewConfig
 
 
 def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,14 @@
-"""Options of commands that show raw features beside clean ones."""
+"""Settings of `dvt show` and `dvt match`, which show raw features beside clean ones."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dvt.cli.common import DenoiserOptions
+import tyro
+
+from dvt.cli.settings.common import DenoiserOptions
 from dvt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,3 +50,35 @@ class CleanOptions(DenoiserOptions):
             tokens = backbone(inputs[None]).to(torch.float32)
         maps = {"raw": tokens.patches[0].cpu()}
         return maps if clean is None else maps | {"denoised": clean(tokens).patches[0].cpu()}
+
+
+@dataclass(frozen=True)
+class Show(CleanOptions):
+    """Draw features in PCA colours, the same over all images, raw beside clean: a picture each and one page."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Photographs (files, folders, globs, a .txt list of paths), or one feature store."""
+    out: Path
+    """Folder for the pictures and index.html."""
+    terms: tuple[str, ...] = ()
+    """Terms to show, such as raw and semantic; if not given, all that a store holds, or raw and clean."""
+    foreground: bool = False
+    """Mask the background by the first component and colour the rest by components of its own."""
+    count: int = 100
+    """Images at most, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class MatchCommand(CleanOptions):
+    """Match two photographs by their features, raw beside clean; write a picture and the pairs as JSON."""
+
+    first: tyro.conf.Positional[Path]
+    """A photograph."""
+    second: tyro.conf.Positional[Path]
+    """Another one."""
+    out: Path
+    """Folder for matches.png and matches.json."""
+    points: tuple[tuple[float, float], ...] = ()
+    """Places x y in [0, 1] of the first photograph to find in the second; all mutual neighbours if not given."""
+    ratio: float = 1.0
+    """Keep mutual neighbours whose distance is at most so much of the second nearest's; 1 keeps all."""

@@ -1,0 +1,231 @@
+"""Settings of the analyses: what is measured, what counts as an artifact, how features are probed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dvt.errors import ConfigError
+
+AnnotationKind = Literal["labels", "depth", "boxes", "category"]
+Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
+TARGETS: dict[str, AnnotationKind] = {
+    "segmentation": "labels",
+    "knn": "labels",
+    "depth": "depth",
+    "classification": "category",
+    "knn-classification": "category",
+    "discovery": "boxes",
+}
+
+Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg"]
+BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
+
+
+@dataclass(frozen=True)
+class AnalyzeConfig:
+    """Choose what an analysis computes.
+
+    Args:
+        images: size of the sample at most, evenly spread over the images given.
+        layers: "all", or block indices with -1 for the final one, beside the backbone's own layer, which is always
+            measured. All layers come from one forward pass.
+        layer_images: images of the sample that other layers are measured on; their position share and shift
+            stability come from half of the images below.
+        share_images: images that the position share and the map of the artifact come from.
+        windows: torus windows of each of them, an even number.
+        shift_images: images that shift stability comes from, six windows each.
+        mic_images: images that MIC is computed on (a quarter of them for other layers).
+        mic_channels: channels that MIC scores for each axis, those with most information on fixed cuts; None all.
+        draws: of the nulls of position R2, position share, grid peak and blank correlation, at least 2; the others
+            have one an image.
+        shown: images whose token maps are kept for pictures.
+        batch: images per forward pass.
+        seed: of windows, nulls and bootstraps.
+    """
+
+    images: int = 120
+    layers: Literal["all"] | tuple[int, ...] = ()
+    layer_images: int = 12
+    share_images: int = 24
+    windows: int = 16
+    shift_images: int = 16
+    mic_images: int = 8
+    mic_channels: int | None = 4
+    draws: int = 5
+    shown: int = 12
+    batch: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("images", "layer_images", "share_images", "shift_images", "mic_images", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.windows < 2 or self.windows % 2 or self.draws < 2 or self.shown < 0:
+            raise ConfigError(
+                f"windows must be even, draws at least 2 and shown not negative, got {self.windows}, {self.draws} and "
+                f"{self.shown}"
+            )
+        if self.mic_channels is not None and self.mic_channels < 1:
+            raise ConfigError(f"mic_channels must be 1 or more, or None for all, got {self.mic_channels}")
+        if isinstance(self.layers, str) and self.layers != "all":
+            raise ConfigError(f"layers must be 'all' or block indices, got {self.layers!r}")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Set what counts as an artifact, and how many images are measured.
+
+    Args:
+        images: number of images at most, evenly spread over those given.
+        windows: torus windows of each, an even number.
+        share: least share of the variance that stays at the position for a position artifact. Two patches of equal
+            content at different positions then have a cosine of .95 instead of 1, about the size of what
+            quantising or resizing does; a random ViT has .01, trained ones with the artifact .2 and more.
+        outliers: least share of tokens for a norm artifact, a tenth of the 2.37 % that Darcet et al. count in
+            DINOv2-g.
+        ratio: how many times the median norm an outlier has at least.
+        layout: R^2 of position read from photographs without the artifact, from which position counts as a cue
+            that the content has too.
+        draws: of the nulls.
+        seed: of windows and nulls.
+    """
+
+    images: int = 16
+    windows: int = 16
+    share: float = 0.05
+    outliers: float = 0.0025
+    ratio: float = 2.0
+    layout: float = 0.2
+    draws: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < 1 or self.windows < 2 or self.windows % 2 or self.draws < 2:
+            raise ConfigError(
+                "images must be 1 or more, windows even and draws at least 2, got "
+                f"{self.images}, {self.windows} and {self.draws}"
+            )
+        if not (0 < self.share < 1 and 0 < self.outliers < 1 and self.ratio > 1):
+            raise ConfigError(f"share and outliers must lie in (0, 1) and ratio above 1, got {self}")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Set how a head is trained on frozen tokens.
+
+    Args:
+        epochs: passes over the training images.
+        batch: images a step.
+        learning_rate: highest, of AdamW, under one cycle.
+        weight_decay: of AdamW.
+        labels_per_patch: training targets are reduced (nearest) to this many a patch and side; 0 keeps every pixel.
+            Scores are always taken at every pixel.
+        seed: of the head's first weights and of the order of the images.
+    """
+
+    epochs: int = 25
+    batch: int = 8
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-3
+    labels_per_patch: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 1 or self.labels_per_patch < 0:
+            raise ConfigError(
+                f"epochs and batch are 1 or more, labels_per_patch 0 or more; got {self.epochs}, {self.batch}, "
+                f"{self.labels_per_patch}"
+            )
+        if self.learning_rate <= 0 or self.weight_decay < 0:
+            raise ConfigError(f"learning rate {self.learning_rate} or weight decay {self.weight_decay} is out of range")
+
+    def with_seed(self, seed: int) -> HeadConfig:
+        """Copy the settings with another seed."""
+        return replace(self, seed=seed)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Choose a probe, its data and its protocol.
+
+    Args:
+        task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
+            (linear, whole images), "knn-classification", "discovery" (one box an image, nothing is learnt) or
+            "correspondence" (matches between an image and warped views of it, nothing is learnt).
+        data: folder of the labelled data; any images for correspondence.
+        layout: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto" recognises it.
+        ignore: label ids that do not count, besides those of the layout.
+        classes: number of classes; None finds it.
+        protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
+            training and test, so that layout is less of a cue.
+        evaluate: the split that is scored; None means test, or val where there is no test.
+        train_images, test_images: number of images at most, evenly spaced; None takes all.
+        seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
+        head: how a linear head is trained.
+        bins: of depth, even in its logarithm or in depth.
+        neighbours: votes of the probes without training.
+        method: of discovery.
+        centred: of discovery: subtract each image's mean token first [ours]. Denoised tokens are known only up to a
+            constant vector, and both methods depend on the origin; False takes tokens as the papers take keys.
+        position: put the position back into all features: "none", "concatenate" or "add".
+        baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
+            training images' mean map), "linear-removal" (without the directions that tell position),
+            "view-averaging" (the mean over `views` random crops of .1 to .5) and "ph-reg" (over as many shifts of at
+            most 15 %, mirrored or not, at one scale, as PH-Reg's teacher takes).
+        upsample: also score each row's features this many times finer, guided by the images (:func:`dvt.upsample`), in
+            a row of its own; without it only the scores of classes are enlarged, bilinearly. For label and depth maps.
+        transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
+        views: of view averaging, besides the whole image.
+        seed: of the crops, the views and the first probe.
+        cache: folder for features and crops; None is the user's cache folder.
+    """
+
+    task: Task
+    data: Path
+    layout: str = "auto"
+    ignore: tuple[int, ...] = ()
+    classes: int | None = None
+    protocol: Literal["frames", "crops"] = "frames"
+    evaluate: Literal["val", "test"] | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    seeds: int = 3
+    head: HeadConfig = HeadConfig()
+    bins: Literal["log", "linear"] = "log"
+    neighbours: int = 20
+    method: Literal["lost", "tokencut"] = "lost"
+    centred: bool = True
+    position: Literal["none", "concatenate", "add"] = "none"
+    baselines: tuple[Baseline, ...] = ("position-only",)
+    upsample: int = 1
+    transfer: bool = False
+    views: int = 10
+    seed: int = 0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        choices = {
+            "task": (*TARGETS, "correspondence"),
+            "method": ("lost", "tokencut"),
+            "protocol": ("frames", "crops"),
+            "evaluate": (None, "val", "test"),
+            "bins": ("log", "linear"),
+            "position": ("none", "concatenate", "add"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be one of {allowed}")
+        if unknown := [name for name in self.baselines if name not in BASELINES]:
+            raise ConfigError(f"there is no baseline {unknown[0]!r}; there are {', '.join(BASELINES)}")
+        for name in ("seeds", "neighbours", "views", "train_images", "test_images", "upsample"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; it must be 1 or more")
+        if self.protocol == "crops" and TARGETS.get(self.task) not in ("labels", "depth"):
+            raise ConfigError(f"{self.task} takes whole images only; crops need label or depth maps")
+        if self.upsample > 1 and TARGETS.get(self.task) not in ("labels", "depth"):
+            raise ConfigError(f"{self.task} has no map to score at a finer grid; upsample is for label and depth maps")
+        if self.transfer and self.task in ("discovery", "correspondence"):
+            raise ConfigError(f"{self.task} learns nothing, so there is no probe to transfer")

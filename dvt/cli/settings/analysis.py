@@ -1,0 +1,73 @@
+"""Settings of `dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from dvt.analysis.config import AnalyzeConfig, DoctorConfig, ProbeConfig
+from dvt.cli.settings.common import DenoiserOptions
+from dvt.fields.config import Product
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Analyze(DenoiserOptions):
+    """Measure the artifacts of a backbone's features: raw, decomposed and denoised, each beside its null."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths."""
+    out: Path
+    """Folder for report.json, tables and plots; `dvt report` makes one page of it."""
+    store: Path | None = None
+    """A store of `dvt denoise` with these images, whose terms are measured; without it they are computed."""
+    product: Product | None = None
+    """The product of a decomposition computed here; if not given, that of `dvt denoise`."""
+    views: int | None = None
+    """Views of a decomposition computed here, beside the whole image; if not given, as many as suit the product; 0 for
+    no decomposition."""
+    compare: tuple[str, ...] = ()
+    """Further backbones, by timm name, to measure beside the first; raw features only."""
+    analysis: Annotated[AnalyzeConfig, tyro.conf.arg(name="")] = field(default_factory=AnalyzeConfig)
+    """What is measured."""
+
+
+@dataclass(frozen=True)
+class Doctor(DenoiserOptions):
+    """Say on one page whether a backbone needs denoising, against what, and what it costs."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths; ten or more are better."""
+    remedies: bool = False
+    """Find and compare the remedies that need no training, too."""
+    doctor: Annotated[DoctorConfig, tyro.conf.arg(name="")] = field(default_factory=DoctorConfig)
+    """What counts as an artifact."""
+
+
+@dataclass(frozen=True)
+class ProbeCommand(DenoiserOptions):
+    """Score features on labelled data: raw, denoised and baselines in one table, with intervals."""
+
+    probe: Annotated[ProbeConfig, tyro.conf.arg(name=""), tyro.conf.PositionalRequiredArgs]
+    """The task, the data and the protocol."""
+    store: Path | None = None
+    """A store of `dvt denoise` with these images; its semantic tokens are a row of their own."""
+    out: Path | None = None
+    """A JSON file to write too."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Make one interactive page, which needs no network, from what `dvt analyze` wrote."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder that `dvt analyze` wrote."""
+    out: Path = Path("report.html")
+    """The page to write."""
+    json: bool = False
+    """Print one JSON object on standard output."""

@@ -1,0 +1,74 @@
+"""Settings of `dvt train`, `dvt distill` and `dvt export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from dvt.cli.settings.common import DenoiserOptions, Options
+from dvt.denoiser.config import DenoiserTraining
+from dvt.denoiser.distill.config import BackboneTraining
+from dvt.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class DenoiserFlags(DenoiserTraining):
+    """Name the flags of the training loop without a prefix: --steps, not --training.loop.steps."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = DenoiserTraining.loop
+    """How the training loop runs."""
+
+
+@dataclass(frozen=True)
+class BackboneFlags(BackboneTraining):
+    """Name the flags of the training loop without a prefix, as :class:`DenoiserFlags` does."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = BackboneTraining.loop
+    """How the training loop runs."""
+
+
+@dataclass(frozen=True)
+class Train(Options):
+    """Distil a store of `dvt denoise` into one small denoiser that runs online.
+
+    The same command goes on where it was stopped. `accelerate launch --module dvt.cli train ...` uses several GPUs.
+    """
+
+    store: tyro.conf.Positional[Path]
+    """A store with raw and semantic tokens."""
+    out: Path
+    """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
+    training: Annotated[DenoiserFlags, tyro.conf.arg(name="")] = field(default_factory=DenoiserFlags)
+    """How the denoiser is made."""
+
+
+@dataclass(frozen=True)
+class Distill(DenoiserOptions):
+    """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean.
+
+    The same command goes on where it was stopped. `accelerate launch --module dvt.cli distill ...` uses several GPUs.
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
+    out: Path
+    """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
+    training: Annotated[BackboneFlags, tyro.conf.arg(name="")] = field(default_factory=BackboneFlags)
+    """How the backbone is trained."""
+
+
+@dataclass(frozen=True)
+class Export(DenoiserOptions):
+    """Write a backbone, with or without a denoiser, to one file that runs without dvt and timm."""
+
+    out: Path
+    """The file to write: .onnx, or .pt2 for torch.export.load."""
+    strength: float | None = None
+    """How much of the denoiser's change is made, from 0 to 1; its own if not given."""
+    grid: Literal["auto", "dynamic", "fixed"] = "auto"
+    """"dynamic" takes every size in whole patches, "fixed" one size, "auto" is dynamic where the model can be."""
+    opset: int | None = None
+    """ONNX operator set; the one that this torch writes best if not given."""

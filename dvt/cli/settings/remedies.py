@@ -1,0 +1,34 @@
+"""Settings of `dvt remedy`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from dvt.cli.settings.common import BackboneOptions
+from dvt.denoiser.remedies.config import Remedy, RemedyConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class FindRemedy(BackboneOptions):
+    """Find a denoiser without training: one of the remedies that `dvt doctor --remedies` compares.
+
+    registers and defect are against tokens of outlying norm, noise, insid3 and rasa against artifacts of position.
+    noise and insid3 need no images. The file is used like a trained denoiser, by --denoiser.
+    """
+
+    remedy: tyro.conf.Positional[Remedy]
+    """registers: test-time registers; defect: the direction of outliers; noise: the mean of noise images is subtracted;
+    insid3: directions of position in noise images; rasa: directions from which probes read position."""
+    images: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed, ten are enough."""
+    out: Path = Path("denoiser.safetensors")
+    """The .safetensors file to write."""
+    settings: Annotated[RemedyConfig, tyro.conf.arg(name="")] = field(default_factory=RemedyConfig)
+    """How it is found."""

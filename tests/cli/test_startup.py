@@ -1,0 +1,64 @@
+"""Help, versions and mistakes are there at once: no command's code, and no torch, is loaded for them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dvt.cli.commands import COMMANDS
+
+HEAVY = {"torch", "torchvision", "timm", "h5py", "numpy", "scipy", "sklearn", "matplotlib", "PIL"}
+ACTIONS = [("prior", "train"), ("prior", "sample"), ("prior", "evaluate"), ("store", "merge"), ("store", "export")]
+
+
+def loaded(*arguments):
+    """The exit code and the top-level modules that a command line imports."""
+    code = """
+import sys
+from dvt.cli import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as stop:
+    code = stop.code
+sys.stderr.write("\\n" + " ".join({str(code), *(name.partition(".")[0] for name in sys.modules)}))
+"""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split()), done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_needs_no_torch(name):
+    modules, text = loaded(name, "--help")
+    assert "0" in modules and not modules & HEAVY
+    assert text.startswith(f"usage: dvt {name}")
+
+
+@pytest.mark.parametrize("arguments", ACTIONS, ids=" ".join)
+def test_the_help_of_an_action_needs_no_torch(arguments):
+    modules, _ = loaded(*arguments, "--help")
+    assert "0" in modules and not modules & HEAVY
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (("--help",), "0"),
+        (("--version",), "0"),
+        ((), "2"),
+        (("denoize", "photos"), "2"),
+        (("denoise", "photos", "--out", "x", "--vews", "3"), "2"),
+        (("denoise",), "2"),
+        (("probe", "segmentatoin", "data"), "2"),
+        (("denoise", "x", "--out", "y", "--neural.steps", "0"), "2"),
+    ],
+    ids=str,
+)
+def test_what_ends_at_once_needs_no_torch(arguments, code):
+    modules, _ = loaded(*arguments)
+    assert code in modules and not modules & HEAVY
+
+
+def test_the_overview_names_every_command_and_its_first_line():
+    _, text = loaded("--help")
+    for name, (settings, _) in COMMANDS.items():
+        assert f"  {name}" in text and settings.__doc__.split()[0] in text
