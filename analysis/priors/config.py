@@ -39,6 +39,14 @@ _COMPARISON_LOOP = TrainingConfig(
 )
 
 
+def check_target(kind: str, vae: str | None) -> None:
+    """Raise ConfigError unless there is such a target, with a VAE where it needs one."""
+    if kind not in TARGET_KINDS:
+        raise ConfigError(f"there is no target {kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
+    if (vae is None) == (kind == "latents"):
+        raise ConfigError(f"latents, and only they, need a VAE; the target is {kind!r} and vae {vae!r}")
+
+
 @dataclass(frozen=True)
 class PriorConfig:
     """Set what a prior is made of.
@@ -255,11 +263,3 @@ class Comparison:
             raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
         if self.prior.loop.validate_every < 1:
             raise ConfigError("a curve needs validate_every of at least 1")
-
-
-def check_target(kind: str, vae: str | None) -> None:
-    """Raise ConfigError unless there is such a target, with a VAE where it needs one."""
-    if kind not in TARGET_KINDS:
-        raise ConfigError(f"there is no target {kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
-    if (vae is None) == (kind == "latents"):
-        raise ConfigError(f"latents, and only they, need a VAE; the target is {kind!r} and vae {vae!r}")

@@ -8,7 +8,14 @@ import pytest
 from dvt.cli.commands import COMMANDS
 
 HEAVY = {"torch", "torchvision", "timm", "h5py", "numpy", "scipy", "sklearn", "matplotlib", "PIL"}
-ACTIONS = [("prior", "train"), ("prior", "sample"), ("prior", "evaluate"), ("prior", "compare"), ("store", "merge"), ("store", "export")]
+ACTIONS = [
+    ("prior", "train"),
+    ("prior", "sample"),
+    ("prior", "evaluate"),
+    ("prior", "compare"),
+    ("store", "merge"),
+    ("store", "export"),
+]
 
 
 def loaded(*arguments):
