@@ -73,6 +73,8 @@ class Pilot:
         self._screen = self._make_screen(heads) if config.robust else None
         self._screened = self.tokens.new_ones(self.tokens.shape[:3]) if self._screen is None else self._screen.first
         self._token_weights = self._screened
+        #: (B,) whether an image's tokens are weighed robustly, beside the screening.
+        self.weighted = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
         self.resolution, self.smoothness, self.error = self._choose(grid, artifact)
         left = self._without_defect(self._fit(artifact))
         # (B, rows, columns, 1) the norm that a fit usually leaves of a token near each node, at least the median.
@@ -129,7 +131,7 @@ class Pilot:
         left = _left(sketched[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
         usual = self.usual[image]
         weights = geman_mcclure(left.norm(dim=-1), grids.sample(usual, coords)[..., 0], self.config.cutoff)
-        weights = torch.where(usual.any(), weights, 1)
+        weights = torch.where(usual.any() & self.weighted[image], weights, 1)
         if self._screen is None:
             return weights
         measured = sketched if self.defect is None else self.defect.along(tokens)[..., None].to(sketched)
@@ -174,8 +176,8 @@ class Pilot:
         if not held.any():
             return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
         fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
-        for _ in range(REWEIGHTS if config.robust else 0):
-            self._reweigh(fitted, artifact, middle)
+        if config.robust:
+            self._choose_weights(fitted, held, artifact, middle)
         equations = self._equations(fitted, middle)
         _, artifact = equations.solve(MIDDLE, artifact, config.ridge)
         values = self.mix.new_tensor(choices)
@@ -194,6 +196,30 @@ class Pilot:
         left = _left(self.tokens[:, held], self.coords[:, held], field, artifact, equations.resolution)
         weights = self._token_weights[:, held]
         return (left.square().sum(-1) * weights).sum((-2, -1)) / weights.sum((-2, -1))
+
+    def _choose_weights(self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size) -> None:
+        """Weigh tokens robustly in those images whose held-out views a weighted fit predicts better than a plain one.
+
+        The loss is bounded, so that outliers among the held-out tokens count the same for both. Without outliers,
+        weights only take tokens away where the field has most detail: with few views, F is then lost there.
+        """
+        plain, scale = self._bounded_error(fitted, held, artifact, resolution, None)
+        for _ in range(REWEIGHTS):
+            self._reweigh(fitted, artifact, resolution)
+        weighted, _ = self._bounded_error(fitted, held, artifact, resolution, scale)
+        self.weighted = weighted < plain
+        self._token_weights = torch.where(self.weighted[:, None, None], self._token_weights, self._screened)
+
+    def _bounded_error(
+        self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B,) Geman-McClure loss, 0 to 1, of what a fit leaves of held-out tokens, and its scale: twice the median."""
+        fit = self._equations(fitted, resolution).solve(MIDDLE, artifact, self.config.ridge)
+        left = _left(self.tokens[:, held], self.coords[:, held], *fit, resolution).norm(dim=-1)
+        scale = 2 * _median(left) if scale is None else scale
+        trust = self._screened[:, held]
+        squares = (left / scale[:, None, None].clamp_min(torch.finfo(left.dtype).tiny)).square()
+        return (squares / (1 + squares) * trust).sum((1, 2)) / trust.sum((1, 2)).clamp_min(1), scale
 
     def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
         """Robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""

@@ -416,6 +416,20 @@ def test_planted_at_a_fixed_resolution(planted_errors):
     assert semantic < 0.95 * min(field, without)  # the blend is better than either of what it blends
 
 
+@pytest.mark.parametrize("seed", [0, 7, 10])  # at the last two, weights alone would make F 2.7 and 1.7 times as wrong
+def test_clean_data_lose_nothing_by_robust_weights_even_with_few_views(planted_errors, seed):
+    problem = PlantedConfig(views=16, seed=seed)
+    _, _, field, artifact, semantic = planted_errors(problem, DEFAULT)
+    _, _, plain, plain_artifact, plain_semantic = planted_errors(problem, replace(DEFAULT, robust=False))
+    assert field <= 1.05 * plain and artifact <= 1.05 * plain_artifact and semantic <= 1.05 * plain_semantic
+
+
+@pytest.mark.parametrize("seed", [7, 10])
+def test_outliers_among_few_views_are_weighed_down(planted_errors, seed):
+    problem = PlantedConfig(views=16, seed=seed, outliers=0.05, outlier_spread=100.0)
+    assert planted_errors(problem, DEFAULT)[2] < 0.7 * planted_errors(problem, replace(DEFAULT, robust=False))[2]
+
+
 def test_planted_with_everything_chosen_from_the_data(planted_errors):
     _, fit, field, artifact, semantic = planted_errors(STANDARD, DEFAULT)
     assert field <= 0.09 and artifact <= 0.02 and semantic <= 0.06
