@@ -105,6 +105,8 @@ def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any
     """Run `dvt report`: exit code 0 when the page is written."""
     from dvt.analysis.page.report import write_report
 
+    if command.out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"the report is a web page: --out ends in .html, got {shown(str(command.out))}")
     path = write_report(command.folder, command.out)
     size = path.stat().st_size
     console.print(f"{shown(str(path))}: {size / 1e6:.1f} MB, open it in any browser")

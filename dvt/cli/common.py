@@ -49,10 +49,12 @@ def progress_bar(console: Console):
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total, rate="")
-            elapsed = bar.tasks[tasks[what]].elapsed or 0
-            bar.update(tasks[what], completed=done, total=total, rate=f"{done / elapsed:.2f}/s" if elapsed > 0 else "")
+            if what not in tasks:  # when this is first heard of, `done` is done already: its time is not known
+                tasks[what] = bar.add_task(what, total=total, rate="", known=done)
+            task = bar.tasks[tasks[what]]
+            since, elapsed = done - task.fields["known"], task.elapsed or 0
+            rate = f"{since / elapsed:.2f}/s" if since > 0 and elapsed > 0 else ""
+            bar.update(tasks[what], completed=done, total=total, rate=rate)
 
         yield update
 

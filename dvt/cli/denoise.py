@@ -29,7 +29,6 @@ from dvt.text import visible
 if TYPE_CHECKING:
     import torch
 
-DEMO_MODEL = "vit_tiny_patch16_224"
 # Enough images for a stable probe; more would only take memory.
 SCORED_IMAGES = 100
 
@@ -101,7 +100,6 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
     job = Denoise(
         images=(str(photos),),
         out=str(command.out),
-        backbone=DEMO_MODEL,
         weights="demo",
         views=command.views,
         device=command.device,

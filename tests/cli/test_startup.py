@@ -1,5 +1,6 @@
 """Help, versions and mistakes are there at once: no command's code, and no torch, is loaded for them."""
 
+import re
 import subprocess
 import sys
 
@@ -69,3 +70,38 @@ def test_the_overview_names_every_command_and_its_first_line():
     _, text = loaded("--help")
     for name, (settings, _) in COMMANDS.items():
         assert f"  {name}" in text and settings.__doc__.split()[0] in text
+
+
+def test_the_demo_weights_name_their_backbone(capsys, tmp_path):
+    from dvt.cli import main
+
+    (tmp_path / "a.png").write_bytes(b"")
+    line = ["extract", str(tmp_path), "--out", str(tmp_path / "s"), "--weights", "demo", "--dry-run", "--json"]
+    assert main(line) == 0
+    assert '"backbone": "vit_tiny_patch16_224"' in capsys.readouterr().out
+
+
+def test_a_report_is_a_web_page_or_refused(capsys, tmp_path):
+    from dvt.cli import main
+
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "x.pdf")]) == 2
+    assert ".html" in capsys.readouterr().err and not (tmp_path / "x.pdf").exists()
+
+
+def test_a_rate_counts_only_what_was_seen_done():
+    import time
+    from io import StringIO
+
+    from rich.console import Console
+
+    from dvt.cli.common import progress_bar
+
+    text = StringIO()
+    console = Console(file=text, force_terminal=True, width=120)
+    with progress_bar(console) as progress:
+        progress("images", 5000, 6000)
+        time.sleep(0.5)
+        progress("images", 5001, 6000)
+        time.sleep(0.3)
+    shown = [float(rate) for rate in re.findall(r"([\d.]+)/s", text.getvalue())]
+    assert shown and max(shown) < 20  # not 5000 images in no time

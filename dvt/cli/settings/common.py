@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 DEFAULT_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
+DEMO_BACKBONE = "vit_tiny_patch16_224"  # of the weights that come with dvt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,18 @@ class BackboneOptions(Options):
     backbone: str = DEFAULT_BACKBONE
     """Name of a single-scale timm model."""
     weights: str | None = None
-    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt."""
+    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt, which
+    also names the backbone."""
     layer: int = -1
     """Block whose tokens are read; -1 is the last, after the final norm."""
     stride: int | None = None
     """Pixels between patches; smaller than the patch they overlap."""
     size: int | None = None
     """Shorter side of the model's input in pixels; the model's own if not given."""
+
+    def __post_init__(self) -> None:
+        if self.weights == "demo" and self.backbone == DEFAULT_BACKBONE:
+            object.__setattr__(self, "backbone", DEMO_BACKBONE)
 
     def load(self, other: str | None = None) -> Backbone:
         """Load the backbone onto its device; or `other`, with the hub's weights and otherwise the same options."""
