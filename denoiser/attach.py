@@ -1,7 +1,8 @@
-"""Put a denoiser inside a timm model, or behind any other backbone.
+"""Put a denoiser inside a model, or behind any other backbone.
 
 The result is a copy of the model that shares its modules, of a class derived from the model's own: a plain
-``nn.Module`` that timm's tools, ``torch.compile``, ``torch.export`` and ``isinstance`` see as the model that it was.
+``nn.Module`` that its library's tools, ``torch.compile``, ``torch.export`` and ``isinstance`` see as the model that it
+was.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, TypeVar, cast, overload
 
 from torch import Tensor, nn
 
-from dvt.backbones import Backbone, families, weights_sha256
+from dvt.backbones import Backbone, families, outside, weights_sha256
 from dvt.denoiser.denoised_model import with_denoiser
+from dvt.denoiser.denoised_outside import with_denoiser_outside
 from dvt.denoiser.derived import around
 from dvt.denoiser.remedies.install import registered_backbone, with_test_time_registers
 from dvt.denoiser.sharing import PretrainedDenoiser
@@ -35,7 +37,12 @@ def attach(denoiser: PretrainedDenoiser, model: M, layer: int = -1, force: bool 
 
 
 def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, force: bool = False) -> nn.Module:
-    """Put a denoiser inside a timm model, whose patch tokens of one layer are then denoised.
+    """Put a denoiser inside a model, whose patch tokens of one layer are then denoised.
+
+    Of timm and of the libraries that :func:`dvt.wrap` reads by itself. Of the latter only the last layer: clean are
+    `last_hidden_state` in transformers (and what is pooled from it, and the last feature map of its backbones),
+    `x_norm_patchtokens` and the last of `get_intermediate_layers` in DINOv2 and DINOv3, the tokens of an open_clip
+    tower, and what comes out of `encoder` in torchvision. The rest is about timm's models.
 
     What `model` answers stays: ``forward``, ``forward_features``, ``forward_intermediates`` with every flag,
     ``forward_head``, ``feature_info``, ``set_grad_checkpointing``, ``reset_classifier``, ``state_dict`` (its own names,
@@ -52,16 +59,16 @@ def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, forc
 
     Args:
         denoiser: made for this model and layer; it is not copied.
-        model: a single-scale timm model, or a backbone of :func:`dvt.load_backbone`, of which the timm model is taken.
+        model: a single-scale timm model, a model of the other libraries, or a backbone, of which the model is taken.
         layer: the block whose tokens are denoised, -1 for the last one after the final norm. A backbone's own layer
             is taken where this is -1.
         force: attach a denoiser whose card names another model, layer or weights.
 
     Returns:
-        A module of the model's class; it takes what the timm model took: (B, 3, H, W), normalised.
+        A module of the model's class; it takes what the model took.
 
     Raises:
-        BackboneError: the model is not a single-scale timm model, or the denoiser was made for another one.
+        BackboneError: the model is of no known library, or the denoiser was made for another one.
 
     >>> import timm, torch
     >>> from dvt.denoiser import Denoiser, DenoiserConfig, FeatureMaps
@@ -81,15 +88,51 @@ def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, forc
         _warn_weights(denoiser, model, families.core(model))
         return with_test_time_registers(denoiser, model)
     if families.scales(model) != 1 or not hasattr(families.core(model), "blocks"):
-        raise BackboneError(
-            f"{type(model).__name__} is not a single-scale timm model: a denoiser is attached to those; for a backbone "
-            "made by dvt.wrap use dvt.denoiser.attach.denoised_backbone"
-        )
+        return _attach_outside(denoiser, model, layer, force)
     inner = families.core(model)
     layer = _layer(inner, layer)
     _check_card(denoiser, model, inner, layer, force)
     _check_pooling(inner)
     return around(model, with_denoiser(inner, denoiser, layer))
+
+
+def _attach_outside(denoiser: PretrainedDenoiser, model: nn.Module, layer: int, force: bool) -> nn.Module:
+    if (inside := outside.inner_timm(model)) is not None:
+        clean = outside.shared_tree(model)
+        parent, _, name = inside.rpartition(".")
+        setattr(clean.get_submodule(parent), name, attach(denoiser, model.get_submodule(inside), layer, force))
+        return clean
+    found = outside.recognise(model)
+    if found is None:
+        raise BackboneError(
+            f"{type(model).__name__} is none of the models that a denoiser can be attached to: {outside.KNOWN}. A "
+            "backbone made with dvt.wrap(model, tokens=...) is denoised by dvt.denoiser.denoised_backbone"
+        )
+    if layer != -1:
+        raise BackboneError(
+            f"a denoiser is attached to the last layer (-1) of {type(model).__name__}, got {layer}; earlier layers can "
+            "be denoised in timm models"
+        )
+    _check_outside(denoiser, found, force)
+    return with_denoiser_outside(model, found, denoiser)
+
+
+def _check_outside(denoiser: PretrainedDenoiser, found: outside.Outside, force: bool) -> None:
+    """Refuse a model that a denoiser was not made for: its weights are compared or, where none are stated, its name."""
+    if found.feature_dim != denoiser.feature_dim:
+        raise BackboneError(
+            f"this denoiser takes tokens of {denoiser.feature_dim} channels, {found.name} gives {found.feature_dim}; "
+            "no option makes them fit: train a denoiser for this model"
+        )
+    card = denoiser.card
+    made_for, layer, expected = (card.get(key) for key in ("backbone", "layer", "weights_sha256"))
+    same = weights_sha256(found.encoder) == expected if expected else not made_for or made_for == found.name
+    if not force and (layer not in (None, -1) or not same):
+        raise BackboneError(
+            f"this denoiser was made for layer {layer} of {made_for}, weights {str(expected)[:12]}, and is to be "
+            f"attached to layer -1 of {found.name} with other weights (or the same in another precision): train one "
+            "for it, or force it (force=True) where you know that they agree"
+        )
 
 
 def denoised_backbone(denoiser: PretrainedDenoiser, backbone: Backbone, force: bool = False) -> Backbone:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import families
-from dvt.denoiser.derived import derived, patch_grid, reduce_derived, shared_copy, taken_blocks
+from dvt.backbones.outside import shared_tree
+from dvt.denoiser.derived import derived, patch_grid, reduce_derived, taken_blocks
 from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
@@ -201,7 +202,8 @@ def with_denoiser(model: nn.Module, denoiser: PretrainedDenoiser, layer: int) ->
     base: Any = type(model)
     if issubclass(base, DenoisedModel):
         raise BackboneError(f"this {base.__name__} has a denoiser already; attach the other one to the timm model")
-    clean = cast(DenoisedModel, shared_copy(model, derived(DenoisedModel, base)))
+    clean = shared_tree(model)
+    clean.__class__ = derived(DenoisedModel, base)
     clean.denoiser, clean.denoised_layer = denoiser, layer
     clean.block_prefix = families.block_prefix_tokens(model) > 0
     clean.option_names = tuple(signature(cast(Any, model).forward_intermediates).parameters)[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from typing import Any
@@ -11,9 +10,10 @@ from torch import Tensor, nn
 
 from dvt import grids
 from dvt.backbones import families
+from dvt.backbones.outside import shared_copy
 from dvt.grids import Size
 
-_METHODS = ("forward", "forward_features", "forward_intermediates")
+_METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers", "_pool")
 
 
 @cache
@@ -47,15 +47,6 @@ def blank(root: Any, *mixins: Any) -> nn.Module:
     return kind.__new__(kind)
 
 
-def shared_copy(model: nn.Module, kind: type[nn.Module] | None = None) -> Any:
-    """Copy a module, perhaps to another class, with the same submodules and parameters; later changes stay its own."""
-    kind = kind or type(model)
-    result = kind.__new__(kind)
-    containers = (dict, list, set)
-    result.__dict__.update({k: copy.copy(v) if isinstance(v, containers) else v for k, v in model.__dict__.items()})
-    return result
-
-
 def around(model: nn.Module, inner: nn.Module) -> nn.Module:
     """Put a changed encoder where a model has its own: inside a copy of timm's wrapper, if there is one."""
     if families.core(model) is model:
@@ -65,23 +56,13 @@ def around(model: nn.Module, inner: nn.Module) -> nn.Module:
     return outer
 
 
-def stride_of(model: families.Model) -> Size:
-    """Find the pixels between patches: fewer than the patch where a backbone was loaded with a stride."""
-    patch = families.patch_size(model)
-    embed = families.embedding(model)
-    layer = embed[0] if isinstance(embed, nn.Sequential) else getattr(embed, "proj", None)
-    if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0) and layer.kernel_size == patch:
-        return layer.stride[0], layer.stride[1]
-    return patch
-
-
 def patch_grid(model: families.Model, images: Tensor) -> Size:
     """Compute the grid (h, w) of images (B, 3, H, W)."""
     patch = families.patch_size(model)
     size = images.shape[2], images.shape[3]
     if getattr(families.embedding(model), "dynamic_img_pad", False):
         size = -(-size[0] // patch[0]) * patch[0], -(-size[1] // patch[1]) * patch[1]
-    return grids.grid_shape(size, patch, stride_of(model))
+    return grids.grid_shape(size, patch, families.stride_of(model))
 
 
 def taken_blocks(count: int, indices: int | Sequence[int] | None) -> list[int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import families
-from dvt.denoiser.derived import stride_of, taken_blocks
+from dvt.denoiser.derived import taken_blocks
 from dvt.errors import BackboneError, ConfigError
 from dvt.upsampling import upsample
 
@@ -39,7 +39,7 @@ class FeatureMaps(nn.Module):
         infos = [dict(families.core(model).feature_info[i]) for i in self.indices]
         for info in infos:
             info["num_chs"] = info.get("num_chs_norm", info["num_chs"]) if norm else info["num_chs"]
-            pixels = stride_of(model)[0]
+            pixels = families.stride_of(model)[0]
             info["reduction"] = pixels / upsample if pixels % upsample else pixels // upsample
         self.feature_info, self.upsample = FeatureInfo(infos), upsample
         if upsample > 1:

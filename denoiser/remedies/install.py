@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dvt.backbones import Backbone, families
-from dvt.denoiser.derived import around, derived, patch_grid, reduce_derived, shared_copy
+from dvt.backbones.outside import shared_copy, shared_tree
+from dvt.denoiser.derived import around, derived, patch_grid, reduce_derived
 from dvt.denoiser.sharing import PretrainedDenoiser
 from dvt.errors import BackboneError
 
@@ -54,7 +55,8 @@ def with_test_time_registers(denoiser: PretrainedDenoiser, model: nn.Module) -> 
             "(dvt remedy registers)"
         )
     base: Any = type(inner)
-    clean = shared_copy(inner, derived(Registered, base))
+    clean = shared_tree(inner)
+    clean.__class__ = derived(Registered, base)
     clean.registers = denoiser
     clean.option_names = tuple(signature(inner.forward_intermediates).parameters)[1:]
     clean.blocks = _hooked(inner.blocks, denoiser, families.prefix_tokens(inner))

@@ -103,6 +103,15 @@ def patch_convolution(model: Model) -> nn.Conv2d | None:
     return layer if layer.kernel_size == layer.stride == patch else None
 
 
+def stride_of(model: Model) -> Size:
+    """Find the pixels between patches: fewer than the patch where a backbone was loaded with a stride."""
+    patch, embed = patch_size(model), embedding(model)
+    layer = embed[0] if isinstance(embed, nn.Sequential) else getattr(embed, "proj", None)
+    if isinstance(layer, nn.Conv2d) and layer.padding == (0, 0) and layer.kernel_size == patch:
+        return layer.stride[0], layer.stride[1]
+    return patch
+
+
 def last_tokens(model: Model, images: Tensor, patch: Size, stride: Size) -> Tokens:
     """Compute the tokens that timm calls the final features, before any pooling."""
     inner = core(model)

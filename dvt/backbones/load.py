@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from dvt import grids
 from dvt.backbones import families
-from dvt.backbones.backbone import Backbone, BackboneSpec, checked_stride, rounded_size
+from dvt.backbones.backbone import Backbone, checked_stride, rounded_size
 from dvt.backbones.weights import State, load_state, read_state
+from dvt.backbones.wrapped import timm_backbone
 from dvt.errors import BackboneError, WeightsError
 from dvt.grids import Size
 
@@ -76,28 +77,7 @@ def load_backbone(
         _regrid(model, image_size, grids.grid_shape(image_size, patch, steps))
     if (convolution := families.patch_convolution(model)) is not None:
         convolution.stride = steps
-    return _backbone(model, name, layer, patch, steps, image_size)
-
-
-def _backbone(model: families.Model, name: str, layer: int, patch: Size, stride: Size, image_size: Size) -> Backbone:
-    core = families.core(model)
-    if getattr(core, "global_pool", None) == "soft":
-        core.global_pool = ""  # Gemma's pooling of patches, which dvt does not use, would refuse most sizes
-    last = layer == -1
-    read = families.last_tokens if last else partial(families.block_tokens, layer=layer)
-    spec = BackboneSpec(
-        name,
-        patch_size=patch,
-        stride=stride,
-        image_size=image_size,
-        feature_dim=core.num_features if last else core.feature_info[layer]["num_chs"],
-        num_prefix_tokens=families.prefix_tokens(model) if last else families.block_prefix_tokens(model),
-        layer=layer,
-        num_layers=len(core.blocks),
-        fixed_size=families.sizing(model) != "any",
-    )
-    tokens = partial(read, patch=patch, stride=stride)
-    return Backbone(model, tokens, spec, model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+    return timm_backbone(model, name, layer, patch, steps, image_size)
 
 
 def single_scale_models(family: str | None = None) -> Iterator[tuple[str, str, families.Model]]:

@@ -1,70 +1,258 @@
-"""Any model that is not timm's as a backbone."""
+"""A model at hand as a backbone: of timm, of another library that is known, or any other with a function."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dvt.backbones.backbone import Backbone, BackboneSpec, TokensOf, checked_stride, rounded_size
+from dvt import grids
+from dvt.backbones import families, outside
+from dvt.backbones.backbone import Backbone, BackboneSpec, checked_stride, rounded_size
 from dvt.backbones.families import pair
+from dvt.backbones.outside import IMAGENET_MEAN, IMAGENET_STD
+from dvt.errors import BackboneError, DvtError, ShapeError
 from dvt.grids import Size
+from dvt.tokens import Tokens
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+RETURN = "return dvt.Tokens, or one tensor (B, N, C) with the prefix tokens first"
 
 
 def wrap(
     module: nn.Module,
-    tokens: TokensOf,
-    patch_size: int | Size,
+    tokens: Callable[[nn.Module, Tensor], Tokens | Tensor] | None = None,
+    patch_size: int | Size | None = None,
     *,
-    name: str,
-    image_size: int | Size = (224, 224),
+    name: str | None = None,
+    image_size: int | Size | None = None,
     feature_dim: int | None = None,
-    num_prefix_tokens: int = 0,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    num_prefix_tokens: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     stride: int | Size | None = None,
+    processor: Any = None,
 ) -> Backbone:
-    """Make a backbone of any other model (transformers, torch.hub, your own).
+    """Make a backbone of a model at hand.
+
+    A model of transformers, open_clip, torchvision, the DINOv2 and DINOv3 repositories or timm needs nothing else; of
+    any other, `tokens` and `patch_size` say how it is read. The backbone is tried before it is returned: its tokens
+    must have the shapes that are claimed, two calls must agree, and if it fails on an oblong image it takes only
+    images of its own size (:attr:`Backbone.fixed_size`). A masked autoencoder of transformers is read unmasked.
 
     Args:
         module: the model; it is put into evaluation mode and its parameters are frozen.
-        tokens: function of (module, images (B, 3, H, W), already normalised) that returns :class:`Tokens`.
-        patch_size: pixels of a patch.
-        name: what to call it in stores and reports.
-        image_size: the input size that the model is meant for.
-        feature_dim: channels of a token; found by running one black image when None.
-        num_prefix_tokens: class and register tokens that `tokens` returns.
-        mean, std: the model's normalisation of RGB in [0, 1]; ImageNet's by default.
+        tokens: function of (module, images (B, 3, H, W), already normalised) that returns :class:`Tokens` or one
+            tensor (B, P + h w, C), prefix tokens first; None for the libraries above.
+        patch_size: pixels of a patch; found for the libraries above.
+        name: what to call it in stores and reports; its repository or class when None.
+        image_size: the input size that the model is meant for; the model's own, or 224, when None.
+        feature_dim: channels of a token; found by running the model when None.
+        num_prefix_tokens: class and register tokens that `tokens` returns; found when None.
+        mean, std: the model's normalisation of RGB in [0, 1]; when None those of `processor`, of the processor that
+            lies beside a transformers model, or of its family, and otherwise ImageNet's.
         stride: pixels between patches where they overlap.
+        processor: an image processor of transformers, for its mean and deviation.
 
     Raises:
-        BackboneError: patch, stride and size do not fit each other.
+        BackboneError: the model is not known and `tokens` is None, two calls disagree, or it cannot be run.
+        ShapeError: it gives tokens of another shape or type.
 
-    >>> from dvt.tokens import Tokens
     >>> net = torch.nn.Conv2d(3, 8, 16, 16)
-    >>> backbone = wrap(net, lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1)), 16, name="one convolution")
-    >>> backbone(torch.rand(2, 3, 32, 48)).grid, backbone.feature_dim
-    ((2, 3), 8)
+    >>> backbone = wrap(net, lambda m, x: m(x).flatten(2).mT, 16, name="one convolution")
+    >>> backbone(torch.rand(2, 3, 32, 48)).grid, backbone.feature_dim, backbone.fixed_size
+    ((2, 3), 8, False)
     """
-    patch = pair(patch_size)
+    if processor is not None and mean is None and std is None:
+        mean, std = outside.processor_normalisation(processor)
+    if tokens is None:
+        given = {"patch_size": patch_size, "num_prefix_tokens": num_prefix_tokens, "stride": stride}
+        normal = None if mean is None or std is None else (mean, std)
+        backbone = _known(module, image_size, normal, {what: v for what, v in given.items() if v is not None})
+    else:
+        if patch_size is None:
+            raise BackboneError("wrap(..., tokens=) needs patch_size=, the pixels of a patch")
+        patch = pair(patch_size)
+        steps = checked_stride(stride, patch, name or type(module).__name__)
+        spec = BackboneSpec(
+            name or type(module).__name__,
+            patch_size=patch,
+            stride=steps,
+            image_size=rounded_size(224 if image_size is None else image_size, patch),
+            feature_dim=feature_dim or 0,
+            num_prefix_tokens=-1 if num_prefix_tokens is None else num_prefix_tokens,
+        )
+        backbone = Backbone(module, _Read(tokens, patch, steps, num_prefix_tokens), spec, IMAGENET_MEAN, IMAGENET_STD)
+    backbone.spec = replace(backbone.spec, name=name or backbone.name)
+    for which, values in (("mean", mean), ("std", std)):
+        if values is not None:
+            setattr(backbone, which, torch.tensor(tuple(values)).view(1, 3, 1, 1))
+    parameter = next(backbone.model.parameters(), torch.zeros(()))
+    return _tried(backbone.to(parameter.device))
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Read what a user's function returns as tokens; a class and not a closure, so that it can be pickled."""
+
+    function: Callable[[Any, Tensor], Any]
+    patch: Size
+    stride: Size
+    prefix: int | None
+
+    def __call__(self, model: nn.Module, images: Tensor) -> Tokens:
+        found = self.function(model, images)
+        if isinstance(found, Tokens):
+            return found
+        grid = grids.grid_shape((images.shape[2], images.shape[3]), self.patch, self.stride)
+        if not isinstance(found, Tensor) or found.ndim != 3:
+            raise ShapeError(f"the function of wrap gave {_described(found)}; {RETURN}")
+        count = found.shape[1] - math.prod(grid)
+        if count < 0 or self.prefix not in (None, count):
+            raise ShapeError(
+                f"the function of wrap gave {found.shape[1]} tokens for images {tuple(images.shape)}; that is a grid "
+                f"of {grid} and {count} prefix tokens, not {self.prefix or 0}: check patch_size, stride and "
+                "num_prefix_tokens"
+            )
+        return Tokens(found[:, count:].unflatten(1, grid), found[:, :count])
+
+
+def _described(found: Any) -> str:
+    if isinstance(found, Tensor):
+        hint = ", perhaps .flatten(2).mT of it" if found.ndim == 4 else ""
+        return f"a tensor of shape {tuple(found.shape)}{hint}"
+    if hasattr(found, "last_hidden_state"):
+        return f"{type(found).__name__}: return its .last_hidden_state"
+    if isinstance(found, dict):
+        hint = ": return its ['x_norm_patchtokens']" if "x_norm_patchtokens" in found else ""
+        return f"a dict of {', '.join(map(str, list(found)[:6]))}{hint}"
+    return f"a {type(found).__name__}"
+
+
+def _known(
+    module: nn.Module, image_size: int | Size | None, normal: tuple[Any, Any] | None, given: dict[str, Any]
+) -> Backbone:
+    """Make the backbone of a model of a known library."""
+    if (inside := outside.inner_timm(module)) is not None:
+        module = module.get_submodule(inside)
+    if families.scales(module) == 1:
+        size = families.own_size(module) if image_size is None else image_size
+        patch = families.patch_size(module)
+        backbone = timm_backbone(
+            module, timm_name(module), -1, patch, families.stride_of(module), rounded_size(size, patch)
+        )
+    elif (found := outside.recognise(module)) is not None:
+        if hasattr(found.encoder, "out_features"):
+            raise BackboneError(
+                f"{type(found.encoder).__name__} gives feature maps: wrap the model of transformers that gives "
+                "last_hidden_state (AutoModel instead of AutoBackbone); a denoiser can be attached to either"
+            )
+        size = found.image_size if image_size is None else image_size
+        spec = BackboneSpec(
+            found.name,
+            patch_size=found.patch_size,
+            stride=found.patch_size,
+            image_size=rounded_size(size, found.patch_size),
+            feature_dim=found.feature_dim,
+            num_prefix_tokens=found.num_prefix_tokens,
+        )
+        mean, std = normal or outside.normalisation(module, found)
+        read = _Read(found.read, found.patch_size, found.patch_size, found.num_prefix_tokens)
+        backbone = Backbone(found.encoder, read, spec, mean, std)
+    else:
+        raise BackboneError(
+            f"{type(module).__name__} is none of the models that dvt reads by itself: {outside.KNOWN}. Give tokens=, a "
+            "function of (module, normalised images) that returns (B, N, C) tokens, and patch_size="
+        )
+    for what, value in given.items():
+        own = getattr(backbone, what)
+        if own != (pair(value) if isinstance(own, tuple) else value):
+            raise BackboneError(f"{backbone.name} has {what} {own}, got {value}: leave it out, or give tokens= as well")
+    return backbone
+
+
+def timm_name(model: Any) -> str:
+    """Name a timm model, with its tag where it has one."""
+    known = getattr(model, "pretrained_cfg", None) or {}
+    parts = [str(known.get(key)) for key in ("architecture", "tag") if known.get(key)]
+    return ".".join(parts) or type(model).__name__
+
+
+def timm_backbone(
+    model: families.Model, name: str, layer: int, patch: Size, stride: Size, image_size: Size
+) -> Backbone:
+    """Make the backbone of a timm model; sizes and layer are checked already."""
+    core = families.core(model)
+    if getattr(core, "global_pool", None) == "soft":
+        core.global_pool = ""  # Gemma's pooling of patches, which dvt does not use, would refuse most sizes
+    last = layer == -1
+    read = families.last_tokens if last else partial(families.block_tokens, layer=layer)
     spec = BackboneSpec(
         name,
         patch_size=patch,
-        stride=checked_stride(stride, patch, name),
-        image_size=rounded_size(image_size, patch),
-        feature_dim=feature_dim or 0,
-        num_prefix_tokens=num_prefix_tokens,
+        stride=stride,
+        image_size=image_size,
+        feature_dim=core.num_features if last else core.feature_info[layer]["num_chs"],
+        num_prefix_tokens=families.prefix_tokens(model) if last else families.block_prefix_tokens(model),
+        layer=layer,
+        num_layers=len(core.blocks),
+        fixed_size=families.sizing(model) != "any",
     )
-    backbone = Backbone(module, tokens, spec, mean, std)
-    if feature_dim is None:
-        parameter = next(module.parameters(), torch.zeros(()))
-        backbone.to(parameter.device)
-        with torch.no_grad():
-            black = torch.zeros(1, 3, *backbone.image_size, device=parameter.device)
-            found = tokens(module, backbone.normalise(black)).feature_dim
-        backbone.spec = replace(spec, feature_dim=found)
+    tokens = partial(read, patch=patch, stride=stride)
+    known = getattr(model, "pretrained_cfg", None) or {}
+    return Backbone(model, tokens, spec, known.get("mean", IMAGENET_MEAN), known.get("std", IMAGENET_STD))
+
+
+@torch.no_grad()
+def _tried(backbone: Backbone) -> Backbone:
+    """Run a backbone: its claims must hold and two calls agree; whether it takes other sizes is found out.
+
+    Raises:
+        BackboneError, ShapeError: it cannot be run at its own size, or not twice alike.
+    """
+    noise = torch.rand(1, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    try:
+        first = backbone._tokens(backbone.model, backbone.normalise(noise))
+    except DvtError:
+        raise
+    except Exception as error:  # of any model
+        raise BackboneError(
+            f"{backbone.name} fails on images of {backbone.image_size}: {type(error).__name__}: {error}. "
+            "Give the size that it takes (image_size=)"
+        ) from error
+    if not isinstance(first, Tokens):
+        raise ShapeError(f"the function of wrap gave {_described(first)}; {RETURN}")
+    spec = backbone.spec
+    backbone.spec = replace(
+        spec,
+        feature_dim=spec.feature_dim or first.feature_dim,
+        num_prefix_tokens=first.prefix.shape[1] if spec.num_prefix_tokens < 0 else spec.num_prefix_tokens,
+    )
+    second = backbone(noise)
+    for one, two in ((first.patches, second.patches), (first.prefix, second.prefix)):
+        if one.numel() and not (one - two).norm() <= 1e-2 * two.norm():
+            raise BackboneError(
+                f"two calls of {backbone.name} on one image give other tokens: it draws at random (masked patches, "
+                "dropout), or its values are not finite. Read it in a way that does not"
+            )
+    if not backbone.fixed_size:
+        backbone.spec = replace(backbone.spec, fixed_size=not _takes_oblong(backbone))
     return backbone
+
+
+def _takes_oblong(backbone: Backbone) -> bool:
+    rows, columns = backbone.grid(backbone.image_size)
+    patch, stride = backbone.patch_size, backbone.stride
+    # Smaller than its own size, so that no index into a table of positions is out of range.
+    grid = (max(1, rows // 2), max(1, columns // 2 - 1)) if rows <= columns else (max(1, rows // 2 - 1), columns)
+    needed = [p * -(-(p + (n - 1) * d) // p) for n, p, d in zip(grid, patch, stride, strict=True)]
+    try:
+        backbone(torch.zeros(1, 3, *needed, device=backbone.device))
+    except Exception as error:  # of any model, and ours of wrong shapes
+        outside.logger.info("%s takes no images of %s: %s", backbone.name, needed, error)
+        return False
+    return True

@@ -13,7 +13,7 @@ from torch import nn
 import dvt
 from dvt.backbones import families, load_backbone, wrap
 from dvt.backbones.catalogue import SMALLEST, try_size
-from dvt.backbones.load import _backbone
+from dvt.backbones.wrapped import timm_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig
 from dvt.denoiser.attach import attach, denoised_backbone
 from dvt.denoiser.feature_maps import FeatureMaps
@@ -61,7 +61,7 @@ def family(request):
     if name in LARGE:  # three of their blocks
         model = timm.create_model(architecture, num_classes=0, depth=3)
         patch = families.patch_size(model)
-        backbone = _backbone(model, architecture, -1, patch, patch, families.own_size(model))
+        backbone = timm_backbone(model, architecture, -1, patch, patch, families.own_size(model))
     else:
         backbone = load_backbone(architecture, pretrained=False, size=SIZE.get(name))
     return name, backbone, images(2, try_size(backbone))
@@ -93,7 +93,7 @@ def test_family_last_layer(family):
 
 def test_family_earlier_layer(family):
     name, last, batch = family
-    early = _backbone(last.model, last.name, 1, last.patch_size, last.stride, last.image_size)
+    early = timm_backbone(last.model, last.name, 1, last.patch_size, last.stride, last.image_size)
     denoiser = made(early.feature_dim, seed=1)
     clean = attach(denoiser, early)
     x = normalised(early, batch)
@@ -145,7 +145,7 @@ def clean(model):
 def test_what_a_timm_model_answers(model, clean):
     assert isinstance(clean, type(model)) and clean.feature_info == model.feature_info
     assert clean.num_prefix_tokens == 1 and clean.num_features == 64 and clean.pretrained_cfg == model.pretrained_cfg
-    assert clean.patch_embed is model.patch_embed and clean.get_classifier() is model.head
+    assert clean.patch_embed.proj.weight is model.patch_embed.proj.weight and clean.head.weight is model.head.weight
     assert clean.no_weight_decay() == model.no_weight_decay() | {"denoiser.body.pos_embed"}
     clean.reset_classifier(7)
     assert clean(images(2, (96, 64))).shape == (2, 7) and model(images(2, (96, 64))).shape == (2, 1000)
@@ -323,6 +323,19 @@ def test_state_dict_copy_and_pickle(model, clean):
         assert torch.equal(clean(x), expected) and not torch.equal(twin.forward_features(x), clean.forward_features(x))
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_input_size_set_afterwards_is_of_one_of_the_two(which):
+    model = timm.create_model("test_vit", dynamic_img_size=False).eval()
+    x, other = images(1, (160, 160)), images(1, (96, 64))
+    clean = attach(made(64), model)
+    pair = [model, clean]
+    changed, kept = pair[which], pair[1 - which]
+    expected = kept.forward_features(x)
+    changed.set_input_size((96, 64))
+    assert changed.forward_features(other).shape[1] == 25
+    assert torch.equal(kept.forward_features(x), expected)
+
+
 def test_dtype_device_and_autocast(clean):
     x = images(2, (96, 64))
     expected = clean.forward_features(x)
@@ -417,8 +430,8 @@ def test_the_demo_model_through_the_denoisers_method():
         ({"layer": 99}, "must lie in"),
         ({"card": {"layer": 3}}, "layer 3"),
         ({"card": {"backbone": "vit_small_patch14_dinov2.lvd142m"}}, "vit_small_patch14_dinov2"),
-        ({"model": nn.Linear(2, 2)}, "not a single-scale"),
-        ({"model": timm.create_model("test_resnet")}, "not a single-scale"),
+        ({"model": nn.Linear(2, 2)}, "none of the models"),
+        ({"model": timm.create_model("test_resnet")}, "none of the models"),
         ({"model": attach(made(64), timm.create_model("test_vit"))}, "already"),
         ({"model": load_backbone("test_vit", pretrained=False, layer=1), "layer": 2}, "layer=1"),
     ],

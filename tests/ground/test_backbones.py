@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dvt.backbones import families, load_backbone, wrap
 from dvt.backbones.catalogue import SMALLEST, family_table, try_size
-from dvt.backbones.load import _backbone, _check_single_scale
+from dvt.backbones.load import _check_single_scale
 from dvt.backbones.weights import load_state, read_state
+from dvt.backbones.wrapped import timm_backbone
 from dvt.errors import BackboneError, ShapeError, WeightsError
 from dvt.tokens import Tokens
 
@@ -100,7 +101,7 @@ def test_family_last_layer_is_the_final_norm(family):
 
 def test_family_earlier_layer_is_the_block(family):
     name, last = family
-    backbone = _backbone(last.model, last.name, 1, last.patch_size, last.stride, last.image_size)
+    backbone = timm_backbone(last.model, last.name, 1, last.patch_size, last.stride, last.image_size)
     block = families.core(last.model).blocks[1]
     reference, tokens = captured(block, lambda: backbone(images(1, try_size(backbone))))
     reference = sequence(reference, backbone.feature_dim)
@@ -603,7 +604,8 @@ def test_hash_leaves_a_classifier_out_and_nothing_else():
             net.add_module(name, torch.nn.Linear(3, 3))
             torch.nn.init.constant_(net.get_submodule(name).weight, changed.get(name, 1.0))
             torch.nn.init.zeros_(net.get_submodule(name).bias)
-        return wrap(net, lambda m, x: Tokens.of(x), 1, name="net", feature_dim=3).weights_sha256
+        read = lambda m, x: x.flatten(2).mT  # noqa: E731
+        return wrap(net, read, 1, name="net", feature_dim=3, image_size=8).weights_sha256
 
     assert hashed() == hashed(head=2.0) != hashed(body=2.0)
 
@@ -612,9 +614,8 @@ def test_wrap_notices_wrong_claims():
     net = torch.nn.Conv2d(3, 8, 16, 16)
     reader = lambda m, x: Tokens.of(m(x).permute(0, 2, 3, 1))  # noqa: E731
     for wrong in ({"patch_size": 8}, {"feature_dim": 9}, {"num_prefix_tokens": 1}, {"stride": 8}):
-        backbone = wrap(net, reader, **{"patch_size": 16, "name": "net", "feature_dim": 8, **wrong})
         with pytest.raises(ShapeError, match="check patch_size"):
-            backbone(images(1, (64, 64)))
+            wrap(net, reader, **{"patch_size": 16, "name": "net", "feature_dim": 8, **wrong})
 
 
 # The table -------------------------------------------------------------------------------------------------------
