@@ -39,7 +39,7 @@ NOTES = """
   conversion of the family does so; for CaiT and ConViT give the `size` that the file was made for.
 - **Hierarchical models** (Swin, ConvNeXt, ResNet, PVT, Hiera, MViT ...) are refused: their blocks work at several
   scales, so there is no one grid of patch tokens to clean.
-- **Anything else**, such as transformers or torch.hub models, goes through `dvt.wrap`.
+- **Anything else**, such as transformers or torch.hub models: see [models.md](models.md).
 """
 
 

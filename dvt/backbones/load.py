@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import sys
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 from dvt import grids
 from dvt.backbones import families
 from dvt.backbones.backbone import Backbone, checked_stride, rounded_size
-from dvt.backbones.weights import State, load_state, read_state
-from dvt.backbones.wrapped import timm_backbone
+from dvt.backbones.converted import State, encoder_state, is_of_transformers, timm_names, unchunked
+from dvt.backbones.names import LOCAL, TRANSFORMERS, check_timm_name, resolved_name
+from dvt.backbones.weights import load_state, read_state
+from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
 from dvt.errors import BackboneError, WeightsError
 from dvt.grids import Size
 
@@ -36,10 +37,13 @@ def load_backbone(
     """Load any single-scale timm model as a backbone, frozen and in evaluation mode.
 
     Args:
-        name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``.
+        name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``; a name that
+            other libraries have for the same weights (``dinov2_vits14``, ``facebook/dinov2-small``); a folder that
+            timm or transformers saved; or ``hf:NAME_OR_FOLDER``, a model of transformers.
         weights: a .safetensors file, a .pth of tensors, or a state dict; None downloads timm's own from the Hugging
-            Face hub. A classifier in it is left out, position embeddings of another grid are resampled, and where it
-            has another number of register tokens than timm's model of this name, the model gets as many.
+            Face hub. It may have the names of transformers or of the DINO repositories, and the prefixes and heads of
+            training code. A classifier in it is left out, position embeddings of another grid are resampled, and
+            where it has another number of register tokens than timm's model of this name, the model gets as many.
         pretrained: False gives random weights, for tests.
         layer: -1 is the last block as timm's ``forward_features`` returns it, after the final norm where the model
             has one (models that pool first and norm afterwards have none; SAM's neck and XCiT's class attention
@@ -56,7 +60,10 @@ def load_backbone(
     >>> tokens.grid, tokens.feature_dim, backbone.num_prefix_tokens
     ((10, 15), 64, 1)
     """
-    state = dict(weights) if isinstance(weights, Mapping) else None if weights is None else read_state(weights)
+    name = resolved_name(name)
+    if name.startswith(TRANSFORMERS):
+        return load_transformers(name, weights, pretrained, layer, stride, size)
+    state = _given_state(weights)
     with torch.device("meta"):  # everything that can be refused is refused before gigabytes are downloaded
         skeleton = _create(name, pretrained=False)
     _check_single_scale(skeleton, name)
@@ -77,7 +84,16 @@ def load_backbone(
         _regrid(model, image_size, grids.grid_shape(image_size, patch, steps))
     if (convolution := families.patch_convolution(model)) is not None:
         convolution.stride = steps
+    name = timm_name(model) if name.startswith(LOCAL) else name
     return timm_backbone(model, name, layer, patch, steps, image_size)
+
+
+def _given_state(weights: str | Path | Mapping[str, Tensor] | None) -> State | None:
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        return unchunked(encoder_state(weights, "the state dict"))
+    return read_state(weights)
 
 
 def single_scale_models(family: str | None = None) -> Iterator[tuple[str, str, families.Model]]:
@@ -127,7 +143,7 @@ def _check_single_scale(model: families.Model, name: str) -> None:
 
 def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
     """A timm model without a classifier."""
-    _check_name(name)
+    check_timm_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # each hub client raises its own kinds, and timm plain RuntimeErrors
@@ -136,20 +152,6 @@ def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
             "Without a network, or for a model without published weights, give a file with --weights FILE "
             "(in Python weights=...); `dvt demo` needs no network"
         ) from error
-
-
-def _check_name(name: str) -> None:
-    """Refuse a name that timm does not know; names with a source, such as hf-hub:, are checked by their source."""
-    if ":" in name:
-        return
-    architecture, _, tag = name.partition(".")
-    if not timm.is_model(architecture):
-        close = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"close: {', '.join(close)}" if close else "timm.list_models() lists them"
-        raise BackboneError(f"timm has no model {name!r}; {hint}. Those of the hub are named hf-hub:organisation/model")
-    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")] if tag else []
-    if tag and tag not in tags:
-        raise BackboneError(f"timm has no weights {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
 
 
 def _regrid(model: families.Model, image_size: Size, grid: Size) -> None:
@@ -180,22 +182,37 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
         # A file made for the size asked for is taken as it is, not resampled to the model's own size and back.
         _regrid(model, size, grids.grid_shape(size, families.patch_size(model)))
     try:
+        if is_of_transformers(state):
+            state = timm_names(state, model)
         state = _conversion(model)(dict(state))
     except Exception as error:  # timm's conversions index and reshape what they expect to find
         raise WeightsError(
             f"{source} does not fit {type(model).__name__}: timm's conversion failed with {error!r}; "
             "are these the weights of another architecture?"
         ) from error
+    own = model.state_dict()
+    lost = [k for k, v in state.items() if k.endswith((".q_bias", ".v_bias")) and k not in own and v.any()]
+    if lost:
+        raise WeightsError(
+            f"{source} has biases of queries and values ({lost[0]}, ...) that {type(model).__name__} as built by this "
+            "name lacks: load it as timm's model whose name has _qkvb"
+        )
     load_state(model, state, source)
 
 
-def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, int]:
+def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What timm must be told so that the model has the register tokens of a file."""
-    option, tokens = families.REGISTERS.get(type(model).__name__), state.get("reg_token")
-    if option is None or tokens is None or tokens.ndim != 3:
+    option = families.REGISTERS.get(type(model).__name__)
+    found = [n for n in ("reg_token", "register_tokens", "storage_tokens", "embeddings.register_tokens") if n in state]
+    if option is None or not found or state[found[0]].ndim != 3:
         return {}
+    count = state[found[0]].shape[1]
     own = 0 if model.reg_token is None else model.reg_token.shape[1]
-    return {} if tokens.shape[1] == own else {option: tokens.shape[1]}
+    if count == own:
+        return {}
+    # DINOv2's registers have no position, nor has its class token then (timm's conversion adds it to the token).
+    positionless = "register_tokens" in found[0] and option == "reg_tokens"
+    return {option: count} | ({"no_embed_class": True} if positionless else {})
 
 
 def _conversion(model: families.Model) -> Callable[[State], State]:

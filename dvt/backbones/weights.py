@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import pickle
 import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,15 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dvt.backbones.converted import State, encoder_state, unchunked
 from dvt.errors import WeightsError
 from dvt.files import replaced
 
 logger = logging.getLogger(__name__)
 
-State = dict[str, Tensor]
-
 #: Names under which training scripts store the state dict, tried in this order.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher", "target_encoder", "student", "encoder")
 #: Prefixes that data-parallel, compiled and wrapped models leave before every name.
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
 #: The classifier: dvt builds models without one.
@@ -69,7 +70,10 @@ def read_content(path: Path) -> object:
 
 def _load_tensors(path: Path) -> object:
     _check_form(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    # The settings that many training scripts save beside the tensors; a Namespace holds values and runs nothing.
+    allowed = getattr(torch.serialization, "safe_globals", None)  # since torch 2.5
+    with nullcontext() if allowed is None else allowed([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _check_form(path: Path) -> None:
@@ -95,7 +99,7 @@ def _require_form(right: bool, path: Path, form: str) -> None:
 
 
 def _unwrap(content: object, path: Path) -> State:
-    """The flat state dict inside a checkpoint: wrappers opened, a prefix common to all names removed."""
+    """Find the encoder's state dict inside a checkpoint: wrappers opened, prefixes and heads removed."""
     for _ in WRAPPERS:  # not for ever: a dict can hold itself
         if isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if _is_dict(content.get(w))), None)):
             content = content[inner]
@@ -105,7 +109,7 @@ def _unwrap(content: object, path: Path) -> State:
         raise WeightsError(f"{path} holds no named tensors; a state dict is needed, plain or under one of {WRAPPERS}")
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
-    return state
+    return unchunked(encoder_state(state, str(path)))
 
 
 def _is_dict(value: object) -> bool:

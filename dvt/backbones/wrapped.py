@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -173,6 +174,40 @@ def _known(
         if own != (pair(value) if isinstance(own, tuple) else value):
             raise BackboneError(f"{backbone.name} has {what} {own}, got {value}: leave it out, or give tokens= as well")
     return backbone
+
+
+def load_transformers(
+    name: str, weights: Any, pretrained: bool, layer: int, stride: int | Size | None, size: int | Size | None
+) -> Backbone:
+    """Load a model of transformers by ``hf:NAME_OR_FOLDER``; :func:`load_backbone` explains the arguments.
+
+    Raises:
+        BackboneError: transformers is missing or cannot load it, or it was asked for what it cannot do.
+    """
+    if weights is not None or layer != -1 or stride is not None:
+        raise BackboneError(
+            f"{name} is read as transformers has it, with its own weights, its last layer and its own stride; other "
+            "weights, layers and strides need the timm model of the same weights (for example dinov2_vits14)"
+        )
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise BackboneError(f"{name} needs transformers: pip install 'denoising-vit[hf]'") from error
+    source = name.partition(":")[2]
+    if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().is_dir():
+        raise BackboneError(f"transformers cannot load {source!r}: there is no such folder")
+    try:
+        model = (
+            AutoModel.from_pretrained(source)
+            if pretrained
+            else AutoModel.from_config(AutoConfig.from_pretrained(source))
+        )
+    except Exception as error:  # of the hub's client, of files, of configurations
+        raise BackboneError(
+            f"transformers cannot load {source!r}: {type(error).__name__}: {error}\nGive a folder that save_pretrained "
+            "wrote, or a name of the hub, for which a network is needed once"
+        ) from error
+    return wrap(model, image_size=size)
 
 
 def timm_name(model: Any) -> str:

@@ -36,7 +36,8 @@ class BackboneOptions(Options):
     """Options of every command that runs a backbone."""
 
     backbone: str = DEFAULT_BACKBONE
-    """Name of a single-scale timm model."""
+    """Name of a single-scale timm model, or what others call it (dinov2_vits14, facebook/dinov2-small);
+    hf:NAME_OR_FOLDER for a model of transformers; or a folder that timm or transformers saved."""
     weights: str | None = None
     """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt, which
     also names the backbone."""
