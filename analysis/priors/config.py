@@ -263,3 +263,38 @@ class Comparison:
             raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
         if self.prior.loop.validate_every < 1:
             raise ConfigError("a curve needs validate_every of at least 1")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Say how a prior is refitted on its own samples.
+
+    Args:
+        rounds: refits.
+        mix: synthetic samples for each real one.
+        corrector: "none", or "centres": a sample becomes a random real image of the nearest of `clusters` centres.
+        gamma: strength of the correction: a sample is corrected with chance gamma / (1 + gamma).
+        clusters: of the corrector.
+        round_steps: training steps of each round, from the weights of the round before.
+        seeds: loops; their spread gives the intervals.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    rounds: int = 4
+    mix: float = 1.0
+    corrector: Literal["none", "centres"] = "none"
+    gamma: float = 1.0
+    clusters: int = 16
+    round_steps: int = 200
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "clusters", "round_steps", "seeds"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.mix <= 100 or not 0 <= self.gamma < float("inf"):
+            raise ConfigError(f"mix must lie in (0, 100] and gamma be at least 0, got {self.mix} and {self.gamma}")
+        if self.corrector not in ("none", "centres"):
+            raise ConfigError(f"corrector must be 'none' or 'centres', got {self.corrector!r}")

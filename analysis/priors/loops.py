@@ -96,8 +96,40 @@ def redraw(real: Tensor) -> Transform:
 
 
 def nearest_centre(codebook: Codebook) -> Transform:
-    """Put the nearest centre in feature space in place of each sample; fit the codebook to real features."""
+    """Put the nearest centre in feature space in place of each sample; fit the codebook to real features.
+
+    It is for data that are clusters: of others it takes away the variance within the cells, round after round. See
+    :func:`nearest_cluster`.
+    """
     return lambda samples, _: codebook.decode(codebook.encode(samples)).to(samples)
+
+
+def nearest_cluster(codebook: Codebook, real: Tensor) -> Transform:
+    """Put a random real member of the nearest centre's cluster in place of each sample.
+
+    What varies within a cluster is kept, so that data without clusters do not shrink.
+
+    Args:
+        codebook: fitted to real features.
+        real: (n, C) those features.
+
+    Source:
+        Ours.
+    """
+    ids = codebook.encode(real)
+    order = ids.argsort(stable=True)
+    counts = torch.bincount(ids, minlength=len(codebook.centres))
+    starts = counts.cumsum(0) - counts
+    filled = torch.nonzero(counts).flatten()  # a centre without a member is never the answer
+    inhabited = Codebook(codebook.centres[filled])
+
+    def draw(samples: Tensor, generator: torch.Generator) -> Tensor:
+        nearest = filled[inhabited.encode(samples).to(filled.device)]
+        share = torch.rand(len(samples), generator=generator, device=generator.device).to(counts.device)
+        member = (share * counts[nearest]).long().clamp(max=counts[nearest] - 1)
+        return real[order[starts[nearest] + member]].to(samples)
+
+    return draw
 
 
 # --- ITIT: two token generators in a cycle

@@ -1,4 +1,4 @@
-"""Run `dvt prior train|sample|evaluate|compare`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate|loop|compare`: what can be generated from the tokens shows what they hold."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.table import Table
 from dvt.cli.common import progress_bar, quiet_unless_first, resolved, shown
 from dvt.cli.prior_compare import compare
 from dvt.cli.settings.common import DenoiserOptions
-from dvt.cli.settings.priors import PriorCommand, PriorCompare, PriorEvaluate, PriorSample, PriorTrain
+from dvt.cli.settings.priors import PriorCommand, PriorCompare, PriorEvaluate, PriorLoop, PriorSample, PriorTrain
 from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.images import find_images
@@ -22,6 +22,8 @@ def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)
+    if isinstance(action, PriorLoop):
+        return _loop(action, console)
     if isinstance(action, PriorCompare):
         return compare(action, console)
     return _sample(action, console) if isinstance(action, PriorSample) else _evaluate(action, console)
@@ -94,6 +96,20 @@ def _own_conditions(command: PriorSample) -> Any:
         backbone = command.load()
         return conditions_of_images(run.prior.card, command.condition, backbone, token_map(command, backbone))
     return run.conditions(slice(command.images))
+
+
+def _loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
+    from dvt.analysis.priors.compare_page import told
+    from dvt.analysis.priors.loop_run import loop_prior
+
+    settings, device = resolved(command, command="prior loop"), find_device(command.device)
+    with progress_bar(console) as progress:
+        report = loop_prior(command.run, command.out, command.loop, command.sampling, device, progress)
+    table = Table("kernel distance to held-out images", *map(str, range(command.loop.rounds + 1)), "training images")
+    for name, found in report["distances"].items():
+        table.add_row(name, *map(told, found["rounds"]), f"{found['real']:.3f}")
+    console.print(table)
+    return 0, {**report, "settings": settings}
 
 
 def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:

@@ -149,6 +149,37 @@ def test_a_loop_with_a_corrector_in_feature_space_keeps_its_clusters():
     assert corrected < 0.8 < 1.2 < free  # .5 sqrt(2 ln 2) = .59 is the smoothing of one round alone
 
 
+def after_rounds(real, corrector, rounds=6):
+    """Resampling with a correction of every sample: the variance of what is left, as a share of the real one."""
+
+    def fit(samples):
+        return lambda count, draws: samples[torch.randint(len(samples), (count,), generator=draws)]
+
+    *_, last = closed_loop(fit, real, generator(1), rounds=rounds, share=math.inf, transform=mixing(corrector, 1.0))
+    return last(len(real), generator(2)).var(0).mean() / real.var(0).mean()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_a_corrector_by_clusters_does_not_collapse_data_without_clusters(kind):
+    """Of a normal and of a heavy-tailed cloud (Student's t, 4 degrees) the variance stays; single centres lose it."""
+    real = noise(3000, 2)
+    if kind == "heavy":
+        real = real / (noise(3000, 4, seed=1).square().mean(1, keepdim=True)).sqrt()
+    codebook = Codebook.fit(real, 8)
+    kept = after_rounds(real, loops.nearest_cluster(codebook, real))
+    shrunk = after_rounds(real, nearest_centre(codebook))
+    assert float(kept) == pytest.approx(1, abs=0.12 if kind == "normal" else 0.35)
+    assert float(shrunk) < 0.85 and float(shrunk) < float(kept) - 0.1
+
+
+def test_a_corrector_by_clusters_answers_with_real_members_of_the_cluster():
+    real = torch.tensor([[0.0], [0.2], [10.0], [10.4]])
+    corrected = loops.nearest_cluster(Codebook(torch.tensor([[0.1], [10.2], [99.0]])), real)
+    made = corrected(torch.tensor([[0.3]] * 200 + [[50.0]] * 200 + [[98.0]] * 5), generator())
+    assert set(made[:200, 0].tolist()) == {0.0, float(real[1])}
+    assert set(made[200:, 0].tolist()) == {10.0, float(real[3])}
+
+
 def test_what_a_round_is_fitted_to():
     seen = []
 

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dvt.analysis.priors.compare import Comparison, compare_priors, look
-from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.config import Loop, PriorConfig
+from dvt.analysis.priors.loop_run import loop_prior
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import Wanted, opened_tokens, read_tokens
 from dvt.analysis.priors.runs import (
@@ -607,3 +608,33 @@ def test_comparisons_out_of_range_are_refused(images, backbone):
         Comparison(seeds=1)
     with pytest.raises(ConfigError, match="no tokens of kind 'clean'; here there are raw"):
         look(sorted(images.iterdir()), backbone, replace(comparison(), kinds=("raw", "clean")))
+
+
+# --- loops on a trained prior
+
+
+def test_a_trained_prior_is_looped_with_and_without_a_correction(backbone, tmp_path):
+    images = write(tmp_path / "colours", 60)
+    train_tiny(images, backbone, tmp_path / "run", condition=None, held_out=0.4)
+    before = (tmp_path / "run" / "prior.safetensors").read_bytes()
+    for corrector in ("none", "centres"):
+        config = Loop(rounds=2, corrector=corrector, round_steps=2, seeds=2, clusters=4, mix=0.7)
+        report = loop_prior(tmp_path / "run", tmp_path / corrector, config, Sampling(steps=2), "cpu")
+        assert report == json.loads((tmp_path / corrector / "loop.json").read_text())
+        for found in report["distances"].values():
+            assert len(found["rounds"]) == 3 and all(each["half"] >= 0 for each in found["rounds"])
+            # Samples of a hardly trained prior are further from the held-out images than the real ones.
+            assert found["rounds"][0]["mean"] > found["real"]
+    assert (tmp_path / "run" / "prior.safetensors").read_bytes() == before
+
+
+def test_loops_that_cannot_be_run_are_refused(images, backbone, tmp_path):
+    train_tiny(images, backbone, tmp_path / "told")
+    with pytest.raises(ConfigError, match="without a condition"):
+        loop_prior(tmp_path / "told", tmp_path / "out", device="cpu")
+    train_tiny(images, backbone, tmp_path / "few", condition=None)
+    with pytest.raises(ConfigError, match="20 held-out images, this run has 3"):
+        loop_prior(tmp_path / "few", tmp_path / "out", device="cpu")
+    with pytest.raises(ConfigError, match="mix"):
+        Loop(mix=0.0)
+    assert not (tmp_path / "out").exists()

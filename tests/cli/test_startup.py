@@ -14,6 +14,7 @@ ACTIONS = [
     ("prior", "sample"),
     ("prior", "evaluate"),
     ("prior", "compare"),
+    ("prior", "loop"),
     ("store", "merge"),
     ("store", "export"),
 ]

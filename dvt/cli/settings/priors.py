@@ -1,4 +1,4 @@
-"""Settings of `dvt prior train|sample|evaluate|compare`."""
+"""Settings of `dvt prior train|sample|evaluate|loop|compare`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from dvt.analysis.priors.config import Comparison, PriorTraining, Sampling
+from dvt.analysis.priors.config import Comparison, Loop, PriorTraining, Sampling
 from dvt.cli.settings.common import DenoiserOptions, Options
 
 
@@ -95,13 +95,28 @@ class PriorCompare(DenoiserOptions):
 
 
 @dataclass(frozen=True)
+class PriorLoop(Options):
+    """Refit a prior without a condition on its own samples, round after round, and measure what becomes of it."""
+
+    run: tyro.conf.Positional[Path]
+    """A folder of `dvt prior train --condition None`."""
+    out: Path
+    """A folder for the rounds and loop.json."""
+    loop: Annotated[Loop, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Loop)
+    """The loop."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
+    """How samples are drawn."""
+
+
+@dataclass(frozen=True)
 class PriorCommand:
-    """Train, sample, evaluate or compare generative priors on tokens."""
+    """Train, sample, evaluate, loop or compare generative priors on tokens."""
 
     action: Annotated[
         Annotated[PriorTrain, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[PriorSample, tyro.conf.subcommand("sample", prefix_name=False)]
         | Annotated[PriorEvaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
+        | Annotated[PriorLoop, tyro.conf.subcommand("loop", prefix_name=False)]
         | Annotated[PriorCompare, tyro.conf.subcommand("compare", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
