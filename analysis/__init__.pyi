@@ -39,3 +39,4 @@ from .pictures import pca_colours as pca_colours
 from .pictures import save as save
 from .pictures import similarity as similarity
 from .results import Report as Report
+from .search import Found as Found

@@ -110,12 +110,13 @@ def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds:
     guide = guide / spread
     steps = [_halvings(a / b) for a, b in zip(size, maps.shape, strict=False)]
     count = max(map(len, steps))
-    distances = [tuple(side[min(i, len(side) - 1)] for side in steps) for i in range(count)]
-    border = tuple(rounds * sum(each[side] for each in distances) for side in (0, 1))
+    down, right = ([side[min(i, len(side) - 1)] for i in range(count)] for side in steps)
+    distances = list(zip(down, right, strict=True))
+    border = rounds * sum(down), rounds * sum(right)
     points = grids.grid_centres(size, maps.device)
     result = maps.new_empty(*size, maps.shape[2])
     for inner, outer, cut in _tiles(size, border):
-        weights = [_weights(guide[(slice(None), *outer)], distance) for distance in distances]
+        weights = [_weights(guide[:, outer[0], outer[1]], distance) for distance in distances]
         places = points[outer]
         for start in range(0, maps.shape[2], _CHANNELS):
             part = maps[..., start : start + _CHANNELS].float()
@@ -123,7 +124,7 @@ def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds:
             for _ in range(rounds):
                 for distance, weight in zip(distances, weights, strict=True):
                     values = _filtered(values, weight, distance)
-            result[(*inner, slice(start, start + _CHANNELS))] = values.movedim(0, -1)[cut].to(result.dtype)
+            result[inner[0], inner[1], start : start + _CHANNELS] = values.movedim(0, -1)[cut].to(result.dtype)
     return result
 
 

@@ -54,3 +54,20 @@ def test_a_photograph_matches_itself_place_by_place(photo, tmp_path, monkeypatch
     outside = [{"0.9": "7"}.get(each, each) for each in arguments]
     assert main([*outside[:-1], "bad"]) == 2
     assert main(["match", "a.png", "none.png", *WITH, "--out", "bad"]) == 2
+
+
+def test_a_store_is_searched_for_a_photograph(photo, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    pixels = photo.mul(255).byte().movedim(0, -1).numpy()
+    for name, each in {"a": pixels, "b": pixels[::-1], "c": 255 - pixels}.items():
+        Image.fromarray(each).save(f"{name}.png")
+    assert main(["extract", "a.png", "b.png", "c.png", *WITH, "--out", "store"]) == 0
+    arguments = ["search", "c.png", "store", *WITH, "--views", "0", "--box", "0", "0", "0.5", "0.5"]
+    assert main([*arguments, "--out", "found"]) == 0
+    best = json.loads((tmp_path / "found" / "search.json").read_text())["found"]["raw"][0]
+    assert best["path"].endswith("c.png") and best["box"] == [0, 0, 0.5, 0.5]
+    assert (tmp_path / "found" / "search.png").is_file()
+    assert main([*arguments, "--layer", "5", "--out", "bad"]) == 2  # other features than the store's
+    assert not (tmp_path / "bad").exists()

@@ -180,7 +180,7 @@ Copy Correct Count Cut Decompose Denoise Derive Describe Divide Do Download Draw
 Export Express Fetch Fill Find Fine-tune Fit Fold Force Forget Generate Give Group Guide Hand Hash Interpolate Invert
 Keep Learn Lend Let List Load Look Make Mark Match Measure Merge Minimise Mix Move Multiply Name Normalise Open
 Permute Plan Predict Prepare Print Prune Put Raise Read Record Recover Refuse Remove Rename Replace Resample Resize
-Resolve Return Roll Round Run Sample Save Say Scale Score Seed Select Set Shorten Show Shuffle Solve Sort Split Start
+Resolve Return Roll Round Run Sample Save Say Scale Score Search Seed Select Set Shorten Show Shuffle Solve Sort Split Start
 Stop Subtract Sum Summarise Take Tell Test Train Transform Turn Update Upsample Use Wait Weigh Word Wrap Write Yield
 """
 

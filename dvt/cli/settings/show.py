@@ -1,4 +1,4 @@
-"""Settings of `dvt show` and `dvt match`, which show raw features beside clean ones."""
+"""Settings of `dvt show`, `dvt match` and `dvt search`, which show raw features beside clean ones."""
 
 from __future__ import annotations
 
@@ -82,3 +82,19 @@ class MatchCommand(CleanOptions):
     """Places x y in [0, 1] of the first photograph to find in the second; all mutual neighbours if not given."""
     ratio: float = 1.0
     """Keep mutual neighbours whose distance is at most so much of the second nearest's; 1 keeps all."""
+
+
+@dataclass(frozen=True)
+class SearchCommand(CleanOptions):
+    """Find the images of a store that look like a photograph or a part of it, by raw and by clean features."""
+
+    query: tyro.conf.Positional[Path]
+    """A photograph."""
+    store: tyro.conf.Positional[Path]
+    """A store of `dvt extract` or `dvt denoise`, made with the same backbone."""
+    out: Path
+    """Folder for search.png and search.json."""
+    box: tuple[float, float, float, float] | None = None
+    """x0 y0 x1 y1 in [0, 1]: the part of the photograph to look for; whole images if not given."""
+    count: int = 5
+    """Images at most."""

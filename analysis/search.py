@@ -1,0 +1,130 @@
+"""Search a feature store for what looks like an image, or like a part of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from dvt import grids
+from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.store import FeatureStore
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Hold one image of a store that looks like the query.
+
+    Args:
+        path: of the image, as the store has it.
+        cosine: of the two mean tokens or, of a region, of the best place, in [-1, 1].
+        box: (x0, y0, x1, y1) in [0, 1] of the place; None where whole images were compared.
+    """
+
+    path: str
+    cosine: float
+    box: Box | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
+def search(
+    store: FeatureStore,
+    query: Tensor,
+    box: Box | None = None,
+    count: int = 10,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[Found]:
+    """Find the images of a store that look most like a query; exact, one image after the other.
+
+    The store's mean token is removed from both sides: denoised features are known up to a constant vector. Whole
+    images are compared by the cosine of their mean tokens; a region by the cosine of its mean token and that of every
+    window of as many patches, the best of which is the image's place.
+
+    Args:
+        store: read at its own term.
+        query: (h, w, C) tokens of the same term, backbone and layer.
+        box: (x0, y0, x1, y1) in [0, 1] of the query that is looked for; None compares whole images.
+        count: images at most.
+        progress: called with (what, done, total).
+
+    Returns:
+        The best first.
+
+    Raises:
+        ShapeError: the query's tokens have other channels than the store's.
+        ConfigError: the box is empty or leaves the image, or count is below 1.
+        NonFiniteError: the query holds NaN or infinity.
+    """
+    if count < 1:
+        raise ConfigError(f"count is {count}; it must be 1 or more")
+    if box is not None and not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+        raise ConfigError(f"box {box} must be (x0, y0, x1, y1) in [0, 1], with x0 < x1 and y0 < y1")
+    channels = store[0].patches.shape[-1]
+    if query.ndim != 3 or query.shape[-1] != channels:
+        raise ShapeError(f"the query has shape {tuple(query.shape)}; this store is searched with (h, w, {channels})")
+    if not bool(query.isfinite().all()):
+        raise NonFiniteError("the query's tokens hold NaN or infinity; compute them again")
+    means = torch.stack([store[i].patches[0].float().mean((0, 1)) for i in range(len(store))])
+    centre = means.mean(0)
+    if box is None:
+        wanted = query.cpu().float().mean((0, 1)) - centre
+        values = nnf.cosine_similarity(means - centre, wanted[None])
+        found = [Found(path, float(value)) for path, value in zip(store.images, values, strict=True)]
+    else:
+        grid = (query.shape[0], query.shape[1])
+        x0, y0, x1, y1 = grids.boxes_to_pixels(torch.tensor(box), grid).tolist()
+        wanted = query[y0:y1, x0:x1].cpu().float().mean((0, 1)) - centre
+        found = []
+        for i in range(len(store)):
+            found.append(_place(store[i].patches[0].float() - centre, wanted, (y1 - y0, x1 - x0), store.images[i]))
+            if progress:
+                progress("images", i + 1, len(store))
+    return sorted(found, key=lambda each: -each.cosine)[:count]
+
+
+def _place(tokens: Tensor, wanted: Tensor, window: grids.Size, path: str) -> Found:
+    """The window of an image whose mean token is most like another."""
+    size = (min(window[0], tokens.shape[0]), min(window[1], tokens.shape[1]))
+    means = nnf.avg_pool2d(tokens.movedim(-1, 0)[None], size, stride=1)[0]
+    values = nnf.cosine_similarity(means, wanted[:, None, None], dim=0)
+    row, column = divmod(int(values.argmax()), values.shape[1])
+    pixels = torch.tensor([column, row, column + size[1], row + size[0]])
+    x0, y0, x1, y1 = grids.boxes_from_pixels(pixels, (tokens.shape[0], tokens.shape[1])).tolist()
+    return Found(path, float(values.max()), (x0, y0, x1, y1))
+
+
+def search_figure(query: Tensor, box: Box | None, found: dict[str, list[Found]], load: Callable[[str], Any]) -> Any:
+    """Draw a query (3, H, W) and what was found, a row a term, with the places as boxes.
+
+    Args:
+        load: gives the (3, H, W) pixels of a path, or None where the photograph is not at hand.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    columns = 1 + max(len(each) for each in found.values())
+    figure = Figure(figsize=(2.6 * columns, 2.4 * len(found)), layout="constrained", facecolor="white")
+    for axes, (term, results) in zip(figure.subplots(len(found), columns, squeeze=False), found.items(), strict=True):
+        for axis in axes:
+            axis.set_axis_off()
+        shown = [(query, f"query, {term}", box), *((load(r.path), f"{r.cosine:.2f}", r.box) for r in results)]
+        for axis, (pixels, title, place) in zip(axes, shown, strict=False):
+            axis.set_title(title, fontsize=10, loc="left")
+            if pixels is None:
+                axis.text(0.5, 0.5, "photograph\nnot at hand", ha="center")
+                continue
+            aspect = pixels.shape[1] / pixels.shape[2]
+            axis.imshow(pixels.cpu().clamp(0, 1).movedim(0, -1).numpy(), extent=(0, 1, 1, 0), aspect=aspect)
+            if place is not None:
+                x0, y0, x1, y1 = place
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, color="#E69F00", linewidth=2))
+    return figure
