@@ -149,20 +149,23 @@ PLAIN = ("F", "raw - G", "shared G", "raw and F")
 """Rows that are always scored on test, besides those chosen on val, the denoisers, the baselines and controls."""
 
 
-def camvid(protocol: str, options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
-    """Linear and kNN segmentation; the denoised variant is chosen on val by the same probe, then scored on test."""
-    half = options.limit and max(2, options.limit // 2)
-    config = ProbeConfig(
+def camvid_config(protocol: str, options: argparse.Namespace, **settings: Any) -> ProbeConfig:
+    """Settings of segmentation on CamVid, with half as many images of the test as of the training."""
+    return ProbeConfig(
         "segmentation",
         options.data / "camvid",
         ignore=(CAMVID_VOID,),
         protocol=protocol,
         train_images=options.limit,
-        test_images=half,
-        baselines=(),
+        test_images=options.limit and max(2, options.limit // 2),
         cache=options.cache,
-        views=options.average_views,
+        **settings,
     )
+
+
+def camvid(protocol: str, options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
+    """Linear and kNN segmentation; the denoised variant is chosen on val by the same probe, then scored on test."""
+    config = camvid_config(protocol, options, baselines=(), views=options.average_views)
     parts = {split: prepare(replace(config, evaluate=split), told) for split in ("val", "test")}
     images = [e.image for data in parts.values() for part in data.splits.values() for e in part]
     train = [e.image for e in parts["test"].splits["train"]]
@@ -395,18 +398,7 @@ def against_both(title: str, report: ProbeReport, first: str) -> dict[str, Any]:
 
 def product_camvid(protocol: str, options: argparse.Namespace, backbone: Backbone) -> dict[str, Any]:
     """Linear and kNN segmentation of each product, of raw beside it and of denoisers; nothing is chosen."""
-    config = ProbeConfig(
-        "segmentation",
-        options.data / "camvid",
-        ignore=(CAMVID_VOID,),
-        protocol=protocol,
-        train_images=options.limit,
-        test_images=options.limit and max(2, options.limit // 2),
-        baselines=("position-only",),
-        evaluate="test",
-        seeds=options.seeds,
-        cache=options.cache,
-    )
+    config = camvid_config(protocol, options, baselines=("position-only",), evaluate="test", seeds=options.seeds)
     images = [e.image for part in prepare(config, told).splits.values() for e in part]
     rows = product_rows(product_stores(protocol, images, options), beside=True)
     rows |= {file.stem: blended(Denoiser.from_pretrained(file).eval(), 1.0) for file in options.denoiser}

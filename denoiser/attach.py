@@ -53,9 +53,9 @@ def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, forc
     the last entry of ``forward_intermediates(norm=True)``. The last block without the final norm (``norm=False``,
     timm's default) is another space, which the denoiser does not know: these tokens stay raw, and a warning says so
     once. Models without a final norm have them denoised either way, and XCiT's, whose class attention changes patches
-    too, are the final ones. With an earlier layer the tokens of that block are
-    replaced in what ``forward_intermediates`` returns, not in what later blocks read; ``norm=True`` norms the
-    denoised ones. Test-time registers (the kind "registers") act inside the model and change all of its layers.
+    too, are the final ones. With an earlier layer the tokens of that block are replaced in what
+    ``forward_intermediates`` returns, not in what later blocks read; ``norm=True`` norms the denoised ones. Test-time
+    registers (the kind "registers") act inside the model and change all of its layers.
 
     Args:
         denoiser: made for this model and layer; it is not copied.

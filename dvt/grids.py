@@ -145,7 +145,7 @@ def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
 def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
     """Make the (2, 3) map from the coordinates of a turned and scaled view of an image to the image's, in float64.
 
-    The view has the image's aspect ratio. :func:`move` applies the map; :func:`inverted` gives the other direction.
+    The view has the image's aspect ratio. :func:`move` applies the map.
 
     Args:
         size: (H, W) of the image in pixels; a turn keeps right angles and lengths only there.
@@ -186,12 +186,6 @@ def move(coords: Tensor, matrix: Tensor) -> Tensor:
     """Apply a (2, 3) map to coordinates (..., 2), in their dtype."""
     matrix = matrix.to(coords)
     return coords @ matrix[:, :2].T + matrix[:, 2]
-
-
-def inverted(matrix: Tensor) -> Tensor:
-    """Invert a (2, 3) map."""
-    linear = torch.linalg.inv(matrix[:, :2])
-    return torch.cat((linear, -linear @ matrix[:, 2:]), dim=1)
 
 
 def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:

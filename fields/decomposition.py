@@ -106,8 +106,7 @@ class Fit(ABC):
             coords: (h, w, 2) their image coordinates.
 
         Returns:
-            A number in [0, 1], or a tensor of such numbers that broadcasts to (h, w, C). Here 1: F alone, as the paper
-            has it.
+            A number in [0, 1], or a tensor of them that broadcasts to (h, w, C). Here 1: F alone, as in the paper.
         """
         return 1.0
 

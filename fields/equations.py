@@ -137,10 +137,6 @@ class NormalEquations:
         rhs = rhs.expand(*smoothness.shape, -1, -1).contiguous()
         return self.system(smoothness).solve(rhs), artifact
 
-    def node_weight(self) -> Tensor:
-        """Count the tokens that each node takes part in, by weight: A'W1, (B, nodes)."""
-        return self.cross.sum(-1, dtype=torch.float64)
-
     def artifact_equations(self, smoothness: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
         """Compute each image's share (B, n, n) and (B, n, C) of the equations of a shared artifact; they add up."""
         return self._eliminate(self._for_each(smoothness))[2:]

@@ -1,15 +1,14 @@
 """A test whether windows have an artifact at all, with a stated rate of false alarms (ours).
 
-The image's content falls into groups of small blocks, drawn by a fixed lot. In each group the score of the two-way
+The image's content is divided into groups of small blocks, by a fixed draw. In each group the score of the two-way
 model (what the tokens of a position have beyond the mean of their content) is a linear function of noise alone where
-there is no artifact: independent from group to group, and as likely as its negative. Then all 2^(K-1) ways to give
-the K groups signs are equally likely to make their sum the longest. An artifact is the same for all contents and
-makes it so with equal signs. The test is exact for symmetric noise that is independent between contents, whatever its
-size and tails and however its channels or windows go together; and it tells an artifact from what a window's other
-content does to a token, which differs from content to content. Where that is strong, groups go against each other
-(all content of a window shifts together and each position's mean is taken out), so false alarms become rarer than
-stated, and a weak artifact is missed: a tenth of the tokens' size in about half of the images of a ViT without
-position embedding.
+there is no artifact: independent from group to group, and as likely as its negative. Then all 2^(K-1) ways to give the
+K groups signs are equally likely to make their sum the longest. An artifact is the same for all contents and makes it
+so with equal signs. The test is exact for symmetric noise that is independent between contents, whatever its size and
+tails and however its channels or windows go together; and it tells an artifact from what a window's other content does
+to a token, which differs from content to content. Where that is strong, groups go against each other (all content of a
+window shifts together and each position's mean is taken out), so false alarms become rarer than stated, and a weak
+artifact is missed: a tenth of the tokens' size in about half of the images of a ViT without position embedding.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A robust pilot fit on the first views: it chooses resolution and smoothness and knows an outlier token (ours).
+"""A robust pilot fit on the first views: it chooses resolution and smoothness and recognises outlier tokens (ours).
 
 Every channel is mixed into a few random projections, which keep squared lengths on average, so the pilot costs little.
 Its fit is what every later token is held against: robust weights need no second pass over the views. Images of one
@@ -29,9 +29,9 @@ FINEST = 112
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # One view in this many is held out.
 HELD_OUT = 5
-# Tokens at nearby image points, the token itself among them.
+# Tokens that count as neighbours in the image, the token itself among them.
 NEIGHBOURS = 9
-# Times that the pilot's weights are found, each from a fit with the last ones.
+# Rounds of weighting: each fits with the last round's weights and finds new ones from what the fit leaves.
 REWEIGHTS = 2
 # The smoothness at which weights and the artifact are found, before one is chosen.
 MIDDLE = 0.1
@@ -41,15 +41,15 @@ class Pilot:
     """A fit of the sketched tokens of B images.
 
     Args:
-        heads: each image's first views, (tokens (V, n, C), coords (V, n, 2)); equally many of every image.
+        heads: each image's first views, (tokens (V, n, C), coords (V, n, 2)); the same number for every image.
         grid: (h, w) of a view, n = h w.
         config: resolution and smoothness may be None; they are chosen then.
         known: (n, C) artifact of all images, or None to fit one to each.
         defect: of the backbone, or None to look for one in each image.
 
     Attributes:
-        resolution, smoothness: lists, of each image, as given or chosen, by the squared error on held-out views.
-        error: list, mean squared norm of what a fit leaves of inlying tokens of views that it has not seen.
+        resolution, smoothness: lists, one entry an image: as given, or chosen by the squared error on held-out views.
+        error: list, one entry an image: the mean squared norm of what a fit leaves of held-out tokens, by weight.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ class PlantedConfig:
         noise: standard deviation of the noise on every token and channel.
         outliers: share of tokens that carry a content-dependent high-norm h; 0 plants none.
         outlier_rate: share of the flattest content that carries them; `outliers` / `outlier_rate` of all is flat.
-        outlier_cells: None draws them anew in every view; a number fixes them to content: that many cells along each
-            side of the image are outliers in every view, or in none.
+        outlier_cells: None draws them anew in every view; a number fixes them to content: the image is divided into
+            that many cells along each side, and a cell is an outlier in every view, or in none.
         outlier_spread: how far an outlier's direction is turned from the common one, as the tangent of the angle; large
             numbers leave none in common.
         outlier_norm: norm of such an h relative to the mean norm of the field's tokens.

@@ -49,7 +49,7 @@ class SampleRequest:
         sampler: of :mod:`dvt.analysis.priors.diffusion`.
         sigmas: its noise levels.
         scale: of the guidance; 1 for none.
-        steps: how often a token head in random order asks its trunk.
+        steps: calls of the trunk by a token head in random order.
         temperature: the starting noise is scaled by it, and logits of codes are divided by it.
         rising: whether the guidance rises evenly from 1 to its scale: along the logarithm of the noise level, or, with
             a token head, along the share of tokens that are known (MAR).
@@ -150,7 +150,7 @@ class DenoisingMLP(nn.Module):
 
 
 class TokenHead(nn.Module):
-    """Read the known tokens with the trunk, which answers z; each token is drawn by itself given its z.
+    """Read the known tokens with the trunk, whose outputs are z; each token is drawn by itself given its z.
 
     Continuous tokens are denoised by a small MLP (MAR); of a codebook, logits of z choose the entry (Fluid's discrete
     tokens). Outside, both are maps of tokens.
@@ -175,7 +175,7 @@ class TokenHead(nn.Module):
             self.mlp = DenoisingMLP(config.token_dim, config.width)
 
     def z(self, tokens: Tensor, hidden: Tensor, context: Tensor | None) -> Tensor:
-        """Compute the trunk's answers (B, L, W).
+        """Compute the trunk's outputs z (B, L, W).
 
         Args:
             tokens: (B, L, D).

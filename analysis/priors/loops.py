@@ -16,7 +16,7 @@ Generate = Callable[[int, torch.Generator], Tensor]
 """(count, generator) -> samples (count, ...)."""
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
-"""Samples (n, ...) -> as many others, such as corrected ones."""
+"""Samples (n, ...) -> the same number of others, such as corrected ones."""
 
 
 # --- self-correcting loops
@@ -35,7 +35,7 @@ def closed_loop(
     """Generate, transform, and refit on the real and the transformed samples, round after round.
 
     Args:
-        fit: samples (n, ...) -> what generates more of them.
+        fit: makes a generator of more samples from samples (n, ...).
         real: (n, ...) real samples.
         generator: draws everything.
         rounds: how many refits.

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -87,10 +87,6 @@ class LabelledData:
     def limited(self, **counts: int | None) -> LabelledData:
         """Keep at most a number of examples of each split, evenly spaced over it; None keeps all."""
         return replace(self, splits={name: pick(part, counts.get(name)) for name, part in self.splits.items()})
-
-    def filtered(self, keep: Callable[[Example], bool]) -> LabelledData:
-        """Keep only the examples for which `keep` is true."""
-        return replace(self, splits={k: tuple(e for e in v if keep(e)) for k, v in self.splits.items()})
 
     def counted(self) -> LabelledData:
         """Add the number of classes; where no layout gives it, all labels of all splits are read.

@@ -52,7 +52,7 @@ def distill_backbone(
     Args:
         backbone: of :func:`dvt.load_backbone`, with the input size to train at, on the device to train on; it is
             not changed. An earlier layer than the last leaves the blocks after it as they are.
-        images: files.
+        images: paths of image files.
         out: the .safetensors file to write, whole or not at all.
         config: the training's settings.
         denoiser: of this backbone and layer, for the teacher "denoiser".

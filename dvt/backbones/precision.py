@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from copy import copy
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
@@ -23,7 +24,10 @@ MOST_DIFFERENCE = 0.005
 _PHOTO = "astronaut.jpg"
 
 
-def choose_precision(backbone: Backbone, dtype: str = "auto") -> str:
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+def choose_precision(backbone: Backbone, dtype: str = "auto") -> Precision:
     """Resolve "auto" to a precision; others stay as they are.
 
     bfloat16 is taken where the device computes fast in it and the tokens of a bundled photograph change by no more
@@ -40,14 +44,14 @@ def choose_precision(backbone: Backbone, dtype: str = "auto") -> str:
         ConfigError: an unknown name.
     """
     if dtype in ("float32", "bfloat16", "float16"):
-        return dtype
+        return cast(Precision, dtype)
     if dtype != "auto":
         raise ConfigError(f"dtype is {dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
     kinds = {value.dtype for value in backbone.model.parameters() if value.is_floating_point()}
     if kinds - {torch.float32} or not fast_bfloat16(backbone.device):
         return "float32"
     difference = precision_difference(backbone, torch.bfloat16)
-    chosen = "bfloat16" if difference <= MOST_DIFFERENCE else "float32"
+    chosen: Precision = "bfloat16" if difference <= MOST_DIFFERENCE else "float32"
     log.info("bfloat16 changes a photograph's tokens by %.2f %%: %s is taken", 100 * difference, chosen)
     return chosen
 

@@ -59,18 +59,13 @@ def progress_bar(console: Console):
         yield update
 
 
-def plain(settings: Any, /, **found: Any) -> dict[str, Any]:
-    """Write a command's settings as JSON has them, with what they were resolved to."""
-    return json.loads(json.dumps({**dataclasses.asdict(settings), **found}, default=str))
-
-
 def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
-    """Write a command's settings as :func:`plain` does, before anything long or lasting is done.
+    """Write a command's settings as JSON has them, with what they were resolved to, before anything long is done.
 
     Raises:
         DryRun: the command was asked to stop here; :func:`dvt.cli.main` prints the settings.
     """
-    values = plain(settings, **found)
+    values = json.loads(json.dumps({**dataclasses.asdict(settings), **found}, default=str))
     if settings.dry_run:
         raise DryRun(values)
     return values

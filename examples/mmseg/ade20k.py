@@ -1,54 +1,13 @@
 # ADE20K (SceneParse150), 150 classes: a linear head on the training images, scored on validation in sliding windows.
-_base_ = ["linear.py"]
-
-dataset_type = "ADE20KDataset"
-data_root = "data/ADEChallengeData2016"
-crop_size = (512, 512)
+_base_ = ["linear.py", "data.py"]
 
 model = {"decode_head": {"num_classes": 150}}
 
 # Id 0 in the files is "other" and does not count; the data set class says so, and all ids go down by one.
-train_pipeline = [
-    {"type": "LoadImageFromFile"},
-    {"type": "LoadAnnotations"},
-    {"type": "RandomResize", "scale": (2048, 512), "ratio_range": (0.5, 2.0), "keep_ratio": True},
-    {"type": "RandomCrop", "crop_size": crop_size, "cat_max_ratio": 0.75},
-    {"type": "RandomFlip", "prob": 0.5},
-    {"type": "PhotoMetricDistortion"},
-    {"type": "PackSegInputs"},
-]
-# Labels are loaded after the image is resized, so that they keep their own size and scores are taken there.
-test_pipeline = [
-    {"type": "LoadImageFromFile"},
-    {"type": "Resize", "scale": (2048, 512), "keep_ratio": True},
-    {"type": "LoadAnnotations"},
-    {"type": "PackSegInputs"},
-]
+ade20k = {"type": "ADE20KDataset", "data_root": "data/ADEChallengeData2016"}
+train = {"img_path": "images/training", "seg_map_path": "annotations/training"}
+val = {"img_path": "images/validation", "seg_map_path": "annotations/validation"}
 
-train_dataloader = {
-    "batch_size": 16,
-    "num_workers": 4,
-    "persistent_workers": True,
-    "sampler": {"type": "InfiniteSampler", "shuffle": True},
-    "dataset": {
-        "type": dataset_type,
-        "data_root": data_root,
-        "data_prefix": {"img_path": "images/training", "seg_map_path": "annotations/training"},
-        "pipeline": train_pipeline,
-    },
-}
-val_dataloader = {
-    "batch_size": 1,
-    "num_workers": 4,
-    "persistent_workers": True,
-    "sampler": {"type": "DefaultSampler", "shuffle": False},
-    "dataset": {
-        "type": dataset_type,
-        "data_root": data_root,
-        "data_prefix": {"img_path": "images/validation", "seg_map_path": "annotations/validation"},
-        "pipeline": test_pipeline,
-    },
-}
+train_dataloader = {"dataset": {**ade20k, "data_prefix": train}}
+val_dataloader = {"dataset": {**ade20k, "data_prefix": val}}
 test_dataloader = val_dataloader  # the labels of ADE20K's own test split are not public
-val_evaluator = {"type": "IoUMetric", "iou_metrics": ["mIoU"]}
-test_evaluator = val_evaluator

@@ -3,10 +3,8 @@
 #
 # Data: images/{train,val,test}/NAME.jpg with annotations/{train,val,test}/NAME.png. For SegNet's release, {train,val,
 # test}/NAME.png with {train,val,test}annot/NAME.png, change the data_prefix and give each data set img_suffix=".png".
-_base_ = ["linear.py"]
+_base_ = ["linear.py", "data.py"]
 
-dataset_type = "CamVidDataset"
-data_root = "data/camvid"
 # The height of the images; two windows cover their width.
 crop_size = (360, 360)
 
@@ -17,6 +15,7 @@ model = {
     "test_cfg": {"crop_size": crop_size, "stride": (240, 240)},
 }
 
+# The pipelines of data.py at the images' own height.
 train_pipeline = [
     {"type": "LoadImageFromFile"},
     {"type": "LoadAnnotations"},
@@ -26,7 +25,6 @@ train_pipeline = [
     {"type": "PhotoMetricDistortion"},
     {"type": "PackSegInputs"},
 ]
-# Labels are loaded after the image is resized, so that they keep their own size and scores are taken there.
 test_pipeline = [
     {"type": "LoadImageFromFile"},
     {"type": "Resize", "scale": (1440, 360), "keep_ratio": True},
@@ -34,41 +32,11 @@ test_pipeline = [
     {"type": "PackSegInputs"},
 ]
 
-train_dataloader = {
-    "batch_size": 16,
-    "num_workers": 4,
-    "persistent_workers": True,
-    "sampler": {"type": "InfiniteSampler", "shuffle": True},
-    "dataset": {
-        "type": dataset_type,
-        "data_root": data_root,
-        "data_prefix": {"img_path": "images/train", "seg_map_path": "annotations/train"},
-        "pipeline": train_pipeline,
-    },
-}
-val_dataloader = {
-    "batch_size": 1,
-    "num_workers": 4,
-    "persistent_workers": True,
-    "sampler": {"type": "DefaultSampler", "shuffle": False},
-    "dataset": {
-        "type": dataset_type,
-        "data_root": data_root,
-        "data_prefix": {"img_path": "images/val", "seg_map_path": "annotations/val"},
-        "pipeline": test_pipeline,
-    },
-}
-test_dataloader = {
-    "batch_size": 1,
-    "num_workers": 4,
-    "persistent_workers": True,
-    "sampler": {"type": "DefaultSampler", "shuffle": False},
-    "dataset": {
-        "type": dataset_type,
-        "data_root": data_root,
-        "data_prefix": {"img_path": "images/test", "seg_map_path": "annotations/test"},
-        "pipeline": test_pipeline,
-    },
-}
-val_evaluator = {"type": "IoUMetric", "iou_metrics": ["mIoU"]}
-test_evaluator = val_evaluator
+camvid = {"type": "CamVidDataset", "data_root": "data/camvid"}
+train = {"img_path": "images/train", "seg_map_path": "annotations/train"}
+val = {"img_path": "images/val", "seg_map_path": "annotations/val"}
+test = {"img_path": "images/test", "seg_map_path": "annotations/test"}
+
+train_dataloader = {"dataset": {**camvid, "data_prefix": train, "pipeline": train_pipeline}}
+val_dataloader = {"dataset": {**camvid, "data_prefix": val, "pipeline": test_pipeline}}
+test_dataloader = {"dataset": {**camvid, "data_prefix": test, "pipeline": test_pipeline}}

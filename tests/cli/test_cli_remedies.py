@@ -1,24 +1,14 @@
 """`dvt remedy`, and the commands that take what it writes."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import dvt
-from dvt.cli import main
 from dvt.denoiser import Denoiser, DenoiserConfig
 
 WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
-
-
-def run(capsys, *arguments, expect=0):
-    code = main([str(each) for each in (*arguments, "--json")])
-    out, errors = capsys.readouterr()
-    assert code == expect, errors
-    return json.loads(out) if code == 0 else " ".join(errors.split())
 
 
 @pytest.fixture(scope="module")
@@ -37,55 +27,53 @@ def work(tmp_path_factory):
 
 
 @pytest.mark.parametrize("remedy", ["noise", "insid3", "rasa"])
-def test_a_remedy_is_written_and_taken_like_a_denoiser(remedy, work, tmp_path, capsys):
+def test_a_remedy_is_written_and_taken_like_a_denoiser(remedy, work, tmp_path, run):
     images = [work / "photos"] if remedy == "rasa" else []
     out = tmp_path / "denoiser.safetensors"
     settings = ("--noise-images", 4, "--rank", 3, "--rounds", 2)
     small = WITH if remedy != "rasa" else (*WITH[:4], "--size", "224")
-    found = run(capsys, "remedy", remedy, *images, *small, *settings, "--out", out)
+    found = run("remedy", remedy, *images, *small, *settings, "--out", out)
     assert found["card"]["remedy"] == remedy
     assert Denoiser.from_pretrained(out).card == found["card"]
-    page = run(capsys, "doctor", work / "photos", *small, "--denoiser", out, "--windows", 4)
+    page = run("doctor", work / "photos", *small, "--denoiser", out, "--windows", 4)
     assert [each["name"] for each in page["treated"]] == ["denoised"]
 
 
-def test_remedies_that_find_nothing_or_have_no_images_say_so(work, tmp_path, capsys):
+def test_remedies_that_find_nothing_or_have_no_images_say_so(work, tmp_path, run):
     out = ("--out", tmp_path / "d.safetensors")
-    assert "has no norm outliers to remove" in run(
-        capsys, "remedy", "registers", work / "photos", *WITH, *out, expect=2
-    )
-    assert "none was given" in run(capsys, "remedy", "defect", *WITH, *out, expect=2)
-    assert "noise_images at least 2" in run(capsys, "remedy", "noise", *WITH, "--noise-images", 1, *out, expect=2)
+    assert "has no norm outliers to remove" in run("remedy", "registers", work / "photos", *WITH, *out, expect=2)
+    assert "none was given" in run("remedy", "defect", *WITH, *out, expect=2)
+    assert "noise_images at least 2" in run("remedy", "noise", *WITH, "--noise-images", 1, *out, expect=2)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, capsys):
-    found = run(capsys, "doctor", work / "photos", *WITH, "--windows", 4, "--remedies")
+def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, run):
+    found = run("doctor", work / "photos", *WITH, "--windows", 4, "--remedies")
     assert {each["name"] for each in found["treated"]} >= {"noise", "insid3"}
     assert set(found["refused"]) >= {"registers", "defect"}
     if found["command"]:
         assert found["command"].startswith("dvt remedy ") and "--size=64" in found["command"]
         assert found["command"] in found["text"]
-    alone = run(capsys, "doctor", work / "photos" / "0.png", *WITH, "--windows", 4, "--remedies")
+    alone = run("doctor", work / "photos" / "0.png", *WITH, "--windows", 4, "--remedies")
     assert {each["name"] for each in alone["treated"]} == {"noise", "insid3"}
     assert "found over images" in alone["refused"]["rasa"]
 
 
-def test_test_time_registers_are_taken_by_doctor_analyze_probe_and_export(work, tmp_path, capsys):
+def test_test_time_registers_are_taken_by_doctor_analyze_probe_and_export(work, tmp_path, run):
     options = (*WITH, "--denoiser", work / "registers.safetensors")
-    found = run(capsys, "doctor", work / "photos", *options, "--windows", 4)
+    found = run("doctor", work / "photos", *options, "--windows", 4)
     assert [each["name"] for each in found["treated"]] == ["denoised"]
-    report = run(capsys, "analyze", work / "photos", *options, "--views", 0, "--out", tmp_path / "report")
+    report = run("analyze", work / "photos", *options, "--views", 0, "--out", tmp_path / "report")
     assert {row["variant"] for row in report["rows"]} >= {"raw", "denoised"}
     probe = ("probe", "correspondence", work / "photos", *options, "--seeds", 2, "--cache", tmp_path / "cache")
-    assert {row["variant"] for row in run(capsys, *probe)["rows"]} >= {"raw", "denoised"}
-    assert run(capsys, "export", *options, "--out", tmp_path / "clean.pt2")["deviation"] < 1e-4
+    assert {row["variant"] for row in run(*probe)["rows"]} >= {"raw", "denoised"}
+    assert run("export", *options, "--out", tmp_path / "clean.pt2")["deviation"] < 1e-4
 
 
-def test_commands_that_take_denoisers_of_tokens_refuse_registers(work, tmp_path, capsys):
+def test_commands_that_take_denoisers_of_tokens_refuse_registers(work, tmp_path, run):
     options = (*WITH, "--denoiser", work / "registers.safetensors")
-    error = run(capsys, "extract", work / "photos", *options, "--out", tmp_path / "store", expect=2)
+    error = run("extract", work / "photos", *options, "--out", tmp_path / "store", expect=2)
     assert "registers" in error
-    error = run(capsys, "prior", "train", work / "photos", *options, "--out", tmp_path / "run", expect=2)
+    error = run("prior", "train", work / "photos", *options, "--out", tmp_path / "run", expect=2)
     assert "act inside the backbone" in error
     assert dvt.demo_weights().is_file()

@@ -223,7 +223,6 @@ def test_the_system_is_a_w_a_plus_smoothness_l():
     np.testing.assert_allclose(equations.field_rhs[0], a.T @ y, atol=1e-12)
     np.testing.assert_allclose(equations.artifact_rhs[0], p.T @ y, atol=1e-12)
     np.testing.assert_allclose(equations.count[0], np.diag(p.T @ p), atol=1e-12)
-    np.testing.assert_allclose(equations.node_weight()[0], a.sum(0), atol=1e-12)
 
 
 # -- known answers ----------------------------------------------------------------------------------------------------

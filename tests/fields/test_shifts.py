@@ -77,6 +77,19 @@ def test_the_solution_is_that_of_a_dense_least_squares_problem(weighted):
     assert float(solution.left[0]) == pytest.approx(float(error), rel=1e-5)
 
 
+def test_a_weight_of_zero_takes_a_token_out():
+    tokens, coords, _, artifact = problem()
+    tokens[3, 2, 2] += 100
+    weights = torch.ones(len(tokens), GRID[0] * GRID[1])
+    weights[3, 2 * GRID[1] + 2] = 0
+    offsets, period = grids.lattice(coords)
+    sums = TwoWay(1, GRID, period, CHANNELS, tokens)
+    sums.add(tokens.flatten(1, 2)[None], offsets, weights[None])
+    found = sums.solve(EXACT.ridge).artifact[0].view(*GRID, -1)
+    assert (found - artifact).abs().max() < 1e-5
+    assert (ShiftSolver(EXACT).fit([(tokens, coords)]).artifact - artifact).abs().max() > 1
+
+
 def test_the_gauge_a_constant_goes_into_the_field_and_a_known_artifact_is_centred():
     tokens, coords, field, artifact = problem()
     fit = ShiftSolver(EXACT).fit([(tokens + 7, coords)])

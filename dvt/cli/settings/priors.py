@@ -10,6 +10,15 @@ import tyro
 
 from dvt.analysis.priors.config import Comparison, Loop, PriorTraining, Sampling
 from dvt.cli.settings.common import DenoiserOptions, Options
+from dvt.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class PriorFlags(PriorTraining):
+    """Name the flags of the training loop without a prefix, as for the denoiser: --steps, not --prior.loop.steps."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = PriorTraining.loop
+    """How the training loop runs."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,8 @@ class PriorTrain(DenoiserOptions):
     term: str = "raw"
     """Which of the store's terms: raw, semantic, artifact, residual or denoised."""
     start: Path | None = None
-    """Folder of another run whose weights this one starts from: to train it further, or told of something else."""
-    # No prefixes: the settings of the training loop inside it are --steps, --batch-size and so on.
-    prior: Annotated[PriorTraining, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
-        default_factory=PriorTraining
-    )
+    """Folder of another run whose weights this one starts from: to train it further, or on another condition."""
+    prior: Annotated[PriorFlags, tyro.conf.arg(name="")] = field(default_factory=PriorFlags)
     """What is trained, and how."""
 
 
@@ -64,7 +70,7 @@ class PriorEvaluate(Options):
     run: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of `dvt prior train`, of the same images."""
     yardstick: str | None = None
-    """A timm model that looks, beside pixels and random filters; best one that no run was told of."""
+    """A timm model that looks, beside pixels and random filters; best one that no run was conditioned on."""
     yardstick_weights: str | None = None
     """Its weights, a file; "demo" means the small ViT that comes with dvt."""
     yardstick_size: int | None = None
@@ -77,7 +83,7 @@ class PriorEvaluate(Options):
 
 @dataclass(frozen=True)
 class PriorCompare(DenoiserOptions):
-    """Compare priors that are told of raw and of cleaned tokens, with the same seeds, split and budget, against steps.
+    """Compare priors that are conditioned on raw and on cleaned tokens, with the same seeds, split and budget, against steps.
 
     The same command goes on with the runs that are missing.
     """
