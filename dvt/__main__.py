@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def main() -> NoReturn:
@@ -49,7 +49,7 @@ def _end(code: int) -> NoReturn:
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             code = code or 1
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")  # not imported here: most failures come before it is needed
     distributed = torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed:
         torch.distributed.destroy_process_group()
