@@ -83,7 +83,7 @@ class PriorEvaluate(Options):
 
 @dataclass(frozen=True)
 class PriorCompare(DenoiserOptions):
-    """Compare priors that are conditioned on raw and on cleaned tokens, with the same seeds, split and budget, against steps.
+    """Compare priors conditioned on raw and on cleaned tokens, with the same seeds, split and budget, against steps.
 
     The same command goes on with the runs that are missing.
     """
