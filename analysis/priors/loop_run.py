@@ -20,7 +20,7 @@ from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.run_folder import PriorRun, open_run
 from dvt.analysis.priors.sampling import draw_maps
-from dvt.analysis.priors.scoring import Yardstick, pixels, random_filters
+from dvt.analysis.priors.scoring import Yardstick, pixels, pooled, random_filters
 from dvt.analysis.priors.training import fit_prior
 from dvt.errors import ConfigError
 from dvt.files import whole_file
@@ -129,4 +129,4 @@ def _corrector(real: Tensor, config: Loop, seed: int) -> Transform | None:
 
 
 def _distances(made: Tensor, held: Tensor, sticks: Sequence[Yardstick]) -> dict[str, float]:
-    return {stick.name: kernel_distance(stick(held).mean((1, 2)), stick(made).mean((1, 2))).value for stick in sticks}
+    return {stick.name: kernel_distance(pooled(stick(held)), pooled(stick(made))).value for stick in sticks}

@@ -30,6 +30,8 @@ from dvt.progress import Progress, silent
 
 _FEWEST = 20  # held-out images for distances and for memorisation
 
+_MOST_CHANNELS = 256
+
 See = Callable[[Tensor], Tensor]
 """Pictures (B, 3, S, S) in [0, 1] -> features (B, h, w, C)."""
 
@@ -86,6 +88,11 @@ def seen_by(backbone: Backbone) -> Yardstick:
     return Yardstick(backbone.name, see)
 
 
+def pooled(sights: Tensor) -> Tensor:
+    """Make one vector (N, C) of what a yardstick saw (N, h, w, c): all of it where that is little, else its mean."""
+    return sights.flatten(1) if sights[0].numel() <= _MOST_CHANNELS else sights.mean((1, 2))
+
+
 def measured(made: Tensor, own: Sequence[int], reals: Tensor, training: Tensor, yardstick: Yardstick) -> dict[str, Any]:
     """Measure samples beside real pictures, in features less the training pictures' mean at each place.
 
@@ -108,7 +115,7 @@ def measured(made: Tensor, own: Sequence[int], reals: Tensor, training: Tensor, 
     index = torch.tensor(list(own))
     mean = torch.stack([made[index == row].flatten(1).mean(0) for row in sorted(set(own))])
     trip = round_trip_cosine(mean.view(-1, *made.shape[1:]), reals[sorted(set(own))]) if len(set(own)) > 2 else None
-    generated, held, known = (each.mean((1, 2)) for each in (made, reals, learnt))
+    generated, held, known = (pooled(each) for each in (made, reals, learnt))
     answer: dict[str, Any] = {
         "round_trip": None if trip is None else {**asdict(trip), "sigmas": trip.sigmas},
         "kid": None,
