@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nnf
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
-from dvt.store import FeatureStore
+
+if TYPE_CHECKING:
+    from dvt.store import FeatureStore
 
 Box = tuple[float, float, float, float]
 
