@@ -179,7 +179,8 @@ def _run(
         return target.decode(draw_maps(Sampling(seed=seed), prior, held[1], len(held[1]))[0])
 
     def validate() -> dict[str, float]:
-        pictures, found = sampled(), {}
+        pictures = sampled()
+        found: dict[str, float] = {}
         for stick in sticks:
             trip = round_trip_cosine(stick(pictures) - centres[stick.name], stick(reals) - centres[stick.name])
             found |= {f"{stick.name}: cosine": trip.matched, f"{stick.name}: with others": trip.shuffled}

@@ -240,5 +240,5 @@ def _reset(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(value)
         else:
             nn.init.xavier_uniform_(value, generator=generator)
-    for value in module.buffers():
-        value.zero_()  # a codebook that is not set yet
+    for codebook in module.buffers():
+        codebook.zero_()  # a codebook that is not set yet

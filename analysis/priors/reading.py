@@ -351,7 +351,9 @@ def _pictures(store: FeatureStore, side: int, folder: Path, progress: Progress) 
             log.warning("left out: %s", error)
             skipped.append(str(error))
             continue
-        top, left, bottom, right = grids.cells_to_pixels(grids.middle_square(grid), grid, tuple(image.shape[1:]))
+        top, left, bottom, right = grids.cells_to_pixels(
+            grids.middle_square(grid), grid, (image.shape[1], image.shape[2])
+        )
         kept.add("pictures", resize(image[:, top:bottom, left:right], (side, side))[None])
         names.append(name)
         sha256s.append(sha256)

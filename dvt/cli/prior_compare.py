@@ -36,7 +36,7 @@ def decompositions(backbone: Any) -> tuple[dict[str, Any], Any]:
     from dvt.fields.image import denoise
     from dvt.fields.shared import shared_artifact
 
-    products = {name: DenoiseConfig(product=name) for name in ("removed", "ensembled")}  # type: ignore[arg-type]
+    products = {name: DenoiseConfig(product=name) for name in ("removed", "ensembled")}
     treatments = {
         name: lambda image, config=config: denoise(backbone, image, config).semantic
         for name, config in products.items()
