@@ -47,6 +47,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
     rows = [
+        ("precision", settings["dtype"]),
         ("seconds in extraction", f"{summary.extraction_seconds:.1f}"),
         ("seconds in fitting", f"{summary.fitting_seconds:.1f}"),
     ]
@@ -121,7 +122,7 @@ def _config(command: Denoise) -> DenoiseConfig:
         neural=dataclasses.replace(command.neural, seed=command.seed),
         shared_artifact=command.shared_artifact,
         shared_images=command.shared_images,
-        dtype=command.dtype,
+        dtype=command.precision,
         solve_images=command.solve_images,
         overlap={"auto": None, "on": True, "off": False}[command.overlap],
     )

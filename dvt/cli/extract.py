@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
-    config = ExtractConfig(command.dtype, command.batch, command.shard_images, command.workers)
+    config = ExtractConfig(command.precision, command.batch, command.shard_images, command.workers)
     check_upsample(command.upsample, command.ray)
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
@@ -34,7 +34,9 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     with progress_bar(console) as bar:
         names = names_beside(paths) if command.upsample > 1 else {}
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
-    return (2 if summary.failed else 0), print_job(console, command, summary, seconds)
+    return (2 if summary.failed else 0), print_job(
+        console, command, summary, seconds, [("precision", settings["dtype"])]
+    )
 
 
 def _extraction(command: Extract, config: ExtractConfig, names: dict[Path, str]) -> ExtractWork:

@@ -35,7 +35,8 @@ def run_job(
         command: its options.
         make_work: picklable where the command has --ray.
         paths: of the images.
-        settings: to save beside the shards as soon as the store is known to be this job's.
+        settings: to save beside the shards as soon as the store is known to be this job's; the precision that was
+            taken replaces "auto".
         bar: of :func:`dvt.cli.common.progress_bar`.
 
     Raises:
@@ -44,6 +45,7 @@ def run_job(
     start = time.perf_counter()
 
     def started(job: Any) -> None:
+        settings["dtype"] = job.config["dtype"]  # "auto" was resolved
         save_settings(command.out, {"job": job.attributes(), **settings})
 
     if command.ray is not None:

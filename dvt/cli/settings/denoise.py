@@ -31,8 +31,6 @@ class Denoise(JobOptions):
     """Views an image, beside the whole image; if not given, 16 where the product is removed, else 48 (paper: 768)."""
     batch: int = 16
     """Views a forward pass."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the backbone's forward pass."""
     solver: Literal["linear", "neural"] = "linear"
     """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
     linear: LinearConfig = field(default_factory=LinearConfig)

@@ -19,8 +19,6 @@ class Extract(JobOptions, DenoiserOptions):
     The same command again computes what is missing and nothing else.
     """
 
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the forward pass."""
     batch: int = 32
     """Images a forward pass."""
     shard_images: int = 64
