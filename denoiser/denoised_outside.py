@@ -201,7 +201,9 @@ def with_denoiser_outside(model: nn.Module, found: Outside, denoiser: Pretrained
     if found.library == "torchvision":
         place = place.encoder.ln
         place.denoised_grid = grids.grid_shape(found.image_size, found.patch_size)
-    place.__class__ = derived(MIXINS[found.library], type(place))
+    mixin: Any = MIXINS[found.library]
+    kind: Any = type(place)
+    place.__class__ = derived(mixin, kind)
     place.denoiser = denoiser
     place.denoised_patch, place.denoised_prefix = found.patch_size, found.num_prefix_tokens
     return clean

@@ -30,7 +30,7 @@ _DINOV3 = {
 
 def _aliases() -> dict[str, str]:
     """List other libraries' names, in small letters, with the timm model of the same weights."""
-    names = {}
+    names: dict[str, str] = {}
     for letter, size in _DINOV2.items():
         plain, registers = (f"vit_{size}_patch14_{kind}.lvd142m" for kind in ("dinov2", "reg4_dinov2"))
         names |= {f"dinov2_vit{letter}14": plain, f"dinov2_vit{letter}14_reg": registers}

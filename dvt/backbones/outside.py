@@ -152,7 +152,7 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def _transformers(model: Any) -> Outside | None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type") or not hasattr(model, "main_input_name"):
         return None
     path, encoder = _encoder_path(model)
@@ -344,7 +344,7 @@ def _read_torchvision(model: Any, images: Tensor) -> Tensor:
 
 
 def _hub(model: Any) -> Outside | None:
-    embed = getattr(model, "patch_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
     if not hasattr(model, "prepare_tokens_with_masks") or not hasattr(embed, "patch_size"):
         return None
     registers = getattr(model, "num_register_tokens", getattr(model, "n_storage_tokens", 0)) or 0

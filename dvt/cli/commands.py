@@ -67,7 +67,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         guess = f"; did you mean {near[0]!r}?" if near else ";"
         raise ConfigError(f"there is no command {name!r}{guess} `dvt --help` lists them")
     settings, place = COMMANDS[name]
-    given = tyro.cli(settings, prog=f"dvt {name}", args=arguments[1:])
+    given: Any = tyro.cli(settings, prog=f"dvt {name}", args=arguments[1:])
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
         module, _, attribute = place.partition(":")
