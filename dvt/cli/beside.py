@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
+
+from dvt.cli.common import save_json, shown
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images import is_url
@@ -15,17 +19,44 @@ from dvt.images import is_url
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Of an image's name; with hash and suffix, and those of a file that is being written, a name has fewer than 255.
+_STEM_BYTES = 160
+
 
 def names_beside(paths: Sequence[Path | str]) -> dict[Path, str]:
-    """Name each image by its stem, with its number where several share one; no two get the same name."""
-    stems = Counter(Path(path).stem for path in paths)
-    names: dict[Path, str] = {}
-    for number, path in enumerate(map(Path, paths)):
-        name = path.stem if stems[path.stem] == 1 else f"{path.stem}-{number}"
-        while name != path.stem and name in stems:
-            name += "-"
-        names[path] = name
-    return names
+    """Name what is written for each image: by its stem and a hash of its path, whatever other images there are.
+
+    So a name stays when images are added, two images never share one, and it fits into the 255 bytes of a file name.
+    """
+    return {path: _lasting_name(path) for path in map(Path, paths)}
+
+
+def _lasting_name(path: Path) -> str:
+    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
+    return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+
+
+def write_index(folder: Path, names: Mapping[Path, str], suffix: str) -> None:
+    """Write FOLDER/index.json, the image of each file, beside what earlier runs wrote into it."""
+    target = folder / "index.json"
+    try:
+        kept = json.loads(target.read_bytes())
+    except (OSError, ValueError):
+        kept = {}
+    found = {f"{name}{suffix}": str(path) for path, name in names.items() if (folder / f"{name}{suffix}").exists()}
+    if found:
+        save_json(target, {**(kept if isinstance(kept, dict) else {}), **found})
+
+
+def print_missing(console: Console, folder: Path, names: Mapping[Path, str], suffix: str) -> None:
+    """Say which files were not written because their images were in the store already."""
+    missing = [path for path, name in names.items() if not (folder / f"{name}{suffix}").exists()]
+    if missing:
+        console.print(
+            f"[yellow]{len(missing)} of {len(names)} images have no file in {shown(str(folder))}[/]: files beside the "
+            "store are written when an image is computed, and these were in the store already or failed; another "
+            "--out has them all"
+        )
 
 
 def sources_outside(paths: Sequence[Path | str], folder: Path) -> list[Path | str]:

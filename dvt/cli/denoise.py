@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_map
+from dvt.cli.beside import check_upsample, names_beside, print_missing, sources_outside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
@@ -57,6 +57,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         text = f"{score['value']:.3f}   (shuffled positions {score['low']:.3f} to {score['high']:.3f})"
         rows.append((f"position decodability R², {term}", text))
     result = print_job(console, command, summary, seconds, rows)
+    if each is not None:
+        each.finish(console)
     if position and summary.done + summary.skipped == 1:
         console.print(
             "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
@@ -143,6 +145,14 @@ class _Writer:
         if self.command.upsample > 1:
             fine = result.upsampled(pixels, self.command.upsample)
             write_map(self.out / "upsampled" / f"{name}.npy", fine)
+
+    def finish(self, console: Console) -> None:
+        """Write the indices of both folders, and say what is missing in them."""
+        wanted = {"pictures": (".png", self.command.pictures), "upsampled": (".npy", self.command.upsample > 1)}
+        for folder, (suffix, asked) in wanted.items():
+            if asked:
+                write_index(self.out / folder, self.names, suffix)
+                print_missing(console, self.out / folder, self.names, suffix)
 
     def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save

@@ -50,7 +50,8 @@ def test_demo_makes_pictures_a_store_and_a_table(tmp_path):
     assert out["done"] == 4 and not out["failed"]
     raw, semantic = out["position"]["raw"], out["position"]["semantic"]
     assert raw["value"] > 0.9 > 10 * abs(raw["null"]) and semantic["value"] < 0.5
-    with Image.open(tmp_path / "dvt-demo" / "pictures" / "rocket.png") as picture:
+    (drawn,) = (tmp_path / "dvt-demo" / "pictures").glob("rocket-*.png")
+    with Image.open(drawn) as picture:
         assert picture.size[0] > 1000 and np.asarray(picture.convert("L")).std() > 20
     store = FeatureStore(tmp_path / "dvt-demo")
     assert len(store) == 4 and store.terms == ("raw", "semantic", "artifact", "residual")
@@ -63,7 +64,9 @@ def test_denoise_twice_computes_once(photos, tmp_path):
     second = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--json", cwd=tmp_path).stdout)
     assert (first["done"], first["skipped"], second["done"], second["skipped"]) == (3, 0, 0, 3)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
-    assert sorted(p.name for p in (tmp_path / "out" / "pictures").iterdir()) == ["0.png", "1.png", "2.png"]
+    index = json.loads((tmp_path / "out" / "pictures" / "index.json").read_text())
+    assert [Path(path).name for _, path in sorted(index.items())] == ["0.png", "1.png", "2.png"]
+    assert {*index, "index.json"} == {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["views"] == 7 and config["job"]["backbone"] == "vit_tiny_patch16_224"
 
@@ -105,7 +108,26 @@ def test_other_options_reach_the_numbers(photos, tmp_path):
     assert all(not np.array_equal(semantic[0], other) for other in semantic[1:3])
     assert stores["shared"].artifact(0) is not None and stores["plain"].artifact(0) is None
     height, width, channels = semantic[0].shape
-    assert np.load(tmp_path / "plain" / "upsampled" / "0.npy").shape == (3 * height, 3 * width, channels)
+    assert np.load(next((tmp_path / "plain" / "upsampled").glob("0-*.npy"))).shape == (3 * height, 3 * width, channels)
+
+
+def test_files_beside_a_store_have_lasting_names_and_missing_ones_are_told(photos, tmp_path):
+    """Of two images of one name, of one whose name is as long as names can be, and of one that is added later."""
+    long = "n" * 251 + ".png"
+    for name in ("a/x.png", "b/x.png", long):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((photos / "0.png").read_bytes())
+    dvt("denoise", "a/x.png", *WITH, "--out", "out", cwd=tmp_path)
+    (first,) = (tmp_path / "out" / "pictures").glob("*.png")
+    drawn = first.read_bytes()
+    (tmp_path / "b" / "x.png").write_bytes((photos / "1.png").read_bytes())
+    (tmp_path / long).write_bytes((photos / "2.png").read_bytes())
+    every = ("denoise", "a/x.png", "b/x.png", long, *WITH, "--out", "out")
+    dvt(*every, cwd=tmp_path)
+    index = json.loads((tmp_path / "out" / "pictures" / "index.json").read_text())
+    assert sorted(index.values()) == ["a/x.png", "b/x.png", long] and first.read_bytes() == drawn
+    told = dvt(*every, "--upsample", 2, cwd=tmp_path).stdout
+    assert "3 of 3 images have no file in out/upsampled" in told and "out/pictures" not in told
 
 
 def test_dry_run_prints_the_settings_and_writes_nothing(photos, tmp_path):
