@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from dvt.fields.linear import LinearSolver
 from dvt.fields.neural import NeuralSolver
 from dvt.fields.shifts import ShiftSolver
 from dvt.grids import Size
-from dvt.images import load_image
+from dvt.images import ImageLike, read_image
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
 from dvt.upsampling import upsample
@@ -136,7 +135,7 @@ class DecomposedImage:
 
 def denoise(
     backbone: Backbone,
-    image: str | Path | Tensor,
+    image: ImageLike,
     config: DenoiseConfig | None = None,
     artifact: Tensor | None = None,
 ) -> Decomposition:
@@ -144,7 +143,7 @@ def denoise(
 
     Args:
         backbone: from :func:`dvt.load_backbone` or :func:`dvt.wrap`; its device is used.
-        image: a path, or (3, H, W) RGB in [0, 1].
+        image: a path or URL, a PIL image, a NumPy array (H, W, 3) or a tensor (3, H, W): uint8, or RGB in [0, 1].
         config: settings; the defaults suit a laptop.
         artifact: (h, w, C) a known artifact, for example one shared by many images.
 
@@ -155,11 +154,10 @@ def denoise(
 
 
 def denoise_image(
-    backbone: Backbone, image: str | Path | Tensor, config: DenoiseConfig, artifact: Tensor | None = None
+    backbone: Backbone, image: ImageLike, config: DenoiseConfig, artifact: Tensor | None = None
 ) -> DecomposedImage:
     """Denoise as :func:`denoise` does; return the fit, the prefix tokens and the seconds beside the decomposition."""
-    pixels = image if isinstance(image, Tensor) else load_image(image)
-    views = TokenViews(backbone, pixels, config.views, config.dtype)
+    views = TokenViews(backbone, read_image(image), config.views, config.dtype)
     start = time.perf_counter()
     fit = make_solver(config).fit(views, artifact)
     decomposition = fit.decompose(views.whole.patches[0], views.coords)

@@ -13,7 +13,7 @@ from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import TokenViews, closed_form
 from dvt.grids import Size
-from dvt.images import load_image
+from dvt.images import load_image, read_image
 from dvt.jobs.reduction import Reduction, tree_sum
 from dvt.store import ImageEntry
 
@@ -83,7 +83,7 @@ def shared_artifact(backbone: Backbone, images: Iterable[str | Path | Tensor], c
         ConfigError: the images differ in grid shape.
     """
     shared = SharedArtifact(backbone, config)
-    pixels = (image if isinstance(image, Tensor) else load_image(image) for image in images)
+    pixels = (read_image(image) for image in images)
     if (total := tree_sum((shared.equations(each) for each in pixels), shared.add)) is None:
         raise ImageError("no image was given; a shared artifact needs at least one")
     return shared.finish(total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from dvt.analysis.config import AnalyzeConfig
 from dvt.analysis.measure.types import TermSource
 from dvt.errors import ConfigError, ImageError
-from dvt.images import ImageLike, load_image, usable_images
+from dvt.images import ImageLike, read_image, usable_images
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -32,7 +33,7 @@ def choose_sample(
         if store.job.weights_sha256 not in made:
             raise ConfigError(f"the store {str(store.path)!r} was made by {store.job.backbone} with other weights")
         held = places_of(store)
-        images = [each for each in images if not isinstance(each, Tensor) and os.path.realpath(str(each)) in held]
+        images = [each for each in images if isinstance(each, (str, Path)) and os.path.realpath(str(each)) in held]
         if not images:
             raise ConfigError(f"the store {str(store.path)!r} holds none of the images; give the images it was made of")
     if not images:
@@ -64,8 +65,8 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def read_pixels(image: ImageLike) -> Tensor:
-    return image if isinstance(image, Tensor) else load_image(image)
+    return read_image(image)
 
 
 def name_of(image: ImageLike, number: int) -> str:
-    return f"image {number + 1}" if isinstance(image, Tensor) else str(image)
+    return str(image) if isinstance(image, (str, Path)) else f"image {number + 1}"

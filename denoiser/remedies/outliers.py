@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dvt.backbones import Backbone, families
 from dvt.errors import BackboneError, ImageError
-from dvt.images import ImageLike, load_image
+from dvt.images import ImageLike, read_image
 from dvt.progress import Progress
 from dvt.tokens import norm_bound
 from dvt.views import resize
@@ -99,7 +99,7 @@ def inputs(
     if not len(images):
         raise ImageError("no image was given; this remedy is found over images, ten or more are better")
     for number, image in enumerate(images):
-        pixels = image if isinstance(image, Tensor) else load_image(image)
+        pixels = read_image(image)
         size = backbone.input_size((pixels.shape[1], pixels.shape[2]))
         yield resize(pixels.to(backbone.device), size)[None]
         if progress:

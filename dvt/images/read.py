@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dvt.errors import ImageError
@@ -27,11 +27,14 @@ log = logging.getLogger(__name__)
 
 Found = TypeVar("Found")
 
-ImageLike = str | Path | Tensor
-"""An image as functions take it: its file, its URL, or its (3, H, W) pixels in [0, 1]."""
+ImageLike = str | Path | Tensor | np.ndarray | Image.Image
+"""An image as functions take it: its file or URL, a PIL image, or its pixels (see :func:`read_image`)."""
 
 MAX_PIXELS = 178_956_970
 """The largest image that is decoded, in pixels (Pillow's own limit). One at the limit takes 4 to 6 GB to load."""
+
+# How far arithmetic in half precision may leave [0, 1].
+_ROUNDING = 1e-3
 
 # A closed list: Pillow would otherwise also start Ghostscript for PostScript files.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
@@ -96,6 +99,56 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         return _colour(upright)
 
 
+def read_image(image: ImageLike) -> Tensor:
+    """Read an image, however it is given, as (3, H, W) RGB in [0, 1]; a float tensor comes back as it is.
+
+    Args:
+        image: a file or URL, a PIL image (turned as its EXIF orientation says), a NumPy array (H, W, 3) or a tensor
+            (3, H, W); pixels are uint8 in 0 to 255, or floats in [0, 1].
+
+    Raises:
+        ImageError: it cannot be read, or its pixels are of another shape, type or range.
+    """
+    if isinstance(image, (str, Path)):
+        return load_image(image)
+    if isinstance(image, Image.Image):
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith(("I", "F")):
+            grey = _grey(np.asarray(upright), upright.mode, upright.info.get("transparency"))
+            return grey.expand(3, -1, -1).contiguous()
+        return _colour(upright)
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise ImageError(f"an image was given as {type(image).__name__}; give a path, PIL image, NumPy array or tensor")
+    last = isinstance(image, np.ndarray)
+    _check_shape(tuple(image.shape), last)
+    # A copy: an array may be read-only or have negative strides, which torch does not take.
+    pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()) if isinstance(image, np.ndarray) else image
+    if pixels.dtype == torch.uint8:
+        return pixels.to(torch.float32) / 255
+    if not pixels.is_floating_point():
+        raise ImageError(f"pixels of type {image.dtype} were given; give uint8 in 0 to 255, or floats in [0, 1]")
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
+        raise ImageError(
+            f"pixels of type {image.dtype} from {low:.4g} to {high:.4g} were given; floats must lie in [0, 1]: divide "
+            "those of 0 to 255 by 255, undo a normalisation, clip what a resize left outside"
+        )
+    return pixels.to(torch.float32) if last else pixels
+
+
+def _check_shape(shape: tuple[int, ...], last: bool) -> None:
+    """Refuse pixels that are not (H, W, 3) where channels come last, and (3, H, W) where they come first."""
+    kind, wanted = ("array", "(H, W, 3)") if last else ("tensor", "(3, H, W)")
+    if len(shape) == 3 and shape[2 if last else 0] == 3 and min(shape) > 0:
+        return
+    todo = f"give a {wanted} {kind}"
+    if len(shape) == 4:
+        todo = "give one image at a time, or a list of files to dvt.denoise_images"
+    elif len(shape) == 3 and shape[0 if last else 2] == 3:
+        todo = f"move its channels: image.{'transpose(1, 2, 0)' if last else 'permute(2, 0, 1)'}"
+    raise ImageError(f"one image as {kind} must be {wanted} RGB, but has shape {shape}: {todo}")
+
+
 def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict[int, Found]:
     """Check images, and leave out those that cannot be read or used, each with a log line that names it.
 
@@ -115,7 +168,7 @@ def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict
         try:
             found[number] = check(image)
         except ImageError as error:
-            name = f"image {number + 1}" if isinstance(image, Tensor) else repr(os.fspath(image))
+            name = repr(os.fspath(image)) if isinstance(image, (str, Path)) else f"image {number + 1}"
             said = str(error) if name in str(error) else f"{name}: {error}"
             log.warning("left out: %s", said)
     if len(images) and not found:
@@ -135,7 +188,7 @@ def usable_images(images: Sequence[ImageLike], *fits: Callable[[Size], Size]) ->
     """
 
     def check(image: ImageLike) -> None:
-        pixels = image if isinstance(image, Tensor) else load_image(image)
+        pixels = read_image(image)
         for fit in fits:
             fit((pixels.shape[1], pixels.shape[2]))
 

@@ -88,6 +88,15 @@ def test_denoise_with_default_settings(tiny_backbone, photo):
     assert parts.raw.shape == (6, 6, 64) and parts.semantic.isfinite().all()
 
 
+def test_denoise_takes_an_array_and_a_pil_image(tiny_backbone, photo):
+    array = (photo * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    wanted = denoise(tiny_backbone, torch.from_numpy(array).permute(2, 0, 1).float() / 255, CONFIG).semantic
+    for image in (array, Image.fromarray(array)):
+        torch.testing.assert_close(denoise(tiny_backbone, image, CONFIG).semantic, wanted)
+    with pytest.raises(ImageError, match="divide"):
+        denoise(tiny_backbone, photo * 255, CONFIG)
+
+
 def test_denoise_is_the_solver_on_the_views(tiny_backbone, photo):
     views = TokenViews(tiny_backbone, photo, CONFIG.views)
     batches = list(views)
