@@ -176,10 +176,7 @@ class Pilot:
         if not held.any():
             return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
         fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
-        if config.robust:
-            self._choose_weights(fitted, held, artifact, middle)
-        equations = self._equations(fitted, middle)
-        _, artifact = equations.solve(MIDDLE, artifact, config.ridge)
+        equations, artifact = self._choose_weights(fitted, held, artifact, middle)
         values = self.mix.new_tensor(choices)
         errors = self._error(equations, values[:, None].expand(-1, images), artifact, held)
         best, chosen = errors.min(0)
@@ -197,33 +194,45 @@ class Pilot:
         weights = self._token_weights[:, held]
         return (left.square().sum(-1) * weights).sum((-2, -1)) / weights.sum((-2, -1))
 
-    def _choose_weights(self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size) -> None:
+    def _choose_weights(
+        self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size
+    ) -> tuple[NormalEquations, Tensor]:
         """Weigh tokens robustly in those images whose held-out views a weighted fit predicts better than a plain one.
 
         The loss is bounded, so that outliers among the held-out tokens count the same for both. Without outliers,
         weights only take tokens away where the field has most detail: with few views, F is then lost there.
+
+        Returns:
+            The equations of the fitted views with the weights that were chosen, and the artifact (B, n, S) by them.
         """
-        plain, scale = self._bounded_error(fitted, held, artifact, resolution, None)
+        ridge = self.config.ridge
+        plain = self._equations(fitted, resolution)
+        plain_fit = plain.solve(MIDDLE, artifact, ridge)
+        if not self.config.robust:
+            return plain, plain_fit[1]
+        weighted, fit = plain, plain_fit
         for _ in range(REWEIGHTS):
-            self._reweigh(fitted, artifact, resolution)
-        weighted, _ = self._bounded_error(fitted, held, artifact, resolution, scale)
-        self.weighted = weighted < plain
+            self._reweigh(fit, resolution)
+            weighted = self._equations(fitted, resolution)
+            fit = weighted.solve(MIDDLE, artifact, ridge)
+        left, plain_left = (self._held_out(each, held, resolution) for each in (fit, plain_fit))
+        scale = 2 * _median(plain_left)[:, None, None].clamp_min(torch.finfo(left.dtype).tiny)
+        loss, plain_loss = (_bounded(each / scale) * self._screened[:, held] for each in (left, plain_left))
+        self.weighted = loss.sum((1, 2)) < plain_loss.sum((1, 2))
         self._token_weights = torch.where(self.weighted[:, None, None], self._token_weights, self._screened)
+        if self.weighted.all():
+            return weighted, fit[1]
+        if not self.weighted.any():
+            return plain, plain_fit[1]
+        mixed = self._equations(fitted, resolution)
+        return mixed, mixed.solve(MIDDLE, artifact, ridge)[1]
 
-    def _bounded_error(
-        self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """(B,) Geman-McClure loss, 0 to 1, of what a fit leaves of held-out tokens, and its scale: twice the median."""
-        fit = self._equations(fitted, resolution).solve(MIDDLE, artifact, self.config.ridge)
-        left = _left(self.tokens[:, held], self.coords[:, held], *fit, resolution).norm(dim=-1)
-        scale = 2 * _median(left) if scale is None else scale
-        trust = self._screened[:, held]
-        squares = (left / scale[:, None, None].clamp_min(torch.finfo(left.dtype).tiny)).square()
-        return (squares / (1 + squares) * trust).sum((1, 2)) / trust.sum((1, 2)).clamp_min(1), scale
+    def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
+        """(B, V, n) the norm of what a fit leaves of held-out tokens."""
+        return _left(self.tokens[:, held], self.coords[:, held], *fit, resolution).norm(dim=-1)
 
-    def _reweigh(self, views: Tensor, artifact: Tensor | None, resolution: Size) -> None:
+    def _reweigh(self, fit: tuple[Tensor, Tensor], resolution: Size) -> None:
         """Robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
-        fit = self._equations(views, resolution).solve(MIDDLE, artifact, self.config.ridge)
         odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
         # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
@@ -241,6 +250,11 @@ class Pilot:
 
     def _equations(self, views: Tensor, resolution: Size) -> NormalEquations:
         return _equations(self.tokens[:, views], self.coords[:, views], self._token_weights[:, views], resolution)
+
+
+def _bounded(ratio: Tensor) -> Tensor:
+    """Geman-McClure's loss, 0 to 1, of residuals over their scale."""
+    return ratio.square() / (1 + ratio.square())
 
 
 def geman_mcclure(norm: Tensor, scale: Tensor | float, cutoff: float) -> Tensor:

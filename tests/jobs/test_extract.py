@@ -541,7 +541,7 @@ def test_extract_merge_and_export_on_the_command_line(folder, tmp_path, capsys):
 
 
 def test_config_json_is_there_from_the_start_and_stays_the_jobs_own(folder, tmp_path, capsys):
-    run(capsys, "extract", folder / "00.png", *WITH, "--out", tmp_path / "out")
+    run(capsys, "extract", folder / "00.png", *WITH, "--dtype", "float32", "--out", tmp_path / "out")
     saved = (tmp_path / "out" / "config.json").read_text()
     error = run(capsys, "extract", folder, *WITH, "--dtype", "bfloat16", "--out", tmp_path / "out", expect=2)
     assert "dtype" in error and (tmp_path / "out" / "config.json").read_text() == saved
