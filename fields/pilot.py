@@ -220,12 +220,10 @@ class Pilot:
         loss, plain_loss = (_bounded(each / scale) * self._screened[:, held] for each in (left, plain_left))
         self.weighted = loss.sum((1, 2)) < plain_loss.sum((1, 2))
         self._token_weights = torch.where(self.weighted[:, None, None], self._token_weights, self._screened)
-        if self.weighted.all():
-            return weighted, fit[1]
-        if not self.weighted.any():
-            return plain, plain_fit[1]
-        mixed = self._equations(fitted, resolution)
-        return mixed, mixed.solve(MIDDLE, artifact, ridge)[1]
+        artifact = torch.where(self.weighted[:, None, None], fit[1], plain_fit[1])
+        if self.weighted.all() or not self.weighted.any():
+            return (weighted if self.weighted.any() else plain), artifact
+        return self._equations(fitted, resolution), artifact
 
     def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
         """(B, V, n) the norm of what a fit leaves of held-out tokens."""
