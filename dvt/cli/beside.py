@@ -36,24 +36,23 @@ def _lasting_name(path: Path) -> str:
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
-def write_index(folder: Path, names: Mapping[Path, str], suffix: str) -> None:
-    """Write FOLDER/index.json, the image of each file, beside what earlier runs wrote into it."""
+def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffix: str) -> None:
+    """Write FOLDER/index.json, the image of each file, beside what earlier runs wrote into it, and say what is missing.
+
+    Missing are the files of images that were in the store already.
+    """
     target = folder / "index.json"
     try:
         kept = json.loads(target.read_bytes())
     except (OSError, ValueError):
         kept = {}
-    found = {f"{name}{suffix}": str(path) for path, name in names.items() if (folder / f"{name}{suffix}").exists()}
+    files = {f"{name}{suffix}": str(path) for path, name in names.items()}
+    found = {file: path for file, path in files.items() if (folder / file).exists()}
     if found:
         save_json(target, {**(kept if isinstance(kept, dict) else {}), **found})
-
-
-def print_missing(console: Console, folder: Path, names: Mapping[Path, str], suffix: str) -> None:
-    """Say which files were not written because their images were in the store already."""
-    missing = [path for path, name in names.items() if not (folder / f"{name}{suffix}").exists()]
-    if missing:
+    if missing := len(files) - len(found):
         console.print(
-            f"[yellow]{len(missing)} of {len(names)} images have no file in {shown(str(folder))}[/]: files beside the "
+            f"[yellow]{missing} of {len(files)} images have no file in {shown(str(folder))}[/]: files beside the "
             "store are written when an image is computed, and these were in the store already or failed; another "
             "--out has them all"
         )

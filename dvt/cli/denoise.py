@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.beside import check_upsample, names_beside, print_missing, sources_outside, write_index, write_map
+from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
@@ -151,8 +151,7 @@ class _Writer:
         wanted = {"pictures": (".png", self.command.pictures), "upsampled": (".npy", self.command.upsample > 1)}
         for folder, (suffix, asked) in wanted.items():
             if asked:
-                write_index(self.out / folder, self.names, suffix)
-                print_missing(console, self.out / folder, self.names, suffix)
+                write_index(console, self.out / folder, self.names, suffix)
 
     def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save

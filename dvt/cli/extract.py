@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.beside import check_upsample, names_beside, print_missing, write_index, write_map
+from dvt.cli.beside import check_upsample, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.extract import Extract, Store, StoreExport, StoreMerge
@@ -36,8 +36,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
     result = print_job(console, command, summary, seconds, [("precision", settings["dtype"])])
     if names:
-        write_index(Path(command.out) / "upsampled", names, ".npy")
-        print_missing(console, Path(command.out) / "upsampled", names, ".npy")
+        write_index(console, Path(command.out) / "upsampled", names, ".npy")
     return (2 if summary.failed else 0), result
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from dvt.analysis.config import AnalyzeConfig, DoctorConfig, ProbeConfig
 from dvt.cli.settings.common import DenoiserOptions
 from dvt.fields.config import Product
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
