@@ -105,7 +105,7 @@ def _check_shown(images: Sequence[ShownImage], factor: int) -> None:
 
 
 def _jointly_scaled(images: Sequence[ShownImage]) -> list[dict[str, Tensor]]:
-    """The maps, of mean 0 and unit variance a term over all images."""
+    """Scale the maps to mean 0 and unit variance a term over all images."""
     scaled: list[dict[str, Tensor]] = [{} for _ in images]
     for term in images[0].maps:
         flat = torch.cat([image.maps[term].cpu().float().flatten(0, 1) for image in images])
@@ -117,7 +117,7 @@ def _jointly_scaled(images: Sequence[ShownImage]) -> list[dict[str, Tensor]]:
 
 
 def _foreground(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Masks (h, w): one side of a split of the first component, the one with the smaller share at the borders."""
+    """Make masks (h, w): one side of a split of the first component, the one with the smaller share at the borders."""
     flat = torch.cat([each.flatten(0, 1) for each in maps])
     direction = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -1]
     values = flat @ direction
@@ -129,7 +129,7 @@ def _foreground(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _otsu(values: Tensor) -> float:
-    """The split of numbers into two groups whose means are farthest apart for their sizes."""
+    """Split numbers into two groups whose means are farthest apart for their sizes."""
     low, high = float(values.min()), float(values.max())
     counts = torch.histc(values, _LEVELS, low, high).double()
     centres = low + (torch.arange(_LEVELS) + 0.5).double() * (high - low) / _LEVELS
@@ -145,7 +145,7 @@ def _rows_of(tokens: Tensor, masks: Sequence[Tensor] | None, i: int) -> Tensor:
 
 
 def _painted(colours: Tensor, components: int, masked: bool) -> Tensor:
-    """Colours in [0, 1], grey where components do not exist and white outside the mask."""
+    """Return colours in [0, 1], grey where components do not exist and white outside the mask."""
     found = colours[..., :components].clamp(0, 1)
     found = torch.nn.functional.pad(found, (0, 3 - components), value=0.5)
     return torch.where(colours[..., -1:] > 0.5, found, 1.0) if masked else found

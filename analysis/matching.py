@@ -101,7 +101,7 @@ def _check_pair(first: Tensor, second: Tensor, points: Tensor | None, ratio: flo
 
 
 def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest cosine of each row, where it is, and the second largest; in pieces, so memory stays small."""
+    """Find the largest cosine of each row, where it is, and the second largest; in pieces, so memory stays small."""
     best = [(part @ columns.T).topk(2, dim=1) for part in rows.split(_ROWS)]
     values, where = (torch.cat([each[k] for each in best]) for k in (0, 1))
     return values[:, 0], where[:, 0], values[:, 1]

@@ -94,7 +94,7 @@ def search(
 
 
 def _place(tokens: Tensor, wanted: Tensor, window: grids.Size, path: str) -> Found:
-    """The window of an image whose mean token is most like another."""
+    """Find the window of an image whose mean token is most like another."""
     size = (min(window[0], tokens.shape[0]), min(window[1], tokens.shape[1]))
     means = nnf.avg_pool2d(tokens.movedim(-1, 0)[None], size, stride=1)[0]
     values = nnf.cosine_similarity(means, wanted[:, None, None], dim=0)

@@ -23,7 +23,7 @@ from PIL import Image
 
 import dvt
 from dvt.analysis.priors.compare import Comparison, compare_priors, look
-from dvt.analysis.priors.compare_page import told
+from dvt.analysis.priors.compare_page import with_interval
 from dvt.cli.prior_compare import decompositions
 from dvt.images import find_images
 from tables import table
@@ -68,7 +68,7 @@ def main() -> None:
         report = compare_priors(material, options.out or Path(scratch) / "out", config)
     for name in next(iter(report["kinds"].values())):
         columns = ("best", "best_over_raw", "last", "last_over_raw")
-        rows = [{"kind": k, **{c: told(m[name][c]) for c in columns}} for k, m in report["kinds"].items()]
+        rows = [{"kind": k, **{c: with_interval(m[name][c]) for c in columns}} for k, m in report["kinds"].items()]
         table(name, rows)
     print(json.dumps({**report, "data": options.images or "digits", "seconds": time.perf_counter() - start}))
 

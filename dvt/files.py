@@ -229,7 +229,7 @@ def take_lock(fd: int, wait: bool = False) -> bool:
 
 
 def _part_name(path: Path, suffix: str = "") -> Path:
-    """A name beside `path` that nobody has, and that tells whose it is and of which process."""
+    """Make an unused name beside `path` that holds its name and this process's."""
     return path.with_name(f"{_short(path.name)}.{os.getpid()}.{secrets.token_hex(8)}{PART}{suffix}")
 
 
@@ -238,7 +238,7 @@ def _short(name: str) -> str:
 
 
 def _parts(folder: Path) -> list[tuple[Path, str, int]]:
-    """The unfinished files of a folder, each with the name that it was to take and the process that wrote it."""
+    """List the unfinished files of a folder, each with its final name and the process that wrote it."""
     with suppress(OSError):
         found = [_PART_NAME.fullmatch(name) for name in os.listdir(folder)]
         return [(folder / each[0], each["name"], int(each["pid"])) for each in found if each is not None]

@@ -103,7 +103,7 @@ def norm_bound(norms: Tensor, sigmas: float, ratio: float = 1.0) -> Tensor:
 
 
 class TokenMap(Protocol):
-    """What makes other patch tokens of a backbone's, such as a denoiser, and says what it is."""
+    """Map a backbone's patch tokens to others, as a denoiser does, and describe itself."""
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def upsample(
 def _checked(
     tokens: Tensor, image: Tensor, factor: int | None, size: Size | None, rounds: int, contrast: float
 ) -> tuple[Tensor, Tensor, Size]:
-    """The maps (B, h, w, C), the images (B, 3, H, W) and the size that is wanted."""
+    """Check the maps (B, h, w, C), the images (B, 3, H, W) and the size that is wanted."""
     if tokens.ndim not in (3, 4) or image.ndim != tokens.ndim or image.shape[-3] != 3:
         raise ShapeError(
             f"tokens {tuple(tokens.shape)} and image {tuple(image.shape)} do not fit together: give (h, w, C) and "
@@ -104,7 +104,7 @@ def _checked(
 
 
 def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds: int, contrast: float) -> Tensor:
-    """One map (h, w, C) at a size, tile by tile."""
+    """Upsample one map (h, w, C) to a size, tile by tile."""
     guide = _lab(resize(image.to(maps.device, torch.float32), size))
     spread = contrast * guide.var((1, 2), correction=0).sum().sqrt().clamp_min(_LEAST_RANGE)
     guide = guide / spread
@@ -129,7 +129,7 @@ def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds:
 
 
 def _halvings(ratio: float) -> list[int]:
-    """Distances from a patch down to one cell: [4, 2, 1] at 4 cells a patch.
+    """List distances from a patch down to one cell: [4, 2, 1] at 4 cells a patch.
 
     >>> _halvings(14.0)
     [14, 7, 4, 2, 1]
@@ -145,7 +145,7 @@ Part = tuple[slice, slice]
 
 
 def _tiles(size: Size, border: tuple[int, ...]) -> Iterator[tuple[Part, Part, Part]]:
-    """Tiles of a map, with the border that their filters reach into, and where each lies in that."""
+    """Cut a map into tiles, with the border that their filters reach into, and where each lies in that."""
     for top in range(0, size[0], _TILE):
         for left in range(0, size[1], _TILE):
             first = (top, left)
@@ -158,7 +158,7 @@ def _tiles(size: Size, border: tuple[int, ...]) -> Iterator[tuple[Part, Part, Pa
 
 
 def _weights(guide: Tensor, distance: Size) -> Tensor:
-    """Weights (9, H, W) of the neighbours at a distance, which add up to 1."""
+    """Compute weights (9, H, W) of the neighbours at a distance, which add up to 1."""
     around = _neighbours(guide, distance)
     apart = torch.stack([(each - guide).square().sum(0) for each in around])
     away = apart.new_tensor([row * row + column * column for row, column in _NEIGHBOURS])
@@ -173,7 +173,7 @@ def _filtered(values: Tensor, weights: Tensor, distance: Size) -> Tensor:
 
 
 def _neighbours(values: Tensor, distance: Size) -> Iterator[Tensor]:
-    """A map (c, H, W) as seen from each of the 9 neighbours; beyond the map its border goes on."""
+    """Shift a map (c, H, W) to each of the 9 neighbours; beyond the map its border goes on."""
     height, width = values.shape[1:]
     down, right = distance
     padded = nnf.pad(values[None], (right, right, down, down), mode="replicate")[0]
@@ -183,7 +183,7 @@ def _neighbours(values: Tensor, distance: Size) -> Iterator[Tensor]:
 
 
 def _lab(image: Tensor) -> Tensor:
-    """An sRGB image (3, H, W) in CIE Lab under D65, over 100: colours as far apart as they look."""
+    """Convert an sRGB image (3, H, W) to CIE Lab under D65, over 100: colours as far apart as they look."""
     linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
     to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
     white = linear.new_tensor([0.95047, 1.0, 1.08883])

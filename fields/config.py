@@ -1,4 +1,4 @@
-"""How stage one is done: which product, from which views, by which solver, and the settings of each solver."""
+"""Settings of stage one: which product, from which views, by which solver, and those of each solver."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class ShiftConfig:
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """How stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
+    """Set how stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
 
     Args:
         views: how many views an image besides the whole one, or how they are drawn; None takes those that suit the

@@ -1,4 +1,4 @@
-"""What both solvers return: a fit of one image's views, and the terms that it splits a token map into."""
+"""The result of every solver: a fit of one image's views, and the terms that it splits a token map into."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Gate:
     middle: float
 
     def __call__(self, raw: Tensor) -> Tensor:
-        """(..., 1) 1 for a token (..., C) of the defect and 0 for others."""
+        """Mark (..., 1) by 1 a token (..., C) of the defect and 0 for others."""
         along = raw @ self.along.to(raw) - self.middle
         return (along >= CUT).to(raw)[..., None]
 
@@ -193,17 +193,17 @@ def _trial(tokens: Tensor, raw: Tensor, pair: Tensor, jumps: Tensor, long: Tenso
 
 
 def _at(values: Tensor, pair: Tensor) -> Tensor:
-    """(2, B, P) the values (B, N) at both ends of pairs (2, B, P)."""
+    """Gather the values (B, N) at both ends of pairs (2, B, P)."""
     return torch.stack([values.gather(1, each) for each in pair])
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:
-    """(B,) median of the chosen ones of (B, N) values; NaN for none."""
+    """Take the median (B,) of the chosen ones of (B, N) values; NaN for none."""
     return values.masked_fill(~chosen, float("nan")).nanmedian(-1).values
 
 
 def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """The direction (B, C) that most long ones of (B, N, C) share, and which (B, N) do."""
+    """Find the direction (B, C) that most long ones of (B, N, C) share, and those (B, N) that do."""
     unit = nnf.normalize(vectors, dim=-1)
     chosen = unit * long[..., None]
     direction = torch.linalg.eigh(chosen.mT @ chosen).eigenvectors[..., -1]
@@ -248,7 +248,7 @@ class Screen:
 
 
 def _images(tokens: Tensor) -> list[Tensor]:
-    """The (h w, C) float32 tokens of each image of a map or a batch of maps."""
+    """Flatten to (h w, C) float32 the tokens of each image of a map or a batch of maps."""
     if tokens.ndim not in (3, 4) or tokens.numel() == 0:
         raise ShapeError(f"a token map is (h, w, C) or (B, h, w, C) and not empty, got {tuple(tokens.shape)}")
     if not tokens.isfinite().all():

@@ -218,7 +218,7 @@ def make_encoding(kind: EncodingKind, layout: GridLayout, table: Tensor) -> Torc
 
 
 def _tinycudann() -> Any:
-    """The package, or None where it is missing or was not built for this GPU (it then raises an OSError)."""
+    """Import the package; None where it is missing or was not built for this GPU (it then raises an OSError)."""
     try:
         return importlib.import_module("tinycudann")
     except (ImportError, OSError):

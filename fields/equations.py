@@ -146,8 +146,10 @@ class NormalEquations:
         return zeros + torch.as_tensor(smoothness, dtype=zeros.dtype, device=zeros.device)
 
     def _eliminate(self, smoothness: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """f = field - coupling g, (B, nodes, C) and (B, nodes, n), and what is left for g: its n x n Schur complement
-        and right side (n, C)."""
+        """Eliminate f = field - coupling g: returns both, (B, nodes, C) and (B, nodes, n), and the system left for g.
+
+        That is its n x n Schur complement and its right side (n, C).
+        """
         cross = self.cross.double()
         solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=-1))
         field, coupling = solved.split((self.field_rhs.shape[-1], cross.shape[-1]), dim=-1)
@@ -235,7 +237,7 @@ def _diagonal(blocks: Tensor, offset: int) -> Tensor:
 
 @contextmanager
 def _threads_for(block: int) -> Iterator[None]:
-    """One CPU thread for small blocks: handing them to several costs more than it saves, and far more on a busy one."""
+    """Use one CPU thread for small blocks: several cost more than they save, and far more on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if block > SMALL_BLOCK else 1)
     try:

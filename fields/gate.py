@@ -70,7 +70,7 @@ class SignTest:
         return sign_flip_p_value(score @ score.T)
 
     def _place(self, index: Tensor) -> Tensor:
-        """(V, n) the row of `position` for each token: its content's group, then its position."""
+        """Find the row (V, n) of `position` for each token: its content's group, then its position."""
         return self.group[index] * index.shape[1] + torch.arange(index.shape[1], device=index.device)
 
 

@@ -170,7 +170,7 @@ class DecomposeWork(Work):
         return Ahead(groups, self._sources, first=first, budget=self.group * pilot)
 
     def _groups(self, shards: Iterable[tuple[Shard, Tensor | None]]) -> Generator[list[_Image], None, None]:
-        """Images that are solved together: of one shard, and so of one grid shape and artifact."""
+        """Group images that are solved together: of one shard, and so of one grid shape and artifact."""
         group: list[_Image] = []
         depth = self.threads if self.device.type == "cuda" else int(self.overlap)  # a large image takes gigabytes
         with reading_threads(self.threads) as readers:
@@ -219,7 +219,7 @@ class DecomposeWork(Work):
     # -- in the thread that solves ------------------------------------------------------------------------------------
 
     def _solve(self, images: list[_Image], streams: Sequence[Iterable[TimedBatch]]) -> None:
-        """Each image's result or error."""
+        """Return each image's result or error."""
         if not images:
             return
         made, start = images[0].made, time.perf_counter()
@@ -242,7 +242,7 @@ class DecomposeWork(Work):
             )
 
     def _fits(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None) -> list[Fit | Exception]:
-        """The images' fits; where one cannot be used, or memory is too small for all, each is solved by itself."""
+        """Fit the images; where one cannot be used, or memory is too small for all, each is solved by itself."""
         solver = make_solver(self.config)
         try:
             return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
@@ -284,7 +284,7 @@ class _Image:
 
     @property
     def seconds(self) -> float:
-        """In views and the backbone."""
+        """Count the seconds in views and the backbone."""
         return 0.0 if self.views is None else self.views.seconds
 
     def profile(self, flops: dict[Size, float], readers: int) -> Profile:
@@ -309,7 +309,7 @@ def _images(shards: Iterable[tuple[Shard, Tensor | None]]) -> Iterator[_Image]:
 
 @dataclass
 class _Source:
-    """What :class:`~dvt.jobs.overlap.Ahead` iterates: from the beginning, each time."""
+    """Iterate an image's views from the beginning, each time, for :class:`~dvt.jobs.overlap.Ahead`."""
 
     work: DecomposeWork
     image: _Image

@@ -21,7 +21,7 @@ from dvt.grids import Size
 
 @dataclass(frozen=True)
 class LinearFit(Fit):
-    """What :class:`LinearSolver` returns; see :class:`~dvt.fields.decomposition.Fit` for the laws.
+    """Hold the result of :class:`LinearSolver`; see :class:`~dvt.fields.decomposition.Fit` for the laws.
 
     Args:
         nodes: (rows, columns, C) the field's values.
@@ -208,7 +208,7 @@ class _LinearPass:
 
 
 def _centred(artifact: Tensor) -> Tensor:
-    """(n, C) with mean zero over positions: the constant is F's, whatever a known artifact holds.
+    """Centre (n, C) to mean zero over positions: the constant is F's, whatever a known artifact holds.
 
     One that is centred already, to rounding, stays as it is: what is subtracted is what was given, bit for bit.
     """
@@ -280,7 +280,7 @@ class _Outliers:
         self.outliers = 0
 
     def add(self, tokens: Tensor, coords: Tensor, weights: Tensor) -> None:
-        """Views with their robust weights: tokens (V, n, C), coords (V, n, 2), weights (V, n)."""
+        """Add views with their robust weights: tokens (V, n, C), coords (V, n, 2), weights (V, n)."""
         flat = tokens.flatten(0, 1).to(self.square.dtype)
         self.square += flat.T @ flat
         self.total += flat.sum(0, dtype=torch.float64)
@@ -293,7 +293,7 @@ class _Outliers:
     def residual_map(
         self, field: Tensor, artifact: Tensor, resolution: Size, config: LinearConfig
     ) -> tuple[Tensor | None, Tensor]:
-        """(C, C) B that minimises the squared error of (y - mean) B over all tokens plus a ridge, and the mean (C,).
+        """Find B (C, C) of the least squared error of (y - mean) B over all tokens plus a ridge, and the mean (C,).
 
         None without outliers.
         """

@@ -171,7 +171,7 @@ class _NeuralFitting:
                 progress(step + 1, config.steps)
 
     def loss(self, tokens: Tensor, coords: Tensor, chosen: Tensor, second_half: bool) -> Tensor:
-        """The loss of drawn tokens (n, C): squared error and cosine, with the residual's terms in the second half."""
+        """Compute the loss of drawn tokens (n, C): squared error and cosine; later the residual's terms, too."""
         device, config = self.centre.device, self.config
         raw = (tokens.to(device).float() - self.centre) / self.scale
         position = (chosen % len(self.artifact)).to(device)
@@ -187,13 +187,13 @@ class _NeuralFitting:
         )
 
     def reconstruction(self, estimate: Tensor, raw: Tensor) -> Tensor:
-        """MSE + (1 - cosine), the cosine with the mean put back."""
+        """Compute MSE + (1 - cosine), the cosine with the mean put back."""
         offset = self.centre / self.scale
         cosine = nnf.cosine_similarity(estimate + offset, raw + offset, dim=-1)
         return nnf.mse_loss(estimate, raw) + 1 - cosine.mean()
 
     def result(self) -> NeuralFit:
-        """The fit in the tokens' units, its artifact centred."""
+        """Return the fit in the tokens' units, its artifact centred."""
         artifact = self.artifact.detach() * self.scale
         gauge = artifact.mean(0)
         for module in (self.field, self.predictor):
@@ -204,7 +204,7 @@ class _NeuralFitting:
 
 
 def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Module]:
-    """Linear layers with ReLU between, with torch's own initial distribution, an explicit generator and a zero output.
+    """Make linear layers with ReLU between, torch's own initial distribution, an explicit generator, a zero output.
 
     All terms so begin at zero, and tokens that do not vary leave them there.
     """
@@ -219,7 +219,7 @@ def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Mod
 
 
 def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
-    """All tokens (V, h, w, C) in half precision, their coordinates (V, h, w, 2), and the device that they came on."""
+    """Join all tokens (V, h, w, C) in half precision and their coordinates (V, h, w, 2); return their device too."""
     kept: list[tuple[Tensor, Tensor]] = []
     device = None
     for tokens, coords in views:
@@ -238,7 +238,7 @@ def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
 
 
 def _has_room(batch: Tensor, kept: int) -> bool:
-    """Whether a GPU holds its views still: joining the kept bytes takes as many again, training the reserve."""
+    """Tell if a GPU can keep its views: joining the kept bytes takes as many again, training the reserve."""
     return not batch.is_cuda or torch.cuda.mem_get_info(batch.device)[0] > kept + batch.nbytes + _CUDA_RESERVE
 
 
@@ -258,7 +258,7 @@ def _check_batch(tokens: Tensor, coords: Tensor, first: Tensor | None) -> None:
 
 
 def _moments(tokens: Tensor) -> tuple[Tensor, float]:
-    """The mean (C,) of tokens (N, C), and one standard deviation around it over all channels."""
+    """Compute the mean (C,) of tokens (N, C), and one standard deviation around it over all channels."""
     chunks = tokens.split(_CHUNK)
     centre = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(tokens)
     variance = sum(((chunk - centre) ** 2).sum().item() for chunk in chunks) / tokens.numel()

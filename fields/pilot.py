@@ -159,7 +159,7 @@ class Pilot:
         return (_median((left - near).square().sum(-1)) / 2).tolist()
 
     def _choose(self, grid: Size, artifact: Tensor | None) -> tuple[list[Size], list[float], list[float]]:
-        """Resolution, smoothness and held-out error.
+        """Choose resolution and smoothness; return them with the held-out error.
 
         The artifact and the weights hardly depend on the first two: they are found once, at a middle resolution. The
         sum of squared differences of neighbouring nodes is the integral of |grad F|^2 at every resolution (in two
@@ -188,7 +188,7 @@ class Pilot:
         return [resolution for _, resolution in bests], smoothness, [error for error, _ in bests]
 
     def _error(self, equations: NormalEquations, smoothness: Tensor, artifact: Tensor, held: Tensor) -> Tensor:
-        """(..., B) weighted squared error on held-out views, for smoothness (..., B)."""
+        """Compute the weighted squared error (..., B) on held-out views, for smoothness (..., B)."""
         field, _ = equations.solve(smoothness, artifact)
         left = _left(self.tokens[:, held], self.coords[:, held], field, artifact, equations.resolution)
         weights = self._token_weights[:, held]
@@ -226,11 +226,11 @@ class Pilot:
         return self._equations(fitted, resolution), artifact
 
     def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
-        """(B, V, n) the norm of what a fit leaves of held-out tokens."""
+        """Compute the norm (B, V, n) of what a fit leaves of held-out tokens."""
         return _left(self.tokens[:, held], self.coords[:, held], *fit, resolution).norm(dim=-1)
 
     def _reweigh(self, fit: tuple[Tensor, Tensor], resolution: Size) -> None:
-        """Robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
+        """Compute robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
         odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
         # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
@@ -239,7 +239,7 @@ class Pilot:
         self._token_weights = weights * self._screened
 
     def _oddity(self, left: Tensor) -> Tensor:
-        """(B, V, n) distance of what is left of a token from the median of its neighbours in the image.
+        """Compute the distance (B, V, n) of what is left of a token from the median of its neighbours in the image.
 
         Detail that the field is too coarse for is shared by the neighbours, which come from other views; an outlier is
         alone. So detail is not mistaken for outliers.
@@ -251,7 +251,7 @@ class Pilot:
 
 
 def _bounded(ratio: Tensor) -> Tensor:
-    """Geman-McClure's loss, 0 to 1, of residuals over their scale."""
+    """Compute Geman-McClure's loss, 0 to 1, of residuals over their scale."""
     return ratio.square() / (1 + ratio.square())
 
 
@@ -267,7 +267,7 @@ def node_resolution(grid: Size, shorter: int) -> Size:
 
 
 def _candidates(grid: Size, tokens: int) -> list[int]:
-    """Numbers of nodes along the shorter side that are tried; smoothness is chosen at the first.
+    """List the numbers of nodes along the shorter side to try; smoothness is chosen at the first.
 
     Four a patch, or as many as are affordable; then two, and six if there are two tokens for every node. Spread from
     border to border, that many do not fall on the whole image's patch centres, where a bilinear fit is worst.
@@ -285,7 +285,7 @@ def _equations(tokens: Tensor, coords: Tensor, weights: Tensor, resolution: Size
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
-    """(..., B, V, n, S) what is left of sketched tokens (B, V, n, S) at coords (B, V, n, 2).
+    """Compute what (..., B, V, n, S) is left of sketched tokens (B, V, n, S) at coords (B, V, n, 2).
 
     The field (..., B, nodes, S) may be one of several; the artifact is (B, n, S).
     """
@@ -296,18 +296,18 @@ def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, res
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """(..., B, *K, S) of values (..., B, N, S) at index (B, *K) into each image's N."""
+    """Gather (..., B, *K, S) of values (..., B, N, S) at index (B, *K) into each image's N."""
     first = values.shape[-2] * torch.arange(len(index), device=index.device)
     return values.flatten(-3, -2)[..., index + first.view(-1, *(1,) * (index.ndim - 1)), :]
 
 
 def _median(values: Tensor) -> Tensor:
-    """(B,) the median of each image's values (B, ...)."""
+    """Take the median (B,) of each image's values (B, ...)."""
     return values.flatten(1).median(1).values
 
 
 def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
-    """(B, M, S) the rank-th least of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
+    """Find the rank-th least (B, M, S) of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
     place = min(rank, near.shape[-1]) - 1
     # Sorting all of so few beats selecting, and in parts its indices take less memory.
     parts = values.flatten(1, 2).split(16, dim=-1)
@@ -315,7 +315,7 @@ def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
 
 
 def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
-    """The nearest tokens (B, V n, k) of every token and (B, rows * columns, k) of every node, by tokens' numbers."""
+    """Find the nearest tokens (B, V n, k) of every token and (B, rows * columns, k) of every node, by number."""
     places = coords.flatten(1, 2).cpu().numpy()
     points = [image.tobytes() for image in places]
     found = {
@@ -328,7 +328,7 @@ def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4)
 def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
-    """The search of :func:`_neighbours` for one image. Images of one size in pixels share their views' coordinates."""
+    """Search for :func:`_neighbours` in one image. Images of one size in pixels share their views' coordinates."""
     places = np.frombuffer(points, dtype).reshape(-1, 2)
     tree, count = cKDTree(places), min(NEIGHBOURS, len(places))
     targets = places, grids.node_coords(nodes).view(-1, 2).numpy()

@@ -100,7 +100,7 @@ class Planted:
             yield tokens + self._outliers(coords, generator), coords
 
     def _outliers(self, coords: Tensor, generator: torch.Generator) -> Tensor:
-        """h*: on some of the tokens whose content is flattest; which of them differs from view to view, or not."""
+        """Plant h* on some of the tokens whose content is flattest; which of them differs from view to view, or not."""
         norm = self.truth(coords).norm(dim=-1)
         drawn, size = (torch.rand(norm.shape, generator=generator) for _ in range(2))
         chosen = (norm < self._flat_below) & (self._fixed(coords, drawn) < self.config.outlier_rate)
@@ -108,7 +108,7 @@ class Planted:
         return (chosen * size)[..., None] * self._directions(norm.shape, generator)
 
     def _fixed(self, coords: Tensor, drawn: Tensor) -> Tensor:
-        """A random number in [0, 1] for each token: its own, or its content's cell's."""
+        """Draw a number in [0, 1] for each token: its own, or its content's cell's."""
         cells = self.config.outlier_cells
         if cells is None:
             return drawn
@@ -117,7 +117,7 @@ class Planted:
         return table[y, x]
 
     def _directions(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """The outliers' directions, (C,) or (..., C)."""
+        """Draw the outliers' directions, (C,) or (..., C)."""
         common, spread = self._outlier_direction, self.config.outlier_spread
         if not spread:
             return common
@@ -131,7 +131,7 @@ class Planted:
 
     @property
     def _flat_below(self) -> float:
-        """The norm below which `outlier_rate` of the tokens gives the share of outliers asked for."""
+        """Find the norm below which `outlier_rate` of the tokens gives the share of outliers asked for."""
         norms = self._map.norm(dim=-1).flatten()
         return (
             float(norms.quantile(min(1.0, self.config.outliers / self.config.outlier_rate)))
@@ -142,7 +142,7 @@ class Planted:
 
 @dataclass(frozen=True)
 class PlantedBackboneConfig:
-    """What a planted backbone is made of; amplitudes are relative to the field's root mean square of 1.
+    """Set the terms of a planted backbone; amplitudes are relative to the field's root mean square of 1.
 
     Args:
         channels: feature size C.
@@ -265,7 +265,7 @@ class _PlantedNet(nn.Module):
         return local if self.config.context == 0 else local + self.config.context * self._attend(local)
 
     def _attend(self, local: Tensor) -> Tensor:
-        """(B, h, w, C) random self-attention over a view's patches, of about the size of `local`."""
+        """Compute random self-attention (B, h, w, C) over a view's patches, of about the size of `local`."""
         tokens = nnf.layer_norm(local, local.shape[-1:]).flatten(1, 2)
         key, value = self.attention
         logits = 2 * (tokens @ key) @ tokens.mT / tokens.shape[-1] ** 0.5
@@ -286,23 +286,23 @@ class _PlantedNet(nn.Module):
         return (patches.std(-1) < self.flat_below) & (draw.remainder(1) < self.config.outliers)
 
     def _noise(self, field: Tensor) -> Tensor:
-        """Waves of content and place together, fast in both: their sum over either alone is about zero."""
+        """Make waves of content and place together, fast in both: their sum over either alone is about zero."""
         turns = 40 * (field @ self.direction)[..., None] + 2 * torch.pi * self._place(field)[..., None] + self.phases
         return self.config.noise * 2**0.5 * torch.sin(turns)
 
     def _place(self, values: Tensor) -> Tensor:
-        """(h, w) a number in [0, 1) for every position, without a pattern."""
+        """Hash every position (h, w) to a number in [0, 1), without a pattern."""
         generator = torch.Generator().manual_seed(self.config.seed + 2)
         return torch.rand(values.shape[1:3], generator=generator).to(values)
 
     def _patches(self, images: Tensor) -> Tensor:
-        """(B, h, w, 3 P P) the pixels of every patch."""
+        """Cut out the pixels (B, h, w, 3 P P) of every patch."""
         patches = nnf.unfold(images, self.config.patch, stride=self.config.patch).mT
         return patches.unflatten(1, [side // self.config.patch for side in images.shape[-2:]])
 
 
 def _smooth_filter(side: int, patch: int, generator: torch.Generator) -> Tensor:
-    """(3, P, P) a random filter of side x side numbers, enlarged, of unit norm over sqrt(patch)."""
+    """Make a random filter (3, P, P) of side x side numbers, enlarged, of unit norm over sqrt(patch)."""
     small = torch.randn(1, 3, side, side, generator=generator)
     large = nnf.interpolate(small, size=(patch, patch), mode="bicubic", align_corners=False)[0]
     return 6 * large / (large.norm() * patch**0.5)
@@ -317,7 +317,7 @@ def relative_error(estimate: Tensor, truth: Tensor) -> float:
 
 
 def _filter_response(image: Tensor, config: PlantedConfig, generator: torch.Generator, side: int = 384) -> Tensor:
-    """(side, side, C) responses of a photograph to random filters under a Gaussian window, each of unit variance."""
+    """Compute a photograph's responses (side, side, C) to random filters under a Gaussian, each of unit variance."""
     photo = nnf.interpolate(image[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     sigma = config.blur * side
     radius = round(2.5 * sigma)
@@ -336,7 +336,7 @@ def _filter_response(image: Tensor, config: PlantedConfig, generator: torch.Gene
 
 
 def _artifact(config: PlantedConfig, generator: torch.Generator) -> Tensor:
-    """(h, w, C): three smooth waves a channel, a checkerboard of the patch grid, four large outlier positions."""
+    """Plant (h, w, C): three smooth waves a channel, a checkerboard of the patch grid, four large outlier positions."""
     height, width = config.grid
     x, y = grids.grid_centres(config.grid).unbind(-1)
     waves = torch.zeros(height, width, config.channels)

@@ -32,7 +32,7 @@ OUTLIER = 0.5
 
 @dataclass(frozen=True)
 class ShiftFit(Fit):
-    """What :class:`ShiftSolver` returns; see :class:`~dvt.fields.decomposition.Fit` for the laws.
+    """Hold the result of :class:`ShiftSolver`; see :class:`~dvt.fields.decomposition.Fit` for the laws.
 
     Args:
         field: (h, w, C) F at the image's own patches.
@@ -138,7 +138,7 @@ class ShiftSolver:
         )
 
     def _share(self, own: Tensor, long: Tensor, seen: Tensor) -> Tensor:
-        """(h, w, 1) of F in the estimate.
+        """Return F's share (h, w, 1) in the estimate.
 
         Args:
             own: weights of the image's own tokens.

@@ -87,9 +87,9 @@ class Trust:
 
 
 def _median_of_short(sketched: Tensor, long: Tensor) -> Tensor:
-    """(n, S) median over windows of tokens that are not long; of all where few are short: a long artifact is ordinary.
+    """Take the median (n, S) over windows of tokens that are not long, or of all tokens where few are short.
 
-    Otherwise outliers would be what is ordinary wherever most windows have one.
+    Where most windows have a long token, that is an artifact and ordinary there; an outlier is not.
     """
     short = sketched.masked_fill(long[..., None], float("nan")).nanmedian(0).values
     enough = (~long).sum(0) >= _FEWEST_SHORT

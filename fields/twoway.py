@@ -158,7 +158,7 @@ class _System:
         self._factors: dict[float, Tensor] = {}
 
     def _coupling(self) -> Tensor:
-        """(B, n, n) what positions share through the content that they show: P'WA (A'WA)^-1 A'WP."""
+        """Compute what positions share (B, n, n) through the content that they show: P'WA (A'WA)^-1 A'WP."""
         rows, columns = self.cross.indices()
         shown = self.cross.values().new_zeros(self.images * self.contents, self.positions)
         shown[rows, columns % self.positions] = self.cross.values() * self.inverse.flatten()[rows]
@@ -181,7 +181,7 @@ class _System:
         return (matrix @ side).view(rows, len(values), -1).transpose(0, 1)
 
     def solve(self, rhs: Tensor, ridge: float) -> Tensor:
-        """g (B, n, C), mean zero, of schur g = rhs."""
+        """Solve schur g = rhs for g (B, n, C), mean zero."""
         if ridge not in self._factors:
             self._factors[ridge] = factor_artifact(self.schur, ridge)
         artifact = torch.cholesky_solve(rhs, self._factors[ridge].expand(len(rhs), -1, -1))
@@ -190,7 +190,7 @@ class _System:
 
 @lru_cache(maxsize=8)
 def _shared_system(grid: Size, period: Size, offsets: bytes, device: str) -> _System:
-    """The system of unweighted windows, which depends on nothing but the offsets."""
+    """Build the system of unweighted windows, which depends on nothing but the offsets."""
     windows = torch.frombuffer(bytearray(offsets), dtype=torch.long).view(-1, 2)
     index = grids.lattice_index(grid, windows, period).to(device)
     return _System(index, torch.ones(1, *index.shape, dtype=torch.float64, device=device), period[0] * period[1])

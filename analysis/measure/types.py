@@ -1,4 +1,4 @@
-"""The types of what may be handed to an analysis."""
+"""Types of the arguments of an analysis."""
 
 from __future__ import annotations
 

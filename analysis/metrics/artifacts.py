@@ -64,7 +64,7 @@ def position_mics(tokens: TokenSets, candidates: int | None = None) -> Tensor:
 
 
 def _largest_mic(features: Tensor, centres: Tensor, candidates: int | None) -> Tensor:
-    """The mean over x and y of the largest MIC of channels of (n, C) with them; centres are (..., 2), n in all."""
+    """Average over x and y the largest MIC that a channel of (n, C) has with them; centres are (..., 2), n in all."""
     best = []
     for axis in centres.reshape(-1, 2).unbind(-1):
         chosen = slice(None) if candidates is None else most_informative(features, axis, candidates)
@@ -252,7 +252,7 @@ def peak_of(power: Tensor) -> Tensor:
 
 
 def _power_around(tokens: Tensor, period: int) -> Tensor:
-    """(3, 7, 7) power of an (h, w, C) map at the grid frequencies (y, x, both) and up to 3 bins around each."""
+    """Measure an (h, w, C) map's power (3, 7, 7) at the grid frequencies (y, x, both) and up to 3 bins around."""
     centred = tokens - tokens.mean((0, 1))
     along_y, along_x = (_waves(n, period).to(centred.device) for n in tokens.shape[:2])
     # One axis after the other, the first of them on real numbers: all at once takes seven times as long.
@@ -266,7 +266,7 @@ def _power_around(tokens: Tensor, period: int) -> Tensor:
 
 
 def _waves(count: int, period: int) -> Tensor:
-    """(2, 7, count) windowed waves at zero and at the grid frequency, each with up to 3 bins around."""
+    """Make windowed waves (2, 7, count) at zero and at the grid frequency, each with up to 3 bins around."""
     bins = torch.arange(-3, 4, dtype=torch.float64) / count
     frequencies = torch.stack((bins, bins + 1 / period))
     window = torch.hann_window(count + 1, periodic=True, dtype=torch.float64)[1:]

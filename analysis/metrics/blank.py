@@ -1,4 +1,4 @@
-"""What a backbone answers to an image without content."""
+"""The response of a backbone to an image without content."""
 
 from __future__ import annotations
 

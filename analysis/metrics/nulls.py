@@ -1,4 +1,4 @@
-"""What chance gives: tokens without the effect that a metric looks for, and scores beside it."""
+"""Nulls: tokens without the effect that a metric looks for, and scores beside them."""
 
 from __future__ import annotations
 

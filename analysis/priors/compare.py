@@ -1,4 +1,4 @@
-"""Compare priors that are told of the same images by different tokens: same seeds, split and budget, against steps."""
+"""Compare priors conditioned on different tokens of the same images: same seeds, split and budget, against steps."""
 
 from __future__ import annotations
 

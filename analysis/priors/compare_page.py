@@ -40,17 +40,18 @@ def write_page(report: dict[str, Any], pictures: Mapping[str, Tensor], out: Path
     tables = "".join(_table(report, name) for name in next(iter(report["kinds"].values())) if "others" not in name)
     with whole_file(out / "page.html") as part:
         part.write_text(
-            f'<!doctype html><meta charset="utf-8"><title>Priors told of other tokens</title><style>{_STYLE}</style>'
-            f"<h1>Priors told of other tokens</h1><p>{words}{tables}{shown}",
+            '<!doctype html><meta charset="utf-8"><title>Priors conditioned on other tokens</title>'
+            f"<style>{_STYLE}</style>"
+            f"<h1>Priors conditioned on other tokens</h1><p>{words}{tables}{shown}",
             encoding="utf-8",
         )
     return out / "page.html"
 
 
-def told(value: dict[str, float]) -> str:
+def with_interval(value: dict[str, float]) -> str:
     """Write a mean with its interval.
 
-    >>> told({"mean": 0.5, "half": 0.01})
+    >>> with_interval({"mean": 0.5, "half": 0.01})
     '0.500 +- 0.010'
     """
     return f"{value['mean']:.3f} +- {value['half']:.3f}"
@@ -58,11 +59,11 @@ def told(value: dict[str, float]) -> str:
 
 def _table(report: dict[str, Any], name: str) -> str:
     columns = ("best", "best_over_raw", "last", "last_over_raw")
-    head = "".join(f"<th>{escape(each.replace('_', ' '))}" for each in ("told of", *columns, "change"))
+    head = "".join(f"<th>{escape(each.replace('_', ' '))}" for each in ("conditioned on", *columns, "change"))
     rows = []
     for kind, measures in report["kinds"].items():
         found = measures[name]
-        cells = "".join(f"<td>{told(found[each])}" for each in columns)
+        cells = "".join(f"<td>{with_interval(found[each])}" for each in columns)
         rows.append(f"<tr><th>{escape(kind)}{cells}<td>{found['change_in_last_quarter']:+.4f}")
     return f"<h2>{escape(name.replace('_', ' '))}</h2><table><tr>{head}{''.join(rows)}</table>"
 

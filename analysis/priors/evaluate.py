@@ -169,7 +169,7 @@ def kernel_distance(real: Tensor, generated: Tensor) -> KernelDistance:
 
 
 def enough_for_frechet(count: int, channels: int) -> bool:
-    """Tell whether a Frechet distance of so many samples means anything: ten for each channel.
+    """Tell whether the number of samples is enough for a Frechet distance: ten for each channel.
 
     Two samples of one normal distribution of 192 channels are 210 apart at 64 samples and 9 at 2,000.
     """

@@ -232,7 +232,7 @@ def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbed
 
 @torch.no_grad()
 def _reset(module: nn.Module, generator: torch.Generator) -> None:
-    """Initialise gates and outputs to zero, matrices as Glorot (as in DiT), placeholder tokens to small values."""
+    """Set gates and outputs to zero, matrices as Glorot (as in DiT), placeholder tokens to small values."""
     for name, value in module.named_parameters():
         if name.endswith(("hole", "null")):
             nn.init.normal_(value, std=0.02, generator=generator)

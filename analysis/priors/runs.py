@@ -190,7 +190,7 @@ def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int
 
 
 def _conditions(config: PriorTraining, tokens: TokenSet) -> tuple[Rows | None, list[str] | None]:
-    """Make what the prior is told of each image, and the names of the classes where that is a label."""
+    """Make the condition of each image, and the names of the classes where that is a label."""
     if config.condition != "label":
         return tokens.conditions, None
     named = [Path(name).parent.name for name in tokens.names]
@@ -227,7 +227,7 @@ def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) 
 def _initial(
     config: PriorTraining, maps: Rows, conditions: Rows | None, tokens: TokenSet, start: str | Path | None
 ) -> Prior:
-    """Make an untrained prior, or that of another run, told of something else where the condition differs."""
+    """Make an untrained prior, or load that of another run, with a new condition layer where the condition differs."""
     dim = None if conditions is None else int(conditions.shape[-1])
     grid = tokens.grid if config.condition in ("patch", "both") else None
     about = config.prior((int(maps.shape[1]), int(maps.shape[2])), int(maps.shape[3]), dim, grid)

@@ -117,8 +117,8 @@ def write_samples(
     if count < 1:
         raise ConfigError(f"count must be at least 1, got {count}")
     run, out = open_run(run_dir, device), Path(out)
-    told = None if conditions is None else conditions.repeat_interleave(count, 0)
-    maps, calls = draw_maps(sampling or Sampling(), run.prior, told, count if told is None else len(told))
+    repeated = None if conditions is None else conditions.repeat_interleave(count, 0)
+    maps, calls = draw_maps(sampling or Sampling(), run.prior, repeated, count if repeated is None else len(repeated))
     pictures = run.pictures_of(maps).cpu()
     files = [out / f"{row // count:04}-{row % count:02}.png" for row in range(len(pictures))]
     for path, picture in zip(files, pictures, strict=True):

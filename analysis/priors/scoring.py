@@ -38,7 +38,7 @@ See = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Look at pictures with something that none of the compared runs was told of.
+    """Look at pictures with features that no compared run was conditioned on.
 
     Args:
         name: how reports call it.
@@ -152,8 +152,8 @@ def evaluate_priors(
 
     Args:
         run_dirs: folders of :func:`dvt.analysis.priors.runs.train_prior`, of the same images and held-out images.
-        yardsticks: None for pixels and random filters; a model that no run was told of is better.
-        samples: at least so many of each run, the same number for each held-out image.
+        yardsticks: None for pixels and random filters; a third model, which no run was conditioned on, is better.
+        samples: least number for each run, the same number for each held-out image.
         sampling: how they are drawn.
         device: None for a GPU if there is one.
         progress: called with ("evaluate", runs done, runs).

@@ -32,7 +32,7 @@ class Rows(Protocol):
         """The shape of all, N first."""
 
     def __len__(self) -> int:
-        """The number N."""
+        """Return N."""
 
     def __getitem__(self, rows: Any) -> Tensor:
         """Read those with these numbers."""

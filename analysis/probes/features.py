@@ -195,7 +195,7 @@ def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> To
 
 
 def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
-    """The mean of each patch's tokens over windows shifted by whole patches, where they show it and not its mirror."""
+    """Average each patch's tokens over windows shifted by whole patches, where they show it and not its mirror."""
     config, (height, width) = windows.config, windows.centres.shape[:2]
     total = torch.zeros(height, width, backbone.feature_dim, device=windows.centres.device)
     count = torch.zeros(height, width, 1, device=windows.centres.device)
@@ -219,7 +219,7 @@ def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
 
 
 def _overlap(length: int, offset: int) -> tuple[slice, slice]:
-    """The part of a window, shifted by whole patches, that lies in the image: places in the image and in the window."""
+    """Find where a window, shifted by whole patches, lies in the image: places in the image and in the window."""
     first, last = max(0, offset), length + min(0, offset)
     return slice(first, last), slice(first - offset, last - offset)
 

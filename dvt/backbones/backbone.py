@@ -27,7 +27,7 @@ TokensOf = Callable[[nn.Module, Tensor], Tokens]
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """What a backbone is: everything about it that changes its tokens or their shapes.
+    """Identify a backbone: everything about it that changes its tokens or their shapes.
 
     Args:
         name: the model's name.

@@ -43,7 +43,7 @@ ExportedForward = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a backbone is exported.
+    """Set how a backbone is exported.
 
     Args:
         size: (H, W) in pixels of a file of fixed grid; None takes the backbone's own.
@@ -74,7 +74,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """Describe the file that was written.
 
     Attributes:
         path: the file.
@@ -201,7 +201,7 @@ def description(backbone: Backbone) -> dict[str, Any]:
 
 
 def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
-    """The graph of the module, its batch free, and its grid where `dynamic`."""
+    """Trace the module's graph, its batch free, and its grid where `dynamic`."""
     patch = module.backbone.patch_size
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if dynamic:
@@ -260,7 +260,7 @@ def _onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress is not ours to print."""
+    """Keep the exporter from printing its progress."""
     previous = logging.getLogger("onnxscript").level
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
     try:
@@ -270,7 +270,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _trials(backbone: Backbone, size: Size, dynamic: bool) -> Iterator[Tensor]:
-    """Images of two batch sizes and, where the grid is dynamic, two sizes, neither of them the traced one."""
+    """Make images of two batch sizes and, where the grid is dynamic, two sizes, neither of them the traced one."""
     generator = torch.Generator().manual_seed(0)
     height, width = backbone.patch_size
     yield torch.rand(1, 3, *size, generator=generator)

@@ -1,4 +1,4 @@
-"""What differs between timm's families of single-scale models, found out from the models themselves.
+"""Differences between timm's families of single-scale models, found out from the models themselves.
 
 Which module cuts the patches, which sizes and strides a model takes, where its prefix tokens are and in which layout
 its features come out. Families go by timm's class names, so that a timm without one of them works too.

@@ -142,7 +142,7 @@ def _check_single_scale(model: families.Model, name: str) -> None:
 
 
 def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
-    """A timm model without a classifier."""
+    """Make a timm model without a classifier."""
     check_timm_name(name)
     try:
         return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
@@ -201,7 +201,7 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
 
 
 def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What timm must be told so that the model has the register tokens of a file."""
+    """List timm's arguments that give the model the register tokens of a file."""
     option = families.REGISTERS.get(type(model).__name__)
     found = [n for n in ("reg_token", "register_tokens", "storage_tokens", "embeddings.register_tokens") if n in state]
     if option is None or not found or state[found[0]].ndim != 3:
@@ -216,7 +216,7 @@ def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict
 
 
 def _conversion(model: families.Model) -> Callable[[State], State]:
-    """timm's filter for a family's checkpoints: names of other projects, position embeddings of other grids."""
+    """Apply timm's filter for a family's checkpoints: names of other projects, position embeddings of other grids."""
     module = sys.modules[type(model).__module__]
     kind = "classifier" if families.core(model) is not model else "encoder"
     function = getattr(module, "checkpoint_filter_fn", getattr(module, f"checkpoint_filter_fn_{kind}", None))

@@ -183,7 +183,7 @@ def _transformers(model: Any) -> Outside | None:
 
 
 def _encoder_path(model: Any) -> tuple[str, Any]:
-    """Go down to the module that embeds images itself."""
+    """Find the module that embeds images itself."""
     path: list[str] = []
     while not hasattr(model, "embeddings"):
         names = ("vision_model", getattr(model, "base_model_prefix", ""))

@@ -77,7 +77,7 @@ def _load_tensors(path: Path) -> object:
 
 
 def _check_form(path: Path) -> None:
-    """Refuses forms that torch.save does not write.
+    """Refuse forms that torch.save does not write.
 
     A compressed zip can unfold to any size; and for TorchScript and the tar files of 2016, ``weights_only`` is not kept
     before torch 2.6 (CVE-2025-32434).

@@ -1,4 +1,4 @@
-"""What the commands share: options of a backbone, devices, progress, settings on disk."""
+"""Options and output that commands share: a backbone, devices, progress, settings on disk."""
 
 from __future__ import annotations
 

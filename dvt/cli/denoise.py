@@ -162,7 +162,7 @@ class _Writer:
 
 
 def _position(store: Path) -> dict[str, dict[str, float]]:
-    """How well a linear probe reads the patch position from raw and semantic tokens, beside the null."""
+    """Measure how well a linear probe reads the patch position from raw and semantic tokens, beside the null."""
     import torch
 
     from dvt.analysis import position_decodability, with_null

@@ -1,4 +1,4 @@
-"""What `dvt denoise` and `dvt extract` share: images in, a feature store out, in this process or on a Ray cluster."""
+"""The common part of `dvt denoise` and `dvt extract`: images in, a feature store out, in this process or on Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run `dvt prior compare`: the same prior told of raw, cleaned, and position-only tokens, on one budget."""
+"""Run `dvt prior compare`: the same prior conditioned on raw, cleaned and position-only tokens, on one budget."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def decompositions(backbone: Any) -> tuple[dict[str, Any], Any]:
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
-    from dvt.analysis.priors.compare_page import told
+    from dvt.analysis.priors.compare_page import with_interval
 
     for name in next(iter(report["kinds"].values())):
         if "others" in name:
@@ -53,6 +53,6 @@ def _print(console: Console, report: dict[str, Any]) -> None:
         table = Table(name.replace("_", " "), "best", "over raw", "last", "over raw", "change in the last quarter")
         for kind, measures in report["kinds"].items():
             found = measures[name]
-            cells = (told(found[each]) for each in ("best", "best_over_raw", "last", "last_over_raw"))
+            cells = (with_interval(found[each]) for each in ("best", "best_over_raw", "last", "last_over_raw"))
             table.add_row(kind, *cells, f"{found['change_in_last_quarter']:+.4f}")
         console.print(table)

@@ -84,8 +84,8 @@ def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]
 
 def _own_conditions(command: PriorSample) -> Any:
     """Make the conditions that were asked for, or take those of the held-out images."""
+    from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
     from dvt.analysis.priors.runs import open_run
-    from dvt.analysis.priors.told import conditions_of_images, conditions_of_labels
 
     if command.condition and command.label:
         raise ConfigError("give either --condition or --label")
@@ -99,7 +99,7 @@ def _own_conditions(command: PriorSample) -> Any:
 
 
 def _loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
-    from dvt.analysis.priors.compare_page import told
+    from dvt.analysis.priors.compare_page import with_interval
     from dvt.analysis.priors.loop_run import loop_prior
 
     settings, device = resolved(command, command="prior loop"), find_device(command.device)
@@ -107,7 +107,7 @@ def _loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
         report = loop_prior(command.run, command.out, command.loop, command.sampling, device, progress)
     table = Table("kernel distance to held-out images", *map(str, range(command.loop.rounds + 1)), "training images")
     for name, found in report["distances"].items():
-        table.add_row(name, *map(told, found["rounds"]), f"{found['real']:.3f}")
+        table.add_row(name, *map(with_interval, found["rounds"]), f"{found['real']:.3f}")
     console.print(table)
     return 0, {**report, "settings": settings}
 

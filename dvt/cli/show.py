@@ -40,7 +40,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
-    """Each image of a store, with its photograph where it still lies where it lay."""
+    """Yield each image of a store, with its photograph where it still lies where it lay."""
     import torch
 
     from dvt.analysis.gallery import ShownImage
@@ -64,7 +64,7 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
 
 
 def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
-    """Each photograph's raw features, and clean ones by a denoiser or by stage one."""
+    """Yield each photograph's raw features, and clean ones by a denoiser or by stage one."""
     from dvt.analysis.gallery import ShownImage
     from dvt.analysis.probes.datasets import pick
     from dvt.images import find_images, load_image

@@ -131,7 +131,7 @@ def _short(spec: str) -> str:
 
 
 def _matches(spec: str) -> Iterator[str]:
-    """glob's matches, but ``**`` enters each folder once: with two symlinks to a folder above, glob never ends."""
+    """Match as glob does, but ``**`` enters each folder once: with two symlinks to a folder above, glob never ends."""
     waiting = [re.sub(r"(?<![^/])\*\*$", "", spec) or os.curdir]  # a folder that matches is searched anyway
     known = set(waiting)
     while waiting:
@@ -155,7 +155,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 
 def _folders(folder: str) -> Iterator[tuple[str, list[str]]]:
-    """A folder and those below it, each once, and the names of their files."""
+    """Walk a folder and those below it, each once, with the names of their files."""
 
     def unreadable(error: OSError) -> None:
         raise ImageError(f"cannot read folder {error.filename!r}: {error.strerror}") from error
@@ -190,7 +190,7 @@ def _read_list(path: str) -> Iterator[str]:
 
 
 def _beside(base: str, line: str) -> str:
-    """An entry of a list in the folder `base`; one of a list behind a URL stays behind it."""
+    """Resolve an entry of a list in the folder `base`; one of a list behind a URL stays below that URL."""
     if is_url(line):
         return line
     return f"{base}/{line.lstrip('/')}" if is_url(base + "/") else os.path.join(base, line)

@@ -215,7 +215,7 @@ def _displayed_size(image: Image.Image, file: BinaryIO, path: str | Path) -> tup
 
 
 def _sha256(file: BinaryIO, path: str | Path) -> str:
-    """The hash of the whole file, which is left where it stood."""
+    """Hash the whole file, and return to where it was."""
     digest, position = hashlib.sha256(), file.tell()
     try:
         file.seek(0)
@@ -255,7 +255,7 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """The image with its header read and its size checked, and its file; whatever a decoder raises is an ImageError."""
+    """Open an image, read its header and check its size; whatever a decoder raises is an ImageError."""
     with regular_file(path) as file:
         try:
             if not file.read(1):
@@ -299,7 +299,7 @@ def _check_bands(image: Image.Image) -> None:
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Whether there are frames or pages behind the first; a camera's MPO holds other views of the same."""
+    """Tell if there are frames or pages behind the first; a camera's MPO holds other views of the same."""
     try:
         return image.format in ("GIF", "PNG", "TIFF", "WEBP") and bool(getattr(image, "is_animated", False))
     except Exception:  # damage behind the first page is no reason to refuse the first
@@ -312,7 +312,7 @@ def _warn_of_more(path: str) -> None:
 
 
 def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:
-    """The EXIF orientation, 1 to 8; 1 when there is none or when it is damaged, as viewers do, with a log line."""
+    """Read the EXIF orientation, 1 to 8; 1 when there is none or when it is damaged, as viewers do, with a log line."""
     try:
         # Not PngImageFile.getexif, which decodes all pixels to look behind them.
         exif = Image.Image.getexif(image)
@@ -327,7 +327,7 @@ def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:
 
 
 def _late_png_exif(file: BinaryIO) -> bytes | None:
-    """The eXIf chunk of a PNG wherever it stands; the standard allows it behind the pixels."""
+    """Find the eXIf chunk of a PNG wherever it stands; the standard allows it behind the pixels."""
     position = file.tell()
     try:
         file.seek(8)
@@ -342,7 +342,7 @@ def _late_png_exif(file: BinaryIO) -> bytes | None:
 
 
 def _grey(values: np.ndarray, mode: str, transparent: object) -> Tensor:
-    """(H, W) float32 in [0, 1] from integers in 0..65535, or from floats in [0, 1]."""
+    """Convert integers in 0..65535, or floats in [0, 1], to (H, W) float32 in [0, 1]."""
     top = 1.0 if mode == "F" else 65535.0
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= top):  # also true for NaN
@@ -354,7 +354,7 @@ def _grey(values: np.ndarray, mode: str, transparent: object) -> Tensor:
 
 
 def _colour(image: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [0, 1] from any 8-bit image, transparency composited over white."""
+    """Convert any 8-bit image to (3, H, W) float32 in [0, 1], transparency composited over white."""
     pixels = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
     rgb = torch.from_numpy(pixels).movedim(-1, 0)
     out = torch.empty(3, *pixels.shape[:2]).copy_(rgb[:3]).div_(255)

@@ -1,1 +1,1 @@
-"""What jobs over many images share, in one process or on a cluster; nothing here knows a stage."""
+"""The common part of jobs over many images, in one process or on a cluster; nothing here knows a stage."""

@@ -165,7 +165,7 @@ def _artifacts(
     hello: Hello,
     progress: Progress,
 ) -> dict[Size, Any]:
-    """An object of Ray for each grid shape that is still needed; nothing where no image could be used.
+    """Put an object of Ray for each grid shape that is still needed; None where no image could be used.
 
     A sum that lay on a node that died is made again from its images: the tree, and so the result, is the same.
     """
@@ -213,7 +213,7 @@ def _added(add: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
 
 @dataclass
 class _Held:
-    """What a target holds already.
+    """Hold what a target has already.
 
     Args:
         images: path and SHA-256 of the images in it.
@@ -285,7 +285,7 @@ class _Actor:
         self._lock = threading.Lock()
 
     def work(self) -> Work:
-        """The work, made once; in every thread, torch has the same number of threads."""
+        """Make the work once; in every thread, torch has the same number of threads."""
         torch.set_num_threads(self.threads)
         with self._lock:
             if self._work is None:

@@ -38,7 +38,7 @@ _AHEAD = 2  # batches being decoded while one is in the backbone: one alone woul
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """How tokens are extracted. Only `dtype` belongs to the store's job: the others change speed and memory.
+    """Set how tokens are extracted. Only `dtype` belongs to the store's job: the others change speed and memory.
 
     Args:
         dtype: of the forward pass, by autocast; "auto" asks :func:`dvt.backbones.choose_precision`. Tokens are stored
@@ -160,7 +160,7 @@ class ExtractWork(Work):
     def _launched(
         self, tasks: Iterable[_BatchTask], readers: ThreadPoolExecutor
     ) -> Iterator[tuple[_BatchTask, _Loaded, _Launched | None]]:
-        """Batches, one behind: a GPU has the next one before the maps of this one are waited for."""
+        """Yield batches, one behind: a GPU has the next one before the maps of this one are waited for."""
         behind: tuple[_BatchTask, _Loaded, _Launched | None] | None = None
         with ThreadPoolExecutor(_AHEAD) as gatherers:
             for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
@@ -288,7 +288,7 @@ class _Launched:
     arrived: torch.cuda.Event | None
 
     def fetch(self) -> tuple[dict[str, Tensor], list[bool]]:
-        """The maps on the host, and which images' are finite."""
+        """Move the maps to the host, and find which images' are finite."""
         if self.arrived is not None:
             self.arrived.synchronize()
         maps = self.narrow if self.fits else {name: values.cpu() for name, values in self.wide.items()}

@@ -33,7 +33,7 @@ _LOCAL_OBJECTS = (
 
 @dataclass(frozen=True)
 class Hello:
-    """What an actor says when its work is made.
+    """Hold an actor's greeting: it has made its work.
 
     Args:
         node: of Ray.
@@ -168,7 +168,7 @@ class Pool:
                 worker.calls.clear()
 
     def _settled(self, worker: _Worker, ref: Any, keep: bool, again: deque[_Call]) -> Iterator[tuple[int, Any]]:
-        """The number and result of a call that is over, unless it must be done again."""
+        """Return the number and result of a call that is over, unless it must be done again."""
         try:
             result = self._result(ref[0] if keep else ref)
         except _Died as death:
@@ -228,7 +228,7 @@ class Pool:
         worker.calls[tuple(refs) if keep else refs] = call
 
     def _wait(self, calls: Sequence[Any]) -> list[tuple[_Worker, Any]]:
-        """Calls that are over, one at most; new actors are greeted on the way."""
+        """Return the calls that are over, one at most; greet new actors on the way."""
         waiting = {worker.greeting: worker for worker in self.workers if worker.node is None}
         firsts = {ref[0] if isinstance(ref, tuple) else ref: ref for ref in calls}
         if not waiting and not firsts:
@@ -299,7 +299,7 @@ class Pool:
             self.workers.remove(worker)
 
     def _bury(self, worker: _Worker, reason: str) -> list[_Call]:
-        """Its calls. A death is a call's own only if nothing else was there and the node lives: nodes come and go."""
+        """Return its calls. A death is a call's own only if nothing else was there and the node lives."""
         log.warning("a worker died: %s", reason)
         self._end(worker)
         self.workers.remove(worker)

@@ -1,4 +1,4 @@
-"""What a job over many images is: shards of the plan to records, in an order that no worker has a say in."""
+"""The work of a job over many images: shards of the plan become records, in an order that no worker changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Failure = tuple[str, str]  # path, reason
 
 @dataclass
 class Summary:
-    """What a run over many images did.
+    """Count what a run over many images did.
 
     Args:
         done: images computed now.
@@ -89,7 +89,7 @@ class ShardResult:
 
 
 class Work(ABC):
-    """What is done with images.
+    """Turn images into records; each job subclasses it.
 
     Args:
         backbone: its device is used.

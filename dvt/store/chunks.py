@@ -57,7 +57,7 @@ class ChunkReader(threading.local):
                 out[low - start : high - start].copy_(chunk[low - first : high - first])
 
     def _held(self, file: Path, name: str, places: _Places, number: int) -> Tensor:
-        """A chunk of which other images will want their part too."""
+        """Keep a chunk of which other images will want their part too."""
         key = (file, name, number)
         if key not in self._kept:
             self._kept[key] = self._fresh(file, places, number).clone()
@@ -67,7 +67,7 @@ class ChunkReader(threading.local):
         return self._kept[key]
 
     def _fresh(self, file: Path, places: _Places, number: int) -> Tensor:
-        """A chunk in this thread's buffer, where the next one takes its place."""
+        """Read a chunk into this thread's buffer, where the next one takes its place."""
         size = places.bytes + 4
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
@@ -173,5 +173,5 @@ def fletcher32(words: np.ndarray) -> int:
 
 
 def _folded(total: int) -> int:
-    """The sum of swapped words modulo 65535; 65535 instead of 0 unless all are 0, as added carries leave it."""
+    """Sum swapped words modulo 65535; 65535 instead of 0 unless all are 0, as added carries leave it."""
     return (total * 256 - 1) % 65535 + 1 if total else 0

@@ -68,7 +68,7 @@ def _array(values: np.ndarray | Tensor, dtype: str = "float32") -> np.ndarray:
 
 
 def _peak(values: np.ndarray, what: str) -> float:
-    """The largest magnitude."""
+    """Find the largest magnitude."""
     peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if not np.isfinite(peak):
         raise NonFiniteError(
@@ -78,7 +78,7 @@ def _peak(values: np.ndarray, what: str) -> float:
 
 
 def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | None) -> tuple[list[str], int]:
-    """Names of the terms and C, when everything fits together."""
+    """Return the names of the terms and C, once everything fits together."""
     if not records:
         raise ShapeError("a shard holds at least one image, got none")
     terms, first = list(records[0].terms), records[0]
@@ -107,7 +107,7 @@ def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | No
 
 
 def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str) -> bytes:
-    """The bytes of a shard's file.
+    """Make the bytes of a shard's file.
 
     They are made in memory and written by the caller, because HDF5 leaves a broken handle behind when a disk is full.
     """
@@ -190,7 +190,7 @@ def _write_index(group: h5py.Group, records: Sequence[Record], grids: np.ndarray
 
 
 def _dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> h5py.Dataset:
-    """An empty dataset in chunks of whole rows, as many as asked for unless that makes more than 4 MB."""
+    """Create an empty dataset in chunks of whole rows, as many as asked for unless that makes more than 4 MB."""
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
     chunks = (max(1, min(rows, shape[0], CHUNK_BYTES // row_bytes)), *shape[1:])
     return group.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)

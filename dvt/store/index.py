@@ -107,7 +107,7 @@ def read_shard(path: Path) -> StoredShard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What a job needs to know of a shard to go on.
+    """Hold what a job needs to know of a shard to go on.
 
     Args:
         job: that made it.
@@ -140,7 +140,7 @@ def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardInde
 
 
 def _checked(file: h5py.File, path: Path, source: BinaryIO) -> StoredShard:
-    """The index of the file that `source` reads too."""
+    """Read the index of the file that `source` reads too."""
     attributes = _read_attributes(file, path, source)
     _check_links(file)
     trusted = partial(_trusted, file, source.seek(0, os.SEEK_END))
@@ -209,7 +209,7 @@ def _text(file: h5py.File, name: str) -> str:
 
 
 def _check_heaps(source: BinaryIO) -> None:
-    """That the variable-length text of a shard from before attributes had a fixed length can be read.
+    """Check that the variable-length text of a shard made before attributes had a fixed length can be read.
 
     HDF5 never comes back from a heap with an object of size 0, such as zeros leave it.
     """
@@ -234,7 +234,7 @@ def _check_links(file: h5py.File) -> None:
 
 
 def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
-    """A dataset that lies in this very file, whole, in plain checksummed chunks: what it announces is what it holds."""
+    """Open a dataset that lies in this very file, whole, in plain checksummed chunks: it holds what it announces."""
     dataset = file[name]
     _require(isinstance(dataset, h5py.Dataset), f"/{name} is not a dataset")
     layout = dataset.id.get_create_plist()
@@ -252,7 +252,7 @@ def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
 
 
 def _check_index(columns: dict[str, np.ndarray], path_type: np.dtype) -> None:
-    """That the columns agree with each other; values are still hostile here."""
+    """Check that the columns agree with each other; values are still hostile here."""
     for name in ("size", "grid", "offset"):
         _require(columns[name].dtype == np.dtype("<i8"), f"/index/{name} is of type {columns[name].dtype}")
     _require(path_type.kind == "S" and columns["sha256"].dtype == np.dtype("S64"), "/index text has another type")

@@ -1,4 +1,4 @@
-"""What a store's tokens depend on, and how its images are cut into shards."""
+"""The settings that a store's tokens depend on, and the plan that cuts its images into shards."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class FeatureStore(Dataset[StoredTokens]):
         return self._batch(_numbers(index, len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> StoredTokens | list[StoredTokens]:
-        """What a DataLoader asks for: a batch if all have one grid, otherwise one image after the other."""
+        """Answer a DataLoader: a batch if all have one grid, otherwise one image after the other."""
         one = len({self._grids[i] for i in indices}) == 1
         return self._batch(indices) if one else [self._batch([i]) for i in indices]
 
@@ -270,7 +270,7 @@ class FeatureStore(Dataset[StoredTokens]):
             raise StoreError(f"{str(self.path)!r} holds the terms {', '.join(self.terms)}, not {term!r}")
 
     def _batch(self, indices: Sequence[int]) -> StoredTokens:
-        """Several images: of one grid they are read into one tensor, in the order in which they lie on the disk."""
+        """Read several images: those of one grid into one tensor, in their order on the disk."""
         indices = [self._checked(i) for i in indices]
         if not indices:
             raise StoreError(f"no image of {str(self.path)!r} was asked for; give at least one number or path")
@@ -299,7 +299,7 @@ class FeatureStore(Dataset[StoredTokens]):
         return os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
 
     def _joined(self, labels: Labels | None) -> Callable[[str], Any] | list[Any] | None:
-        """The label of each image, or what makes one from its path."""
+        """Give the label of each image, or the function that makes one from its path."""
         if labels is None or callable(labels):
             return labels
         found, missing = [], []
@@ -325,7 +325,7 @@ class FeatureStore(Dataset[StoredTokens]):
 
 
 def _numbers(index: Any, count: int) -> list[int]:
-    """Image numbers from a list, an array or a tensor of them, or of one truth value for each image."""
+    """Read image numbers from a list, an array or a tensor of them, or of one truth value for each image."""
     values = np.asarray(index)
     if values.dtype == bool and values.shape == (count,):
         return np.flatnonzero(values).tolist()

@@ -84,7 +84,7 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tuple[int, int]:
-    """Writes what a shard holds beyond `present`, and adds it there; (images written, images known already)."""
+    """Write what a shard holds beyond `present`, and adds it there; (images written, images known already)."""
     shard = FeatureStore(file)
     listed = [ImageEntry(*each) for each in zip(shard.images, shard.sha256s, shard.grids, strict=True)]
     new = [i for i, (path, sha256, _) in enumerate(listed) if (path, sha256) not in present]

@@ -10,7 +10,7 @@ from dvt.errors import ConfigError
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
+    """Set how the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
 
     Two kinds: crops show parts of the image, enlarged; shifts are windows at its own scale, moved by whole patches
     over the image mirrored at its borders (ours). The whole image always comes first, in addition.

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dvt.analysis.priors.compare import Comparison, compare_priors, look
+from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
 from dvt.analysis.priors.config import Loop, PriorConfig
 from dvt.analysis.priors.loop_run import loop_prior
 from dvt.analysis.priors.prior import Prior
@@ -32,7 +33,6 @@ from dvt.analysis.priors.runs import (
 )
 from dvt.analysis.priors.scoring import evaluate_priors
 from dvt.analysis.priors.token_set import read_conditions, split, square
-from dvt.analysis.priors.told import conditions_of_images, conditions_of_labels
 from dvt.backbones import wrap
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, StoreError, WeightsError
 from dvt.images import file_sha256, load_image
@@ -582,7 +582,7 @@ def test_kinds_of_tokens_are_compared_on_one_split_and_budget(images, backbone, 
     mean = raw[seen.chosen].mean(0)
     torch.testing.assert_close(seen.tokens["raw - mean map"].float(), raw - mean, atol=1e-2, rtol=1e-2)
     assert all((row - mean).abs().max() < 0.01 for row in seen.tokens["position only"].float())
-    # Each image is told of another one of its own side.
+    # Each image is given the tokens of another one of its own side.
     for side in (seen.chosen, seen.held):
         rows = {tuple(row.flatten().tolist()) for row in seen.tokens["raw"][side]}
         assert all(tuple(row.flatten().tolist()) in rows for row in seen.tokens["shuffled"][side])

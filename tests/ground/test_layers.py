@@ -175,30 +175,29 @@ def test_files_and_functions_are_short(module):
 
 # The verbs that docstrings open with. A list of verbs, not of forbidden words: whoever needs another one adds it here.
 VERBS = """
-Add Adapt Advance Answer Apply Assign Average Call Check Choose Collect Colour Commit Compare
-Compute Connect Convert Copy Correct Count Cut Decompose Denoise Derive Describe Divide Do Download
-Draw Embed Encode End Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Fold Force
-Forget Generate Give Group Guide Hand Hash Interpolate Invert Keep Learn Lend Let List Load Look
-Make Mark Match Measure Merge Minimise Mix Move Multiply Name Normalise Open Permute Plan Predict
-Prepare Print Prune Put Raise Read Record Recover Refuse Remove Rename Replace Resample Resize
-Resolve Return Roll Round Run Sample Save Say Scale Score Search Seed Select Set Shorten Show
-Shuffle Solve Sort Split Start Stop Subtract Sum Summarise Take Tell Test Train Transform Turn
-Update Upsample Use Wait Weigh Word Wrap Write Yield
+Adapt Add Advance Answer Apply Ask Assign Average Bound Bring Build Call Centre Check Choose
+Clip Collect Colour Commit Compare Complete Compute Connect Convert Copy Correct Count Create
+Cut Decode Decompose Denoise Derive Describe Divide Do Download Draw Eliminate Embed Encode End
+Enlarge Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Flatten Fold Force Forget
+Gather Generate Give Group Guide Hand Hash Import Infer Interpolate Invert Join Keep Learn Leave
+Lend Let List Load Look Make Map Mark Match Measure Merge Minimise Mix Move Multiply Name
+Normalise Open Pair Part Permute Pick Place Plan Plant Predict Prepare Print Prune Put Raise
+Rank Read Record Recover Refuse Remove Rename Replace Resample Reshape Resize Resolve Return
+Roll Round Run Sample Save Say Scale Score Search Seed Select Set Shift Shorten Show Shuffle
+Solve Sort Split Start Stop Subtract Sum Summarise Take Tell Test Trace Train Transform Try Turn
+Update Upsample Use Wait Walk Warn Weigh Widen Word Wrap Write Yield
 """
 
 
 def documented(tree):
-    """(definition, whether it is a property) of each public function, method and property of a module."""
-    for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-            if isinstance(node, ast.ClassDef):
-                yield from documented(node)
-            elif ast.get_docstring(node):
-                yield node, any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+    """Yield (definition, whether it is a property) of each function, method and property that has a docstring."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+            yield node, any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def opens_well(sentence, is_property):
-    """Whether it opens with a verb; a property's may open with the thing that it is, but with no question or shape."""
+    """Tell if it opens with a verb; a property's may open with the thing that it is, but with no question or shape."""
     first = sentence.split()[0].rstrip(",:")
     named = {"The", "A", "An", "All", "True"} if is_property else set()
     return first in named or first in VERBS.split()
@@ -273,7 +272,7 @@ DOCUMENTS = [
 
 
 def exists(name):
-    """Whether a dotted name is a module, or something in one."""
+    """Tell if a dotted name is a module, or something in one."""
     parts = name.split(".")
     found = importlib.import_module(parts[0])
     for place, part in enumerate(parts[1:], 2):

@@ -1,1 +1,1 @@
-"""What the commands are told: dataclasses that tyro reads. None imports torch, so that help is there at once."""
+"""Options of the commands: dataclasses that tyro reads. None imports torch, so that help is there at once."""

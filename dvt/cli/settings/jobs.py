@@ -37,5 +37,5 @@ class JobOptions(BackboneOptions):
 
     @property
     def precision(self) -> Literal["auto", "float32", "bfloat16", "float16"]:
-        """The precision to ask for: one that is the same on every worker."""
+        """Choose the precision to ask for: one that is the same on every worker."""
         return "float32" if self.dtype == "auto" and self.ray is not None else self.dtype

@@ -1,4 +1,4 @@
-"""Make what a trained prior is told, of images, or of the names of classes."""
+"""Make the conditions of a trained prior from images, or from names of classes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,13 @@ def conditions_of_images(
         denoiser: that of the training; None for none.
 
     Raises:
-        ConfigError: the prior is not told of images.
+        ConfigError: the prior is not conditioned on images.
         BackboneError: it was trained on tokens of something else.
         ImageError: an image cannot be read.
     """
     if card.get("condition") not in CONDITIONS:
-        raise ConfigError(f"this prior is told of {card.get('condition')!r} and not of images; leave --condition out")
+        given = card.get("condition")
+        raise ConfigError(f"this prior is conditioned on {given!r}, not on images; leave --condition out")
     here = token_identity(backbone, denoiser)
     changed = [f"{k} {card.get(k)!r} there, {v!r} here" for k, v in here.items() if card.get(k) != v]
     if changed:
@@ -55,7 +56,8 @@ def conditions_of_labels(card: dict[str, Any], labels: Sequence[str]) -> Tensor:
     """
     known = card.get("labels")
     if not known:
-        raise ConfigError(f"this prior is told of {card.get('condition')!r} and knows no labels; train with label")
+        given = card.get("condition")
+        raise ConfigError(f"this prior is conditioned on {given!r} and knows no labels; train with --condition label")
     if unknown := [name for name in labels if name not in known]:
         raise ConfigError(f"there is no label {unknown[0]!r}; this prior knows {', '.join(known)}")
     return functional.one_hot(torch.tensor([known.index(name) for name in labels]), len(known)).half()[:, None]
