@@ -131,7 +131,9 @@ class LinearSolver:
 
     def _result(self, run: _LinearPass, image: int, field: Tensor, estimate: Tensor, noise: float) -> LinearFit:
         resolution, smoothness = run.pilot.resolution[image], run.pilot.smoothness[image]
-        residual_map, mean = run.outliers[image].residual_map(field, estimate, resolution, self.config)
+        outliers = run.outliers[image]
+        found = outliers.residual_map(field, estimate, resolution, self.config) if outliers else None
+        residual_map, mean = found or (None, estimate.new_zeros(estimate.shape[-1]))
         dtype = torch.promote_types(run.dtype, torch.float32)
         return LinearFit(
             nodes=field.view(*resolution, -1).to(dtype),
@@ -141,7 +143,7 @@ class LinearSolver:
             noise=noise,
             error=run.pilot.error[image],
             config=replace(self.config, resolution=min(resolution), smoothness=smoothness),
-            gate=run.pilot.gate(image),
+            gate=run.gates[image],
         )
 
     def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
@@ -192,19 +194,21 @@ class _LinearPass:
             resolution: NormalEquations(len(members), resolution, positions, channels, like)
             for resolution, members in self.pilot.groups().items()
         }
-        self.outliers = [_Outliers(channels, like) for _ in images]
+        self.gates = [self.pilot.gate(number) for number in range(len(images))]
+        # h is asked for tokens of a defect alone: without a gate, no moments are needed.
+        self.outliers = [_Outliers(channels, like) if config.residual and gate else None for gate in self.gates]
         for number, image in enumerate(images):
             self._accumulate(number, image)
 
     def _accumulate(self, image: int, views: _ImageViews) -> None:
         config, resolution = self.config, self.pilot.resolution[image]
         equations = self.equations[resolution].image(self.pilot.groups()[resolution].index(image))
+        outliers = self.outliers[image]
         for tokens, coords in views:
-            needed = config.robust or config.residual
-            weights = self.pilot.weights(image, tokens, coords) if needed else None
-            equations.add(tokens[None], coords[None], weights[None] if weights is not None and config.robust else None)
-            if config.residual and weights is not None:
-                self.outliers[image].add(tokens, coords, weights)
+            weights = self.pilot.weights(image, tokens, coords) if config.robust else None
+            equations.add(tokens[None], coords[None], None if weights is None else weights[None])
+            if outliers is not None and weights is not None:
+                outliers.add(tokens, coords, weights)
 
 
 def _centred(artifact: Tensor) -> Tensor:
@@ -292,13 +296,13 @@ class _Outliers:
 
     def residual_map(
         self, field: Tensor, artifact: Tensor, resolution: Size, config: LinearConfig
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor] | None:
         """Find B (C, C) of the least squared error of (y - mean) B over all tokens plus a ridge, and the mean (C,).
 
         None without outliers.
         """
         if not self.outliers:
-            return None, self.total
+            return None
         tokens, coords, position = (torch.cat(part) for part in zip(*self.kept, strict=True))
         tokens = tokens.double()
         target = tokens - artifact[position] - grids.sample(field.view(*resolution, -1), coords)

@@ -8,7 +8,7 @@ grid shape go through it together; each has choices of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import numpy as np
 import torch
@@ -308,10 +308,13 @@ def _median(values: Tensor) -> Tensor:
 
 def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
     """Find the rank-th least (B, M, S) of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
-    place = min(rank, near.shape[-1]) - 1
-    # Sorting all of so few beats selecting, and in parts its indices take less memory.
-    parts = values.flatten(1, 2).split(16, dim=-1)
-    return torch.cat([_pick(part, near).sort(dim=2).values[:, :, place] for part in parts], dim=-1)
+    rest = [_pick(values.flatten(1, 2), index) for index in near.unbind(-1)]
+    # Selecting by minima is exact, and for so few neighbours many times as fast as sorting them.
+    for _ in range(min(rank, len(rest)) - 1):
+        for i in range(len(rest) - 1):
+            rest[i], rest[i + 1] = torch.maximum(rest[i], rest[i + 1]), torch.minimum(rest[i], rest[i + 1])
+        rest.pop()
+    return reduce(torch.minimum, rest)
 
 
 def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
