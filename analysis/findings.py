@@ -163,6 +163,12 @@ def matching(entries: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str,
     return [entry for entry in entries if all(entry[name] == value for name, value in fields.items())]
 
 
+def position_top(report: Findings, entry: dict[str, Any]) -> float:
+    """Find the end of the colour scale of a position map: the largest norm of all variants at its layer."""
+    alike = matching(report.index["positions"], backbone=entry["backbone"], layer=entry["layer"])
+    return max(float(report.arrays[each["array"]].max()) for each in alike)
+
+
 def _layer(layer: int) -> str:
     return "final" if layer == -1 else str(layer)
 

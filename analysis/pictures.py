@@ -206,10 +206,18 @@ def _norm_row(figure: Figure, axes: Any, terms: dict[str, Tensor], aspect: float
     norms = {name: each.norm(dim=-1) for name, each in terms.items()}
     top = max(float(each.max()) for each in norms.values())
     for axis, (name, norm) in zip(axes, norms.items(), strict=True):
-        median = float(norm.median())
-        title = f"Norm, {name} (median {median if median > 1e-5 * top else 0:.3g})"
-        picture = _show(axis, norm, title, aspect, cmap="viridis", vmin=0, vmax=top)
+        picture = _show(axis, norm, _norm_title(name, norm, top), aspect, cmap="viridis", vmin=0, vmax=top)
     _quiet(figure.colorbar(picture, ax=list(axes), shrink=0.9, aspect=18, pad=0.012), "L2 norm")
+
+
+def _norm_title(name: str, norm: Tensor, top: float) -> str:
+    """Say why a map is flat: many models end in a norm, after which all tokens have about one length."""
+    median = float(norm.median())
+    if float(norm.max()) <= 1e-5 * top:
+        return f"Norm, {name}: zero"
+    if float(norm.max() - norm.min()) < 0.05 * median:
+        return f"Norm, {name}: {median:.3g} in all (final norm)"
+    return f"Norm, {name} (median {median:.3g})"
 
 
 def _similarity_rows(figure: Figure, axes: Any, raw: Tensor, semantic: Tensor, points: Tensor, aspect: float) -> None:

@@ -67,7 +67,7 @@ def diagnose(
     chosen = spread(len(given), config.images)
     chosen = [chosen[i] for i in usable_images([given[index] for index in chosen], backbone.input_size)]
     for done, index in enumerate(chosen):
-        exam.add(read_pixels(given[index]), index)
+        exam.add(read_pixels(given[index]), done)  # the windows of analyze
         (progress or silent)(f"doctor {backbone.name}", done + 1, len(chosen))
     seconds = None
     if decompose is not None:

@@ -104,12 +104,11 @@ class Diagnosis:
 
     def _evidence(self) -> str:
         limit, lines = self.config, ["What was measured"]
-        lines.append(f"  stays at the position within an image  {_told(self.own)}, artifact from {limit.share:g}")
+        lines.append(f"  position share, within an image        {_told(self.own)}, artifact from {limit.share:g}")
         if self.shared is not None:
-            lines.append(f"  the same in all images                 {_told(self.shared)}")
-        lines.append(
-            f"  tokens with outlier norms              {_told(self.outliers, 4)}, artifact from {limit.outliers:g}"
-        )
+            lines.append(f"  position share, same in all images     {_told(self.shared)}")
+        outliers = f"tokens of {limit.ratio:g} times the median norm".ljust(37)
+        lines.append(f"  {outliers}  {_told(self.outliers, 4)}, artifact from {limit.outliers:g}")
         if self.images > 1:
             lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
         if self.layout is not None:

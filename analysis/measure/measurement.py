@@ -185,10 +185,10 @@ class BackboneMeasurement:
 
     def _share_rows(self, layer: int, variant: str, kept: _LayerTokens) -> list[scores.Row]:
         if kept.means is None:
-            reason = "1 by definition" if variant == "artifact" else "would need a decomposition of every window"
-            return [scores.missing("position_share", reason)]
+            reason = "it is what stays there" if variant == "artifact" else "would need a decomposition of every window"
+            return [scores.missing(name, reason) for name in ("position_own", "position_shared")]
         self.shares[layer, variant] = kept.means.share()
-        return [scores.share_row(self.shares[layer, variant])]
+        return scores.share_rows(self.shares[layer, variant])
 
     def _static_rows(self, layer: int, kept: _LayerTokens, generator: torch.Generator) -> list[scores.Row]:
         config = self.config

@@ -13,7 +13,7 @@ from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics.blank import blank_correlation, blank_energy
 from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
-from dvt.analysis.metrics.nulls import matched_noise, shuffled, token_maps
+from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, token_maps
 from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
 from dvt.tokens import Tokens
@@ -38,8 +38,15 @@ class Metric:
 
 
 METRICS = {
-    "position_share": Metric(
-        "Position share", "share of variance that stays at the patch position when the content moves, to 1", "lower"
+    "position_own": Metric(
+        "Position share",
+        "share of the variance within an image that stays at the patch position when the content moves, to 1",
+        "lower",
+    ),
+    "position_shared": Metric(
+        "Position share, same in all",
+        "the part of it that is the same in all images, which one subtracted map would remove, to 1",
+        "lower",
     ),
     "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
     "position_mic": Metric("Position MIC", "information of the best channel on x and y, 0 to 1", "lower"),
@@ -232,14 +239,17 @@ def _permuted(artifact: Tensor, generator: torch.Generator) -> Tensor:
     return shuffled(Tokens.of(artifact), generator).patches[0]  # type: ignore[union-attr]
 
 
-def share_row(share: PositionShare) -> Row:
-    """Make the row of the position share that all images have in common; with one image, that image's own."""
-    score, interval = share.shared or share.own, share.shared_interval
-    note = f"{share.own.value:.3f} within each image" if share.shared else "one image: what is its own counts too"
+def share_rows(share: PositionShare) -> list[Row]:
+    """Make the two rows of a position share: within each image, and the same in all images."""
+    own = _shared_row("position_own", share.own, share.own_interval, share.images)
+    if share.shared is None:
+        return [own, missing("position_shared", "one image has nothing in common with others")]
+    return [own, _shared_row("position_shared", share.shared, share.shared_interval, share.images)]
+
+
+def _shared_row(metric: str, score: Score, interval: tuple[float, float] | None, images: int) -> Row:
     low, high = interval or (None, None)
-    return Row(
-        "position_share", score.value, score.null, score.low, score.high, low, high, images=share.images, note=note
-    )
+    return Row(metric, score.value, score.null, score.low, score.high, low, high, images=images)
 
 
 def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch.Generator, note: str = "") -> Row:

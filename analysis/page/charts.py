@@ -73,9 +73,9 @@ def png(colours: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
 
 
-def heat(values: np.ndarray) -> str:
-    """Make a data address of an (h, w) map in viridis, from 0 to its maximum."""
-    return png(viridis()[(np.clip(values / max(float(values.max()), 1e-12), 0, 1) * 255).round().astype(int)])
+def heat(values: np.ndarray, most: float) -> str:
+    """Make a data address of an (h, w) map in viridis, from 0 to `most`, which maps to be compared have in common."""
+    return png(viridis()[(np.clip(values / max(most, 1e-12), 0, 1) * 255).round().astype(int)])
 
 
 def viridis() -> np.ndarray:

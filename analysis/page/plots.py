@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dvt.analysis.findings import position_top
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.pictures import INK, pca_colours, save
 
@@ -31,7 +32,10 @@ def save_plots(report: Findings, folder: Path) -> list[Path]:
 
 
 def position_figure(report: Findings) -> Figure | None:
-    """Draw the norm of what stays at each position, for each variant and up to six layers; one row a backbone."""
+    """Draw the norm of what stays at each position, for each variant and up to six layers; one row a backbone.
+
+    All maps of one layer have one scale: what was removed is dark.
+    """
     rows = [_thinned(_entries(report, "positions", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
         return None
@@ -39,7 +43,7 @@ def position_figure(report: Findings) -> Figure | None:
     for line, entries in zip(axes, rows, strict=True):
         for axis, entry in zip(line, entries, strict=False):
             values = report.arrays[entry["array"]]
-            picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(float(values.max()), 1e-9))
+            picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(position_top(report, entry), 1e-9))
             _title(axis, f"{entry['variant']}, {_layer(entry)}")
             bar = figure.colorbar(picture, ax=axis, shrink=0.8)
             bar.outline.set_visible(False)
@@ -71,7 +75,8 @@ def norm_figure(report: Findings) -> Figure | None:
 def pca_figure(report: Findings) -> Figure | None:
     """Draw images and their token maps in three principal colours, the same for all variants of an image."""
     label, layer = report.backbones[0]["label"], report.backbones[0]["layer"]
-    entries = _own(_entries(report, "maps", label), layer)
+    # A term that is zero in all images shows nothing.
+    entries = [each for each in _own(_entries(report, "maps", label), layer) if report.arrays[each["array"]].any()]
     pictures = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
     numbers = [number for number in pictures if any(entry["image"] == number for entry in entries)][:_STRIPS]
     if not numbers:

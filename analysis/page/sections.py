@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dvt.analysis.findings import Findings, matching
+from dvt.analysis.findings import Findings, matching, position_top
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.page import charts
 from dvt.analysis.pictures import pca_colours
@@ -58,19 +58,19 @@ def summary(report: Findings) -> str:
 
 _FINDINGS = (
     (
-        "position_share",
-        "Bound to the position",
+        "position_own",
+        "Position share",
         "of the variance of {raw} within an image stays at the patch position when the content moves.",
     ),
     (
         "position_r2",
-        "Position a probe reads",
+        "Position R\N{SUPERSCRIPT TWO}",
         "is the R\N{SUPERSCRIPT TWO} of a linear probe that reads where a patch lies from its {raw}, on images that it "
         "was not fitted on.",
     ),
     (
         "outlier_share",
-        "Tokens out of scale",
+        "Norm outliers",
         "of the {raw} have a norm more than five robust standard deviations away from the median.",
     ),
 )
@@ -230,15 +230,17 @@ def position_maps(report: Findings) -> str:
             values = report.arrays[entry["array"]]
             name = f"{label(entry['variant'])}, {_layer_phrase(entry['layer'])}"
             name = f"{about['label']}, {name}" if len(report.backbones) > 1 else name
-            image = _map(charts.heat(values), values.shape, f"Norm of the mean token at each position: {name}")
-            most = charts.number(float(values.max()))
-            figures.append(f"<figure>{image}<figcaption>{escape(name)}<small>0 to {most}</small></figcaption></figure>")
+            top = position_top(report, entry)
+            image = _map(charts.heat(values, top), values.shape, f"Norm of the mean token at each position: {name}")
+            scale = f"at most {charts.number(float(values.max()))}, scale 0 to {charts.number(top)}"
+            figures.append(f"<figure>{image}<figcaption>{escape(name)}<small>{scale}</small></figcaption></figure>")
     if not figures:
         return ""
     return (
         "<section><h2>What stays at the position</h2><p>The mean token at each patch position while the content moves, "
         "without its mean over positions: nothing but the artifact is left. The colour is its norm, from dark (0) to "
-        f'bright (the largest of that map).</p><div class="maps">{"".join(figures)}</div></section>'
+        "bright; all maps of one layer have one scale, so that what a denoiser has removed is dark. Blocks differ in "
+        f'the size of their tokens, and have a scale each.</p><div class="maps">{"".join(figures)}</div></section>'
     )
 
 

@@ -159,14 +159,14 @@ def test_position_share_of_smooth_content_lies_within_its_null_most_of_the_time(
 
 def test_metric_curves_grow_with_the_planted_artifact():
     """Decodability, MIC, grid peak and position share against growing G; only the first is near its null without G."""
-    curves = {name: [] for name in ("position_share", "position_r2", "position_mic", "grid_peak")}
+    curves = {name: [] for name in ("position_own", "position_r2", "position_mic", "grid_peak")}
     for strength in (0.0, 0.3, 1.0, 3.0):
         found = analyze(planted_backbone(strength), photos(), SMALL)
         for name, values in curves.items():
             values.append(found.get(name).value)
     for name, values in curves.items():
         assert all(low < high for low, high in pairwise(values)), (name, values)
-    assert curves["position_share"][0] < 0.05 and curves["position_share"][-1] > 0.7
+    assert curves["position_own"][0] < 0.05 and curves["position_own"][-1] > 0.7
 
 
 def test_shuffled_positions_give_the_null_within_its_interval():
@@ -273,12 +273,12 @@ def test_layers_are_read_in_one_pass(tiny, monkeypatch):
 
 
 def test_planted_artifact_is_measured_and_removed(report):
-    for name in ("position_share", "position_r2", "blank_energy"):
+    for name in ("position_own", "position_r2", "blank_energy"):
         raw, clean = report.get(name), report.get(name, "cleaned")
         assert raw.value > clean.value, name
         assert raw.low <= raw.value <= raw.high, name
-    assert report.get("position_share").null_high < 0.2 < report.get("position_share").value
-    assert abs(report.get("position_share", "cleaned").value) < 0.05
+    assert report.get("position_shared").null_high < 0.2 < report.get("position_shared").value
+    assert abs(report.get("position_shared", "cleaned").value) < 0.05
     assert report.get("blank_energy", "cleaned").value == pytest.approx(0, abs=1e-6)
     assert report.get("blank_correlation").value > 0.9
     # The photographs are brighter above: position can be read, though nothing of it stays at the position.
@@ -396,7 +396,7 @@ def test_decomposition_by_a_function_and_its_time():
     assert found.get("position_r2", "artifact").value > 0.99
     assert found.get("shift_p50", "semantic").value == pytest.approx(1, abs=1e-3)
     assert found.get("blank_energy", "semantic").value == pytest.approx(0, abs=1e-6)
-    assert found.get("position_share", "semantic").value is None and found.get("position_share", "semantic").note
+    assert found.get("position_own", "semantic").value is None and found.get("position_own", "semantic").note
     assert found.seconds["fields"] < found.seconds["forward"]  # it does nothing but its backbone's passes
     with pytest.raises(ConfigError, match="at least 'semantic'"):
         analyze(backbone, photos(1), SMALL, semantic=lambda pixels: {})
@@ -435,7 +435,7 @@ def test_several_backbones_are_compared(tiny):
         found.get("position_r2") == pytest.approx(found.get("position_r2"))
         and found.get("position_r2", backbone="test_vit (2)").value == found.get("position_r2").value
     )
-    assert found.get("position_share", backbone="planted").value > 0.2
+    assert found.get("position_own", backbone="planted").value > 0.2
     assert "planted, raw" in found.to_text()
     with pytest.raises(ConfigError, match="one for each backbone"):
         analyze([tiny, tiny], photos(1), SMALL, variants={"a": lambda t: t})
@@ -452,7 +452,7 @@ def test_one_image_says_that_it_is_one(tiny):
     found = analyze(tiny, photos(1), SMALL)
     row = found.get("position_r2")
     assert row.low is None and "optimistic" in row.note
-    assert found.get("position_share").low is None
+    assert found.get("position_own").low is None
 
 
 def test_small_grids_are_reported_not_fatal():

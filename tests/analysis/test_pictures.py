@@ -120,10 +120,17 @@ def test_the_figure_has_every_panel_and_its_data():
     assert all(each.images[0].get_interpolation() == "nearest" for each in figure.axes[:16])
 
 
+def test_a_flat_norm_map_says_why():
+    ones = torch.nn.functional.normalize(two_parts(), dim=-1) * 7
+    figure = pictures.decomposition_figure(torch.rand(3, 80, 112), ones, 0.3 * ones, 0.7 * ones)
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert "Norm, raw: 7 in all (final norm)" in titles
+
+
 def test_without_a_residual_the_rest_is_shown_and_points_can_be_given():
     figure = figure_of(points=torch.tensor([[0.3, 0.3], [0.8, 0.6]]))
     titles = [axis.get_title(loc="left") for axis in figure.axes]
-    assert "Norm, left over (median 0)" in titles
+    assert "Norm, left over: zero" in titles
     assert "Similarity to point 2, raw" in titles and "Similarity to point 3, raw" not in titles
     marks = [line.get_xydata()[0].tolist() for line in figure.axes[0].lines]
     assert marks == [pytest.approx([0.3, 0.3]), pytest.approx([0.8, 0.6])]

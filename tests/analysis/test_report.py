@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 import dvt
-from dvt.analysis import AnalyzeConfig, Report, Row, analyze
+from dvt.analysis import AnalyzeConfig, DoctorConfig, Report, Row, analyze, diagnose
+from dvt.analysis.page.plots import pca_figure, position_figure
 from dvt.analysis.page.report import fitting, render, write_report
 from dvt.errors import ConfigError
 from dvt.tokens import Tokens
@@ -173,6 +174,54 @@ def test_the_summary_says_on_which_side_of_its_null_raw_is(report):
 
     assert "raw is above its" in words(0.9) and "raw is within its" in words(0.1) and "raw is below its" in words(-0.3)
     assert "0.900" in words(0.9)
+
+
+def test_report_doctor_and_analyze_tell_one_number_by_one_name(tmp_path, make_tiny_backbone):
+    """Position shares of one backbone and one denoiser on the same images: the same numbers under the same words."""
+    tiny, generator = make_tiny_backbone(), torch.Generator().manual_seed(0)
+    level = torch.tensor([0.2, 0.5, 0.9])[:, None, None, None]  # the artifact differs with the light
+    photos = list(level * torch.rand(3, 3, 120, 150, generator=generator))
+    ramp = torch.linspace(-1, 1, 6)[:, None, None]
+    tilted = {"tilted": lambda tokens: tokens.with_patches(tokens.patches + ramp)}
+    found = analyze(tiny, photos, AnalyzeConfig(windows=4, shift_images=1, mic_images=1), variants=tilted)
+    diagnosis = diagnose(tiny, photos, tilted, DoctorConfig(windows=4))
+    own, shared, treated = (
+        found.get("position_own").value,
+        found.get("position_shared").value,
+        found.get("position_own", "tilted").value,
+    )
+    assert abs(own - shared) > 0.001 and own != treated
+    assert diagnosis.own.value == pytest.approx(own, rel=1e-5)
+    assert diagnosis.shared.value == pytest.approx(shared, rel=1e-5)
+    assert diagnosis.treated[0].share == pytest.approx(treated, rel=1e-5)
+    page = Parsed(render(Report.load(found.save(tmp_path)))).words
+    headline = page[: page.index("Position R\N{SUPERSCRIPT TWO}")]
+    assert f"{100 * own:.1f}\N{NARROW NO-BREAK SPACE}%" in headline
+    assert f"{100 * treated:.1f}\N{NARROW NO-BREAK SPACE}%" in headline
+    for text in (str(diagnosis), found.to_text(), page):
+        assert "osition share" in text and "same in all" in text
+    assert f"{own:.3f}" in str(diagnosis) and f"{own:.3f}" in found.to_text() and f"{own:.3f}" in page
+
+
+def test_position_maps_of_a_layer_have_one_scale(report):
+    """A removed artifact is dark: half as strong is half as bright, beside raw at its brightest."""
+    entry = next(each for each in report.index["positions"] if each["layer"] == -1 and each["variant"] == "raw")
+    raw = report.arrays[entry["array"]]
+    index = {**report.index, "positions": [entry, {**entry, "variant": "semantic", "array": "half"}]}
+    halved = replace(report, index=index, arrays={**report.arrays, "half": raw / 2})
+    figure = position_figure(halved)
+    pictures = [axis.images[0] for axis in figure.axes if axis.images and not axis.get_label()]
+    assert [each.get_clim() for each in pictures] == [(0, raw.max())] * 2
+    shown = re.findall(r'position: (?:raw|semantic F), final layer"', page := render(halved))
+    maps = list(re.findall(r'class="map" src="data:image/png;base64,([^"]+)"', page))[:2]
+    first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in maps)
+    assert len(shown) == 2 and first.max() > second.max()
+    assert f"at most {raw.max() / 2:.3f}, scale 0 to {raw.max():.3f}" in page
+
+
+def test_a_term_that_is_zero_is_no_column_of_the_picture(report):
+    titles = [axis.get_title(loc="left") for axis in pca_figure(report).axes]
+    assert "semantic" in titles and "residual" not in titles
 
 
 def test_charts_say_their_values_in_words(report, parsed):
