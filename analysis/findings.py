@@ -1,4 +1,4 @@
-"""Hold what an analysis found: rows of numbers, the data behind its pictures, and its tables as text."""
+"""Hold the results of an analysis: rows of numbers and the data of its pictures; write its tables as text."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dvt.errors import ConfigError
 
 @dataclass
 class Findings:
-    """Hold what :func:`dvt.analysis.analyze` found.
+    """Hold the results of :func:`dvt.analysis.analyze`.
 
     Attributes:
         rows: metric x variant x layer x backbone.
         images: names of the images of the sample.
-        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim} of each.
-        seconds: {forward, fields, denoisers, metrics, total}: in the backbone (views included), in decompositions
-            besides the backbone, in denoisers, in everything else, and all.
+        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim} of each backbone.
+        seconds: {forward, fields, denoisers, metrics, total}: seconds in the backbone (views included), in
+            decompositions without the backbone, in denoisers, in everything else, and in total.
         config: the settings.
-        index: what the arrays are; see the module.
-        arrays: by the names in the index.
+        index: description of the arrays; see :mod:`dvt.analysis.results`.
+        arrays: the arrays, by their names in the index.
     """
 
     rows: list[Row]
@@ -40,11 +40,11 @@ class Findings:
 
     @property
     def share(self) -> float:
-        """Divide the seconds in everything but the backbone by the seconds in it."""
+        """The seconds in everything but the backbone, divided by the seconds in the backbone."""
         return (self.seconds["total"] - self.seconds["forward"]) / max(self.seconds["forward"], 1e-9)
 
     def get(self, metric: str, variant: str = "raw", layer: int | None = None, backbone: str | None = None) -> Row:
-        """Find one row; layer None is the backbone's own, backbone None the first.
+        """Find one row; layer None is the backbone's own layer, backbone None the first backbone.
 
         Raises:
             ConfigError: there is no such row.
@@ -62,7 +62,7 @@ class Findings:
         )
 
     def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """List (title, header, lines) of the main table and, with several layers, of one table for each backbone."""
+        """List (title, header, lines) of the main table and of one table for each backbone with several layers."""
         tables = [self._main_table()]
         for each in self.backbones:
             rows = [row for row in self.rows if row.backbone == each["label"] and row.variant == "raw"]
@@ -89,7 +89,7 @@ class Findings:
         return title, header, lines
 
     def notes(self) -> list[str]:
-        """List the reasons for missing values and the remarks, each once."""
+        """List the reasons for missing values and the remarks, each of them once."""
         own = {each["label"]: each["layer"] for each in self.backbones}
         found: dict[str, list[str]] = {}
         for row in self.rows:
@@ -103,7 +103,7 @@ class Findings:
         return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
 
     def to_text(self) -> str:
-        """Write all tables with the notes below, for a terminal."""
+        """Write all tables as text for a terminal, followed by the notes."""
         parts = []
         for title, header, lines in self.tables():
             widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
@@ -117,15 +117,15 @@ class Findings:
     def _closing(self) -> list[str]:
         seconds = self.seconds
         return [
-            f"{len(self.images)} images. Backbone {seconds['forward']:.1f} s, decompositions besides it "
+            f"{len(self.images)} images. Backbone {seconds['forward']:.1f} s, decompositions without it "
             f"{seconds['fields']:.1f} s, denoisers {seconds['denoisers']:.1f} s, metrics and reading "
             f"{seconds['metrics']:.1f} s: everything but the backbone takes {self.share:.2f} of its time.",
-            "Smooth features please most of these metrics: read them beside a score that needs labels (dvt probe).",
+            "Smooth features alone improve most of these metrics: also use a score that needs labels (dvt probe).",
             *(f"- {note}" for note in self.notes()),
         ]
 
     def to_markdown(self) -> str:
-        """Write all tables with the notes below, as Markdown."""
+        """Write all tables as Markdown, followed by the notes."""
         parts = []
         for title, header, lines in self.tables():
             escaped = [[cell.replace("|", "\\|") for cell in line] for line in [header, *lines]]
@@ -159,7 +159,7 @@ class Findings:
 
 
 def matching(entries: Sequence[dict[str, Any]], **fields: Any) -> list[dict[str, Any]]:
-    """Select the entries of an index list whose fields have the values given."""
+    """Select the entries of an index list whose fields have the given values."""
     return [entry for entry in entries if all(entry[name] == value for name, value in fields.items())]
 
 

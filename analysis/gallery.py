@@ -16,7 +16,7 @@ from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.files import whole_file
 from dvt.upsampling import upsample
 
-_LEVELS = 256  # of a first component, where a threshold is looked for
+_LEVELS = 256  # candidates of a threshold on the first component
 _PHOTO = 320  # pixels of a photograph's longer side on a page
 
 
@@ -25,9 +25,9 @@ class ShownImage:
     """Hold one image of a gallery.
 
     Args:
-        name: its title.
+        name: the title.
         maps: (h, w, C) token maps by term, in the order in which they are shown.
-        pixels: (3, H, W) RGB in [0, 1], or None where the photograph is not at hand.
+        pixels: (3, H, W) RGB in [0, 1]; None if the photograph is not available.
     """
 
     name: str
@@ -39,21 +39,21 @@ def pca(images: Sequence[ShownImage], foreground: bool = False, factor: int = 1)
     """Colour the token maps of many images jointly: three principal components as red, green and blue.
 
     The same colour is the same feature in all images. Each term is centred and scaled over all images together; the
-    components come from all terms, with equal weight, so that they are comparable too. For one image's maps, each
-    centred by itself, see :func:`dvt.analysis.pca_colours`.
+    components come from all terms, with equal weight, so that terms can be compared, too. To colour one image's maps,
+    each centred by itself, see :func:`dvt.analysis.pca_colours`.
 
     Args:
-        images: with the same terms each; grids may differ.
-        foreground: show only the tokens on one side of the best split (Otsu's) of the last term's first component, the
-            side that touches the images' borders less, and colour by components of these alone. All else is white.
-        factor: cells a token and side, guided by the photograph (:func:`dvt.upsample`).
+        images: images with the same terms; grids may differ.
+        foreground: split the tokens by the first component of the last term (Otsu's threshold), show only the side with
+            the smaller share at the images' borders, and compute the components from it. The rest is white.
+        factor: upsampling factor per side, guided by the photograph (:func:`dvt.upsample`).
 
     Returns:
-        (factor h, factor w, 3) in [0, 1] by term, for each image.
+        For each image, the (factor h, factor w, 3) colours in [0, 1] by term.
 
     Raises:
         ShapeError: terms or numbers of channels differ.
-        ConfigError: no image, or an image without its photograph is to be upsampled.
+        ConfigError: there is no image, or an image is to be upsampled without its photograph.
         NonFiniteError: a token is NaN or infinite.
 
     Source: the figures of DINOv2 (Oquab et al., 2023, figure 1); the choice of the side is ours.
@@ -74,7 +74,7 @@ def pca(images: Sequence[ShownImage], foreground: bool = False, factor: int = 1)
         part = {}
         for term, tokens in maps.items():
             colours = (tokens @ directions - low) / span
-            if masks is not None:  # beside the colours, so that its edge follows the photograph too
+            if masks is not None:  # upsample the mask with the colours, so that its edge follows the photograph
                 colours = torch.cat((colours, masks[i][..., None].to(colours)), dim=-1)
             if factor > 1:
                 colours = upsample(colours, image.pixels, factor)  # type: ignore[arg-type]
@@ -99,13 +99,13 @@ def _check_shown(images: Sequence[ShownImage], factor: int) -> None:
         if len(set(first.values())) > 1:
             raise ShapeError(f"terms differ in channels ({first}) and have no components in common")
         if factor > 1 and image.pixels is None:
-            raise ConfigError(f"the photograph of {image.name} is not at hand, and finer maps are guided by it")
+            raise ConfigError(f"the photograph of {image.name}, which guides the upsampling, is not available")
         if not all(bool(each.isfinite().all()) for each in image.maps.values()):
             raise NonFiniteError(f"tokens of {image.name} hold NaN or infinity; leave it out, or compute them again")
 
 
 def _jointly_scaled(images: Sequence[ShownImage]) -> list[dict[str, Tensor]]:
-    """Scale the maps to mean 0 and unit variance a term over all images."""
+    """Scale the maps of each term to mean 0 and unit variance over all images."""
     scaled: list[dict[str, Tensor]] = [{} for _ in images]
     for term in images[0].maps:
         flat = torch.cat([image.maps[term].cpu().float().flatten(0, 1) for image in images])
@@ -117,7 +117,7 @@ def _jointly_scaled(images: Sequence[ShownImage]) -> list[dict[str, Tensor]]:
 
 
 def _foreground(maps: Sequence[Tensor]) -> list[Tensor]:
-    """Make masks (h, w): one side of a split of the first component, the one with the smaller share at the borders."""
+    """Split tokens by the first component, and mask (h, w) the side with the smaller share at the images' borders."""
     flat = torch.cat([each.flatten(0, 1) for each in maps])
     direction = torch.linalg.eigh(flat.T @ flat).eigenvectors[:, -1]
     values = flat @ direction
@@ -129,7 +129,7 @@ def _foreground(maps: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _otsu(values: Tensor) -> float:
-    """Split numbers into two groups whose means are farthest apart for their sizes."""
+    """Compute Otsu's threshold: the split of numbers into two groups with the largest variance between groups."""
     low, high = float(values.min()), float(values.max())
     counts = torch.histc(values, _LEVELS, low, high).double()
     centres = low + (torch.arange(_LEVELS) + 0.5).double() * (high - low) / _LEVELS
@@ -145,19 +145,19 @@ def _rows_of(tokens: Tensor, masks: Sequence[Tensor] | None, i: int) -> Tensor:
 
 
 def _painted(colours: Tensor, components: int, masked: bool) -> Tensor:
-    """Return colours in [0, 1], grey where components do not exist and white outside the mask."""
+    """Return colours in [0, 1], grey for missing components and white outside of the mask."""
     found = colours[..., :components].clamp(0, 1)
     found = torch.nn.functional.pad(found, (0, 3 - components), value=0.5)
     return torch.where(colours[..., -1:] > 0.5, found, 1.0) if masked else found
 
 
 def save_gallery(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Tensor]], out: str | Path) -> list[Path]:
-    """Write one picture an image, photograph and maps side by side, and one page, index.html, which needs no network.
+    """Write one picture per image, with photograph and maps side by side, and one page, index.html, for offline use.
 
     Args:
-        images: as :func:`pca` took them.
-        colours: as it gave them.
-        out: a folder; pictures of these names in it are replaced.
+        images: the images given to :func:`pca`.
+        colours: the colours that it returned.
+        out: a folder; existing pictures of the same names are replaced.
 
     Returns:
         The files written; each is whole or absent.

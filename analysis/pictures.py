@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Four hues that stay apart for the colour-blind and on photographs (after Okabe and Ito).
+# Four hues that colour-blind readers can tell apart, also on photographs (after Okabe and Ito).
 _MARKS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 INK = "#222222"
 
@@ -37,10 +37,10 @@ def pca_colours(reference: Tensor | Sequence[Tensor], *others: Tensor) -> list[T
 
     Args:
         reference: one (h, w, C) map or several, which may differ in grid; they decide the colours.
-        others: further maps in the same colours, which do not decide.
+        others: further maps to colour in the same way, without influence on the colours.
 
     Returns:
-        (h, w, 3) maps in [0, 1], the references first. Components that do not exist are grey.
+        (h, w, 3) maps in [0, 1], the references first. Missing components, of maps with C < 3, are grey.
     """
     references = [reference] if isinstance(reference, Tensor) else list(reference)
     if any(each.ndim != 3 for each in [*references, *others]):
@@ -50,7 +50,7 @@ def pca_colours(reference: Tensor | Sequence[Tensor], *others: Tensor) -> list[T
     rows = [each.flatten(0, 1) for each in scaled[: len(references)]]
     covariance = torch.stack([each.T @ each / len(each) for each in rows]).mean(0)
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
-    # An eigenvector has no sign of its own: its largest entry is made positive.
+    # The sign of an eigenvector is arbitrary: make its largest entry positive.
     directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
     projected = torch.cat([each @ directions for each in rows])
     low, high = projected.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
@@ -67,12 +67,12 @@ def _standardised(tokens: Tensor) -> Tensor:
 
 
 def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
-    """Choose patches that stand for the parts of a picture: (count, 2) coordinates (x, y); the same for the same map.
+    """Choose patches that represent the parts of a picture, the same for the same map: (count, 2) coordinates (x, y).
 
-    Tokens away from the border, where there is room, are put into twice as many clusters as points. The largest
-    cluster is taken first and then each time the one whose centre is farthest from those taken, each
-    represented by the patch nearest to its centre that leaves room for the marks. Fewer points come back where
-    there are fewer different tokens.
+    The tokens, without those at the border if the map is large enough, are clustered into twice as many clusters as
+    points. The largest cluster is taken first, then repeatedly the one whose centre is farthest from those taken. Each
+    is represented by the patch nearest to its centre that leaves room for the marks. If there are fewer different
+    tokens than `count`, fewer points are returned.
     """
     from sklearn.cluster import KMeans
 
@@ -103,8 +103,8 @@ def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
 def similarity(tokens: Tensor, point: Tensor) -> Tensor:
     """Compute the cosine similarity (h, w), in [-1, 1], of every token of an (h, w, C) map to the token at (x, y).
 
-    The map's mean is removed first: semantic features are only known up to one constant vector, and a cosine that
-    includes it would say more of that constant than of the picture.
+    The map's mean is removed first: semantic features are only known up to one constant vector, and that constant
+    would dominate the cosine.
     """
     centred = tokens.float() - tokens.float().mean((0, 1))
     centres = grids.grid_centres((tokens.shape[0], tokens.shape[1]), tokens.device)
@@ -120,18 +120,18 @@ def decomposition_figure(
     residual: Tensor | None = None,
     points: Tensor | None = None,
 ) -> Figure:
-    """Draw one image's decomposition on a page: features in colour, norms, and similarities before and after.
+    """Draw one image's decomposition: features in colour, norms, and similarities in raw and semantic features.
 
     Args:
         image: (3, H, W) in [0, 1].
         raw: (h, w, C) tokens of the backbone.
         semantic: the denoised tokens, of the same shape.
         artifact: the position artifact, of the same shape.
-        residual: the input-dependent residual; None shows what the other terms leave of raw.
-        points: up to four (x, y) in [0, 1]^2 to compare with; None chooses them by :func:`choose_points`.
+        residual: the input-dependent residual; None shows raw - semantic - artifact instead.
+        points: up to four (x, y) in [0, 1]^2 to which all tokens are compared; None chooses by :func:`choose_points`.
 
     Returns:
-        A matplotlib figure that belongs to no window; a notebook shows it, :func:`save` writes it.
+        A matplotlib figure without a window; a notebook shows it, :func:`save` writes it.
     """
     from matplotlib.figure import Figure
 
@@ -144,7 +144,7 @@ def decomposition_figure(
     points = choose_points(semantic, len(_MARKS)) if points is None else points.cpu()
     rest = raw - semantic - artifact if residual is None else residual.detach().cpu().float()
 
-    # Stripes narrower than 1:2 or flatter than 1:5 are stretched to that, or titles would collide.
+    # Images narrower than 1:2 or flatter than 1:5 are stretched to that ratio, or titles would collide.
     ratio = min(max(image.shape[1] / image.shape[2], 0.2), 2.0)
     # A panel keeps room for its title, and the page of a portrait stays readable on a screen.
     panel = max(2.4, min(2.95, 3.3 / ratio))
@@ -164,7 +164,7 @@ def decomposition_figure(
 
 
 def _show(axis: Axes, values: Tensor, title: str, aspect: float, **options: Any) -> Any:
-    """Show a map stretched over the unit square's pixels, so that points in [0, 1]^2 fall where they belong."""
+    """Show a map in the coordinates of the unit square, so that points in [0, 1]^2 lie at their places."""
     axis.set_axis_on()
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
@@ -239,10 +239,10 @@ def _quiet(bar: Any, label: str) -> None:
 
 
 def save(figure: Figure, path: str | Path, dpi: int = 110) -> Path:
-    """Write a figure as PNG; the file is whole or absent, whatever happens meanwhile.
+    """Write a figure as PNG; after an interruption the file is whole or absent.
 
     Returns:
-        The path, whose missing folders are made.
+        The path; missing folders are created.
     """
     path = Path(path)
     with whole_file(path) as part:

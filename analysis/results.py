@@ -10,11 +10,11 @@ A folder holds, schema ``dvt-report/1``,
 ``rows`` are the fields of :class:`dvt.analysis.metrics.scores.Row`. The index has four lists, each entry naming its
 array:
 
-    jpegs       {array, image}: uint8 bytes of a JPEG of each image shown; `image` counts in `images`
+    jpegs       {array, image}: uint8 bytes of a JPEG of each image shown; `image` is an index of `images`
     maps        {array, image, backbone, layer, variant, scale}: int8 (h, w, D), times `scale` the token map without
                 its mean over positions, in D directions that all variants and images of one backbone and layer share.
                 So cosines and mixtures of variants can be computed from it.
-    positions   {array, backbone, layer, variant}: float32 (h, w), norm of what stays at each position (G)
+    positions   {array, backbone, layer, variant}: float32 (h, w), norm of the artifact G at each position
     norms       {array, backbone, layer, variant, edges}: int64 counts of token norms between float64 `edges`
 """
 
@@ -44,7 +44,7 @@ class Report(Findings):
     """Hold the findings of :func:`dvt.analysis.analyze`; write them to a folder and read them back."""
 
     def to_json(self, data_sha256: str | None = None) -> dict[str, Any]:
-        """Return everything but the arrays, ready for JSON; with the hash of their file, where there is one."""
+        """Return everything but the arrays, ready for JSON, with the hash of the arrays' file if it is given."""
         return {
             "schema": REPORT_SCHEMA,
             "version": dvt.__version__,
@@ -58,7 +58,7 @@ class Report(Findings):
         }
 
     def save(self, folder: str | Path) -> Path:
-        """Write the folder that the module describes; files of the same names are replaced, each at once.
+        """Write the folder that the module's documentation describes; each existing file is replaced atomically.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -72,7 +72,7 @@ class Report(Findings):
             "table.txt": self.to_text() + "\n",
             "table.md": self.to_markdown(),
             "table.csv": self.to_csv(),
-            # The last one: before it has its name, the numbers there do not go with the arrays, and load says so.
+            # Written last: it holds the hash of data.npz, so load refuses a report that was interrupted before.
             "report.json": json.dumps(self.to_json(sha256(data.getvalue()).hexdigest()), indent=1, allow_nan=False)
             + "\n",
         }
@@ -88,10 +88,10 @@ class Report(Findings):
 
     @classmethod
     def load(cls, folder: str | Path) -> Report:
-        """Read a folder back.
+        """Read a report from a folder.
 
         Raises:
-            ConfigError: it is not a report of this schema, or damaged.
+            ConfigError: the folder holds no report of this schema, or a damaged one.
         """
         folder = Path(folder)
         try:
@@ -104,7 +104,7 @@ class Report(Findings):
             content = typed(ReportContent, content)
             rows = [typed(Row, row) for row in content["rows"]]
             if unknown := {row.metric for row in rows} - METRICS.keys():
-                raise ConfigError(f"the report has rows of {sorted(unknown)[:3]}, which are no metrics of this version")
+                raise ConfigError(f"the report has rows of unknown metrics: {sorted(unknown)[:3]}")
             names = {entry["array"] for entries in content["index"].values() for entry in entries}  # type: ignore[attr-defined]
             arrays = read_arrays(folder / "data.npz", names, content.get("data_sha256"))
             kept = {name: content[name] for name in ("images", "backbones", "seconds", "config", "index")}
@@ -115,6 +115,6 @@ class Report(Findings):
             ) from error
         except Exception as error:  # a zip or a JSON file can be damaged in nearly any way
             raise ConfigError(
-                f"{str(folder)!r} is not a report that can be read ({type(error).__name__}: {error}); "
+                f"{str(folder)!r} is not a readable report ({type(error).__name__}: {error}); "
                 "make it with `dvt analyze IMAGES... --out DIR`"
             ) from error

@@ -1,4 +1,4 @@
-"""Read a report's files with suspicion: types, sizes and ranges before memory."""
+"""Read a report's files, which are not trusted: check types, sizes and ranges before allocating memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from dvt.errors import ConfigError
 
 MAX_BYTES = 512 << 20
-"""The most bytes of arrays that a report is read with; `dvt analyze` writes some 10 MB."""
+"""The largest size in bytes of a report's arrays that is read; `dvt analyze` writes about 10 MB."""
 
 
 class ReportAbout(TypedDict):
@@ -84,13 +84,13 @@ def read_arrays(path: Path, names: set[str], sha256: str | None) -> dict[str, np
     """Read the arrays of an .npz file that a report names.
 
     Args:
-        path: of the file.
-        names: of the arrays; others are not read.
-        sha256: of the file, where the report states it.
+        path: path of the file.
+        names: names of the arrays to read.
+        sha256: hash of the file, if the report has it.
 
     Raises:
-        ConfigError: an array is missing, the arrays announce more than they hold or than :data:`MAX_BYTES`, or the file
-            belongs to another report.
+        ConfigError: an array is missing, declares more bytes than it holds, all are larger than :data:`MAX_BYTES`, or
+            the file belongs to another report.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -104,7 +104,7 @@ def read_arrays(path: Path, names: set[str], sha256: str | None) -> dict[str, np
             raise ConfigError(f"{path.name} misses {missing[:3]}")
         chosen = {name: members[f"{name}.npy"] for name in sorted(names)}
         if (total := sum(each.file_size for each in chosen.values())) > MAX_BYTES:
-            raise ConfigError(f"{path.name} announces {total} bytes of arrays; at most {MAX_BYTES} are read")
+            raise ConfigError(f"{path.name} declares {total} bytes of arrays; at most {MAX_BYTES} are read")
         return {name: _array(archive, member) for name, member in chosen.items()}
 
 
@@ -116,5 +116,5 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
         room = member.file_size - file.tell()
         wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
         if dtype.hasobject or fortran or wanted != room:
-            raise ConfigError(f"the array {member.filename!r} announces {wanted} bytes of {dtype} and holds {room}")
+            raise ConfigError(f"the array {member.filename!r} declares {wanted} bytes of {dtype} and holds {room}")
         return np.frombuffer(file.read(), dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Settings of a denoiser and of its training, and the kinds that there are."""
+"""Define the kinds of denoisers, and hold the settings of a denoiser and of its training."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dvt.training.config import TrainingConfig
 #: "block", a transformer block with a position embedding; "conv1x1" and "conv3x3", trained baselines;
 #: "linear", removal of the directions that encode position; "subtract", removal of a stored artifact.
 DENOISER_KINDS = ("block", "conv1x1", "conv3x3", "linear", "subtract")
-#: Remedies of norm outliers: "defect", removal of one direction from the tokens that lie far along it, all others stay
-#: as they are; "registers", test-time registers, which act inside the model and not on its tokens.
+#: Remedies of norm outliers: "defect", removal of one direction from the tokens that lie far along it (others do not
+#: change); "registers", test-time registers, which act inside the model and not on its tokens.
 OUTLIER_KINDS = ("defect", "registers")
 INSIDE = ("registers",)
 
-#: Channels of an attention head where the number of heads is not given (Denoising ViT, stage 2).
+#: Channels of an attention head if the number of heads is not given (Denoising ViT, stage 2).
 HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Describe what a denoiser is made of.
+    """Hold the architecture of a denoiser.
 
     Args:
         kind: one of :data:`DENOISER_KINDS` or :data:`OUTLIER_KINDS`.
@@ -31,10 +31,10 @@ class DenoiserConfig:
         num_heads: attention heads of a block; None means C / 64, at least 1, lowered until it divides C.
         depth: number of blocks.
         mlp_ratio: hidden size of a block's MLP over C.
-        position: whether a block has a position embedding.
-        use_prefix: whether a block also attends to the prefix tokens, which then must be given.
-        rank: number of directions that "linear" can remove, or of neurons that "registers" takes over.
-        strength: the strength that the denoiser starts with, in [0, 1].
+        position: give a block a position embedding.
+        use_prefix: let a block also attend to the prefix tokens, which then must be given.
+        rank: number of directions that "linear" can remove, or of neurons that "registers" moves.
+        strength: initial strength of the denoiser, in [0, 1].
 
     Raises:
         ConfigError: a setting is outside its range.
@@ -70,16 +70,16 @@ class DenoiserConfig:
 
     @property
     def heads(self) -> int:
-        """Count the attention heads of a block."""
+        """The number of attention heads of a block."""
         if self.num_heads is not None:
             return self.num_heads
         return next(n for n in range(max(1, self.feature_dim // HEAD_DIM), 0, -1) if self.feature_dim % n == 0)
 
 
 def check_strength(value: float) -> None:
-    """Raise ConfigError unless a strength lies in [0, 1]."""
+    """Check that a strength lies in [0, 1]; else raise ConfigError."""
     if not 0 <= value <= 1:
-        raise ConfigError(f"strength must lie in [0, 1], from the raw tokens to the denoised ones, got {value}")
+        raise ConfigError(f"strength must lie between 0 (raw tokens) and 1 (denoised tokens), got {value}")
 
 
 _DENOISER_LOOP = TrainingConfig(
@@ -89,17 +89,17 @@ _DENOISER_LOOP = TrainingConfig(
 
 @dataclass(frozen=True)
 class DenoiserTraining:
-    """Say how a denoiser is made from a store of `dvt denoise`.
+    """Hold the settings for making a denoiser from a store of `dvt denoise`.
 
     Args:
         kind: "block", "conv1x1" or "conv3x3", which are trained; "linear" or "subtract", which are fitted in
-            closed form and use only `validation` and `target` of what follows.
-        depth: transformer blocks.
+            closed form and use only `validation` and `target` of the settings below.
+        depth: number of transformer blocks.
         heads: attention heads of a block; None for C / 64.
-        position: whether a block has a position embedding.
-        use_prefix: whether a block attends to the class token and the registers.
-        target: the term of the store to give back from "raw".
-        validation: share of the images that is held out, in (0, 1); at least one image, and at most 256.
+        position: give a block a position embedding.
+        use_prefix: let a block attend to the class token and the registers.
+        target: the term of the store that the denoiser learns to compute from "raw".
+        validation: share of the images to hold out, in (0, 1); at least one image and at most 256 are held out.
         loop: steps, batch size, learning rate and the rest of the training loop; its averaged weights are the result.
 
     Raises:
@@ -123,7 +123,7 @@ class DenoiserTraining:
             raise ConfigError(f"validation is a share of the images in (0, 1), got {self.validation}")
 
     def denoiser(self, feature_dim: int, grid: tuple[int, int]) -> DenoiserConfig:
-        """Describe the denoiser for tokens of C channels on a grid (h, w)."""
+        """Make the architecture of a denoiser for tokens of C channels on a grid (h, w)."""
         return DenoiserConfig(
             self.kind,
             feature_dim,

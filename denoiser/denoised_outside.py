@@ -1,4 +1,4 @@
-"""Models of other libraries than timm with a denoiser inside: what their methods do before and after their own."""
+"""Put a denoiser inside models of other libraries than timm, by classes that extend their methods."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class _WholeMap(nn.Module):
 
 
 class DenoisedTransformers(_WholeMap):
-    """Change an encoder of transformers to answer denoised tokens; those that pool patches pool the denoised ones."""
+    """Change an encoder of transformers to return denoised tokens, and to pool them if it pools patches."""
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        """Answer as transformers', with `last_hidden_state` (or the last feature map) denoised."""
+        """Return the encoder's output, with `last_hidden_state` (or the last feature map) denoised."""
         base = cast(Any, super())
         given = dict(zip(signature(base.forward).parameters, args)) | options  # noqa: B905 (most calls give some)
         images = given.get("pixel_values")
@@ -75,7 +75,7 @@ class DenoisedTransformers(_WholeMap):
         shapes = given.get("spatial_shapes")
         if shapes is None:
             return self._clean(tokens, self._grid(given["pixel_values"]))
-        rows = []  # SigLIP 2: each image has a grid of its own, and padding behind it
+        rows = []  # SigLIP 2: each image has its own grid, followed by padding
         for one, (height, width) in zip(tokens, shapes.tolist(), strict=True):
             count = height * width
             clean = self._clean(one[None, :count], (height, width))
@@ -85,12 +85,12 @@ class DenoisedTransformers(_WholeMap):
     def _pooled(self, tokens: Tensor, raw: Tensor, given: dict[str, Any]) -> Tensor:
         pool = getattr(self, "head", None) or getattr(self, "pooler", None)
         if not isinstance(pool, nn.Module):
-            return raw  # of the class token
+            return raw  # it is the class token, which does not change
         mask = given.get("pixel_attention_mask", given.get("attention_mask"))
         return pool(tokens, mask) if "spatial_shapes" in given else pool(tokens)
 
     def _maps(self, maps: tuple[Tensor, ...], images: Tensor) -> tuple[Tensor, ...]:
-        """Denoise the last of the feature maps of transformers' backbones, if it is of the last block."""
+        """Denoise the last feature map of a transformers backbone, if it comes from the last block."""
         me = cast(Any, self)
         if me.out_features[-1] != me.stage_names[-1]:
             return maps
@@ -101,17 +101,17 @@ class DenoisedTransformers(_WholeMap):
 
 
 class DenoisedHub(_WholeMap):
-    """Change a model of the DINOv2 or DINOv3 repository to answer denoised final tokens."""
+    """Change a model of the DINOv2 or DINOv3 repository to return denoised final tokens."""
 
     def forward_features(self, x: Any, *args: Any, **options: Any) -> Any:
-        """Answer as its own, with `x_norm_patchtokens` denoised."""
+        """Return the model's output, with `x_norm_patchtokens` denoised."""
         out = cast(Any, super()).forward_features(x, *args, **options)
         if isinstance(out, list):
             return [self._features(one, images) for one, images in zip(out, x, strict=True)]
         return self._features(out, x)
 
     def get_intermediate_layers(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Answer as its own, with the last block's tokens, after the norm, denoised."""
+        """Return the model's output, with the last block's normalised tokens denoised."""
         base = cast(Any, super())
         names = list(signature(base.get_intermediate_layers).parameters)[1:]
         asked = dict(zip(names, args)) | options  # noqa: B905 (most calls give only some)
@@ -138,10 +138,10 @@ class DenoisedHub(_WholeMap):
 
 
 class DenoisedOpenClip(_WholeMap):
-    """Change a visual tower of open_clip to pool and give denoised tokens."""
+    """Change a visual tower of open_clip to pool and return denoised tokens."""
 
     def _pool(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Answer as its own, of denoised tokens."""
+        """Return the tower's pooled output and tokens, both from denoised tokens."""
         me = cast(Any, self)
         if me.final_ln_after_pool:
             pooled, tokens = me._global_pool(self._clean(x, me.grid_size))
@@ -149,7 +149,7 @@ class DenoisedOpenClip(_WholeMap):
         return me._global_pool(self._clean(me.ln_post(x), me.grid_size))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Answer as its own, with the last block's tokens, after the norm, denoised."""
+        """Return the tower's output, with the last block's normalised tokens denoised."""
         base, me = cast(Any, super()), cast(Any, self)
         asked = dict(zip(list(signature(base.forward_intermediates).parameters)[1:], args)) | options  # noqa: B905
         given = base.forward_intermediates(x, **(asked | {"output_extra_tokens": True}))
@@ -168,12 +168,12 @@ class DenoisedOpenClip(_WholeMap):
 
 
 class DenoisedTorchvisionNorm(_WholeMap):
-    """Change the final norm of a torchvision ViT, which takes images of one size, to give denoised tokens."""
+    """Change the final norm of a torchvision ViT, which takes images of one size, to return denoised tokens."""
 
     denoised_grid: Size
 
     def forward(self, input: Tensor) -> Tensor:
-        """Answer as its own, denoised."""
+        """Return the norm's output, denoised."""
         return self._clean(cast(Any, super()).forward(input), self.denoised_grid)
 
 
@@ -186,17 +186,17 @@ MIXINS: dict[str, type[_WholeMap]] = {
 
 
 def with_denoiser_outside(model: nn.Module, found: Outside, denoiser: PretrainedDenoiser) -> nn.Module:
-    """Copy a model of another library, sharing its weights, with a denoiser of its final tokens.
+    """Copy a model of another library, with shared weights, and put a denoiser of its final tokens into the copy.
 
     Raises:
-        BackboneError: it has a denoiser already, or the denoiser cannot act there.
+        BackboneError: the model already has a denoiser, or the denoiser does not fit there.
     """
     if any(isinstance(module, (_WholeMap, PretrainedDenoiser)) for module in model.modules()):
         raise BackboneError(f"this {type(model).__name__} has a denoiser already; attach the other one to the model")
     _check_maps(found, denoiser)
     clean = shared_tree(model)
     place = clean.get_submodule(found.path)
-    if hasattr(getattr(place, "embeddings", None), "random_masking"):  # all patches, in their order
+    if hasattr(getattr(place, "embeddings", None), "random_masking"):  # let the model see all patches, in order
         place.embeddings = unmasked(place).embeddings
     if found.library == "torchvision":
         place = place.encoder.ln
@@ -210,15 +210,15 @@ def with_denoiser_outside(model: nn.Module, found: Outside, denoiser: Pretrained
 
 
 def _check_maps(found: Outside, denoiser: PretrainedDenoiser) -> None:
-    """Refuse transformers' backbones whose feature maps are not the tokens that a denoiser knows."""
+    """Refuse transformers backbones whose feature maps are not the tokens that a denoiser takes."""
     config = getattr(found.encoder, "config", None)
     if not hasattr(found.encoder, "out_features"):
         return
     name = type(found.encoder).__name__
     if not getattr(config, "apply_layernorm", False):
         raise BackboneError(
-            f"the feature maps of this {name} lie before the final norm, where the denoiser knows nothing: make it "
-            "with apply_layernorm=True"
+            f"the feature maps of this {name} come before the final norm, but the denoiser takes tokens after it: "
+            "create the model with apply_layernorm=True"
         )
     if denoiser.config.use_prefix:
         raise BackboneError(

@@ -1,4 +1,4 @@
-"""Feature maps of a timm model, with or without a denoiser inside, as segmentation and detection heads take them."""
+"""Compute feature maps of a timm model, with or without a denoiser, in the form of segmentation and detection heads."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dvt.upsampling import upsample
 
 
 class FeatureMaps(nn.Module):
-    """Give a list of feature maps (B, C, h, w), like timm's ``features_only`` models.
+    """Compute a list of feature maps (B, C, h, w), like timm's ``features_only`` models.
 
     Args:
         model: a module made by :meth:`dvt.denoiser.Denoiser.attach`, or a timm model.
         indices: blocks, as ``forward_intermediates`` takes them.
-        norm: whether the maps go through the final norm; what a denoiser at layer -1 denoises does.
-        upsample: cells a patch and side; the finer maps' edges follow those of the images (:func:`dvt.upsample`).
+        norm: apply the final norm to the maps, as a denoiser at layer -1 needs.
+        upsample: upsampling factor per side; the finer maps' edges follow those of the images (:func:`dvt.upsample`).
 
     Attributes:
-        feature_info: with ``channels()``, ``reduction()`` and ``module_name()``, one value a map.
+        feature_info: a list with ``channels()``, ``reduction()`` and ``module_name()``, one value per map.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FeatureMaps(nn.Module):
 
 
 class FeatureInfo(list):
-    """Answer what segmentation and detection heads ask about the maps of a backbone, in timm's words."""
+    """Describe the maps of a backbone for segmentation and detection heads, with the interface of timm's class."""
 
     def channels(self) -> list[int]:
         """List C, the channels of each map."""

@@ -2,9 +2,9 @@
 
 A denoiser of kind "linear" or "conv1x1" is one affine map x -> M x + c of each patch token, so it merges with a linear
 layer just behind or just before it at no cost: :func:`fold_into` and :func:`fold_after`. It does not commute with
-the LayerNorm that ends most backbones, nor with a residual sum, whose skip branch later blocks read as well:
-:func:`fold` makes the norm's affine part a whole matrix instead. That costs C^2 multiplications a patch, where a
-block costs 12 C^2 and an attached "linear" denoiser only 2 C rank: it saves the wrapper, not time.
+the LayerNorm at the end of most backbones, nor with a residual sum, whose skip branch later blocks read as well: there
+:func:`fold` makes the norm's affine part a whole matrix instead. That costs C^2 multiplications per patch, compared
+with 12 C^2 of a block and 2 C rank of an attached "linear" denoiser: it saves the wrapper, not time.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def affine(denoiser: Denoiser) -> tuple[Tensor, Tensor]:
-    """Find M (C, C) and c (C,), float64, such that the denoiser, at its strength, is x -> M x + c.
+    """Compute M (C, C) and c (C,), float64, such that the denoiser, at its strength, is x -> M x + c.
 
     Raises:
-        ConfigError: the denoiser is not of the same affine map at each position.
+        ConfigError: the denoiser is not the same affine map at each position.
     """
     body, kind = denoiser.body, denoiser.config.kind
     identity = torch.eye(
@@ -50,11 +50,12 @@ def fold_into(denoiser: Denoiser, layer: L) -> L:
     """Copy a layer that reads patch tokens, such that copy(x) = layer(denoiser(x)) for raw tokens x.
 
     Args:
-        denoiser: of kind "linear" or "conv1x1".
+        denoiser: a denoiser of kind "linear" or "conv1x1".
         layer: a Linear or a 1 x 1 convolution of C inputs: a probe, a head, a projection.
 
     Raises:
-        ConfigError: the denoiser is not affine. ShapeError: the layer does not read C channels one position a time.
+        ConfigError: the denoiser is not affine.
+        ShapeError: the layer does not read C channels of one position at a time.
     """
     matrix, offset = affine(denoiser)
     weight = _matrix(layer)
@@ -67,11 +68,12 @@ def fold_after(denoiser: Denoiser, layer: L) -> L:
     """Copy a layer that makes patch tokens, such that copy(h) = denoiser(layer(h)).
 
     Args:
-        denoiser: of kind "linear" or "conv1x1".
+        denoiser: a denoiser of kind "linear" or "conv1x1".
         layer: the backbone's last operation, a Linear or a 1 x 1 convolution of C outputs (a neck, a projection).
 
     Raises:
-        ConfigError: the denoiser is not affine. ShapeError: the layer does not give C channels.
+        ConfigError: the denoiser is not affine.
+        ShapeError: the layer does not give C channels.
     """
     matrix, offset = affine(denoiser)
     weight = _matrix(layer)
@@ -81,10 +83,10 @@ def fold_after(denoiser: Denoiser, layer: L) -> L:
 
 
 def fold(denoiser: Denoiser, model: M, force: bool = False) -> M:
-    """Copy a backbone so that its final LayerNorm gives denoised patch tokens; its prefix tokens stay as they are.
+    """Copy a backbone so that its final LayerNorm gives denoised patch tokens; prefix tokens do not change.
 
     Args:
-        denoiser: of kind "linear" or "conv1x1", for the last layer.
+        denoiser: a denoiser of kind "linear" or "conv1x1", for the last layer.
         model: a timm model, or a :class:`~dvt.backbones.Backbone` of the last layer.
         force: fold a denoiser whose card names another backbone, layer or weights.
 
@@ -98,7 +100,7 @@ def fold(denoiser: Denoiser, model: M, force: bool = False) -> M:
         if model.layer != -1:
             raise BackboneError(f"a denoiser folds into the final norm, but this backbone reads layer {model.layer}")
     folded = copy.deepcopy(model)
-    folded.__dict__.pop("weights_sha256", None)  # these are other weights
+    folded.__dict__.pop("weights_sha256", None)  # the copy gets other weights, so another hash
     core: Any = families.core(folded.model if isinstance(folded, Backbone) else folded)
     norm = getattr(core, "norm", None)
     if not isinstance(norm, nn.LayerNorm) or norm.normalized_shape != (denoiser.feature_dim,):
@@ -146,7 +148,7 @@ def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 def _replaced(layer: L, weight: Tensor, bias: Tensor) -> L:
-    """Copy a layer with other values and, always, a bias."""
+    """Copy a layer with other values; the copy always has a bias."""
     new = copy.deepcopy(layer)
     new.weight = nn.Parameter(weight.reshape(layer.weight.shape).to(layer.weight), layer.weight.requires_grad)
     new.bias = nn.Parameter(bias.to(layer.weight), layer.weight.requires_grad)

@@ -34,11 +34,11 @@ class Denoiser(PretrainedDenoiser):
 
     Args:
         config: its architecture.
-        generator: where the initial weights come from; None is torch's global generator.
+        generator: draws the initial weights; None is torch's global generator.
 
     Attributes:
         config: as given.
-        card: where it comes from: backbone, layer, stride, weights_sha256, feature_dim, data, metrics; saved with it.
+        card: the denoiser's origin, saved with it: backbone, layer, stride, weights_sha256, feature_dim, data, metrics.
 
     >>> denoiser = Denoiser(DenoiserConfig("block", 64, grid=(14, 14)))
     >>> denoiser(torch.rand(2, 9, 12, 64)).shape
@@ -61,11 +61,11 @@ class Denoiser(PretrainedDenoiser):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """List what its output depends on, as plain JSON values: hash of the weights, settings and strength."""
+        """All that the output depends on, as plain JSON values: hash of the weights, settings and strength."""
         return {"weights_sha256": weights_sha256(self), **asdict(replace(self.config, strength=self.strength))}
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Compute raw + strength (denoised - raw).
+        """Denoise patch tokens: compute raw + strength (denoised - raw).
 
         Args:
             patches: (B, h, w, C) raw tokens of any grid and floating point dtype.
@@ -86,7 +86,7 @@ class Denoiser(PretrainedDenoiser):
         if self.strength == 0:
             return patches
         if self.config.kind in INSIDE:
-            return self.body(patches)  # which says where it belongs
+            return self.body(patches)  # raises an error that says how to install it
         dtype = next(t.dtype for t in (*self.parameters(), *self.buffers()))
         denoised = self.body(patches.to(dtype), self._prefix(patches, prefix)).to(patches.dtype)
         return denoised if self.strength == 1 else patches + self.strength * (denoised - patches)
@@ -98,7 +98,7 @@ class Denoiser(PretrainedDenoiser):
     def attach(self, model: M, layer: int = -1, force: bool = False) -> M: ...
 
     def attach(self, model: nn.Module, layer: int = -1, force: bool = False) -> nn.Module:
-        """Put this denoiser inside a timm model, or that of a backbone: see :func:`dvt.denoiser.attach.attach`."""
+        """Put this denoiser inside a timm model or a backbone's model; see :func:`dvt.denoiser.attach.attach`."""
         return attach(self, model, layer, force)
 
     def _prefix(self, patches: Tensor, prefix: Tensor | None) -> Tensor | None:
@@ -116,7 +116,7 @@ class Denoiser(PretrainedDenoiser):
 class Blocks(nn.Module):
     """Run transformer blocks, with a learned position embedding at their input (Denoising ViT, stage 2).
 
-    Reading a grid other than its own resamples the embedding (bicubic, as timm does for its models).
+    For a grid other than `config.grid`, the embedding is resampled (bicubic, as timm does for its models).
     """
 
     def __init__(self, config: DenoiserConfig) -> None:
@@ -130,7 +130,7 @@ class Blocks(nn.Module):
         )
 
     def reset(self, generator: torch.Generator | None = None) -> None:
-        """Draw small random matrices: what the blocks add to their input starts small."""
+        """Draw small random matrices, so that the blocks add little to their input at first."""
         for name, value in self.named_parameters():
             if value.ndim > 1:
                 nn.init.trunc_normal_(value, std=INITIAL_STD, generator=generator)

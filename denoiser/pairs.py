@@ -1,4 +1,4 @@
-"""Raw and target tokens of a feature store: read, divided into two sides, and put together into batches."""
+"""Read raw and target tokens of a feature store, split them into training and validation, and make batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ MOST_VALIDATED = 256  # images; a validation must stay short beside the training
 
 
 class Pairs:
-    """Read raw and target tokens of the images of a store, when they are asked for.
+    """Read raw and target tokens of a store's images, one image when it is indexed.
 
     Args:
         store: with the terms "raw" and `target`.
         target: the term to learn.
-        prefix: read the prefix tokens too.
+        prefix: read the prefix tokens, too.
 
     Raises:
         StoreError: the store lacks a term or prefix tokens.
@@ -76,7 +76,7 @@ class Pairs:
         self._checked.add(i)
 
     def in_memory(self) -> InMemory:
-        """Read all of it once into memory: to compare speeds, or for many short runs."""
+        """Read all pairs into memory, to compare speeds or for many short runs."""
         return InMemory([self[i] for i in range(len(self))], self.grids, self.sha256s)
 
 
@@ -96,12 +96,12 @@ class InMemory:
 
 
 def split(sha256s: Sequence[str], share: float = 0.1, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Divide images into those for training and for validation; a file under several paths is on one side.
+    """Split images into training and validation; copies of one file are in the same part.
 
     Args:
-        sha256s: of each image's file.
-        share: to hold out; at least one file, and at most 256.
-        seed: another seed holds out others.
+        sha256s: the hash of each image's file.
+        share: the share of different files to hold out; at least one file and at most 256 are held out.
+        seed: seed of the choice.
 
     Raises:
         StoreError: there are fewer than two different images.
@@ -119,17 +119,16 @@ def split(sha256s: Sequence[str], share: float = 0.1, seed: int = 0) -> tuple[li
 
 
 def pair_batches(pairs: Pairs | InMemory, images: Sequence[int], batch_size: int, steps: int, seed: int = 0) -> Batches:
-    """Plan the batches of a run, each of one grid; a grid is drawn in proportion to its images.
+    """Plan the batches of a run, each of one grid shape, drawn in proportion to its number of images.
 
-    The images of a grid come in permutations, one after the other; where they are fewer than a batch, they come more
-    than once in it.
+    The images of a grid shape are permuted anew in each epoch; if they are fewer than a batch, a batch repeats them.
 
     Args:
-        pairs: what to read from.
-        images: which of them.
-        batch_size: of the global batch.
-        steps: of the run.
-        seed: of the order.
+        pairs: the tokens to read.
+        images: indices of the images to use.
+        batch_size: size of the global batch.
+        steps: number of steps of the run.
+        seed: seed of the order.
 
     Returns:
         A pure function (step, rank, world) for :func:`dvt.training.train`.

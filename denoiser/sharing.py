@@ -1,4 +1,4 @@
-"""Denoisers as files: one self-contained .safetensors, a folder with a model card, or a repository of the hub."""
+"""Save, load and publish denoisers: as one .safetensors file, a folder with a model card, or a hub repository."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ D = TypeVar("D", bound="PretrainedDenoiser")
 class PretrainedDenoiser(nn.Module, ModelHubMixin):
     """Save, load and publish a denoiser; its file holds the config and the card beside the weights.
 
-    This is the base of :class:`~dvt.denoiser.model.Denoiser`, and all of it that attaching takes.
+    This is the base class of :class:`~dvt.denoiser.model.Denoiser`, and all that attaching needs of it.
     """
 
     config: DenoiserConfig
@@ -56,7 +56,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
     @property
     def strength(self) -> float:
-        """The share of the change that is made, in [0, 1]: 0 returns the input bit for bit, 1 the denoised tokens."""
+        """The share of the change to apply, in [0, 1]: 0 returns the input bit for bit, 1 the denoised tokens."""
         return self._strength
 
     @strength.setter
@@ -70,15 +70,15 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
         raise NotImplementedError
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """Write the denoiser to one file, when the name ends in .safetensors, or else to a folder.
+        """Write the denoiser to one file if the name ends in .safetensors, otherwise to a folder.
 
         Args:
-            save_directory: a file, which holds everything; or a folder, which gets model.safetensors (the same file),
-                config.json and, unless it has one, README.md, a model card.
-            options: those of :meth:`huggingface_hub.ModelHubMixin.save_pretrained`, for a folder only.
+            save_directory: a file, which holds everything; or a folder, for model.safetensors (the same file),
+                config.json and, unless it has one, a model card README.md.
+            options: options of :meth:`huggingface_hub.ModelHubMixin.save_pretrained`, for a folder only.
 
         Raises:
-            ConfigError: the card holds something that JSON cannot.
+            ConfigError: the card holds a value that JSON cannot represent.
         """
         path = Path(save_directory)
         if path.suffix != ".safetensors":
@@ -99,13 +99,13 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
         Args:
             pretrained_model_name_or_path: a .safetensors file or a folder written by :meth:`save_pretrained`; a .pth
                 file as the authors of Denoising ViT publish them; or a repository such as ``name/repository``.
-            options: how to download: revision, token, cache_dir, local_files_only, force_download.
+            options: download options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
             WeightsError: there is no such file or repository, or it does not hold a denoiser's finite weights.
         """
         source = str(pretrained_model_name_or_path)
-        if not source:  # as a path it would be the working folder
+        if not source:  # as a path, "" is the working folder
             raise WeightsError("no denoiser was named; give a .safetensors file, a folder or a repository")
         path = Path(source)
         if path.suffix in (".pth", ".pt"):
@@ -122,12 +122,12 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
         Args:
             name: the timm model that it was trained for, such as ``vit_base_patch14_dinov2.lvd142m``.
-            folder: the data that it was trained on: "voc_denoised" or "imgnet_denoised". What there is, as its
-                authors list it: :data:`dvt.denoiser.published.PUBLISHED`.
-            options: how to download: revision, token, cache_dir, local_files_only, force_download.
+            folder: the data that it was trained on: "voc_denoised" or "imgnet_denoised".
+                :data:`dvt.denoiser.published.PUBLISHED` lists all that the authors published.
+            options: download options: revision, token, cache_dir, local_files_only, force_download.
 
         Raises:
-            WeightsError: it cannot be downloaded, or is a whole distilled backbone and no denoiser.
+            WeightsError: it cannot be downloaded, or is a whole distilled backbone instead of a denoiser.
         """
         if folder.endswith("_distilled"):
             raise WeightsError(DISTILLED_HELP.format(name=name, folder=folder))
@@ -138,13 +138,13 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
     @classmethod
     def _build(cls: type[D], config: Mapping[str, Any], card: Mapping[str, Any], state: State, source: str) -> D:
-        """Make the denoiser of a config as read from JSON, a card and weights by its own names."""
+        """Make a denoiser from a config as read from JSON, a card, and weights by name."""
         try:
             settings = typed(DenoiserConfig, config)
-            inside = settings.kind in INSIDE  # these hold indices, however wide the tokens are
+            inside = settings.kind in INSIDE  # these hold indices, so their size says nothing of the tokens' width
             if not inside and max(settings.feature_dim, settings.depth) > sum(v.nbytes for v in state.values()):
-                raise ConfigError("the file is too small for it")  # even the plan could take for ever
-            check_state(cls._plan(settings), state, source)  # before its memory is taken
+                raise ConfigError("the file is too small for it")  # even on "meta", building could take hours
+            check_state(cls._plan(settings), state, source)  # before memory is allocated
         except WeightsError:
             raise
         except (TypeError, ValueError, ArithmeticError, RuntimeError, AssertionError) as error:
@@ -153,7 +153,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
                 f"{source} describes a denoiser that this version of dvt cannot make: {error}; a description holds "
                 f"{known}. Was the file written by a newer dvt, or edited?"
             ) from error
-        denoiser = cls(settings, torch.Generator()).eval()  # its initial weights are replaced
+        denoiser = cls(settings, torch.Generator()).eval()  # load_state replaces these initial weights
         load_state(denoiser, state, source)
         denoiser.card = _checked_card(card, source)
         return denoiser
@@ -169,7 +169,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
             force: accept everything but another feature size.
 
         Raises:
-            BackboneError: they differ; the message says in what.
+            BackboneError: the backbone differs; the message lists the differences.
         """
         own = self.config.feature_dim
         if backbone.feature_dim != own:
@@ -181,7 +181,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
         if differences and not force:
             raise BackboneError(
                 f"this denoiser was made for another backbone: {'; '.join(differences)}. Use the backbone that it was "
-                "made for, train one for this backbone, or force it (force=True) where you know that they agree"
+                "made for, train one for this backbone, or pass force=True if you know that they agree"
             )
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
@@ -227,7 +227,7 @@ Settings: `{settings}`
 
 
 def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
-    """List what a card says of the backbone that this one is not, each as a phrase."""
+    """List the differences between a card's backbone and this one, each as a phrase."""
     hashed = card.get("weights_sha256")
     same = hashed is not None and hashed == backbone.weights_sha256
     stated = {
@@ -240,7 +240,7 @@ def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:
 
 
 class _Card(TypedDict, total=False):
-    """Type the entries of a card that dvt reads; others are anybody's."""
+    """Type the entries of a card that dvt reads; a card may have any others."""
 
     backbone: str
     layer: int
@@ -273,9 +273,9 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _save(denoiser: PretrainedDenoiser, path: Path) -> None:
-    """Write a denoiser whole or not at all: another name first, then a rename. Equal denoisers give equal bytes.
+    """Write a denoiser to a file, which is whole or absent. Equal denoisers give equal bytes.
 
-    There is one key in the metadata, because safetensors writes several in random order.
+    The metadata has only one key, because safetensors writes several keys in random order.
     """
     save_state(path, denoiser.state_dict(), {METADATA_KEY: _json(_description(denoiser))})
 

@@ -1,4 +1,4 @@
-"""Train a denoiser: one for all images, from the raw and the decomposed tokens of a feature store (stage two)."""
+"""Train one denoiser for all images, from the raw and the decomposed tokens of a feature store (stage two)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dvt.training import flat_settings, is_first_process, sides_digest, train
 
 log = logging.getLogger(__name__)
 
-#: Kinds that are not trained: their values follow from the tokens in closed form.
+#: Kinds that are not trained: their values are computed from the tokens in closed form.
 FITTED = ("linear", "subtract")
 
 _MOST_FITTED = 1024  # images from which means and closed forms are computed
@@ -39,26 +39,26 @@ def train_denoiser(
     progress: Progress | None = None,
     device: str | torch.device | None = None,
 ) -> tuple[Denoiser, dict[str, Any]]:
-    """Make a denoiser from a store, or continue a run that was interrupted.
+    """Train or fit a denoiser on a store, or continue an interrupted run.
 
-    Checkpoints and log.csv are in the folder `out` with ".run" in place of ".safetensors". Started by ``accelerate
-    launch`` or ``torchrun`` it uses all of their processes.
+    Checkpoints and log.csv are in a folder named like `out`, with ".run" in place of ".safetensors". With ``accelerate
+    launch`` or ``torchrun``, all of their processes take part.
 
     Args:
         store: a store of `dvt denoise`, with the terms "raw" and "semantic".
-        out: the .safetensors file to write, whole or not at all.
+        out: the .safetensors file to write; it is whole or absent.
         config: the training's settings.
         progress: called with (what, done, total).
-        device: where to train; None for a GPU if there is one. Several processes have theirs from accelerate.
+        device: where to train; None takes a GPU if there is one. With several processes, accelerate chooses.
 
     Returns:
         The denoiser, and a report ready for JSON: counts, seconds, "validation" (loss, MSE and cosine of the denoiser
-        on the held-out images), "baselines" (the same of doing nothing, of adding the mean shift, and of
-        subtracting the mean artifact of each position), and what a run has: steps, checkpoint.
+        on the held-out images), "baselines" (the same scores for the raw tokens, for subtracting one mean shift, and
+        for subtracting the mean artifact of each position), and if it was trained: steps, checkpoint.
 
     Raises:
-        StoreError: no store, an empty, damaged or mixed one, too few images, or a term that is missing.
-        NonFiniteError: the store or the loss is not finite.
+        StoreError: there is no store, it is empty, damaged or of several jobs, or it lacks images or a term.
+        NonFiniteError: a token in the store or the loss is not finite.
         ConfigError: `out` is not a .safetensors file, or its run has other settings.
     """
     config, out, started = config or DenoiserTraining(), Path(out), time.perf_counter()
@@ -94,11 +94,11 @@ def train_denoiser(
 
 
 def _say_if_faithful(store: FeatureStore) -> None:
-    """Warn of a store whose product is not the best one to learn for labelled tasks (benchmarks/README.md)."""
+    """Warn if the store's product is not the best one to learn for labelled tasks (benchmarks/README.md)."""
     if store.job.config.get("product") == "removed" and is_first_process():
         log.warning(
             "%s holds the product 'removed': a denoiser learnt from it stays closest to the backbone's own tokens; for "
-            "segmentation, grouping and matching one of `dvt denoise --product ensembled` was better",
+            "segmentation, grouping and matching, a denoiser learnt from `dvt denoise --product ensembled` was better",
             store.path,
         )
 
@@ -106,10 +106,10 @@ def _say_if_faithful(store: FeatureStore) -> None:
 def _untrained(
     pairs: Pairs | InMemory, chosen: Sequence[int], subtract: Denoiser, config: DenoiserTraining
 ) -> Denoiser:
-    """Make a denoiser as training starts: a block does what `subtract` does, by its position embedding [ours].
+    """Make the initial denoiser; a block starts as `subtract`, through its position embedding [ours].
 
-    From there 200 steps of 8 images reach a held-out loss of .028 instead of .030 at a learning rate of 1e-3, and .031
-    instead of .050 at 3e-4 (ViT-Ti, 60 photographs; subtraction has .085).
+    Compared with a start at zero, 200 steps of 8 images reach a held-out loss of .028 instead of .030 at a learning
+    rate of 1e-3, and .031 instead of .050 at 3e-4 (ViT-Ti, 60 photographs; subtraction alone has .085).
     """
     channels = pairs[chosen[0]]["raw"].shape[-1]
     denoiser = Denoiser(
@@ -162,7 +162,7 @@ def _fitted(kind: str, pairs: Pairs | InMemory, chosen: Sequence[int]) -> Denois
 
 
 def _baselines(pairs: Pairs | InMemory, held: Sequence[int], subtract: Denoiser) -> dict[str, dict[str, float]]:
-    """Score on the held-out images what needs no training: doing nothing, and two subtractions."""
+    """Score the baselines without training on the held-out images: the raw tokens, and two subtractions."""
     shift = subtract.body.artifact.mean((0, 1))
     ways: dict[str, Callable[[TrainingBatch], Tensor]] = {
         "no_op": lambda batch: batch["raw"],

@@ -12,7 +12,7 @@ import lazy_loader
 
 __version__ = "0.1.0"
 
-# The names stand in __init__.pyi. They are loaded when first used, so that `import dvt` takes no time.
+# The names are in __init__.pyi. They are loaded when first used, so that `import dvt` is fast.
 __getattr__, __dir__, _names = lazy_loader.attach_stub(__name__, __file__)
 __all__ = ["__version__", "demo_weights", *_names]
 

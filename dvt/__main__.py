@@ -1,4 +1,4 @@
-"""Start `dvt`, whatever its streams are and whenever it is stopped."""
+"""Start `dvt` and end it well, also if its streams are closed or a signal stops it early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 def main() -> NoReturn:
     """Run the command line, and end the process with its exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while libraries are imported there is nothing to end well
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing needs cleaning up while libraries are imported
     _open_streams()
     from dvt.cli import main as run
 
@@ -23,12 +23,15 @@ def main() -> NoReturn:
         if isinstance(code, str):
             sys.stderr.write(f"{code}\n")
             code = 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the result is final: a late Ctrl-C must not change the exit code
     _end(code if isinstance(code, int) else 0)
 
 
 def _open_streams() -> None:
-    """Open what the shell has closed, or the next file that is opened gets its number, and what is printed."""
+    """Open /dev/null for each standard stream that the shell closed.
+
+    Otherwise the next file that is opened would get the stream's number, and everything printed would go into it.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -38,14 +41,14 @@ def _open_streams() -> None:
 
 
 def _end(code: int) -> NoReturn:
-    """End the process; where it held a group of processes or a cluster, without the libraries' teardown.
+    """End the process, without the libraries' teardown if it was part of a process group or of a cluster.
 
-    Everything is written and synced by then, and torch and Ray abort in their teardown now and then.
+    Everything is written and synced by then, and torch and Ray sometimes abort in their teardown.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # nobody reads it any more; or the interpreter says so once again
+        except OSError:  # the reader has gone; send the rest to /dev/null, or the interpreter reports it once more
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             code = code or 1

@@ -1,4 +1,4 @@
-"""Values that come back from files, held against the types that they must have before anything is done with them."""
+"""Check the types of values that are read from files, before anything uses them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 def typed(kind: type[T], values: Any) -> T:
-    """Make a dataclass of the values that JSON gave for its fields; lists become tuples where it wants those.
+    """Make a dataclass from JSON values of its fields; a list becomes a tuple if the field is one.
 
     Args:
-        kind: a dataclass, or a TypedDict, of which a plain dict is made.
-        values: by field.
+        kind: a dataclass, or a TypedDict, for which a plain dict is made.
+        values: the values by field.
 
     Raises:
-        ConfigError: a field is unknown or missing, or of another type: booleans are no numbers, and a number is finite.
+        ConfigError: a field is unknown, missing or of another type. A boolean is not a number; numbers must be finite.
 
     >>> from dvt.denoiser.config import DenoiserConfig
     >>> typed(DenoiserConfig, {"kind": "block", "feature_dim": 64, "grid": [2, 3]}).grid
@@ -44,15 +44,15 @@ def _fields(values: Any, kind: Any, name: str) -> dict[str, Any]:
 
 
 def checked(value: Any, kind: Any, name: str) -> Any:
-    """Return a value as a type wants it.
+    """Check that a JSON value has a type, and return it, with lists converted to tuples.
 
     Args:
-        value: as JSON gave it.
+        value: the JSON value.
         kind: a plain type, a Literal, a union, a list, tuple or dict of such, a TypedDict, or Any.
-        name: what to call it.
+        name: the value's name in messages.
 
     Raises:
-        ConfigError: it is of another type.
+        ConfigError: the value has another type.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:

@@ -1,4 +1,4 @@
-"""Names that may hold anything, written so that whoever shows them obeys nothing in them."""
+"""Escape names, which may hold any characters, so that a terminal or a page shows them and does not obey them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 
 
 def visible(name: str | os.PathLike[str]) -> str:
-    r"""Write a name in one line of characters that are seen; all others as Python's escapes.
+    r"""Write a name in one line of printable characters, all others as Python's escapes.
 
-    File names are bytes on Linux: they hold line breaks, terminal commands, and letters that turn the direction.
+    File names on Linux are bytes: they may hold line breaks, terminal commands, and marks of text direction.
 
     >>> print(visible("a\x1b]0;title\x07\nb.png"))
     a\x1b]0;title\x07\nb.png
@@ -18,12 +18,12 @@ def visible(name: str | os.PathLike[str]) -> str:
 
 
 def visible_lines(text: str) -> str:
-    """Write a text of our own, in whose lines names may lie, in the same way, but for its line breaks."""
+    """Escape a text as :func:`visible` does, but keep its line breaks; for our own text with names in it."""
     return "\n".join(map(visible, text.split("\n")))
 
 
 def markdown(name: str) -> str:
-    r"""Write a name as Markdown that shows it: no heading, link, code, table cell or HTML begins in it.
+    r"""Escape a name for Markdown, so that nothing in it begins a heading, link, code, table cell or HTML.
 
     >>> print(markdown("a|b`c`<i>"))
     a\|b\`c\`\<i\>
@@ -32,4 +32,4 @@ def markdown(name: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    return repr(character)[1:-1]  # of what is not printable, Python's escape
+    return repr(character)[1:-1]  # repr escapes characters that are not printable

@@ -1,4 +1,4 @@
-"""Tokens: what a backbone returns and everything else takes."""
+"""Define Tokens, which every backbone returns and everything else takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvt.errors import ShapeError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Patch and prefix tokens of a batch of equally large images.
+    """Hold the patch and prefix tokens of a batch of equally large images.
 
     Args:
         patches: (B, h, w, C) patch tokens, channels last.
@@ -65,7 +65,7 @@ class Tokens:
         return Tokens(self.patches[part], self.prefix[part])
 
     def part(self, index: int | slice) -> slice:
-        """Return the slice of a batch that an index stands for: one image stays a batch, of one."""
+        """Convert an index of a batch to a slice, so that one image stays a batch of one."""
         if isinstance(index, slice):
             return index
         if not -len(self) <= index < len(self):
@@ -84,11 +84,11 @@ class Tokens:
 def norm_bound(norms: Tensor, sigmas: float, ratio: float = 1.0) -> Tensor:
     """Compute the norm beyond which a token is an outlier among others.
 
-    Norms of healthy features are skewed, so their logarithms count: the bound lies `sigmas` robust sigmas (1.4826
-    median absolute deviations) above their median, and at least at `ratio` times the median norm.
+    Norms of healthy features are skewed, so the bound is computed on their logarithms: `sigmas` robust sigmas (1.4826
+    median absolute deviations) above the median, and at least at `ratio` times the median norm.
 
     Args:
-        norms: of many tokens, any shape.
+        norms: norms of many tokens, any shape.
         sigmas: positive.
         ratio: 1 or more.
 
@@ -98,12 +98,12 @@ def norm_bound(norms: Tensor, sigmas: float, ratio: float = 1.0) -> Tensor:
     """
     logs = norms.clamp_min(1e-12).log()
     spread = sigmas * 1.4826 * (logs - logs.median()).abs().median()
-    # Not the exponential of the logarithm's median, which rounding may put below equal norms.
+    # The exponential of the median logarithm would be rounded, and could lie below equal norms.
     return norms.median() * spread.clamp_min(math.log(ratio)).exp()
 
 
 class TokenMap(Protocol):
-    """Map a backbone's patch tokens to others, as a denoiser does, and describe itself."""
+    """Map a backbone's patch tokens to other ones, as a denoiser does, and describe itself."""
 
     @property
     def identity(self) -> dict[str, Any]:

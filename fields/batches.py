@@ -1,4 +1,4 @@
-"""Batches of views as every closed form reads them: (tokens (V, h, w, C), coords (V, h, w, 2)), once."""
+"""Check and split the batches of views that solvers read: (tokens (V, h, w, C), coords (V, h, w, 2))."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ ViewBatch = tuple[Tensor, Tensor]
 
 
 def check_batch(tokens: Tensor, coords: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Check that a batch has the form of one, and the shape of those before it.
+    """Check that a batch is well formed and has the shape of the previous batches.
 
     Args:
-        tokens, coords: of the batch.
-        shape: (h, w, C) of the batches before it, () for the first.
+        tokens, coords: the two tensors of the batch.
+        shape: (h, w, C) of the previous batches, () for the first batch.
 
     Returns:
         (h, w, C) of this batch.
 
     Raises:
-        ShapeError: it is no pair of tensors, they do not belong together, or the shape is another one.
+        ShapeError: the two are not tensors, do not fit together, or have another shape.
     """
     if not (isinstance(tokens, Tensor) and isinstance(coords, Tensor)):
         raise ShapeError(f"views are batches of two tensors, (tokens, coords), got {type(tokens)} and {type(coords)}")
@@ -39,7 +39,10 @@ def check_batch(tokens: Tensor, coords: Tensor, shape: tuple[int, ...]) -> tuple
 
 
 def take_views(stream: Iterator[ViewBatch], views: int) -> tuple[list[ViewBatch], Iterator[ViewBatch]]:
-    """Read that many views, and keep the stream of the others; batches are split: their size changes no choice."""
+    """Read the first views of a stream, and return the stream of the others.
+
+    A batch is split if necessary, so that the batch size does not change which views are first.
+    """
     head: list[ViewBatch] = []
     missing = views
     while missing > 0 and (batch := next(stream, None)) is not None:

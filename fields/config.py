@@ -1,4 +1,4 @@
-"""Settings of stage one: which product, from which views, by which solver, and those of each solver."""
+"""Hold the settings of stage one: the product, the views, the solver, and the settings of each solver."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from dvt.views.config import ViewConfig
 Product = Literal["removed", "ensembled", "blend"]
 EncodingKind = Literal["auto", "torch", "tinycudann"]
 
-#: The views that each product is best made of, at equal forward passes (benchmarks/products.py).
+#: The views that give each product the best scores, at an equal number of forward passes (benchmarks/products.py).
 PRODUCT_VIEWS: dict[str, ViewConfig] = {
     "removed": ViewConfig(count=16, kind="shifts"),
     "ensembled": ViewConfig(count=48, scale=(0.05, 0.3)),
     "blend": ViewConfig(count=48),
 }
 
-#: Counts what changes the estimators' numbers, so that a store never mixes two of them: 2 since outliers are screened.
+#: Raised with each change of the estimators' numbers, so that no store mixes two versions; 2: outliers are screened.
 ESTIMATOR = 2
 
 
 def check_grid(levels: int, base: int, finest: int, channels: int, hash_entries: int) -> None:
-    """Raise ConfigError unless these are the sizes of a multi-resolution grid."""
+    """Check the sizes of a multi-resolution grid; raise ConfigError if they are out of range."""
     if levels < 1 or base < 2 or finest < base:
         raise ConfigError(
             f"a grid needs levels >= 1 and finest >= base >= 2, got levels {levels}, base {base}, finest {finest}"
         )
     if channels not in (1, 2, 4, 8):
-        raise ConfigError(f"a grid has 1, 2, 4 or 8 channels a level, got {channels}")
+        raise ConfigError(f"a grid has 1, 2, 4 or 8 channels per level, got {channels}")
     if hash_entries < 8 or hash_entries & (hash_entries - 1):
         raise ConfigError(f"hash_entries must be a power of two of at least 8, got {hash_entries}")
 
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """Settings of the linear solver.
+    """Hold the settings of the linear solver.
 
     Args:
         resolution: nodes of the field along the grid's shorter side; None chooses from the data.
         smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
-        ridge: gamma on the artifact, relative to the number of tokens a position.
-        robust: weigh outlier tokens down (Geman-McClure weights of their residual in a pilot fit).
+        ridge: gamma on the artifact, relative to the number of tokens per position.
+        robust: give outlier tokens less weight (Geman-McClure weights of their residual in a pilot fit).
         cutoff: residual norm at which a token's weight is a quarter, in medians.
-        residual: fit h, a ridge regression, on the raw token, of what F and G leave of outlier tokens.
-        residual_ridge: its ridge, relative to the mean variance of a channel.
-        blend: let the semantic estimate weigh F against raw - G - h by their variances; off means F alone.
-        pilot_views: views that the pilot fit looks at; they are held in memory until it is done.
-        seed: of the pilot's random projection.
+        residual: fit h, a ridge regression that predicts raw - F - G of outlier tokens from the raw token.
+        residual_ridge: the ridge of h, relative to the mean variance of a channel.
+        blend: combine F and raw - G - h in the semantic estimate, weighted by their variances; off takes F alone.
+        pilot_views: number of views that the pilot fit uses; they are held in memory until it is done.
+        seed: seed of the pilot's random projection.
     """
 
     resolution: int | None = None
@@ -65,9 +65,9 @@ class LinearConfig:
 
     def __post_init__(self) -> None:
         if self.resolution is not None and not 2 <= self.resolution <= 1024:
-            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be left out to be chosen")
+            raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be None to be chosen")
         if self.smoothness is not None and not self.smoothness > 0:
-            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or be left out to be chosen")
+            raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or None to be chosen")
         if self.ridge < 0 or self.residual_ridge < 0:
             raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
         if not self.cutoff > 0 or self.pilot_views < 2:
@@ -76,27 +76,28 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class NeuralConfig:
-    """Settings of the neural solver; the defaults are the paper's.
+    """Hold the settings of the neural solver; the defaults are the paper's.
 
     Args:
-        levels: grids of the field's encoding.
+        levels: number of grids in the field's encoding.
         base: nodes along a side of the coarsest grid.
         finest: nodes along a side of the finest grid.
-        channels: values a node and level; 1, 2, 4 or 8.
-        hash_entries: most nodes that a level stores, a power of two.
+        channels: values per node and level; 1, 2, 4 or 8.
+        hash_entries: the largest number of nodes that a level stores, a power of two.
         steps: gradient steps; the artifact is frozen and the residual starts after half of them.
         tokens_per_step: tokens drawn for each step, with replacement.
         lr: Adam's learning rate after the warm-up, per standard deviation of the tokens.
-        final_lr: learning rate of the last step; a cosine leads to it.
+        final_lr: learning rate of the last step, reached along a cosine.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
-        weight_decay: times each parameter, added to its gradient (Adam's L2, not AdamW's), as in the paper's code.
+        weight_decay: factor of each parameter that is added to its gradient (Adam's L2, not AdamW), as in the paper's
+            code.
         warmup: share of the steps over which the learning rate rises linearly from 0.
         residual_weight: weight of the residual predictor's squared error.
         sparsity: weight of the residual's mean absolute value.
-        residual: whether there is a residual term.
-        seed: of the initial values and of the drawn tokens.
-        encoding: "torch", "tinycudann", or "auto": tinycudann where it is installed and there is a GPU.
+        residual: fit a residual term.
+        seed: seed of the initial values and of the drawn tokens.
+        encoding: "torch", "tinycudann", or "auto", which takes tinycudann if it is installed and there is a GPU.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -141,7 +142,7 @@ class NeuralConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
 
     def learning_rate(self, step: int) -> float:
-        """Compute the rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
+        """Compute the learning rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
 
         >>> config = NeuralConfig(steps=101, warmup=0.0)
         >>> round(config.learning_rate(0), 4), round(config.learning_rate(50), 4), round(config.learning_rate(100), 4)
@@ -156,17 +157,18 @@ class NeuralConfig:
 
 @dataclass(frozen=True)
 class ShiftConfig:
-    """Settings of the two-way solver.
+    """Hold the settings of the two-way solver.
 
     Args:
-        ridge: on the artifact, relative to the mean diagonal of its equations.
-        alarm: the rate of false alarms of the test for an artifact: the share of images without one that are changed
-            all the same. 1 does without the test.
-        groups: of content that the test compares; its least p-value is 2^(1 - groups).
-        average: the share of F, the average over windows, in the estimate, against raw - G.
-        robust: weigh outlier tokens down; in the estimate, F stands for them where other windows show their content.
-        sigmas: robust standard deviations of the logarithm of a token's length beyond which it gets no weight.
-        cutoff: norm of what F and G leave of a token at which its weight is a quarter, in medians.
+        ridge: ridge of the artifact, relative to the mean diagonal of its equations.
+        alarm: the false alarm rate of the test for an artifact: the share of images without an artifact that are
+            changed nevertheless. 1 skips the test.
+        groups: number of groups of content that the test compares; its smallest p-value is 2^(1 - groups).
+        average: the share of F, the average over windows, in the estimate; the rest is raw - G.
+        robust: give outlier tokens less weight; the estimate replaces them by F if other windows show their content.
+        sigmas: a token gets no weight if the logarithm of its norm is more than this many robust standard deviations
+            from the median.
+        cutoff: norm of raw - F - G at which a token's weight is a quarter, in medians.
     """
 
     ridge: float = 1e-6
@@ -186,32 +188,33 @@ class ShiftConfig:
             raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
         if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:
             raise ConfigError(
-                f"alarm is {self.alarm}; with {self.groups} groups a rate from {2.0 ** (1 - self.groups):.2g} to 1 can "
-                "be kept: raise it, or the number of groups"
+                f"alarm is {self.alarm}; with {self.groups} groups it must lie between {2.0 ** (1 - self.groups):.2g} "
+                "and 1: raise it, or the number of groups"
             )
 
 
 @dataclass(frozen=True)
 class DenoiseConfig:
-    """Set how stage one is done. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
+    """Hold the settings of stage one. `views.batch`, `solve_images` and `overlap` change speed and memory, not the job.
 
     Args:
-        views: how many views an image besides the whole one, or how they are drawn; None takes those that suit the
-            product. Afterwards always a :class:`~dvt.views.ViewConfig`.
-        product: "removed" (this image's own tokens without the artifact: faithful; from shifted windows), "ensembled"
-            (the field over scales: what labels like; from crops) or "blend" (between the two, from crops; the first
-            release's). None takes "removed", or what `views` or the neural solver can make. Afterwards always a name.
+        views: the number of views per image besides the whole image, or a :class:`~dvt.views.ViewConfig`; None takes
+            the views that suit the product. After construction it is always a ViewConfig.
+        product: "removed" (this image's own tokens without the artifact, closest to them; from shifted windows),
+            "ensembled" (the field over scales, best for labelled tasks; from crops) or "blend" (between the two, from
+            crops; that of the first release). None takes "removed", unless `views` or the neural solver cannot make
+            it. After construction it is always a name.
         solver: "linear" (closed form, the default) or "neural" (gradient fitting, as in the paper).
         linear: settings of the linear solver.
         neural: settings of the neural solver.
         shifts: settings of the closed-form solver of shifted windows.
-        shared_artifact: fit one artifact for all images of a grid shape, instead of one each.
-        shared_images: images that the shared artifact is fitted on, the first ones in order of their paths.
-        dtype: of the backbone's forward pass; "auto" asks :func:`dvt.backbones.choose_precision`. Fitting is always
-            done in float32 or better.
-        solve_images: images of one grid shape that are solved together; their tokens are held in memory at once. None
+        shared_artifact: fit one artifact to all images of a grid shape, instead of one to each image.
+        shared_images: number of images that the shared artifact is fitted to, the first in order of their paths.
+        dtype: dtype of the backbone's forward pass; "auto" calls :func:`dvt.backbones.choose_precision`. Fitting always
+            uses float32 or better.
+        solve_images: number of images of one grid shape that are solved together, with their tokens in memory. None
             takes 8 for a closed form on a GPU, else 1.
-        overlap: let the backbone go on with the next images while some are solved; None does so on a GPU.
+        overlap: run the backbone on the next images while others are solved; None does so on a GPU.
 
     Raises:
         ConfigError: a setting is out of its range, or the product cannot be made of these views or by this solver.
@@ -223,7 +226,7 @@ class DenoiseConfig:
     96
     """
 
-    # The annotations say what the fields are once made: __post_init__ fills in None and numbers.
+    # The annotations are the types after construction: __post_init__ replaces None and numbers.
     views: ViewConfig = None  # type: ignore[assignment]
     product: Product = None  # type: ignore[assignment]
     solver: Literal["linear", "neural"] = "linear"
@@ -248,7 +251,7 @@ class DenoiseConfig:
         if self.shared_images < 1:
             raise ConfigError(f"shared_images is {self.shared_images}; it must be 1 or more")
         if self.solve_images is not None and self.solve_images < 1:
-            raise ConfigError(f"solve_images is {self.solve_images}; it must be 1 or more, or left out to be chosen")
+            raise ConfigError(f"solve_images is {self.solve_images}; it must be 1 or more, or None to be chosen")
 
     def _fill_in(self) -> None:
         """Choose the product from the views and the solver, or the views from the product."""
@@ -267,7 +270,8 @@ class DenoiseConfig:
     def _check_product(self) -> None:
         if self.product == "removed" and self.solver != "linear":
             raise ConfigError(
-                "the product 'removed' has a closed form only; leave --solver at linear, or take --product ensembled"
+                "only the linear solver makes the product 'removed'; leave --solver at linear, or choose --product "
+                "ensembled"
             )
         if (self.views.kind == "shifts") != (self.product == "removed"):
             kind = "shifts" if self.product == "removed" else "crops"
@@ -277,7 +281,7 @@ class DenoiseConfig:
             )
 
     def job_settings(self) -> dict[str, Any]:
-        """List the settings that the tokens depend on, for the job's hash: not those of the other solvers."""
+        """List the settings that the tokens depend on, for the job's hash, without those of unused solvers."""
         settings = {**asdict(self), "estimator": ESTIMATOR}
         taken = "shifts" if self.product == "removed" else self.solver
         for name in {"linear", "neural", "shifts"} - {taken}:

@@ -1,14 +1,17 @@
-"""A test whether windows have an artifact at all, with a stated rate of false alarms (ours).
+"""Test if windows have an artifact, with a given false alarm rate (ours).
 
-The image's content is divided into groups of small blocks, by a fixed draw. In each group the score of the two-way
-model (what the tokens of a position have beyond the mean of their content) is a linear function of noise alone where
-there is no artifact: independent from group to group, and as likely as its negative. Then all 2^(K-1) ways to give the
-K groups signs are equally likely to make their sum the longest. An artifact is the same for all contents and makes it
-so with equal signs. The test is exact for symmetric noise that is independent between contents, whatever its size and
-tails and however its channels or windows go together; and it tells an artifact from what a window's other content does
-to a token, which differs from content to content. Where that is strong, groups go against each other (all content of a
-window shifts together and each position's mean is taken out), so false alarms become rarer than stated, and a weak
-artifact is missed: a tenth of the tokens' size in about half of the images of a ViT without position embedding.
+The image's content is divided at random (with a fixed seed) into K groups of small blocks. For each group the score of
+the two-way model is computed: for each position, the sum of its tokens minus the means of their contents. Without an
+artifact a score is a linear function of noise alone, so it is independent between groups and as likely as its negative:
+of the 2^(K-1) choices of signs for the groups, each is equally likely to give the longest sum. An artifact is the same
+for all contents, so it makes the sum with equal signs the longest.
+
+The test is exact for symmetric noise that is independent between contents, whatever its size, tails and correlations
+between channels or windows. It also distinguishes an artifact from the influence of a window's other content on a
+token, because that differs between contents. If this influence is strong, the groups' scores are negatively correlated
+(all content of a window shifts together, and each position's mean is subtracted). Then false alarms are rarer than
+stated, and a weak artifact is missed: one of a tenth of the tokens' size, in about half of the images of a ViT without
+position embedding.
 """
 
 from __future__ import annotations
@@ -21,21 +24,21 @@ from torch import Tensor
 from dvt import grids
 from dvt.grids import Size
 
-# Random mixtures that stand for all channels; they keep squared lengths on average.
+# Number of random projections that represent all channels; they keep squared lengths on average.
 TEST_CHANNELS = 64
-# Patches along the side of a block. A network's noise goes together in neighbours: they should share a group.
+# Patches along the side of a block. A network's noise is correlated between neighbours, so they should share a group.
 BLOCK = 2
 
 
 class SignTest:
-    """Scores of an image's windows by groups of content.
+    """Collect the scores of an image's windows by groups of content, and test them.
 
     Args:
         grid, period: as :class:`~dvt.fields.twoway.TwoWay` takes them.
         channels: C.
         like: a tensor whose device is used.
-        groups: K, or as many as the grid has patches, if these are fewer. The least p-value is 2^(1-K): where it is
-            above the rate of false alarms, the test finds no artifact, whatever the tokens.
+        groups: K, at most the number of patches of the grid. The smallest p-value is 2^(1-K): if the false alarm rate
+            is lower than that, the test cannot find an artifact.
     """
 
     def __init__(self, grid: Size, period: Size, channels: int, like: Tensor, groups: int = 8):
@@ -60,7 +63,7 @@ class SignTest:
         self.seen.append((index, weights))
 
     def p_value(self) -> float:
-        """Compute the probability of an artifact at least as strong as this one where there is none."""
+        """Compute the p-value: the probability, without an artifact, of a sum at least as long as the observed one."""
         index, weights = (torch.cat(part) for part in zip(*self.seen, strict=True))
         count = weights.new_zeros(len(self.content)).index_add_(0, index.flatten(), weights.flatten())
         mean = self.content / count.clamp_min(torch.finfo(count.dtype).tiny)[:, None]
@@ -70,12 +73,12 @@ class SignTest:
         return sign_flip_p_value(score @ score.T)
 
     def _place(self, index: Tensor) -> Tensor:
-        """Find the row (V, n) of `position` for each token: its content's group, then its position."""
+        """Compute each token's row of `position`, (V, n), from its content's group and its position."""
         return self.group[index] * index.shape[1] + torch.arange(index.shape[1], device=index.device)
 
 
 def sign_flip_p_value(gram: Tensor) -> float:
-    """Compute the share of the 2^(K-1) choices of signs s with s' gram s at least 1' gram 1, for products (K, K).
+    """Compute the share of the 2^(K-1) choices of signs s with s' gram s >= 1' gram 1, for a Gram matrix (K, K).
 
     >>> sign_flip_p_value(torch.ones(4, 4)), sign_flip_p_value(torch.eye(4))
     (0.125, 1.0)

@@ -1,8 +1,8 @@
-"""A robust pilot fit on the first views: it chooses resolution and smoothness and recognises outlier tokens (ours).
+"""Fit the first views robustly (a pilot fit), to choose resolution and smoothness and to find outlier tokens (ours).
 
-Every channel is mixed into a few random projections, which keep squared lengths on average, so the pilot costs little.
-Its fit is what every later token is held against: robust weights need no second pass over the views. Images of one
-grid shape go through it together; each has choices of its own.
+All channels are mixed into a few random projections, which keep squared lengths on average, so the pilot costs little.
+Every later token is compared with the pilot's fit, so robust weights need no second pass over the views. Images of one
+grid shape are fitted together, but each has its own choices.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from dvt.fields.defects import Defect, Gate, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
 
-# Random projections that stand for all channels.
+# Number of random projections that represent all channels.
 PILOT_CHANNELS = 32
-# Nodes along the shorter side up to which a resolution is affordable: the cost grows with the fourth power.
+# The largest affordable number of nodes along the shorter side: the cost grows with its fourth power.
 FINEST = 112
 # Values of lambda that are tried.
 SMOOTHNESS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 # One view in this many is held out.
 HELD_OUT = 5
-# Tokens that count as neighbours in the image, the token itself among them.
+# Number of tokens that count as neighbours in the image, including the token itself.
 NEIGHBOURS = 9
-# Rounds of weighting: each fits with the last round's weights and finds new ones from what the fit leaves.
+# Rounds of weighting: each fits with the last round's weights and computes new ones from the residuals.
 REWEIGHTS = 2
-# The smoothness at which weights and the artifact are found, before one is chosen.
+# The smoothness for computing weights and the artifact, before one is chosen.
 MIDDLE = 0.1
 
 
 class Pilot:
-    """A fit of the sketched tokens of B images.
+    """Fit the randomly projected tokens of B images.
 
     Args:
         heads: each image's first views, (tokens (V, n, C), coords (V, n, 2)); the same number for every image.
         grid: (h, w) of a view, n = h w.
-        config: resolution and smoothness may be None; they are chosen then.
+        config: settings; if resolution or smoothness is None, it is chosen.
         known: (n, C) artifact of all images, or None to fit one to each.
-        defect: of the backbone, or None to look for one in each image.
+        defect: the backbone's defect, or None to look for one in each image.
 
     Attributes:
-        resolution, smoothness: lists, one entry an image: as given, or chosen by the squared error on held-out views.
-        error: list, one entry an image: the mean squared norm of what a fit leaves of held-out tokens, by weight.
+        resolution, smoothness: for each image, as given or chosen by the squared error on held-out views.
+        error: for each image, the weighted mean of the squared norms of held-out residuals.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class Pilot:
         self._screen = self._make_screen(heads) if config.robust else None
         self._screened = self.tokens.new_ones(self.tokens.shape[:3]) if self._screen is None else self._screen.first
         self._token_weights = self._screened
-        #: (B,) whether an image's tokens are weighed robustly, beside the screening.
+        #: (B,) True if an image's tokens get robust weights, in addition to the screening.
         self.weighted = torch.zeros(len(self.tokens), dtype=torch.bool, device=self.tokens.device)
         self.resolution, self.smoothness, self.error = self._choose(grid, artifact)
         left = self._without_defect(self._fit(artifact))
-        # (B, rows, columns, 1) the norm that a fit usually leaves of a token near each node, at least the median.
+        # (B, rows, columns, 1) the usual norm of a residual near each node, at least the median.
         local = _local(left[..., None], near_nodes, 2)
         self.usual = local.clamp_min(_median(left)[:, None, None]).view(-1, *nodes, 1)
 
     def sketch(self, tokens: Tensor) -> Tensor:
-        """Mix tokens or nodes (..., C) into fewer channels (..., S)."""
+        """Project tokens or nodes (..., C) onto fewer channels (..., S)."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
 
@@ -93,7 +93,7 @@ class Pilot:
         return Screen(torch.stack(along)[..., None].to(self.tokens), None)
 
     def gate(self, image: int) -> Gate | None:
-        """Return the gate that recognises a token of the defect by itself, or None."""
+        """Return the gate that recognises an image's defective tokens one by one, or None."""
         if self._screen is None:
             return None
         per_size = self._screen.per_size[image]
@@ -101,19 +101,19 @@ class Pilot:
         return Gate(along, float(self._screen.middle[image])) if along.any() else None
 
     def _without_defect(self, left: Tensor) -> Tensor:
-        """Set to zero what a fit leaves (B, V, n, ...) of a defect's tokens: their neighbours are not judged by it."""
+        """Set the residuals (B, V, n, ...) of a defect's tokens to zero, so that they do not influence neighbours."""
         keep = self._screened.view(*self._screened.shape, *(1,) * (left.ndim - 3))
         return left * keep
 
     def groups(self) -> dict[Size, list[int]]:
-        """List the numbers of the images that have each resolution."""
+        """Group the indices of the images by resolution."""
         found: dict[Size, list[int]] = {}
         for image, resolution in enumerate(self.resolution):
             found.setdefault(resolution, []).append(image)
         return found
 
     def _fit(self, artifact: Tensor | None) -> Tensor:
-        """Fit each image as chosen, to all of its views; (B, V, n) the norm of what is left of the tokens."""
+        """Fit each image with its choices to all of its views; return the norms of the residuals (B, V, n)."""
         self.fields: dict[int, tuple[Tensor, Tensor]] = {}
         left = torch.empty_like(self._token_weights)
         for resolution, images in self.groups().items():
@@ -125,7 +125,7 @@ class Pilot:
         return left
 
     def weights(self, image: int, tokens: Tensor, coords: Tensor) -> Tensor:
-        """Weigh an image's tokens (V, n, C) robustly: (V, n), all 1 where the pilot leaves nothing."""
+        """Compute robust weights (V, n) of an image's tokens (V, n, C); all 1 if the pilot has no residuals."""
         coords, sketched = coords.to(self.tokens), self.sketch(tokens)
         field, artifact = self.fields[image]
         left = _left(sketched[None], coords[None], field[None], artifact[None], self.resolution[image])[0]
@@ -138,17 +138,16 @@ class Pilot:
         return weights * self._screen.weights(image, measured)
 
     def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
-        """Estimate the noise: half the squared difference of what F and G leave of two tokens near one image point.
+        """Estimate the noise variance of all channels together, from residuals of neighbours in the image.
 
-        All channels count.
-
-        Neighbours come from different views, so what they share is the field's own error and cancels (the nugget of
-        the residuals' variogram, in geostatistics). The median makes it blind to outlier tokens.
+        It is half the median squared difference of the residuals of two tokens near one image point. Neighbours come
+        from different views, so their common part is the field's own error, and cancels (the nugget of the residuals'
+        variogram, in geostatistics). The median makes the estimate robust to outlier tokens.
 
         Args:
-            images: numbers of images of one resolution.
-            field: (B, nodes, C) theirs.
-            artifact: (B, n, C) theirs.
+            images: indices of B images of one resolution.
+            field: (B, nodes, C) their fields.
+            artifact: (B, n, C) their artifacts.
         """
         tokens, coords = self.tokens[images], self.coords[images]
         left = _left(tokens, coords, self.sketch(field), self.sketch(artifact), self.resolution[images[0]])
@@ -161,7 +160,7 @@ class Pilot:
     def _choose(self, grid: Size, artifact: Tensor | None) -> tuple[list[Size], list[float], list[float]]:
         """Choose resolution and smoothness; return them with the held-out error.
 
-        The artifact and the weights hardly depend on the first two: they are found once, at a middle resolution. The
+        The artifact and the weights hardly depend on these two: they are computed once, at a middle resolution. The
         sum of squared differences of neighbouring nodes is the integral of |grad F|^2 at every resolution (in two
         dimensions), so the best smoothness at one is the best at all.
         """
@@ -182,7 +181,7 @@ class Pilot:
         best, chosen = errors.min(0)
         found = [values[chosen], best]
         found += [self._error(self._equations(fitted, other), found[0], artifact, held) for other in others]
-        # One transfer for all choices of all images: each waits for the GPU.
+        # One transfer for all choices of all images, since each transfer waits for the GPU.
         smoothness, *table = torch.stack([each.double() for each in found]).tolist()
         bests = [min(zip(image, resolutions, strict=True)) for image in zip(*table, strict=True)]
         return [resolution for _, resolution in bests], smoothness, [error for error, _ in bests]
@@ -197,13 +196,13 @@ class Pilot:
     def _choose_weights(
         self, fitted: Tensor, held: Tensor, artifact: Tensor | None, resolution: Size
     ) -> tuple[NormalEquations, Tensor]:
-        """Weigh tokens robustly in those images whose held-out views a weighted fit predicts better than a plain one.
+        """Use robust weights in those images whose held-out views a weighted fit predicts better than a plain one.
 
-        The loss is bounded, so that outliers among the held-out tokens count the same for both. Without outliers,
-        weights only take tokens away where the field has most detail: with few views, F is then lost there.
+        The loss is bounded, so that outliers among the held-out tokens count the same for both. In images without
+        outliers, weights only remove tokens where the field has most detail; with few views, F would be lost there.
 
         Returns:
-            The equations of the fitted views with the weights that were chosen, and the artifact (B, n, S) by them.
+            The equations of the fitted views with the chosen weights, and the artifact (B, n, S) that they give.
         """
         ridge = self.config.ridge
         plain = self._equations(fitted, resolution)
@@ -226,23 +225,23 @@ class Pilot:
         return self._equations(fitted, resolution), artifact
 
     def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
-        """Compute the norm (B, V, n) of what a fit leaves of held-out tokens."""
+        """Compute the norms (B, V, n) of the residuals of held-out tokens."""
         return _left(self.tokens[:, held], self.coords[:, held], *fit, resolution).norm(dim=-1)
 
     def _reweigh(self, fit: tuple[Tensor, Tensor], resolution: Size) -> None:
         """Compute robust weights (B, V, n) of all tokens, from a fit of some views with the weights so far."""
         odd = self._oddity(self._without_defect(_left(self.tokens, self.coords, *fit, resolution)))
         median = _median(odd)[:, None, None]
-        # The second least: up to seven outliers among nine neighbours do not raise what is usual there.
+        # The second smallest: up to seven outliers among nine neighbours do not raise the usual value there.
         usual = _local(odd[..., None], self._near, 2).view_as(odd).clamp_min(median)
         weights = torch.where(median > 0, geman_mcclure(odd, usual, self.config.cutoff), 1)
         self._token_weights = weights * self._screened
 
     def _oddity(self, left: Tensor) -> Tensor:
-        """Compute the distance (B, V, n) of what is left of a token from the median of its neighbours in the image.
+        """Compute the distance (B, V, n) of each residual from the median residual of its neighbours in the image.
 
-        Detail that the field is too coarse for is shared by the neighbours, which come from other views; an outlier is
-        alone. So detail is not mistaken for outliers.
+        So detail is not mistaken for outliers: neighbours, which come from other views, share the detail for which the
+        field is too coarse, but do not share an outlier.
         """
         return (left - _local(left, self._near, (NEIGHBOURS + 1) // 2).view_as(left)).norm(dim=-1)
 
@@ -256,7 +255,7 @@ def _bounded(ratio: Tensor) -> Tensor:
 
 
 def geman_mcclure(norm: Tensor, scale: Tensor | float, cutoff: float) -> Tensor:
-    """Weigh residuals by their norm, in (0, 1]: 1 / (1 + (norm / (cutoff scale))^2)^2."""
+    """Compute the Geman-McClure weights, in (0, 1], of residuals: 1 / (1 + (norm / (cutoff scale))^2)^2."""
     return (1 + (norm / (cutoff * scale)).square()).pow(-2)
 
 
@@ -269,8 +268,9 @@ def node_resolution(grid: Size, shorter: int) -> Size:
 def _candidates(grid: Size, tokens: int) -> list[int]:
     """List the numbers of nodes along the shorter side to try; smoothness is chosen at the first.
 
-    Four a patch, or as many as are affordable; then two, and six if there are two tokens for every node. Spread from
-    border to border, that many do not fall on the whole image's patch centres, where a bilinear fit is worst.
+    These are four per patch, or as many as are affordable; then two; and six if there are two tokens per node. The
+    nodes are spread from border to border, so that these numbers of them do not fall on the whole image's patch
+    centres, where a bilinear fit is worst.
     """
     first = next((multiple for multiple in (4, 3) if multiple * min(grid) <= FINEST), 2)
     rows, columns = node_resolution(grid, 6 * min(grid))
@@ -285,9 +285,9 @@ def _equations(tokens: Tensor, coords: Tensor, weights: Tensor, resolution: Size
 
 
 def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, resolution: Size) -> Tensor:
-    """Compute what (..., B, V, n, S) is left of sketched tokens (B, V, n, S) at coords (B, V, n, 2).
+    """Compute the residuals (..., B, V, n, S) of projected tokens (B, V, n, S) at coords (B, V, n, 2).
 
-    The field (..., B, nodes, S) may be one of several; the artifact is (B, n, S).
+    The field is (..., B, nodes, S), with leading dimensions for several fields; the artifact is (B, n, S).
     """
     field = field.to(sketched)
     index, weight = grids.interpolation(coords, resolution)
@@ -296,7 +296,7 @@ def _left(sketched: Tensor, coords: Tensor, field: Tensor, artifact: Tensor, res
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """Gather (..., B, *K, S) of values (..., B, N, S) at index (B, *K) into each image's N."""
+    """Gather, from values (..., B, N, S), the rows at index (B, *K) of each image's N rows: (..., B, *K, S)."""
     first = values.shape[-2] * torch.arange(len(index), device=index.device)
     return values.flatten(-3, -2)[..., index + first.view(-1, *(1,) * (index.ndim - 1)), :]
 
@@ -307,9 +307,9 @@ def _median(values: Tensor) -> Tensor:
 
 
 def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
-    """Find the rank-th least (B, M, S) of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
+    """Find the rank-th smallest (B, M, S) of the tokens' values (B, V, n, S) over neighbours (B, M, k)."""
     rest = [_pick(values.flatten(1, 2), index) for index in near.unbind(-1)]
-    # Selecting by minima is exact, and for so few neighbours many times as fast as sorting them.
+    # Selecting by minima is exact and, for so few neighbours, many times faster than sorting.
     for _ in range(min(rank, len(rest)) - 1):
         for i in range(len(rest) - 1):
             rest[i], rest[i + 1] = torch.maximum(rest[i], rest[i + 1]), torch.minimum(rest[i], rest[i + 1])
@@ -318,7 +318,7 @@ def _local(values: Tensor, near: Tensor, rank: int) -> Tensor:
 
 
 def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
-    """Find the nearest tokens (B, V n, k) of every token and (B, rows * columns, k) of every node, by number."""
+    """Find the indices of the nearest tokens of every token (B, V n, k) and of every node (B, rows * columns, k)."""
     places = coords.flatten(1, 2).cpu().numpy()
     points = [image.tobytes() for image in places]
     found = {
@@ -331,7 +331,7 @@ def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=4)
 def _search(points: bytes, dtype: str, nodes: Size) -> tuple[Tensor, Tensor]:
-    """Search for :func:`_neighbours` in one image. Images of one size in pixels share their views' coordinates."""
+    """Search the neighbours in one image. The result is cached: images of one size share their views' coordinates."""
     places = np.frombuffer(points, dtype).reshape(-1, 2)
     tree, count = cKDTree(places), min(NEIGHBOURS, len(places))
     targets = places, grids.node_coords(nodes).view(-1, 2).numpy()

@@ -19,12 +19,13 @@ from dvt.store import ImageEntry
 
 log = logging.getLogger(__name__)
 
-#: One image's share, or that of several, of a shared artifact's equations, (n, n) and (n, C), and its grid (h, w).
+#: Reduced normal equations of a shared artifact, summed over one or more images: the matrix (n, n), the right-hand side
+#: (n, C), and the grid shape (h, w) of the images.
 SharedEquations = tuple[tuple[Tensor, Tensor], Size]
 
 
 class SharedArtifact(Reduction):
-    """The artifact that explains the first images of a grid shape best, in closed form.
+    """Fit the artifact that best explains the first images of a grid shape, in closed form.
 
     Each image keeps a field of its own; their reduced equations for the artifact add up.
 
@@ -38,22 +39,22 @@ class SharedArtifact(Reduction):
         self.backbone, self.config = backbone, config
 
     def part(self, image: ImageEntry) -> SharedEquations | None:
-        """Make one image's share of the equations; None where it cannot be used."""
+        """Compute one image's reduced equations; None if the image cannot be used."""
         try:
             return self.equations(load_image(image.path, image.sha256))
-        except (ImageError, NonFiniteError) as error:  # reported when its own turn comes
+        except (ImageError, NonFiniteError) as error:  # the job reports it when it comes to this image
             log.debug("left out of the shared artifact: %s", error)
             return None
 
     def equations(self, pixels: Tensor) -> SharedEquations:
-        """Make the share of an image (3, H, W)."""
+        """Compute the reduced equations of an image (3, H, W)."""
         views = TokenViews(self.backbone, pixels, self.config.views, self.config.dtype)
         left, right = closed_form(self.config).artifact_equations(views)
         return (left.cpu(), right.cpu()), views.whole.grid
 
     @staticmethod
     def add(first: SharedEquations, second: SharedEquations) -> SharedEquations:
-        """Add two shares.
+        """Add the equations of two sets of images.
 
         Raises:
             ConfigError: the images differ in grid shape.
@@ -64,7 +65,7 @@ class SharedArtifact(Reduction):
         return (left[0] + right[0], left[1] + right[1]), grid
 
     def finish(self, total: SharedEquations) -> Tensor:
-        """Solve the sum for the artifact (h, w, C)."""
+        """Solve the summed equations for the artifact (h, w, C)."""
         (left, right), grid = total
         device = self.backbone.device
         return closed_form(self.config).solve_shared((left.to(device), right.to(device)), grid)

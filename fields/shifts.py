@@ -1,4 +1,4 @@
-"""The solver of shifted windows: the artifact taken from an image's own tokens, if the data show that there is one."""
+"""Solve for F and G from shifted windows: subtract the artifact from an image's own tokens, if a test finds one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dvt.grids import Size
 
 log = logging.getLogger(__name__)
 
-# Windows that are held in memory until it is known which of their tokens are outliers.
+# Number of windows held in memory to find outlier tokens.
 HELD = 64
 # The weight below which a token is an outlier.
 OUTLIER = 0.5
@@ -36,14 +36,14 @@ class ShiftFit(Fit):
 
     Args:
         field: (h, w, C) F at the image's own patches.
-        artifact: (h, w, C); zero where the test found none.
+        artifact: (h, w, C); zero if the test found none.
         centres: (h, w, 2) the image's patch centres.
-        noise: mean squared norm of what F and G leave of a token.
-        p_value: of the test for an artifact; None without one.
-        found: whether there is an artifact. Where there is none, the estimate is the input.
+        noise: mean squared norm of raw - F - G.
+        p_value: p-value of the test for an artifact; None without a test.
+        found: True if there is an artifact. If there is none, the estimate is the input.
         config: the settings.
-        share: (h, w, 1) of F in the estimate: all of it where this image's own token is an outlier and other windows
-            show its content, none where no window that shows it is to be trusted.
+        share: (h, w, 1) the share of F in the estimate: 1 if this image's own token is an outlier and other windows
+            show its content, 0 if no other window shows it reliably.
     """
 
     field: Tensor
@@ -60,18 +60,18 @@ class ShiftFit(Fit):
         return grids.sample_centres(self.field, coords, self.centres)
 
     def residual(self, raw: Tensor) -> Tensor:
-        """Return zero: outliers are left to the weights."""
+        """Return zero: this solver treats outliers by weights, not by a residual."""
         return torch.zeros_like(raw)
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
-        """Weigh the average over windows, (h, w, 1); 0 where no artifact was found."""
+        """Return the share of F, the average over windows, (h, w, 1); 0 if no artifact was found."""
         return self.share if self.found else 0.0
 
 
 class ShiftSolver:
-    """Splits the features of one image's shifted windows into F, one vector a patch, and G, one a position.
+    """Split the features of one image's shifted windows into F, a vector per image patch, and G, one per position.
 
-    Windows are read once and only sums are kept, except for the first ones, which are held while outliers are learnt.
+    Windows are read once and only sums are kept, except for the first windows, which are held to find outliers.
 
     Args:
         config: settings.
@@ -86,12 +86,12 @@ class ShiftSolver:
         Args:
             views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)) of windows at the image's own scale, shifted
                 by whole patches, as :class:`dvt.views.Shifts` cuts them; read once.
-            artifact: (h, w, C) a known G; only F is fitted then, and nothing is tested.
+            artifact: (h, w, C) a known G; then only F is fitted, without a test.
 
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.
             NonFiniteError: a token is NaN or infinite.
-            ConfigError: there is no view, a view is no shifted window, or the grid has one row or column.
+            ConfigError: there is no view, a view is not a shifted window, or the grid has only one row or column.
         """
         run = _ShiftPass(self, views, artifact)
         known = None
@@ -105,13 +105,13 @@ class ShiftSolver:
         return self._result(run, known, p_value, found)
 
     def fit_many(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None = None) -> list[ShiftFit]:
-        """Fit several images; those of one grid and equal offsets share their system's factor."""
+        """Fit several images; images with one grid and equal offsets share the factor of their equations."""
         return [self.fit(each, artifact) for each in views]
 
     def artifact_equations(self, views: Iterable[ViewBatch]) -> tuple[Tensor, Tensor]:
-        """Compute an image's share of a shared artifact's equations, (n, n) and (n, C); add those of one grid.
+        """Compute an image's part of the equations of a shared artifact, (n, n) and (n, C).
 
-        :meth:`solve_shared` solves the sums.
+        The parts of images of one grid add up; :meth:`solve_shared` solves the sums.
         """
         schur, rhs = _ShiftPass(self, views, None, test=False).sums.equations()
         return schur[0], rhs[0]
@@ -142,20 +142,22 @@ class ShiftSolver:
 
         Args:
             own: weights of the image's own tokens.
-            long: which of them are outliers by their length; F stands for them.
-            seen: the weight of each content in all windows. Where none is to be trusted, the token itself is.
+            long: True for tokens that are outliers by their norm; F replaces them.
+            seen: the sum of weights of each content over all windows. If it is too small without the token's own
+                weight, the token itself is used.
         """
         share = torch.where(long, 1.0, torch.where(own < OUTLIER, 0.0, self.config.average))
         return torch.where(seen - own < OUTLIER, 0.0, share)
 
 
 class _ShiftPass:
-    """One pass over the windows of an image.
+    """Make one pass over the windows of an image.
 
     Attributes:
-        sums: of the two-way model.
-        test: its scores, if there is a test.
-        own: (n,) weights of the first window, the whole image; own_long, which of its tokens are outliers by length.
+        sums: the sums of the two-way model.
+        test: the scores of the test, if there is one.
+        own: (n,) weights of the tokens of the first window, the whole image.
+        own_long: (n,) True for tokens of the first window that are outliers by their norm.
     """
 
     def __init__(self, solver: ShiftSolver, views: Iterable[ViewBatch], artifact: Tensor | None, test: bool = True):
@@ -183,12 +185,12 @@ class _ShiftPass:
             self._add(_windows(*batch))
 
     def _add(self, windows: _Windows) -> Tensor:
-        """Add windows to the sums; their weights (V, n)."""
+        """Add windows to the sums; return their weights (V, n)."""
         tokens, offsets = windows.tokens, windows.offsets
         if windows.period != self.period:
             raise ConfigError(f"windows of one image lie on grids of periods {self.period} and {windows.period}")
         weights = tokens.new_ones(tokens.shape[:2]) if self.trust is None else self.trust.weights(tokens, offsets)
-        plain = self.trust is None  # whose system all images of a grid share
+        plain = self.trust is None  # without weights, all images of a grid share one system
         self.sums.add(tokens[None], offsets, None if plain else weights[None])
         if self.test is not None:
             self.test.add(tokens, offsets, None if plain else weights)
@@ -196,7 +198,7 @@ class _ShiftPass:
 
 
 class _Windows(NamedTuple):
-    """A batch of windows: tokens (V, n, C), offsets (V, 2), and what all of them share."""
+    """Hold a batch of windows: tokens (V, n, C), offsets (V, 2), and the grid and period that all of them share."""
 
     tokens: Tensor
     offsets: Tensor
@@ -206,11 +208,11 @@ class _Windows(NamedTuple):
 
 @lru_cache
 def say_if_too_small(grid: Size, alarm: float) -> None:
-    """Say once that images of a grid have too few patches for the test to find anything."""
+    """Say once per grid that its images have too few patches for the test to find an artifact."""
     if 2.0 ** (1 - grid[0] * grid[1]) > alarm:
         log.warning(
-            "on a grid of %d x %d patches no artifact can be told from content at a rate of false alarms of %g: such "
-            "images stay as they are; choose a larger --size, or --product ensembled",
+            "on a grid of %d x %d patches the test cannot find an artifact at a false alarm rate of %g, so such images "
+            "are not changed; choose a larger --size, or --product ensembled",
             *grid,
             alarm,
         )
@@ -223,7 +225,7 @@ def _windows(tokens: Tensor, coords: Tensor) -> _Windows:
 
 
 def _checked(views: Iterable[ViewBatch], shape: tuple[int, ...]) -> Iterator[ViewBatch]:
-    """Yield batches, once each is known to be of one shape (h, w, C) and finite."""
+    """Yield batches after checking that all have one shape (h, w, C) and are finite."""
     for tokens, coords in views:
         shape = check_batch(tokens, coords, shape)
         if not torch.isfinite(tokens.sum()):

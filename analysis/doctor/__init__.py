@@ -1,4 +1,4 @@
-"""Say on one page whether a backbone needs denoising and, if so, what to do about it."""
+"""Examine a backbone for artifacts, and say on one page if it needs denoising and which denoiser is best."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def diagnose(
 ) -> Diagnosis:
     """Tell whether a backbone's tokens have artifacts, of which kind, and what to do about them.
 
-    Position is separated from layout by moving the content: windows of the images mirrored into a torus. An artifact is
-    called one when its size passes a threshold *and* its bootstrap interval lies above its null.
+    To separate position from layout, the content is moved: windows are cut from each image, mirrored into a torus. An
+    artifact is reported if its size is above a threshold *and* its bootstrap interval lies above its null.
 
     Args:
-        backbone: its own layer is looked at, on its device.
+        backbone: examined at its own layer, on its device.
         images: paths, or images (3, H, W) in [0, 1]; ten or more are better.
-        denoisers: by name, each from Tokens to Tokens, or a backbone whose model was changed; to be tried and timed.
-        config: thresholds.
-        commands: how to get a denoiser, by its name; the page ends with that of the best one.
-        decompose: one image's terms, as in :func:`dvt.analysis.analyze`; tried once, for its time.
+        denoisers: denoisers to try and to time, by name: functions of Tokens, or backbones with a changed model.
+        config: thresholds and other settings.
+        commands: for each denoiser, the command that makes it; the page ends with that of the best one.
+        decompose: computes one image's terms, as in :func:`dvt.analysis.analyze`; called once, to time it.
         progress: called with (what, done, total) after every image.
 
     Raises:
-        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
+        ImageError: no image is given, or none can be read. If only some cannot be read, they are left out and logged.
 
     >>> import dvt
     >>> import torch

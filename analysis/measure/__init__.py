@@ -41,27 +41,27 @@ def analyze(
     semantic: FeatureStore | Decompose | Sequence[FeatureStore | Decompose | None] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Measure the artifacts of a backbone, of what denoisers make of it, and of its decomposition, side by side.
+    """Measure the artifacts in a backbone's tokens, after denoisers, and in the terms of its decomposition.
 
     Args:
         backbone: one, or several to compare; its device is used.
-        images: paths, or images (3, H, W) in [0, 1]; an (N, 3, H, W) tensor too.
+        images: paths, or images (3, H, W) in [0, 1], or an (N, 3, H, W) tensor.
         config: settings.
-        variants: denoisers by name, each from Tokens to Tokens at the backbone's own layer, or a backbone of the same
-            shapes whose model was changed; with several backbones a sequence of such mappings, one each.
-        semantic: where the terms come from: a store that ``dvt denoise`` wrote (the sample is then taken from the
-            images that it holds, known by their paths), or a function from an image (3, H, W) in [0, 1] to its terms
+        variants: denoisers by name, each a function of Tokens at the backbone's own layer, or a backbone with a changed
+            model of the same shapes; with several backbones, a sequence of one mapping per backbone.
+        semantic: the source of the terms: a store that ``dvt denoise`` wrote (the sample is then chosen from its
+            images, by path), or a function from an image (3, H, W) in [0, 1] to its terms
             {"semantic": (h, w, C), "artifact": ..., "residual": ...}, of which any may be missing; with several
-            backbones a sequence, one each.
+            backbones, a sequence of one source per backbone.
         progress: called with (what, done, total) after every image.
 
     Returns:
-        A table of metric x variant x layer x backbone with the data for its pictures; rows that cannot be had say
-        why.
+        A table of metric x variant x layer x backbone with the data for its pictures; rows without a value give the
+        reason.
 
     Raises:
-        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
-        ConfigError: settings, stores or names that do not fit.
+        ImageError: no image is given, or none can be read. If only some cannot be read, they are left out and logged.
+        ConfigError: settings, stores or names do not fit together.
 
     >>> import dvt
     >>> from dvt.analysis import AnalyzeConfig, analyze
@@ -103,7 +103,7 @@ def analyze(
 
 
 def _one_each(name: str, given: Any, count: int) -> list[Any]:
-    """Check that there is one for each backbone; None and a single one become a list."""
+    """Make a list of one entry per backbone of None, a single entry or a sequence; raise if the number differs."""
     listed = given if isinstance(given, list) else [given]
     if len(listed) == 1 and listed[0] is None:
         listed = listed * count

@@ -1,4 +1,4 @@
-"""Measure where the time of an analysis goes."""
+"""Measure the time of each part of an analysis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Count seconds in the backbone, in decompositions besides it, and in denoisers."""
+    """Count the seconds in the backbone, in decompositions without the backbone, and in denoisers."""
 
     def __init__(self) -> None:
         self.seconds = {"forward": 0.0, "fields": 0.0, "denoisers": 0.0}
@@ -31,12 +31,12 @@ class Stopwatch:
             self.seconds[what] += time.perf_counter() - start - (sum(self.seconds.values()) - inner)
 
     def split(self, total: float) -> dict[str, float]:
-        """Divide the total into the seconds of each part; "metrics" is what the others leave of it."""
+        """Divide the total into the seconds of each part; "metrics" is the rest of the total."""
         return {**self.seconds, "total": total, "metrics": total - sum(self.seconds.values())}
 
     @contextmanager
     def watching(self, backbone: Backbone) -> Iterator[None]:
-        """Count what a user's function does with the backbone, its views, as the backbone's time."""
+        """Count the backbone's passes inside a user's function, over its views, as the backbone's time."""
         entered: list[Any] = []
 
         def before(*_: object) -> None:

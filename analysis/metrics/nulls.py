@@ -1,4 +1,4 @@
-"""Nulls: tokens without the effect that a metric looks for, and scores beside them."""
+"""Make nulls, which are tokens without the effect that a metric measures, and compare scores with them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TokenSets = Tokens | Sequence[Tokens]
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value beside what chance gives.
+    """Hold a metric's value beside its null.
 
     Args:
         value: the metric of the tokens.
-        null: mean of the metric over draws that carry nothing of what it looks for.
-        low: lower end of the 95 % interval in which one more null draw falls.
-        high: its upper end.
+        null: mean of the metric over random draws without the effect that it measures.
+        low: lower end of the 95 % prediction interval for one more draw of the null.
+        high: upper end of that interval.
     """
 
     value: float
@@ -49,7 +49,7 @@ def with_null(
         metric: a function of tokens alone, such as :func:`position_mic`.
         tokens: the tokens of one or more images.
         generator: draws the null.
-        draws: how many times the null is drawn, at least 2.
+        draws: number of draws of the null, at least 2.
         null: makes tokens without the effect; :func:`shuffled` (the default), :func:`torus_shifted` or
             :func:`matched_noise`.
     """
@@ -65,7 +65,7 @@ def with_null(
 
 
 def shuffled(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """Permute the positions of each image's tokens: the null of every position metric."""
+    """Permute the positions of each image's tokens, as a null for any position metric."""
     if not isinstance(tokens, Tokens):
         return [_shuffle(each, generator) for each in tokens]
     return _shuffle(tokens, generator)
@@ -79,13 +79,13 @@ def _shuffle(tokens: Tokens, generator: torch.Generator) -> Tokens:
 
 
 def torus_shifted(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """Roll each image's map around by a random number of patches: as smooth as before, but at another place.
+    """Roll each image's map by a random number of patches, which keeps it smooth but moves it.
 
-    The null of position metrics of smooth maps over several images. Smoothness alone reveals position within an image
-    (neighbours resemble each other): :func:`shuffled`, which breaks that, puts every smooth map beyond chance. A code
-    of position that images share is moved differently in each, so pooled metrics
+    It is the null of position metrics over several images with smooth maps. Smoothness alone reveals position within an
+    image (neighbours resemble each other). :func:`shuffled` destroys smoothness, so with it every smooth map would
+    appear to be beyond chance. A code of position that images share is moved differently in each, so pooled metrics
     (:func:`dvt.analysis.metrics.pooled_position_mic`, :func:`dvt.analysis.metrics.position_decodability`) lose it. A
-    metric within single images does not: a coordinate rolled around is still a function of position.
+    metric within single images does not: a rolled coordinate is still a function of position.
     """
     if not isinstance(tokens, Tokens):
         return [_roll(each, generator) for each in tokens]
@@ -100,7 +100,7 @@ def _roll(tokens: Tokens, generator: torch.Generator) -> Tokens:
 
 
 def matched_noise(tokens: TokenSets, generator: torch.Generator) -> TokenSets:
-    """Draw normal noise with the mean and channel covariance of all tokens: the null of :func:`norm_outliers`."""
+    """Draw normal noise with the mean and channel covariance of all tokens, as a null for :func:`norm_outliers`."""
     sets = [tokens] if isinstance(tokens, Tokens) else list(tokens)
     pooled = torch.cat([each.flatten(0, 1) for each in token_maps(sets)]).double()
     mean = pooled.mean(0)

@@ -1,8 +1,8 @@
-"""Measure how much of the tokens stays at the patch position when the content moves: the artifact, without labels.
+"""Measure how much of the tokens depends on the patch position alone, by moving the content; needs no labels.
 
 A probe that reads position from photographs also reads their layout (sky above, road below). Here the content moves:
 windows are cut at random offsets out of the image mirrored into a torus, so that every position sees every place of
-the image equally often. Whatever the mean over windows still shows over positions is the model's own.
+the image equally often. If the mean over windows still differs between positions, the model causes it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
     Args:
         image: (3, H, W), at the scale that the model is meant to see.
         size: (height, width) of a window in pixels, at most twice the image's.
-        count: windows V, an even number; each half is spread evenly and both are independent of each other.
-        seed: of the offsets, uniform over all pixels.
+        count: the number of windows V, even. The offsets of each half cover the image evenly, and the two halves are
+            independent of each other.
+        seed: seed of the random offsets, which are uniform over all pixels.
 
     Returns:
         (V, 3, height, width).
@@ -47,13 +48,14 @@ def torus_windows(image: Tensor, size: Size, count: int, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PositionShare:
-    """Hold the share of the tokens' variance within an image that stays at the position; see :class:`PositionMeans`.
+    """Hold the share of the tokens' variance that is due to position; see :class:`PositionMeans`.
 
     Args:
-        shared: of the variance, what is the same in all images, beside its null; None with a single image.
-        own: what stays at the position within each image: shared and what differs from image to image.
+        shared: the share of the variance that is due to position and the same in all images, with its null; None for
+            a single image.
+        own: the share that is due to position within each image: `shared` plus what differs between images.
         shared_interval: 95 % bootstrap interval over images.
-        own_interval: the same of `own`.
+        own_interval: the same for `own`.
         artifact: (h, w, C) the mean over all windows, without its mean over positions: an estimate of G.
         images: how many were averaged.
     """
@@ -67,20 +69,20 @@ class PositionShare:
 
 
 class PositionMeans:
-    """Collect the tokens of each image's torus windows; :meth:`share` says how much of them is position.
+    """Collect the tokens of each image's torus windows; :meth:`share` computes how much of their variance is position.
 
     With tokens y = F + G + noise over windows and positions, F independent of the position by construction, the mean
     over one half of an image's windows is G plus noise, and that over the other half G plus other noise: the product
     of the two halves is |G|^2 without bias (`own`). So is the product of the means of two images, for the part of G
-    that both have (`shared`). Both are divided by the variance of a token about its image's mean. Two patches that
-    hold the same in an image whose share is s have a cosine of about 1 - s, once the image's mean is removed.
+    that both have (`shared`). Both are divided by the variance of a token about its image's mean. In an image whose
+    share is s, two patches of equal content have a cosine of about 1 - s, once the image's mean is removed.
 
     The null moves each window's tokens around the torus at random, which keeps their smoothness: permuting them
     would make them noise and the interval too narrow.
 
     Args:
-        draws: of the null.
-        seed: of the null.
+        draws: number of random draws of the null.
+        seed: seed of the null.
 
     Source: ours.
     """
@@ -97,7 +99,7 @@ class PositionMeans:
         self._draws = draws
 
     def add(self, patches: Tensor) -> None:
-        """Take in the windows (V, h, w, C) of one image, in the order of :func:`torus_windows`."""
+        """Add the windows (V, h, w, C) of one image, in the order of :func:`torus_windows`."""
         tokens = patches.detach().float()
         if tokens.ndim != 4 or len(tokens) < 2 or len(tokens) % 2:
             raise ShapeError(f"windows must be (V, h, w, C) with V even, got {tuple(tokens.shape)}")
@@ -167,6 +169,7 @@ def _halves(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def score_of(value: float, null: Tensor) -> Score:
+    """Put a value beside the mean of its null and the null's 95 % prediction interval (Student's t)."""
     from scipy.stats import t as student
 
     half = float(student.ppf(0.975, len(null) - 1)) * float(null.std()) * (1 + 1 / len(null)) ** 0.5

@@ -1,4 +1,4 @@
-"""Draw the pictures of a report: what stays at the position, norms, features in colours, and curves over layers."""
+"""Draw the pictures of a report: the part due to position, norms, features in colours, and curves over layers."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
     from dvt.analysis.findings import Findings
 
-# Hues that stay apart for the colour-blind (after Okabe and Ito), in this order.
+# Hues that colour-blind readers can tell apart (after Okabe and Ito), in this order.
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STRIPS = 6
 _MAPS = 6
 
 
 def save_plots(report: Findings, folder: Path) -> list[Path]:
-    """Write the pictures that the report has data for, as PNG."""
+    """Write as PNG each picture for which the report has data."""
     makers = {"position": position_figure, "norms": norm_figure, "pca": pca_figure, "layers": layer_figure}
     figures = {name: make(report) for name, make in makers.items()}
     return [save(figure, folder / f"{name}.png") for name, figure in figures.items() if figure is not None]
 
 
 def position_figure(report: Findings) -> Figure | None:
-    """Draw the norm of what stays at each position, for each variant and up to six layers; one row a backbone.
+    """Draw the norm of the part due to position, for each variant and up to six layers; one row per backbone.
 
-    All maps of one layer have one scale: what was removed is dark.
+    All maps of one layer share a colour scale, so a map without much of an artifact is dark.
     """
     rows = [_thinned(_entries(report, "positions", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
@@ -53,7 +53,7 @@ def position_figure(report: Findings) -> Figure | None:
 
 
 def norm_figure(report: Findings) -> Figure | None:
-    """Draw histograms of token norms at each backbone's own layer, on a logarithmic count."""
+    """Draw histograms of token norms at each backbone's own layer, with logarithmic counts."""
     rows = [_own(_entries(report, "norms", each["label"]), each["layer"]) for each in report.backbones]
     if not any(rows):
         return None
@@ -90,7 +90,7 @@ def pca_figure(report: Findings) -> Figure | None:
         maps = {
             name: torch.from_numpy(report.arrays[entry["array"]].astype(np.float32)) for name, entry in here.items()
         }
-        # What is subtracted has colours of its own: it would grey the others if it decided theirs.
+        # Artifact and residual get colours of their own: in one range with the others, they would make those grey.
         alone = [name for name in maps if name in ("artifact", "residual")]
         together = [name for name in maps if name not in alone]
         colours = dict(zip(together, pca_colours([maps[name] for name in together]), strict=True))
@@ -104,7 +104,7 @@ def pca_figure(report: Findings) -> Figure | None:
 
 
 def layer_figure(report: Findings) -> Figure | None:
-    """Draw each metric of the raw tokens over layers, with its interval, and its null where it has one."""
+    """Draw each metric of the raw tokens over layers, with its interval and, if it has one, its null."""
     curves = {each["label"]: _curve(report, each["label"]) for each in report.backbones}
     if all(len({row.layer for row in rows}) < 2 for rows in curves.values()):
         return None

@@ -1,4 +1,4 @@
-"""Write one HTML page of an analysis: numbers, charts, galleries, features to point at; nothing is fetched."""
+"""Write one self-contained HTML page of an analysis: numbers, charts, galleries and an interactive viewer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from dvt.errors import ConfigError
 from dvt.files import whole_file
 
 _ASSETS = Path(__file__).parent / "assets"
-# A page of 8 MB, of which charts, words and script take well under one.
+# The size for data in a page of 8 MB; charts, text and script take much less than 1 MB.
 _ROOM = 7_200_000
-# Fewer directions than this show hardly anything: then images are left out.
+# With fewer directions, maps show hardly anything: rather leave out images.
 _LEAST_DIRECTIONS = 8
 
 
 @dataclass(frozen=True)
 class PageBudget:
-    """Hold what of a report's pictures fits into a page.
+    """Hold the images and directions of a report that fit into a page.
 
     Args:
-        images: those shown, by their number in the report.
-        directions: of the token maps, the first ones, which have most of the variance.
-        left_out: images with token maps that are not shown.
-        of: directions that the report has.
+        images: indices in the report of the images to show.
+        directions: number of directions of the token maps to show, those with most variance.
+        left_out: number of images with token maps that are not shown.
+        of: number of directions in the report.
     """
 
     images: list[int]
@@ -47,17 +47,17 @@ class PageBudget:
 
 
 def write_report(folder: str | Path, out: str | Path) -> Path:
-    """Make one self-contained page of what :meth:`dvt.analysis.Report.save` wrote.
+    """Make one self-contained page from a folder written by :meth:`dvt.analysis.Report.save`.
 
     Args:
-        folder: with report.json and data.npz.
-        out: the HTML file; folders that it needs are made, a file there is replaced, at once.
+        folder: the folder with report.json and data.npz.
+        out: the HTML file; missing folders are created, an existing file is replaced atomically.
 
     Returns:
-        out. The page fetches nothing and, for pictures, stays below 8 MB; it says what was left out for that.
+        `out`. The page needs no network and stays below 8 MB; it states what was left out for that.
 
     Raises:
-        ConfigError: the folder holds no report, a damaged one, or the page cannot be written.
+        ConfigError: the folder holds no report or a damaged one, or the page cannot be written.
     """
     page, out = render(Report.load(folder)), Path(out)
     try:
@@ -73,7 +73,7 @@ def render(report: Report) -> str:
     """Write the page as HTML.
 
     Raises:
-        ConfigError: arrays or entries are not what :mod:`dvt.analysis.results` says.
+        ConfigError: arrays or entries are not as :mod:`dvt.analysis.results` describes them.
     """
     try:
         _check(report)
@@ -89,9 +89,9 @@ def render(report: Report) -> str:
         data = json.dumps(_data(report, fit), allow_nan=False, separators=(",", ":"))
     except ConfigError:
         raise
-    except Exception as error:  # of numbers that fit their types and nothing else
+    except Exception as error:  # values of the right types may still contradict each other
         raise ConfigError(
-            f"the report does not hold what its schema says ({type(error).__name__}: {error}); make it again with "
+            f"the report contradicts its schema ({type(error).__name__}: {error}); make it again with "
             "`dvt analyze IMAGES... --out DIR`"
         ) from error
     style, script = ((_ASSETS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -103,7 +103,7 @@ def render(report: Report) -> str:
         policy=f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; script-src '{_digest(script)}'",
         viewer="" if fit.images else "hidden",
         version=escape(dvt.__version__),
-        # In a script element only "<" could end the data early.
+        # In a script element, only a "<" could end the data too early.
         data=data.replace("<", "\\u003c"),
         style=style,
         script=script,
@@ -111,7 +111,7 @@ def render(report: Report) -> str:
 
 
 def fitting(report: Report) -> PageBudget:
-    """Find how many directions, and if those get too few how many images, a page of 8 MB can hold."""
+    """Find how many directions fit into a page of 8 MB; if too few do, find how many images to leave out."""
     pixels = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
     patches: dict[int, int] = {}
     for entry in report.index["maps"]:
@@ -122,7 +122,7 @@ def fitting(report: Report) -> PageBudget:
     for count in range(len(images), 0, -1):
         kept = [images[i] for i in spread(len(images), count)]
         total = sum(patches[image] for image in kept)
-        # Base64 makes 4 bytes of 3; a gallery takes at most 3 bytes a patch, an entry's fields about 150.
+        # Base64 makes 4 bytes of 3; a gallery takes at most 3 bytes per patch, an entry's fields about 150.
         bytes_left = _ROOM * 3 // 4 - sum(report.arrays[pixels[image]].size for image in kept) - 3 * total
         bytes_left -= 150 * len(report.index["maps"])
         directions = min(most, bytes_left // total)
@@ -132,7 +132,7 @@ def fitting(report: Report) -> PageBudget:
 
 
 def _without_zeros(report: Report) -> tuple[Report, list[str]]:
-    """Leave out terms that are zero, which show nothing, and return a sentence that says so."""
+    """Leave out the maps of terms that are zero; return the rest, and a sentence about those left out."""
     zero = [
         entry
         for entry in report.index["maps"]
@@ -149,11 +149,11 @@ def _without_zeros(report: Report) -> tuple[Report, list[str]]:
 
 def _reduced(report: Report, fit: PageBudget) -> list[str]:
     if not fit.of:
-        return ["The analysis kept no token maps (its setting shown is 0), so there is nothing to point at."]
+        return ["The analysis kept no token maps (its setting `shown` is 0), so there is no interactive viewer."]
     channels = ", ".join(str(each["feature_dim"]) for each in report.backbones)
     said = [
-        f"Token maps have 8 bits in {fit.directions} of {channels} directions, those with most of the variance, and no "
-        "mean over positions; cosines are of these."
+        f"Token maps are stored with 8 bits, in {fit.directions} of {channels} directions (those with most of the "
+        "variance), without their mean over positions; cosines are computed from these."
     ]
     if fit.directions < fit.of:
         said.append(f"The report has {fit.of} directions; the others are left out to stay below 8 MB.")
@@ -163,13 +163,13 @@ def _reduced(report: Report, fit: PageBudget) -> list[str]:
 
 
 def _check(report: Report) -> None:
-    """Refuse arrays that the page would draw as nonsense."""
+    """Refuse arrays whose shapes or types do not fit their kind."""
     kinds = {"jpegs": (np.uint8, 1), "maps": (np.int8, 3), "positions": (np.floating, 2), "norms": (np.integer, 1)}
     for kind, (dtype, dims) in kinds.items():
         for entry in report.index[kind]:
             name = entry["array"]
             if name not in report.arrays:
-                raise ConfigError(f"the report misses the array {name!r} of {kind}")
+                raise ConfigError(f"the report lacks the array {name!r} of {kind}")
             array = report.arrays[name]
             if not np.issubdtype(array.dtype, dtype) or array.ndim != dims or not array.size:
                 raise ConfigError(
@@ -182,7 +182,7 @@ def _check(report: Report) -> None:
 
 
 def _data(report: Report, fit: PageBudget) -> dict[str, Any]:
-    """Collect what the script needs: photographs, and token maps in the directions that fit."""
+    """Collect the data for the script: photographs, and token maps in the directions that fit."""
     names = sections.image_names(report)
     jpegs = {entry["image"]: report.arrays[entry["array"]] for entry in report.index["jpegs"]}
     order = {each["label"]: sections.variants_of(report, each["label"]) for each in report.backbones}

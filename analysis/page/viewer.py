@@ -1,4 +1,4 @@
-"""Make token maps small: what pictures and the interactive report need of an analysis, quantised to bytes."""
+"""Compress the token maps of an analysis to 8 bits, for pictures and the interactive report."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Shown:
 
 
 class Arrays:
-    """Collect a report's arrays and the index that says what they are."""
+    """Collect a report's arrays and an index that describes them."""
 
     def __init__(self) -> None:
         self.index: dict[str, list[dict[str, Any]]] = {"jpegs": [], "maps": [], "positions": [], "norms": []}
@@ -53,11 +53,11 @@ class Arrays:
         self.arrays[name] = array
 
     def add_jpeg(self, image: int, pixels: Tensor) -> None:
-        """Take in a small JPEG of an image (3, H, W) in [0, 1]."""
+        """Add a small JPEG of an image (3, H, W) in [0, 1]."""
         self._add("jpegs", np.frombuffer(_jpeg(pixels), dtype=np.uint8), image=image)
 
     def add_maps(self, maps: Sequence[Shown]) -> None:
-        """Take in all token maps at once: those of one backbone and layer share their directions."""
+        """Add all token maps at once: those of one backbone and layer share their principal directions."""
         groups: dict[tuple[str, int], list[Shown]] = {}
         for each in maps:
             groups.setdefault((each.backbone, each.layer), []).append(each)
@@ -76,12 +76,12 @@ class Arrays:
                 )
 
     def add_position(self, backbone: str, layer: int, variant: str, artifact: Tensor) -> None:
-        """Take in the norm at each position of an artifact (h, w, C)."""
+        """Add the norm of an artifact (h, w, C) at each position."""
         norm = artifact.float().norm(dim=-1).cpu().numpy()
         self._add("positions", norm, backbone=backbone, layer=layer, variant=variant)
 
     def add_norms(self, backbone: str, layer: int, tokens: Mapping[str, Sequence[Tokens]]) -> None:
-        """Take in the histograms of the norms of one layer's variants, over the same bins."""
+        """Add histograms of the token norms of one layer's variants, over common bins."""
         norms = {
             variant: np.concatenate([each.patches.float().norm(dim=-1).flatten().cpu().numpy() for each in maps])
             for variant, maps in tokens.items()
@@ -93,11 +93,11 @@ class Arrays:
 
 
 def quantise(maps: Sequence[Tensor], count: int) -> list[tuple[np.ndarray, float]]:
-    """Write token maps in their principal directions, as bytes.
+    """Compute the coordinates of token maps along their principal directions, as 8-bit integers.
 
     Args:
         maps: (h, w, C) each; grids may differ.
-        count: directions D at most.
+        count: the largest number of directions D.
 
     Returns:
         For each map the int8 (h, w, D) values and the scale: their product is the map without its mean over

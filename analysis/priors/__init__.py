@@ -1,1 +1,1 @@
-"""Generative priors on features: what can be generated from the tokens shows what they hold."""
+"""Train generative priors on features: pictures generated from tokens show which information the tokens hold."""

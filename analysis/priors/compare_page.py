@@ -21,8 +21,8 @@ def write_page(report: dict[str, Any], pictures: Mapping[str, Tensor], out: Path
     """Write page.html, curves.png and samples.png into a folder.
 
     Args:
-        report: of :func:`dvt.analysis.priors.compare.compare_priors`.
-        pictures: by column, (n, 3, S, S) in [0, 1].
+        report: the report of :func:`dvt.analysis.priors.compare.compare_priors`.
+        pictures: for each column (n, 3, S, S) in [0, 1].
         out: the folder.
     """
     images = [_curves(report, out / "curves.png"), _samples(pictures, out / "samples.png")]
@@ -34,8 +34,8 @@ def write_page(report: dict[str, Any], pictures: Mapping[str, Tensor], out: Path
     words = (
         f"One prior for each kind of tokens and seed ({seeds}), {counts['training']} images to learn from and "
         f"{counts['held_out']} held out, {report['config']['steps']} steps. Mean and 95 % t interval over seeds; "
-        "differences to raw are paired by seed. Change: mean of the last quarter of the curve less that of the quarter "
-        "before. Cosines are of what the yardstick sees of sample and truth, less the training images' mean."
+        "differences to raw are paired by seed. Change: mean of the curve's last quarter minus that of the quarter "
+        "before. Cosines compare the yardstick's features of sample and truth, without the training images' mean."
     )
     tables = "".join(_table(report, name) for name in next(iter(report["kinds"].values())) if "others" not in name)
     with whole_file(out / "page.html") as part:

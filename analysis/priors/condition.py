@@ -1,4 +1,4 @@
-"""Conditions of a generative prior and what makes them random: pseudo-text, rewrites, drops. Discrete tokens."""
+"""Randomise the conditions of a generative prior (dropping, pseudo-text, rewrites of texts); make discrete tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generat
 
     Args:
         condition: (B, ...).
-        null: broadcastable to one of them, learned or zero.
-        share: probability in [0, 1]; Lumos takes .1.
+        null: the replacement, learned or zero, broadcastable to one condition.
+        share: probability of replacement in [0, 1]; Lumos takes .1.
     """
     if not 0 <= share <= 1:
         raise ConfigError(f"the share of dropped conditions must lie in [0, 1], got {share}")
@@ -32,7 +32,7 @@ def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generat
     return torch.where(dropped.to(condition.device).view(-1, *[1] * (condition.ndim - 1)), null, condition)
 
 
-# --- LAFITE: image features disturbed until they pass for a text's
+# --- LAFITE: image features with noise, in place of text features
 
 
 def pseudo_text(features: Tensor, generator: torch.Generator, xi: float = 3.0) -> Tensor:
@@ -45,7 +45,7 @@ def pseudo_text(features: Tensor, generator: torch.Generator, xi: float = 3.0) -
         xi: strength of the disturbance, at least 0.
 
     Source:
-        Zhou et al., LAFITE: Towards Language-Free Training for Text-to-Image Generation, 2022, the fixed kind.
+        Zhou et al., LAFITE: Towards Language-Free Training for Text-to-Image Generation, 2022, with fixed noise.
     """
     if xi < 0:
         raise ConfigError(f"xi must be at least 0, got {xi}")
@@ -56,15 +56,15 @@ def pseudo_text(features: Tensor, generator: torch.Generator, xi: float = 3.0) -
 class PseudoText(nn.Module):
     """Learn pseudo-text features h = norm(f + mu(f) + exp(s(f)) eps) of f = norm(feature).
 
-    It starts as the fixed kind does in high dimension: mu = 0 and exp(s) = xi / sqrt(C). Train it together with the
-    generator through ``contrast(h, ..., temperature=.5)``.
+    At the start it equals :func:`pseudo_text` in high dimension: mu = 0 and exp(s) = xi / sqrt(C). Train it together
+    with the generator through ``contrast(h, ..., temperature=.5)``.
 
     Args:
         feature_dim: C.
         xi: strength of the disturbance at the start, positive.
 
     Source:
-        LAFITE, the trained kind; the start is ours.
+        LAFITE, with trained noise; the initial values are ours.
     """
 
     def __init__(self, feature_dim: int, xi: float = 3.0) -> None:
@@ -100,10 +100,10 @@ def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]
 
     Args:
         path: the file, UTF-8.
-        images: the names as the file gives them, in the order wanted; one may come more than once.
+        images: names as in the file, in the order of the result; a name may be repeated.
 
     Raises:
-        ConfigError: a line is not such an object, a name comes twice, or file and images do not name the same ones.
+        ConfigError: a line is not such an object, the file repeats a name, or its names and `images` differ.
 
     Source:
         Fan et al., Improving CLIP Training with Language Rewrites (LaCLIP), 2023.
@@ -118,7 +118,9 @@ def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]
         if line.strip():
             name, texts = _parsed(line, f"{path}, line {number}")
             if name in found:
-                raise ConfigError(f"{path}, line {number}: image {name!r} has a line already; join its rewrites in one")
+                raise ConfigError(
+                    f"{path}, line {number}: image {name!r} has a line already; put all of its rewrites into one line"
+                )
             found[name] = texts
     _check_step(path, list(dict.fromkeys(images)), list(found))
     return [found[name] for name in images]
@@ -136,7 +138,7 @@ def _parsed(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     rewrites = entry.get("rewrites", [])
     texts = [entry["image"], entry["text"], *(rewrites if isinstance(rewrites, list) else [None])]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigError(f"{where}: image, text and each of the rewrites must be texts that are not empty")
+        raise ConfigError(f"{where}: image, text and each of the rewrites must be text that is not empty")
     return entry["image"], tuple(texts[1:])
 
 
@@ -148,24 +150,24 @@ def _check_step(path: Path, images: list[str], named: list[str]) -> None:
             for names, what in ((missing, "images without a line"), (unknown, "lines without an image"))
             if names
         ]
-        raise ConfigError(f"{path} is out of step with the {len(images)} images: {' and '.join(parts)}; make it again")
+        raise ConfigError(f"{path} does not fit the {len(images)} images: {' and '.join(parts)}; make it again")
 
 
 def draw_texts(texts: Texts, generator: torch.Generator) -> list[str]:
-    """Draw one text for each image, uniformly among its original and rewrites.
+    """Draw one text for each image, uniformly from its original and rewrites.
 
-    One random number is drawn for each image, however many rewrites it has: adding some moves no other draw.
+    Each image takes one random number, however many rewrites it has, so adding rewrites changes no other draw.
     """
     draws = torch.rand(len(texts), generator=generator, device=generator.device, dtype=torch.float64).tolist()
     return [choices[int(draw * len(choices))] for choices, draw in zip(texts, draws, strict=True)]
 
 
 class TextTower(nn.Module):
-    """Encode texts with a frozen text encoder of open_clip: list of N texts -> (N, C) features.
+    """Encode a list of N texts as (N, C) features, with a frozen text encoder of open_clip.
 
     Args:
         name: an open_clip model such as ``ViT-B-32``.
-        weights: a file or a tag of open_clip (downloaded); None leaves the weights random, for tests.
+        weights: a file, or a tag of open_clip to download; None keeps random weights, for tests.
 
     Raises:
         ConfigError: open_clip is not installed, or does not know the model or the weights.
@@ -195,7 +197,7 @@ class TextTower(nn.Module):
 
 @dataclass(frozen=True)
 class Codebook:
-    """Hold cluster centres (K, C) in feature space: discrete tokens, the baseline for continuous ones."""
+    """Hold cluster centres (K, C) in feature space, for discrete tokens, the baseline for continuous ones."""
 
     centres: Tensor
 
@@ -218,7 +220,7 @@ class Codebook:
         return cls(torch.from_numpy(means.cluster_centers_).to(features))
 
     def encode(self, features: Tensor) -> Tensor:
-        """Find the index (...) of the nearest centre of each of (..., C) features."""
+        """Find the index of the nearest centre of each feature: (..., C) -> (...)."""
         if features.shape[-1] != self.centres.shape[1]:
             raise ShapeError(f"features have {features.shape[-1]} channels, the codebook {self.centres.shape[1]}")
         rows = features.flatten(0, -2).to(self.centres)
@@ -226,5 +228,5 @@ class Codebook:
         return torch.cat(parts).view(features.shape[:-1])
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Look up the centres (..., C) of indices (...)."""
+        """Look up the centres of indices: (...) -> (..., C)."""
         return self.centres[ids]

@@ -1,4 +1,4 @@
-"""Set what a prior is made of and how it is trained."""
+"""Hold the settings of priors: architecture, training, sampling, comparison and loops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COMPARISON_LOOP = TrainingConfig(
     steps=3000,
     batch_size=48,
     learning_rate=2e-3,
-    min_learning_rate=2e-3,  # no decay: a curve that flattens does so by itself
+    min_learning_rate=2e-3,  # no decay, which would flatten the curves
     warmup=0.02,
     ema=0.99,
     checkpoint_every=3000,
@@ -40,36 +40,36 @@ _COMPARISON_LOOP = TrainingConfig(
 
 
 def check_target(kind: str, vae: str | None) -> None:
-    """Raise ConfigError unless there is such a target, with a VAE where it needs one."""
+    """Check that there is such a target, with a VAE if and only if it needs one; else raise ConfigError."""
     if kind not in TARGET_KINDS:
         raise ConfigError(f"there is no target {kind!r}; it must be one of {', '.join(TARGET_KINDS)}")
     if (vae is None) == (kind == "latents"):
-        raise ConfigError(f"latents, and only they, need a VAE; the target is {kind!r} and vae {vae!r}")
+        raise ConfigError(f"the target 'latents', and no other, needs a VAE; the target is {kind!r} and vae {vae!r}")
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Set what a prior is made of.
+    """Hold the architecture of a prior.
 
     Args:
-        grid: (h, w) target tokens.
+        grid: (h, w), the number of target tokens per side.
         token_dim: D, channels of a target token.
         condition_dim: C, channels of a condition token; None for a prior without a condition.
-        condition_grid: (h, w) if the last h w condition tokens lie on a grid, whose places the prior is then given;
-            None for class tokens, labels and texts.
-        head: "image" denoises all target tokens at once; "token" each by itself, given the trunk's answer for it.
-        order: of a token head: "random" (masked, all see all) or "raster" (causal).
+        condition_grid: (h, w) if the last h w condition tokens lie on a grid, so that the prior can embed their
+            positions; None for class tokens, labels and texts.
+        head: "image" denoises all target tokens at once; "token" denoises each one, given the trunk's output for it.
+        order: for a token head, "random" (masked, full attention) or "raster" (causal).
         width: channels of the trunk, a multiple of 4 and of `heads`.
-        depth: its blocks.
+        depth: blocks of the trunk.
         heads: attention heads.
         drop: share of conditions replaced by a learned null in training, for guidance.
-        levels: noise levels for each token and step of a token head.
-        codes: of a token head: 0 for continuous tokens, else the number of entries of a codebook that tokens are
-            rounded to, predicted by cross-entropy.
-        centred: whether the embedder of conditions learns what it takes off each place of the grid before it
-            normalises a token.
-        pseudo: "fixed" or "trained" noise turns image features into pseudo-text features in training (LAFITE); None
-            for none.
+        levels: noise levels per token and training step of a token head.
+        codes: for a token head, 0 for continuous tokens, else the number of entries of a codebook to which tokens are
+            rounded; they are then predicted by cross-entropy.
+        centred: let the embedder of conditions learn, for each position of the grid, a vector that it subtracts from
+            the token before normalising it.
+        pseudo: "fixed" or "trained" noise, which turns image features into pseudo-text features in training (LAFITE);
+            None for no noise.
 
     Raises:
         ConfigError: a setting is outside its range.
@@ -102,7 +102,7 @@ class PriorConfig:
         if self.pseudo not in (None, "fixed", "trained") or (self.pseudo and self.condition_dim is None):
             raise ConfigError(f"pseudo must be None, or 'fixed' or 'trained' with a condition, got {self.pseudo!r}")
         if self.centred and self.condition_grid is None:
-            raise ConfigError("centring needs condition tokens on a grid, such as patches")
+            raise ConfigError("centred=True needs condition tokens on a grid, such as patches")
         for name in ("token_dim", "width", "depth", "heads", "levels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -114,32 +114,32 @@ class PriorConfig:
 
 @dataclass(frozen=True)
 class PriorTraining:
-    """Say what a prior generates, from which tokens, and how it is trained.
+    """Hold the settings for training a prior: condition, target, architecture and training loop.
 
     Args:
-        condition: tokens of the frozen backbone that it is given: "cls" (a picture's kind, no layout), "mean" (the mean
-            patch), "patch" (the layout), "both"; "label" for the name of each image's folder; or None for an
-            unconditional prior.
-        target: what it generates: "pixels", "latents" of a VAE, or the backbone's "features".
+        condition: tokens of the frozen backbone that condition the prior: "cls" (the kind of picture, no layout),
+            "mean" (the mean patch), "patch" (the layout), "both"; "label" for the name of each image's folder; or None
+            for an unconditional prior.
+        target: what the prior generates: "pixels", "latents" of a VAE, or the backbone's "features".
         head: "image" denoises all target tokens at once (Lumos), "token" one after the other (MAR, Fluid).
-        order: of a token head: "random" (MAR) or "raster" (causal).
-        side: of the square pictures generated, in pixels; of features, of the pictures shown.
-        patch: pixels, or cells of the latent, along the side of a target token.
+        order: for a token head, "random" (MAR) or "raster" (causal).
+        side: side in pixels of the square pictures to generate or, for features, to show.
+        patch: side of a target token, in pixels or in cells of the latent.
         vae: folder of a diffusers AutoencoderKL, for latents.
         width: channels of the transformer.
-        depth: its blocks.
+        depth: blocks of the transformer.
         heads: attention heads.
         drop: share of conditions dropped in training, for guidance.
-        codes: of a token head: 0 for continuous tokens, else the entries of a k-means codebook (Fluid).
-        centred: whether the prior learns what it takes off each condition token's place.
-        pseudo: noise that makes image features pass for a text's, "fixed" or "trained"; with the condition "mean" or
-            "cls" (LAFITE).
-        flips: whether each training image is also seen mirrored.
-        pairs: share of the training images that are used, as of pairs in a second stage.
-        held_out: share of the images that is held out; at least 2 images, and at most 64.
-        loop: the optimizer's steps, learning rate, averaging and checkpoints. Its seed is also that of the initial
-            weights, the order of the images, the noise and the choice of those held out; each checkpoint comes with
-            a picture of samples.
+        codes: for a token head, 0 for continuous tokens, else the number of entries of a k-means codebook (Fluid).
+        centred: let the prior learn, for each position, a vector to subtract from condition tokens.
+        pseudo: "fixed" or "trained" noise that lets image features stand for text features; with the condition "mean"
+            or "cls" (LAFITE).
+        flips: also train on each image mirrored.
+        pairs: share of the training images to use, as for the few pairs of a second stage.
+        held_out: share of the images to hold out; at least 2 images and at most 64 are held out.
+        loop: the optimizer's steps, learning rate, averaging and checkpoints. Its seed also seeds the initial weights,
+            the order of the images, the noise and the choice of held-out images; a picture of samples is written with
+            each checkpoint.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -170,7 +170,7 @@ class PriorTraining:
             raise ConfigError(f"there is no condition {self.condition!r}; it is one of {known} or None")
         if self.pseudo and self.condition not in ("cls", "mean"):
             raise ConfigError(
-                f"pseudo-text needs one feature an image: the condition 'cls' or 'mean', got {self.condition!r}"
+                f"pseudo-text needs one feature per image: the condition 'cls' or 'mean', got {self.condition!r}"
             )
         if not 0 < self.pairs <= 1:
             raise ConfigError(f"pairs is a share of the images in (0, 1], got {self.pairs}")
@@ -182,7 +182,7 @@ class PriorTraining:
         self.prior((1, 1), 1, 1, (1, 1) if self.condition in ("patch", "both") else None)
 
     def to_json(self) -> dict[str, Any]:
-        """List all settings as a prior's card holds them: those of the loop beside the others, not inside."""
+        """List all settings in one flat dictionary, as a prior's card holds them."""
         flat = asdict(self)
         return flat | flat.pop("loop")
 
@@ -193,7 +193,7 @@ class PriorTraining:
         condition_dim: int | None,
         condition_grid: tuple[int, int] | None,
     ) -> PriorConfig:
-        """Describe the prior for tokens of this size."""
+        """Make the architecture of a prior for target and condition tokens of these sizes."""
         names = ("head", "order", "width", "depth", "heads", "drop", "codes", "centred", "pseudo")
         return PriorConfig(
             grid, token_dim, condition_dim, condition_grid, **{name: getattr(self, name) for name in names}
@@ -202,16 +202,16 @@ class PriorTraining:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Say how samples are drawn.
+    """Hold the settings for drawing samples.
 
     Args:
         steps: noise levels of the sampler.
-        ar_steps: how often a token head in random order asks its trunk.
+        ar_steps: how often a token head in random order calls its trunk.
         sampler: "heun", "ddim" (ancestral), or "restart" (four returns between noise levels .3 and 2).
         guidance: classifier-free guidance in [0, 100]; 1 for none.
-        rising: whether the guidance rises from 1 to its value on the way, or is the same all along.
+        rising: let the guidance rise from 1 to its value in the course of sampling, instead of being constant.
         temperature: in (0, 10]; below 1 samples vary less.
-        seed: of the samples.
+        seed: seed of the samples.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -238,13 +238,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Say what is compared, and with which budget.
+    """Hold the settings of a comparison of priors with different conditions.
 
     Args:
-        kinds: some of those that there are, "raw" among them; empty for all.
-        seeds: runs of each kind; their spread gives the intervals.
-        prior: what is trained and how; the condition is patches, and `loop.validate_every` is how often the curves
-            have a point.
+        kinds: kinds of tokens to compare, "raw" among them; empty for all.
+        seeds: runs per kind; their spread gives the intervals.
+        prior: settings for training; the condition must be patches, and `loop.validate_every` is the distance of points
+            on the curves.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -258,7 +258,7 @@ class Comparison:
         if self.seeds < 2:
             raise ConfigError(f"an interval needs 2 seeds or more, got {self.seeds}")
         if self.prior.condition != "patch" or self.prior.target == "features" or self.prior.flips:
-            raise ConfigError("a comparison is of patch tokens as conditions, of pixels or latents, and without flips")
+            raise ConfigError("a comparison needs the condition 'patch', the target pixels or latents, and no flips")
         if self.kinds and "raw" not in self.kinds:
             raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
         if self.prior.loop.validate_every < 1:
@@ -267,16 +267,16 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Loop:
-    """Say how a prior is refitted on its own samples.
+    """Hold the settings for refitting a prior on its own samples.
 
     Args:
-        rounds: refits.
-        mix: synthetic samples for each real one.
-        corrector: "none", or "centres": a sample becomes a random real image of the nearest of `clusters` centres.
-        gamma: strength of the correction: a sample is corrected with chance gamma / (1 + gamma).
-        clusters: of the corrector.
-        round_steps: training steps of each round, from the weights of the round before.
-        seeds: loops; their spread gives the intervals.
+        rounds: number of refits.
+        mix: synthetic samples per real one.
+        corrector: "none", or "centres", which replaces a sample by a random real image of its nearest cluster.
+        gamma: strength of the correction: a sample is corrected with probability gamma / (1 + gamma).
+        clusters: number of the corrector's clusters.
+        round_steps: training steps per round, starting from the previous round's weights.
+        seeds: number of loops; their spread gives the intervals.
 
     Raises:
         ConfigError: a value is outside its range.

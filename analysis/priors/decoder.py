@@ -1,4 +1,4 @@
-"""Make pixels of feature tokens, so that generated features can be looked at."""
+"""Decode feature tokens to pixels, so that generated features can be shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvt.analysis.priors.token_set import BATCH, Rows
 from dvt.errors import ShapeError
 from dvt.views import resize
 
-_RIDGE = 1e-2  # of the mean variance of an input
+_RIDGE = 1e-2  # relative to the mean variance of an input
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class PixelDecoder:
     """Decode each token and its eight neighbours linearly as a patch of pixels (ours).
 
     Args:
-        weights: (9 C + 1, 3 p^2), of the inputs and a constant, for patches of p x p pixels.
+        weights: (9 C + 1, 3 p^2), one row per input and one for a constant, for patches of p x p pixels.
     """
 
     weights: Tensor
@@ -31,8 +31,8 @@ class PixelDecoder:
         """Fit by ridge regression on standardised feature maps and the pictures that they come from.
 
         Args:
-            maps: N of (h, w, C).
-            pictures: N of (3, S, S).
+            maps: N maps (h, w, C).
+            pictures: N pictures (3, S, S).
         """
         height, width, channels = maps.shape[1:]
         patch = max(1, round(int(pictures.shape[2]) / height))
@@ -44,7 +44,7 @@ class PixelDecoder:
             x, y = _inputs(maps[rows].float().cpu()), patchify(shown, patch).flatten(0, 2)
             left, right = left + x.T @ x, right + x.T @ y
         ridge = _RIDGE * left.diagonal()[:-1].mean() * torch.eye(size)
-        ridge[-1, -1] = 0  # the constant is free
+        ridge[-1, -1] = 0  # no penalty on the constant
         return cls(torch.linalg.lstsq(left + ridge, right).solution)
 
     def __call__(self, maps: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class PixelDecoder:
 
 
 def _inputs(maps: Tensor) -> Tensor:
-    """List each token with its neighbours, those over the edge repeated, and a one: (B h w, 9 C + 1)."""
+    """List each token with its neighbours and a one: (B h w, 9 C + 1); edge tokens are repeated beyond the edge."""
     padded = functional.pad(maps.permute(0, 3, 1, 2), (1, 1, 1, 1), mode="replicate")
     rows = functional.unfold(padded, 3).transpose(1, 2).flatten(0, 1)
     return functional.pad(rows, (0, 1), value=1.0)

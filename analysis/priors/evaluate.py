@@ -29,11 +29,11 @@ def features(
     """Compute features of images, real or generated, for the functions below.
 
     Args:
-        backbone: (B, 3, H, W) images in [0, 1] to tokens.
+        backbone: maps (B, 3, H, W) images in [0, 1] to tokens.
         images: (N, 3, H, W); values beyond [0, 1] are clipped, as they would be in a file.
-        read: "cls" the first prefix token (N, C), "mean" of the patches (N, C), or "patch" all of them (N, h, w, C).
+        read: "cls" for the first prefix token (N, C), "mean" for the mean patch (N, C), "patch" for all (N, h, w, C).
         clean: a denoiser of the tokens.
-        size: (H, W) that the backbone takes; None leaves the images as they are.
+        size: (H, W) that the backbone takes; None does not resize the images.
         batch_size: images at a time.
 
     Raises:
@@ -75,9 +75,9 @@ def _rows(values: Tensor, name: str, least: int) -> Tensor:
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
     """Compute the squared Frechet distance of the normal distributions with the features' means and covariances.
 
-    Few samples bias it upwards by much more than its noise: compare only numbers of equal counts, and read it beside
-    ``frechet_distance(real, held_out)`` with as many held-out real images as generated ones. Features are taken as
-    they are, so the number depends on their scale.
+    With few samples its bias upwards is much larger than its noise: compare only distances of equal sample counts, and
+    compare them with ``frechet_distance(real, held_out)`` of as many held-out real images as generated ones. Features
+    are not rescaled, so the distance depends on their scale.
 
     Args:
         real: (N, C) features, N at least 2.
@@ -93,9 +93,9 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
     through = _AsTheyAre()
     through.num_features = real.shape[1]
-    # These are all the features there are: one process of several may ask without waiting for the others.
+    # This process holds all features, so it must not wait for the others of a distributed run.
     metric = FrechetInceptionDistance(through, normalize=True, sync_on_compute=False).to(real.device)
-    # The distance does not change with the origin, but its sums of squares lose digits far from it.
+    # The distance does not depend on the origin, but far from it sums of squares lose digits.
     centre = real.mean(0)
     metric.update(real - centre, real=True)
     metric.update(generated - centre, real=False)
@@ -103,7 +103,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
 
 
 class _AsTheyAre(nn.Identity):
-    """Stand in for the network that torchmetrics expects: the rows are features already."""
+    """Replace the network that torchmetrics expects by the identity, since the rows are already features."""
 
     num_features: int
 
@@ -113,7 +113,7 @@ class KernelDistance:
     """Hold a kernel distance with its 95 % interval.
 
     Args:
-        value: the unbiased squared distance, 0 in the mean for samples of one distribution, whatever their number.
+        value: the unbiased squared distance; its expectation is 0 for samples of one distribution.
         low, high: the interval, by a jackknife over 20 blocks of the samples of both sides.
     """
 
@@ -169,9 +169,9 @@ def kernel_distance(real: Tensor, generated: Tensor) -> KernelDistance:
 
 
 def enough_for_frechet(count: int, channels: int) -> bool:
-    """Tell whether the number of samples is enough for a Frechet distance: ten for each channel.
+    """Tell whether there are enough samples for a Frechet distance: ten per channel.
 
-    Two samples of one normal distribution of 192 channels are 210 apart at 64 samples and 9 at 2,000.
+    For two sets from one normal distribution of 192 channels, the distance is 210 with 64 samples and 9 with 2,000.
     """
     return count >= 10 * channels
 
@@ -184,8 +184,8 @@ class RoundTrip:
     """Hold cosines between the features of generated images and conditions.
 
     Args:
-        matched: mean cosine with the own condition.
-        shuffled: mean cosine with all the others: what a prior that ignores its condition reaches.
+        matched: mean cosine with the image's own condition.
+        shuffled: mean cosine with all other conditions, as a prior that ignores its condition would reach.
         error: standard error of matched - shuffled, over samples.
     """
 
@@ -195,16 +195,16 @@ class RoundTrip:
 
     @property
     def sigmas(self) -> float:
-        """Express matched - shuffled in standard errors."""
+        """The difference matched - shuffled in standard errors."""
         return (self.matched - self.shuffled) / max(self.error, torch.finfo(torch.float64).tiny)
 
 
 def round_trip_cosine(generated: Tensor, conditions: Tensor) -> RoundTrip:
-    """Measure how well a generated image's features give its condition back.
+    """Measure how close a generated image's features are to its condition.
 
     Args:
         generated: (N, ..., C) features of generated images, N at least 3; maps (N, h, w, C) are compared by token.
-        conditions: (N, ..., C) the features each one was generated from.
+        conditions: (N, ..., C) the features from which each image was generated.
     """
     if generated.shape != conditions.shape or generated.ndim < 2 or len(generated) < 3:
         raise ShapeError(
@@ -229,9 +229,9 @@ class Memorisation:
     Args:
         distances: (N,) 1 - cosine from each generated image to its nearest training image.
         neighbours: (N,) index of that training image.
-        threshold: distance under which only 5 % of held-out images have a training image.
-        share: of generated images under the threshold; .05 is what chance gives.
-        p_value: of generated images lying no nearer than held-out ones (one-sided Mann-Whitney).
+        threshold: the 5 % quantile of the distances from held-out images to their nearest training images.
+        share: share of generated images with a distance under the threshold; .05 without memorisation.
+        p_value: for the null that generated images are not nearer than held-out ones (one-sided Mann-Whitney).
     """
 
     distances: Tensor

@@ -37,22 +37,23 @@ def loop_prior(
     device: str | torch.device | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Fit an unconditional prior again on real images and its own samples, and measure it after each round.
+    """Refit an unconditional prior on real images and its own samples, round by round, and measure it each time.
 
     Args:
-        run_dir: of :func:`dvt.analysis.priors.runs.train_prior`, without a condition; it stays as it is.
+        run_dir: the folder of a prior that :func:`dvt.analysis.priors.runs.train_prior` trained without a condition; it
+            is not changed.
         out: a folder for the rounds and loop.json.
-        config: of the loop.
-        sampling: how samples are drawn.
-        device: None for a GPU if there is one.
+        config: settings of the loop.
+        sampling: settings for drawing samples.
+        device: None takes a GPU if there is one.
         progress: called with ("rounds", rounds done, rounds of all seeds).
 
     Returns:
-        A report ready for JSON: by yardstick the kernel distance of samples to the held-out images before the loop and
-        after each round, with the interval over seeds, and that of as many training images beside it.
+        A report ready for JSON: for each yardstick, the kernel distance from samples to the held-out images before the
+        loop and after each round, with intervals over seeds; and the distance from the training images to them.
 
     Raises:
-        ConfigError: a prior with a condition, or too few held-out images.
+        ConfigError: the prior has a condition, or the run has too few held-out images.
         WeightsError: a file of the run is missing or damaged.
     """
     config, run = config or Loop(), open_run(run_dir, device)
@@ -91,7 +92,7 @@ def _one(
     sampling: Sampling,
     sticks: Sequence[Yardstick],
 ) -> dict[str, list[float]]:
-    """Run the loop of one seed: distances by yardstick, before it and after each round."""
+    """Run the loop with one seed; return the distances by yardstick, before the loop and after each round."""
     prior = Prior(run.prior.config, torch.Generator().manual_seed(0)).to(next(run.prior.parameters()).device)
     prior.load_state_dict(run.prior.state_dict())
     rounds = iter(range(1, config.rounds + 1))
@@ -119,7 +120,7 @@ def _one(
 
 
 def _corrector(real: Tensor, config: Loop, seed: int) -> Transform | None:
-    """Correct maps as rows of all their values."""
+    """Make the correction of maps, which treats each map as one row of all its values."""
     if config.corrector == "none":
         return None
     rows = real.flatten(1)

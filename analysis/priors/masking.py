@@ -1,4 +1,4 @@
-"""Choose which tokens a token by token prior hides in training, and how many it fills at a time in sampling."""
+"""Choose how many tokens a token-by-token prior masks in training, and how many each sampling step fills."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def draw_mask_ratios(count: int, generator: torch.Generator) -> Tensor:
-    """Draw shares of masked tokens (count,): normal, mean 1, deviation .25, truncated to [.7, 1]; their mean is .867.
+    """Draw shares of masked tokens (count,): normal with mean 1 and deviation .25, truncated to [.7, 1]; mean .867.
 
     Source:
         Li et al., Autoregressive Image Generation without Vector Quantization (MAR), 2024.
@@ -21,7 +21,7 @@ def draw_mask_ratios(count: int, generator: torch.Generator) -> Tensor:
 
 
 def unmasking(length: int, steps: int) -> list[int]:
-    """List how many tokens each sampling step fills: a cosine schedule, at least one a step, `length` in all.
+    """List how many tokens each sampling step fills: a cosine schedule, at least one per step, `length` in all.
 
     >>> unmasking(16, 4)
     [2, 3, 5, 6]

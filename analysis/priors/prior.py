@@ -43,11 +43,11 @@ class Prior(nn.Module):
 
     Args:
         config: its architecture.
-        generator: of the initial weights, on the CPU.
+        generator: draws the initial weights, on the CPU.
 
     Attributes:
         config: as given; :meth:`swap_condition` changes it.
-        card: where it comes from, plain JSON values; saved with it.
+        card: the prior's origin, as plain JSON values; saved with it.
 
     >>> prior = Prior(PriorConfig((4, 4), 3, condition_dim=8, width=32, depth=1), torch.Generator().manual_seed(0))
     >>> maps, calls = prior.sample(torch.rand(2, 5, 8), torch.Generator().manual_seed(1))
@@ -71,7 +71,7 @@ class Prior(nn.Module):
 
         Args:
             clean: (B, h, w, D) standardised target tokens.
-            condition: (B, M, C); None only where the prior has no condition.
+            condition: (B, M, C); None if and only if the prior has no condition.
             generator: draws noise, masks and dropped conditions; on the device of the prior.
         """
         added: Tensor | float = 0.0
@@ -79,7 +79,8 @@ class Prior(nn.Module):
             feature = condition[:, 0].float()
             text = pseudo_text(feature, generator) if self.pseudo is None else self.pseudo(feature, generator)
             if self.pseudo is not None and self.training and len(text) > 1:
-                added = _LAFITE * contrast(text, feature, temperature=_LAFITE)  # or the noise would be learnt away
+                # Without this term, training would reduce the noise to nothing.
+                added = _LAFITE * contrast(text, feature, temperature=_LAFITE)
             condition = text[:, None]
         context = self.context(condition)
         if self.embed is not None and context is not None and self.training:
@@ -87,7 +88,7 @@ class Prior(nn.Module):
         return self.head.loss(clean, context, generator) + added
 
     def context(self, condition: Tensor | None) -> Tensor | None:
-        """Embed condition tokens: (B, M, W)."""
+        """Embed condition tokens (B, M, C) to the trunk's width: (B, M, W)."""
         if (condition is None) != (self.embed is None):
             raise ConfigError(
                 f"this prior has {'no' if self.embed is None else 'a'} condition, and was given "
@@ -113,13 +114,13 @@ class Prior(nn.Module):
         Args:
             condition: (B, M, C), one map each; None for a prior without a condition.
             generator: draws everything; on the device of the prior.
-            count: B where there is no condition.
-            sampler: of :mod:`dvt.analysis.priors.diffusion`.
-            sigmas: its noise levels; None for 18 steps of :func:`sampling_sigmas`.
+            count: the number of maps B, for a prior without a condition.
+            sampler: a sampler from :mod:`dvt.analysis.priors.diffusion`.
+            sigmas: the sampler's noise levels; None for 18 steps of :func:`sampling_sigmas`.
             guidance: 1 for none; larger values follow the condition more closely and vary less.
-            steps: how often a token head in random order asks its trunk; in raster order that is once a token.
-            temperature: positive; below 1 samples vary less: the starting noise is scaled by it, logits are divided.
-            rising: whether the guidance rises from 1 to its scale on the way.
+            steps: how often a token head in random order calls its trunk; in raster order it is once per token.
+            temperature: positive; below 1 samples vary less: it multiplies the starting noise and divides the logits.
+            rising: let the guidance rise from 1 to its scale in the course of sampling.
 
         Returns:
             (B, h, w, D), and the number of calls of the denoising network.
@@ -141,12 +142,12 @@ class Prior(nn.Module):
         return self.head.sample(request)
 
     def swap_condition(self, dim: int, generator: torch.Generator, grid: Size | None = None) -> None:
-        """Replace the embedder for conditions (B, M, dim), such as one-hot labels or texts; all else stays as trained.
+        """Replace the embedder by a new one for conditions (B, M, dim), such as one-hot labels; keep all other weights.
 
         Args:
             dim: channels of a condition token.
-            generator: of the embedder's initial weights, on the CPU.
-            grid: (h, w) where the conditions lie on a grid.
+            generator: draws the embedder's initial weights, on the CPU.
+            grid: (h, w) if the conditions lie on a grid.
 
         Source:
             Lumos, 2024: the second stage, fine-tuned on a tenth of the pairs.
@@ -159,7 +160,7 @@ class Prior(nn.Module):
         self.embed = fresh.to(device)
 
     def save(self, path: str | Path) -> None:
-        """Write weights, config and card to one .safetensors file, whole or not at all."""
+        """Write weights, config and card to one .safetensors file, which is whole or absent."""
         metadata = {_KEY: json.dumps({"schema": PRIOR_SCHEMA, "config": asdict(self.config), "card": self.card})}
         save_state(Path(path), self.state_dict(), metadata)
 
@@ -168,7 +169,7 @@ class Prior(nn.Module):
         """Read a prior that :meth:`save` wrote, in evaluation mode.
 
         Raises:
-            WeightsError: the file is missing, damaged or something else.
+            WeightsError: the file is missing, damaged or no prior.
         """
         try:
             with safe_open(str(path), "pt") as file:
@@ -182,7 +183,9 @@ class Prior(nn.Module):
         if about.get("schema") != PRIOR_SCHEMA or not isinstance(settings, dict) or not set(settings) <= known:
             raise WeightsError(f"{str(path)!r} holds no prior of {PRIOR_SCHEMA}; train one with this version")
         if not isinstance(card, dict):
-            raise WeightsError(f"{str(path)!r} does not tell where its prior comes from; train one with this version")
+            raise WeightsError(
+                f"{str(path)!r} has no card, the record of its prior's origin; train one with this version"
+            )
         prior = cls(_checked(settings, state, str(path)), torch.Generator().manual_seed(0))
         load_state(prior, state, str(path))
         prior.card = card
@@ -190,11 +193,11 @@ class Prior(nn.Module):
 
 
 def _checked(settings: Mapping[str, Any], state: State, source: str) -> PriorConfig:
-    """Check that a file's tensors fit its config, and return that: nothing larger than the file is built."""
+    """Check that a file's tensors fit its config, and return the config, before anything large is allocated."""
     try:
         config = typed(PriorConfig, settings)
         if max(config.depth, config.width, config.heads) > sum(value.nbytes for value in state.values()):
-            raise ConfigError("the file is too small for it")  # even the plan could take for ever
+            raise ConfigError("the file is too small for it")  # even on "meta", building could take hours
         planned = nn.ModuleDict({"head": _planned_head(config)})
         if (embedder := _planned_embedder(config)) is not None:
             planned["embed"] = embedder
@@ -232,7 +235,7 @@ def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbed
 
 @torch.no_grad()
 def _reset(module: nn.Module, generator: torch.Generator) -> None:
-    """Set gates and outputs to zero, matrices as Glorot (as in DiT), placeholder tokens to small values."""
+    """Draw initial weights: zero for gates and outputs, Glorot for matrices (as in DiT), small placeholder tokens."""
     for name, value in module.named_parameters():
         if name.endswith(("hole", "null")):
             nn.init.normal_(value, std=0.02, generator=generator)

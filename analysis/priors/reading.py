@@ -1,4 +1,4 @@
-"""Read the tokens and pictures of images: through a backbone once, kept in a folder, or from a feature store."""
+"""Read the tokens and pictures of images: compute them once and keep them in a folder, or take a feature store's."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ _ARRAYS = ("conditions", "patches", "pictures")
 
 @dataclass(frozen=True)
 class Wanted:
-    """Say what is to be read of each image.
+    """Say what to read from each image.
 
     Args:
-        condition: tokens that condition a prior; None for none.
-        features: whether the patch tokens are kept as a target, too.
-        side: pixels of the pictures kept.
-        flips: whether each image is also seen mirrored.
+        condition: which tokens condition the prior; None for no condition.
+        features: also keep the patch tokens, as a target.
+        side: side of the pictures in pixels.
+        flips: also read each image mirrored.
     """
 
     condition: Condition | None
@@ -67,17 +67,17 @@ def read_tokens(
     progress: Progress,
     folder: Path | None = None,
 ) -> TokenSet:
-    """Run the middle square of each image through the backbone; two bytes are kept of each value.
+    """Run the middle square of each image through the backbone and keep the values as float16.
 
     An image that cannot be read is left out, with a warning.
 
     Args:
-        paths: of the images.
-        backbone: sees them at its own size.
-        wanted: of each.
-        denoiser: of the tokens.
+        paths: paths of the images.
+        backbone: gets the images at its own input size.
+        wanted: what to keep of each image.
+        denoiser: applied to the tokens, if given.
         progress: called with ("look", images done, images).
-        folder: where the values are kept, in files that are read when they are needed; None keeps them in memory.
+        folder: keeps the values in files, which are read when needed; None keeps them in memory.
 
     Raises:
         NonFiniteError: a token is NaN or infinite.
@@ -125,7 +125,7 @@ def read_tokens(
 def _look(
     images: list[Tensor], backbone: Backbone, wanted: Wanted, denoiser: Clean | None, kept: _Kept
 ) -> grids.Size | None:
-    """Keep what is wanted of one batch; the grid of its patches, if they were looked at."""
+    """Keep what is wanted of one batch; return its grid of patches, or None if no tokens were computed."""
     kept.add("pictures", torch.stack([resize(image, (wanted.side, wanted.side)) for image in images]))
     if wanted.condition is None and not wanted.features:
         return None
@@ -171,7 +171,7 @@ class _Kept:
 
 
 class MappedRows:
-    """Read rows of an array from its file when they are asked for.
+    """Read rows of an array from its file when they are indexed.
 
     Args:
         path: a .npy file.
@@ -199,7 +199,7 @@ class MappedRows:
         return torch.from_numpy(np.ascontiguousarray(self.array[: len(self)][rows]))
 
 
-# --- kept in a folder, so that nothing is looked at twice
+# --- kept in a folder, so that no image is read twice
 
 
 def kept_tokens(
@@ -212,7 +212,7 @@ def kept_tokens(
 ) -> TokenSet:
     """Open the tokens that a folder keeps, or read them as :func:`read_tokens` does and keep them there.
 
-    Of several processes one reads, and the others wait.
+    When several processes call this at once, one reads and the others wait for it.
 
     Raises:
         ConfigError: the folder keeps tokens of something else.
@@ -237,10 +237,10 @@ def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet
 
     Args:
         folder: written by :func:`kept_tokens` or :func:`kept_store`.
-        about: what they must come from; None takes them as they are.
+        about: the backbone, settings and images that they must come from; None accepts any.
 
     Raises:
-        ConfigError: there are none, they are damaged, or they come from something else.
+        ConfigError: the folder has none, they are damaged, or they come from something else.
     """
     path = folder / "about.json"
     try:
@@ -250,7 +250,7 @@ def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet
         source, mirrored, skipped = found["from"], int(found["mirrored"]), tuple(found["skipped"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{str(folder)!r} keeps no tokens of a run that can be read ({error}); delete it and train again"
+            f"{str(folder)!r} keeps no readable tokens of a run ({error}); delete it and train again"
         ) from error
     if about is not None:
         _check_source(folder, source, json.loads(json.dumps(about, default=str)))
@@ -285,7 +285,10 @@ def _brief(value: Any) -> str:
 
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time read tokens into a folder."""
+    """Let one process at a time read tokens into a folder.
+
+    The lock comes before the look for about.json: a process that waited then finds the finished folder and opens it.
+    """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fd = open_lock(folder.with_name(f"{folder.name}.lock"))
@@ -306,17 +309,17 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def kept_store(folder: Path, path: str | Path, term: str, wanted: Wanted, progress: Progress) -> TokenSet:
-    """Take the tokens of a feature store, which stay there, and keep the images' pictures in a folder.
+    """Use the tokens of a feature store where they are, and keep the images' pictures in a folder.
 
     Args:
-        folder: of the pictures.
-        path: of the store; the files that it names must still be there.
-        term: of the store's terms.
-        wanted: of each image; flips are not in a store.
+        folder: keeps the pictures.
+        path: path of the store; the image files that it names must still be there.
+        term: which of the store's terms to use.
+        wanted: what to read of each image; a store has no flips.
         progress: called with ("look", images done, images).
 
     Raises:
-        StoreError: no store, another term, or grids that differ in their shorter side.
+        StoreError: there is no store, it lacks the term, or its grids differ in their shorter side.
         ConfigError: the folder keeps something else, or flips are wanted.
         ImageError: no picture can be read.
     """

@@ -1,4 +1,4 @@
-"""Write and open the folder of a trained prior: what sampling needs of it."""
+"""Write and open the files in a trained prior's folder that sampling needs."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def keep_run(
     names: Sequence[str] | None = None,
     decoder: PixelDecoder | None = None,
 ) -> None:
-    """Write what sampling needs beside the weights: held-out maps with their conditions and pictures.
+    """Write the files that sampling needs: weights, and held-out maps with their conditions and pictures.
 
     Args:
-        folder: of the run; prior.safetensors is written only where it is missing.
-        prior: its card is given a target and a condition if it names none.
-        held: standardised maps (n, h, w, D) and conditions (n, M, C), None for none.
-        pictures: (n, 3, S, S); None for those that the maps stand for.
-        names: of the held-out images.
-        decoder: of features to pixels.
+        folder: the run's folder; prior.safetensors is written only if it is missing.
+        prior: the prior; target and condition are added to its card if they are missing.
+        held: standardised maps (n, h, w, D) and conditions (n, M, C) or None.
+        pictures: (n, 3, S, S) pictures of the held-out images; None decodes the maps.
+        names: names of the held-out images.
+        decoder: decodes features to pixels.
     """
     maps, conditions = (None if each is None else each[list(range(len(each)))] for each in held)
     assert maps is not None
@@ -67,13 +67,13 @@ def keep_run(
 
 @dataclass(frozen=True)
 class PriorRun:
-    """Hold what a run's folder has for sampling.
+    """Hold the parts of a run that sampling needs.
 
     Args:
         prior: the trained prior, on its device.
-        target: what it generates.
-        held: tensors by name: pictures (n, 3, S, S), maps (n, h, w, D), conditions (n, M, C), and of
-            features the weights of their decoder to pixels.
+        target: what the prior generates.
+        held: tensors by name: pictures (n, 3, S, S), maps (n, h, w, D), conditions (n, M, C), and for features the
+            weights of their decoder to pixels.
         names: files of the held-out images.
     """
 
@@ -83,26 +83,28 @@ class PriorRun:
     names: list[str]
 
     def pictures_of(self, maps: Tensor) -> Tensor:
-        """Turn standardised maps into pictures (B, 3, S, S) in [0, 1]; of features those that a decoder makes.
+        """Turn standardised maps into pictures (B, 3, S, S) in [0, 1]; features go through the decoder.
 
         Raises:
-            ConfigError: features without a decoder, as of a prior that was trained on tensors.
+            ConfigError: the target is features and there is no decoder, as for a prior trained on tensors.
         """
         if self.target.kind != "features":
             return self.target.decode(maps)
         if "decoder" not in self.held:
-            raise ConfigError("this run has features and no decoder to pixels; train it anew with `dvt prior train`")
+            raise ConfigError(
+                "this run generates features and has no decoder to pixels; train it again with `dvt prior train`"
+            )
         return PixelDecoder(self.held["decoder"])(maps)
 
     def conditions(self, rows: slice | list[int]) -> Tensor | None:
-        """Move the conditions (n, M, C) of some rows to the prior's device; None where there are none."""
+        """Move the conditions (n, M, C) of some rows to the prior's device; None for an unconditional prior."""
         if "conditions" not in self.held:
             return None
         return self.held["conditions"][rows].to(next(self.prior.parameters()).device)
 
 
 def open_run(folder: str | Path, device: str | torch.device | None = None) -> PriorRun:
-    """Open the run that :func:`train_prior` left, or is leaving, in a folder.
+    """Open a run of :func:`train_prior`, finished or not.
 
     Raises:
         WeightsError: a file is missing or damaged.
@@ -116,13 +118,13 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
         held = load_file(path)
         target = typed(PriorTarget, prior.card["target"])
         _check_held(held, names, prior, target)
-    except Exception as error:  # of the header's JSON, of types that torch lacks, of a card that lacks something
+    except Exception as error:  # from damaged JSON, unknown types of tensors, an incomplete card
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
     return PriorRun(prior, target, held, names)
 
 
 def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: PriorTarget) -> None:
-    """Check that what a run keeps fits its prior, and holds numbers."""
+    """Check that a run's tensors have the shapes that its prior needs, and are finite."""
     config, count = prior.config, len(names)
     condition = prior.card["condition"]
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
@@ -141,7 +143,7 @@ def _check_held(held: dict[str, Tensor], names: Any, prior: Prior, target: Prior
         same = value.ndim == len(shape) and all(b in (None, a) for a, b in zip(value.shape, shape, strict=True))
         if not same or not value.numel() or not value.isfinite().all():
             raise ValueError(f"{name} is {tuple(value.shape)} instead of {shape}, or holds NaN")
-    if target.kind != "latents":  # whose VAE is read when it is needed
+    if target.kind != "latents":  # a VAE is read only when it is needed
         made = target.decode(held["maps"][:1].float())
         fits = target.kind == "features" or made.shape[1:] == held["pictures"].shape[1:]
         if not fits or made.shape[0] != 1 or not made.isfinite().all():

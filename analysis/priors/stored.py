@@ -1,4 +1,4 @@
-"""Read the tokens of a feature store as a prior takes them, when they are asked for."""
+"""Read the tokens of a feature store in the form that a prior takes, when they are indexed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dvt.tokens import Tokens
 
 
 class StoreRows:
-    """Read the middle square of each image's tokens from a store when they are asked for.
+    """Read the middle square of each image's tokens from a store when they are indexed.
 
     Args:
-        store: with the term that is read.
-        kind: of condition tokens; None for the patch tokens as a map.
-        rows: which images of the store.
-        side: patches along the square's side.
+        store: the store, opened with the term to read.
+        kind: the kind of condition tokens; None for the patch tokens as a map.
+        rows: indices of the images in the store.
+        side: the square's side in patches.
     """
 
     def __init__(self, store: FeatureStore, kind: Condition | None, rows: Sequence[int], side: int) -> None:
@@ -50,14 +50,14 @@ class StoreRows:
 def store_rows(
     store: FeatureStore, condition: Condition | None, features: bool, names: Sequence[str]
 ) -> dict[str, Rows]:
-    """Give the conditions and the patches of the images with these names, as far as they are wanted.
+    """Make the conditions and the patches of the images with these names, each if it is wanted.
 
     Raises:
         StoreError: an image is no longer there.
     """
     place = {name: row for row, name in enumerate(store.images)}
     if lost := [name for name in names if name not in place]:
-        raise StoreError(f"{str(store.path)!r} has no longer {len(lost)} images of the run, such as {lost[0]!r}")
+        raise StoreError(f"{str(store.path)!r} no longer holds {len(lost)} images of the run, such as {lost[0]!r}")
     rows = [place[name] for name in names]
     side = min(store.grids[rows[0]])
     found: dict[str, Rows] = {}
@@ -69,7 +69,7 @@ def store_rows(
 
 
 def store_identity(path: str | Path, term: str) -> dict[str, Any]:
-    """List what the tokens of a store come from, as a prior's card has it."""
+    """Describe the backbone and the job that a store's tokens come from, for a prior's card."""
     job = FeatureStore(path, term).job
     names = ("backbone", "weights_sha256", "layer", "stride", "size")
     return {**{name: getattr(job, name) for name in names}, "denoiser": {"store": job.digest, "term": term}}

@@ -1,4 +1,4 @@
-"""Build the transformer of the priors: blocks given the noise level, the trunk of them, the condition's embedder."""
+"""Build the transformer of the priors: blocks modulated by the noise level, the trunk, the embedder of conditions."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def fourier(values: Tensor, width: int) -> Tensor:
 
 
 def places(grid: Size, width: int, device: torch.device) -> Tensor:
-    """Embed the cells' centres: (h w, width); two grids of one picture agree where they lie over each other."""
+    """Embed the cells' centres: (h w, width); cells of two grids at one place of a picture get equal embeddings."""
     return fourier(grids.grid_centres(grid, device).flatten(0, 1), width)
 
 
 Memory = dict[nn.Module, tuple[Tensor, Tensor]]
-"""Keys and values (B, heads, n, W / heads) of the n tokens that each block has seen."""
+"""For each block, keys and values (B, heads, n, W / heads) of the n tokens that it has processed."""
 
 
 class Block(nn.Module):
     """Apply self-attention, cross-attention and an MLP, each shifted, scaled and gated by the time (adaLN-zero).
 
-    The gates start at zero, so an untrained block hands its input on.
+    The gates start at zero, so an untrained block returns its input.
 
     Source:
         Peebles and Xie, DiT, 2023, section 3.2; the cross-attention as in Lumos, 2024.
@@ -63,7 +63,7 @@ class Block(nn.Module):
         return x
 
     def _remember(self, memory: Memory, x: Tensor) -> Tensor:
-        """Let the one token (B, 1, W) that is new attend to those before it, and to itself."""
+        """Let one new token (B, 1, W) attend to all earlier tokens and to itself, and remember it."""
         attention = self.attention
         qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
@@ -79,7 +79,7 @@ class Trunk(nn.Module):
     """Transform embedded tokens (B, L, W) -> (B, L, W), for both heads.
 
     Args:
-        config: of the prior.
+        config: the prior's architecture.
     """
 
     def __init__(self, config: PriorConfig) -> None:
@@ -94,8 +94,9 @@ class Trunk(nn.Module):
         """Run all blocks; time is (B, W), context (B, M, W) or None.
 
         Args:
-            memory: of the tokens before, where x is the one (B, 1, W) that follows them; None where x is all tokens.
-            start: the place of the first token of x.
+            memory: keys and values of earlier tokens, if x is the one token (B, 1, W) that follows them; None if x
+                holds all tokens.
+            start: index of the first token of x.
         """
         _, length, width = x.shape
         x = x + places(self.grid, width, x.device).to(x)[start : start + length]
@@ -111,7 +112,7 @@ class ConditionEmbedder(nn.Module):
     """Embed condition tokens (B, M, C), L2-normalised, by an MLP of two layers as (B, M, W).
 
     Source:
-        Lumos, 2024, section 3; the length after normalising is sqrt(C), so that channels have unit size. The learned
+        Lumos, 2024, section 3; here the norm is scaled to sqrt(C), so that channels have unit size, and the learned
         centring is ours.
     """
 

@@ -1,15 +1,15 @@
-"""Read labelled data from disk: one folder layout of our own and five well-known ones; errors say what is wrong.
+"""Read labelled data from disk, in our own folder layout or in one of five well-known ones.
 
-The layout, where the split folders may be missing::
+Our layout, in which the split folders are optional::
 
     DATA/images/{train,val,test}/NAME.jpg
-    DATA/annotations/{train,val,test}/NAME.png      class ids; ids to leave out are given as `ignore`
+    DATA/annotations/{train,val,test}/NAME.png      class ids; `ignore` lists ids to leave out
     DATA/depth/{train,val,test}/NAME.png            uint16 millimetres, 0 = no measurement
     DATA/boxes.json                                 {file: {"width", "height", "boxes": [[x0, y0, x1, y1]]}}
-    DATA/{train,val,test}/CLASS/NAME.jpg            one class an image
+    DATA/{train,val,test}/CLASS/NAME.jpg            one class per image
 
 :func:`open_data` also reads VOC, ADE20K, CamVid, Cityscapes and NYUv2 as they are distributed (:data:`LAYOUTS`).
-Opening looks at names and headers only; pixels are read when an example is asked for.
+Opening reads only names and headers; pixels are read with each example.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _METRES = 0.001
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Hold examples by split, with all that is needed to read their truth.
+    """Hold examples by split, with all that is needed to read their ground truth.
 
     Args:
-        root: where they lie.
+        root: the folder of the data.
         layout: name of the layout.
-        target: what the truth is.
+        target: the kind of ground truth.
         splits: split name to examples, sorted by name.
-        classes: class names where the layout or the folders tell them.
-        ids: class of each id in the files, IGNORE where it is left out; None takes ids as they are.
+        classes: class names, if the layout or the folders give them.
+        ids: class of each id in the files, IGNORE for ids to leave out; None takes ids as classes.
         ignore: further ids in the files to leave out.
-        num_classes: K; 0 where it must be found in the labels, by :meth:`counted`.
-        notes: what a reader of a score must know, such as a split that was made.
+        num_classes: K; 0 if :meth:`counted` must find it in the labels.
+        notes: warnings for readers of a score, such as that the split was made here.
     """
 
     root: Path
@@ -71,11 +71,11 @@ class LabelledData:
         """Read the truth of an example.
 
         Returns:
-            labels: (H, W) int16 class indices, IGNORE where left out. depth: (H, W) float32 metres, 0 where unknown.
+            labels: (H, W) int16 class indices, or IGNORE. depth: (H, W) float32 metres, 0 where unknown.
             boxes: (n, 4) float32 pixels (x0, y0, x1, y1). category: () int16.
 
         Raises:
-            DataError: the file cannot be read, is of another kind, or holds an id out of range.
+            DataError: the file cannot be read, is not such a map, or holds an id out of range.
         """
         if self.target == "boxes":
             return torch.tensor(example.boxes, dtype=torch.float32)
@@ -85,14 +85,14 @@ class LabelledData:
         return _depth(values, example) if self.target == "depth" else self._labels(values, example)
 
     def limited(self, **counts: int | None) -> LabelledData:
-        """Keep at most a number of examples of each split, evenly spaced over it; None keeps all."""
+        """Keep at most the given number of examples of each split, evenly spaced; None keeps all."""
         return replace(self, splits={name: pick(part, counts.get(name)) for name, part in self.splits.items()})
 
     def counted(self) -> LabelledData:
-        """Add the number of classes; where no layout gives it, all labels of all splits are read.
+        """Add the number of classes; if the layout does not give it, read all labels of all splits.
 
         Raises:
-            DataError: ids look like colours or regions (more than MOST_CLASSES), or like an unmarked void (a lone 255).
+            DataError: the ids seem to be colours or regions (more than MOST_CLASSES), or 255 seems to mark void pixels.
         """
         if self.num_classes or self.target not in ("labels", "category"):
             return self
@@ -119,7 +119,7 @@ class LabelledData:
         if wrong := [int(v) for v in present if not 0 <= v < known and int(v) not in self.ignore]:
             raise DataError(
                 f"{os.fspath(_path(example.truth))!r} holds the ids {some(wrong)}; class ids lie in 0 ... {known - 1}. "
-                "Give --ignore ID for those that are no class, or --classes N if there are more"
+                "Give --ignore ID for ids that are not a class, or --classes N if there are more classes"
             )
         table = np.full(int(present.max(initial=0)) + 1, IGNORE, dtype=np.int16)
         for value in present:
@@ -136,13 +136,13 @@ def _depth(values: np.ndarray, example: Example) -> Tensor:
 
 def _path(truth: Path | None) -> Path:
     if truth is None:
-        raise DataError("this example has no label or depth map; open the data with the target that it has")
+        raise DataError("this example has no label or depth map; open the data with another target")
     return truth
 
 
 def _read_map(path: Path) -> np.ndarray:
     """Read the (H, W) integers of a single-channel image, palette indices included."""
-    image_size(path)  # refuses what must not be opened: pipes, huge headers, empty files
+    image_size(path)  # refuses pipes, empty files and huge sizes in headers before anything is decoded
     try:
         with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "PPM")) as image:
             values = np.asarray(image)
@@ -171,12 +171,12 @@ def open_data(
         root: the folder, in one of the :data:`LAYOUTS`.
         target: "labels", "depth", "boxes" or "category".
         layout: one of :data:`LAYOUTS`; "auto" recognises it.
-        ignore: ids in the label files to leave out, besides those that the layout leaves out itself.
-        num_classes: K of the folder layout; None finds it in the labels.
+        ignore: ids in the label files to leave out, besides those that the layout leaves out.
+        num_classes: K, for our folder layout; None finds it in the labels.
 
     Raises:
         DataError: nothing is found, pairs are missing (they are listed), names clash or sizes disagree.
-        ConfigError: an unknown layout or target.
+        ConfigError: the layout or target is unknown.
     """
     root = Path(root)
     if target not in get_args(AnnotationKind):
@@ -215,13 +215,13 @@ def _recognise(root: Path, target: str, layout: str) -> tuple[str, Path]:
     able = [name for name in LAYOUTS if target in LAYOUTS[name].targets]
     raise DataError(
         f"{str(root)!r} is not in a layout with {target} that dvt knows"
-        f"{'' if layout == 'auto' else f' as {layout}'}; those are {', '.join(able)}. The plain one: "
+        f"{'' if layout == 'auto' else f' as {layout}'}; known are {', '.join(able)}. The simplest: "
         f"{PLAIN[target]}"
     )
 
 
 def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """Split 70, 10 and 20 % in blocks of the sorted names: neighbouring frames of one film stay together."""
+    """Split 70, 10 and 20 % in blocks of the sorted names, so that neighbouring frames of a film stay together."""
     groups: dict[int, list[Example]] = {}
     for example in examples:
         groups.setdefault(example.category, []).append(example)
@@ -239,7 +239,7 @@ def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Ex
 
 
 def _check_sizes(data: LabelledData) -> None:
-    """Check that label and depth maps are as large as their images, and that boxes lie in theirs."""
+    """Check that label and depth maps are as large as their images."""
     wrong = []
     for examples in data.splits.values():
         for example in examples:
@@ -252,7 +252,7 @@ def _check_sizes(data: LabelledData) -> None:
 
 
 def pick(items: Sequence[Picked], count: int | None) -> tuple[Picked, ...]:
-    """Take at most `count` items, evenly spaced, in their order; None takes all.
+    """Take at most `count` items, evenly spaced and in order; None takes all.
 
     >>> pick("abcdefg", 3)
     ('a', 'c', 'e')

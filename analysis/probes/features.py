@@ -1,4 +1,4 @@
-"""Make token maps for probes: computed once and kept in a feature store, or made from others."""
+"""Make token maps for probes: compute them once and keep them in a feature store, or derive them from other maps."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ LazyItem = TypeVar("LazyItem")
 
 PH_REG: dict[str, Any] = {"kind": "shifts", "reach": 0.15, "flip": 0.5}
 """Views of PH-Reg's teacher ("Vision Transformers with Self-Distilled Registers", 2025): shifts of at most 15 % of the
-image's sides, and mirroring, at one scale. Ours: whole patches, and tokens of what lies outside the image left out."""
+image's sides, and mirroring, at one scale. Different here: shifts by whole patches, and tokens of content outside the
+image left out."""
 
 _SHARD_IMAGES = 64
 _HELD_BYTES = 2 << 30
@@ -38,7 +39,7 @@ _LEAST_EIGENVALUE = 1e-9
 
 
 class Lazy(Sequence, Generic[LazyItem]):
-    """Make the items of a sequence when they are asked for."""
+    """Make the items of a sequence when they are indexed."""
 
     def __init__(self, length: int, make: Callable[[int], LazyItem]) -> None:
         self.length, self.make = length, make
@@ -55,7 +56,7 @@ class Lazy(Sequence, Generic[LazyItem]):
 
 
 def held(items: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Read the items into memory if they are likely to take less than 2 GB there; otherwise leave them as they are."""
+    """Read the items into memory if all are likely to take less than 2 GB; otherwise return them unchanged."""
     if not len(items):
         return items
     return list(items) if items[0].nbytes * len(items) < _HELD_BYTES else items
@@ -81,12 +82,12 @@ def cached_tokens(
     Args:
         backbone: runs on its own device.
         images: files; equal bytes are computed once.
-        cache: folder of feature stores, one for each backbone and setting, which may be deleted at any time.
+        cache: folder of feature stores, one per backbone and settings; it may be deleted at any time.
         views: None for one pass over the whole image; otherwise tokens are averaged as :func:`averaged_tokens` does.
         progress: called with (what, done, total).
 
     Returns:
-        Tokens (a batch of one) of each image, read when asked for.
+        Tokens (a batch of one) of each image, read when indexed.
     """
     settings = {"verb": "extract"} if views is None else {"verb": "average views", "views": _numbers(views)}
     job = Job.of(backbone, settings)
@@ -125,10 +126,10 @@ def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None
 
 
 def fitting_size(backbone: Backbone, size: Size, path: str | Path) -> Size:
-    """Choose the (H, W) to resize the image of a file to.
+    """Choose the size (H, W) to which an image file is resized.
 
     Raises:
-        ImageError: it is too long and thin; the message names the file.
+        ImageError: the image is too long and thin; the message names the file.
     """
     try:
         return backbone.input_size(size)
@@ -157,14 +158,14 @@ def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[
 
 @torch.no_grad()
 def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> Tokens:
-    """Average, over all views that show a patch's centre, the view's tokens there (bilinear between them).
+    """Average tokens over views: at each patch centre, the tokens of all views that show it, interpolated bilinearly.
 
-    The baseline that any estimate from views must beat: it spreads a position artifact out instead of finding it.
+    This is the baseline for any estimate from views: it spreads a position artifact out instead of estimating it.
 
     Args:
         image: (3, H, W) in [0, 1].
-        config: how views are drawn; the whole image is always the first of them. Crops [ours] mix scales; shifts are
-            at the image's own, each mirrored with probability `flip`, as in :data:`PH_REG`.
+        config: settings of the views; the whole image is always the first view. Crops [ours] mix scales; shifts are at
+            the image's own scale, each mirrored with probability `flip`, as in :data:`PH_REG`.
 
     Raises:
         ShapeError: the grid is smaller than 2 x 2 patches.
@@ -186,7 +187,7 @@ def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> To
         prefix = tokens.prefix[:1] if prefix is None else prefix
         own = grids.image_to_view(centres.expand(len(images), -1, -1, -1), views.boxes[part], views.flips[part])
         seen = ((own >= 0) & (own <= 1)).all(-1, keepdim=True).to(torch.float32)
-        # grids.sample counts from the outermost nodes; these are the centres of the outermost patches.
+        # In grids.sample 0 and 1 are the outermost nodes, which here are the centres of the outermost patches.
         nodes = (own - centres[0, 0]) / (centres[-1, -1] - centres[0, 0])
         at_centres = torch.stack([grids.sample(one, where) for one, where in zip(tokens.patches, nodes, strict=True)])
         total = total + (seen * at_centres).sum(0)
@@ -195,7 +196,7 @@ def averaged_tokens(backbone: Backbone, image: Tensor, config: ViewConfig) -> To
 
 
 def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
-    """Average each patch's tokens over windows shifted by whole patches, where they show it and not its mirror."""
+    """Average each patch's tokens over the windows, shifted by whole patches, that show the patch, not its mirror."""
     config, (height, width) = windows.config, windows.centres.shape[:2]
     total = torch.zeros(height, width, backbone.feature_dim, device=windows.centres.device)
     count = torch.zeros(height, width, 1, device=windows.centres.device)
@@ -219,7 +220,7 @@ def _averaged_shifts(backbone: Backbone, windows: Shifts) -> Tokens:
 
 
 def _overlap(length: int, offset: int) -> tuple[slice, slice]:
-    """Find where a window, shifted by whole patches, lies in the image: places in the image and in the window."""
+    """Find the part of an image that a window shifted by whole patches shows, as slices of the image and the window."""
     first, last = max(0, offset), length + min(0, offset)
     return slice(first, last), slice(first - offset, last - offset)
 
@@ -228,19 +229,19 @@ def _overlap(length: int, offset: int) -> tuple[slice, slice]:
 
 
 def position_features(grid: Size, waves: int = 4, device: torch.device | None = None) -> Tensor:
-    """Multiply cosines of the patch centres' coordinates: (h, w, waves^2), what position alone can tell."""
+    """Multiply cosines of the patch centres' coordinates: (h, w, waves^2), features that know the position alone."""
     coords = grids.grid_centres(grid, device=device)
     cosines = torch.cos(torch.pi * coords[..., None] * torch.arange(waves, device=device))
     return (cosines[:, :, 0, :, None] * cosines[:, :, 1, None, :]).flatten(2)
 
 
 def position_only(tokens: Tokens) -> Tokens:
-    """Put coordinates in place of tokens: the baseline of a task in which layout is a cue."""
+    """Replace tokens by functions of their coordinates: the baseline of a task in which layout is a cue."""
     return Tokens.of(position_features(tokens.grid, device=tokens.patches.device).expand(len(tokens), -1, -1, -1))
 
 
 def with_position(tokens: Tensor, how: str) -> Tensor:
-    """Put the position back into a map (h, w, C).
+    """Add position features to a map (h, w, C).
 
     Args:
         how: "concatenate" appends :func:`position_features`, "add" adds sines and cosines of the coordinates as
@@ -269,9 +270,9 @@ def _sines(grid: Size, channels: int) -> Tensor:
 
 
 def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
-    """Subtract the mean map over training images (less its own mean): what all images share at a position.
+    """Make a function that subtracts the mean map over training images, without its mean over positions.
 
-    Maps of another grid take the mean resampled.
+    For maps of another grid the mean map is resampled.
     """
     total, count = None, 0
     for tokens in train:
@@ -279,19 +280,19 @@ def mean_subtraction(train: Iterable[Tokens]) -> Callable[[Tokens], Tokens]:
         total = part if total is None else total + grids.resample(part, grid_of(total))
         count += len(tokens)
     if total is None:
-        raise DataError("no training image was given; their mean is what is subtracted")
+        raise DataError("no training image was given; give those whose mean is to be subtracted")
     mean = total / count
     mean = mean - mean.mean((0, 1))
     return lambda tokens: tokens.with_patches(tokens.patches - grids.resample(mean, tokens.grid).to(tokens.patches))
 
 
 def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Callable[[Tokens], Tokens]:
-    """Move tokens to their mean along the directions in which they encode where they are [ours; the aim is RASA's].
+    """Make a function that removes the directions in which tokens encode their position [ours; the aim is RASA's].
 
-    Tokens are regressed on :func:`position_features`; the `rank` principal directions of what these predict are
-    removed. Everything comes from covariances, so the tokens are read once. (The directions from which a regression
-    *reads* the position, as RASA removes them, are small where the position signal is large: many rounds of them
-    hardly change anything.)
+    Tokens are regressed on :func:`position_features`; along the `rank` principal directions of the prediction, tokens
+    are set to their mean. Covariances suffice, so the tokens are read once. (RASA removes the directions from which a
+    regression *reads* the position. These are small where the position signal is large, so that many rounds hardly
+    change anything.)
     """
     products, channels = None, 0
     for tokens in train:
@@ -299,7 +300,7 @@ def linear_removal(train: Iterable[Tokens], rank: int = 8, waves: int = 6) -> Ca
         rows = _rows(tokens, waves)
         products = rows.T @ rows if products is None else products + rows.T @ rows
     if products is None:
-        raise DataError("no training image was given; the position is removed as it shows in them")
+        raise DataError("no training image was given; the directions of position are estimated from them")
     mean = products[-1, :-1] / products[-1, -1]
     covariance = products[:-1, :-1] / products[-1, -1] - mean[:, None] * mean
     across, within = covariance[:channels, channels:], covariance[channels:, channels:]

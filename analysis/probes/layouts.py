@@ -1,6 +1,6 @@
 """Find labelled data on disk in our own folders or those of VOC, ADE20K, CamVid, Cityscapes and NYUv2.
 
-Each reader turns a folder into examples by split; which files belong together is decided by names alone.
+Each reader turns a folder into examples by split; it pairs files by their names alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dvt.grids import Size
 from dvt.images import find_images, image_size
 
 IGNORE = -1
-"""What an ignored pixel is after reading, whatever its id in the file."""
+"""The label of an ignored pixel after reading, whatever its id in the file."""
 
 SPLITS = ("train", "val", "test")
 _LISTED = 10
@@ -27,7 +27,7 @@ _LISTED = 10
 
 @dataclass(frozen=True)
 class Example:
-    """Name one image and where its truth is.
+    """Hold the path of one image and of its ground truth.
 
     Args:
         name: the path below its split, without suffix; unique in a split.
@@ -46,7 +46,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Layout:
-    """Describe a known layout: where its root is below a folder, its examples by split, and its label ids."""
+    """Describe a known layout: how to find its root below a folder and its examples by split, and its label ids."""
 
     targets: tuple[str, ...]
     find: Callable[[Path], Path | None]
@@ -64,12 +64,12 @@ PLAIN = {
 
 
 def size_text(size: Size) -> str:
-    """Write height and width for people."""
+    """Write height and width as text."""
     return f"{size[0]} x {size[1]}"
 
 
 def some(items: Sequence[object]) -> str:
-    """Write the first few of a list for people, and how many more there are."""
+    """Write the first few items of a list as text, and how many more there are."""
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return ", ".join(str(item) for item in items[:_LISTED]) + more
 
@@ -78,16 +78,18 @@ def some(items: Sequence[object]) -> str:
 
 
 def _files(folder: Path, ending: str = "") -> dict[str, Path]:
-    """Find image files below a folder, by their path without suffix (and without `ending`); none without a folder."""
+    """Find image files below a folder, by their path without suffix and `ending`; empty if there is no such folder."""
     found: dict[str, Path] = {}
-    with suppress(ImageError):  # an empty folder; whatever lacks a file is listed by its name later
+    with suppress(
+        ImageError
+    ):  # the folder is empty; missing files are reported by name when images and maps are paired
         for path in find_images([folder]):
             inside = path.relative_to(folder).with_suffix("").as_posix()
             if not inside.endswith(ending):
                 continue
             name = inside.removesuffix(ending)
             if name in found:
-                raise DataError(f"{str(found[name])!r} and {str(path)!r} have one name; which is meant is unclear")
+                raise DataError(f"{str(found[name])!r} and {str(path)!r} have one name; rename or remove one of them")
             found[name] = path
     return found
 
@@ -114,7 +116,7 @@ def _has(*inside: str) -> Callable[[Path], Path | None]:
     """Find the first folder, at or just below the root, that holds all the given names."""
 
     def find(root: Path) -> Path | None:
-        # Backwards, so that of several years of VOC the latest is taken.
+        # In reverse order, so that the latest of several years of VOC is taken.
         below = sorted((path for path in root.iterdir() if path.is_dir() and path.name[0] != "."), reverse=True)
         deeper = [path / "VOC2012" for path in below]
         return next((base for base in (root, *below, *deeper) if all((base / name).exists() for name in inside)), None)
@@ -161,7 +163,11 @@ def _boxes_json(root: Path) -> list[Example]:
 
 
 def _checked_boxes(boxes: Any, size: Any, image: Path) -> tuple[tuple[float, ...], ...]:
-    """Clip boxes to their image, which they leave by half a pixel at most; the stated size is the image's."""
+    """Check boxes against their image, and clip those that exceed it by up to half a pixel.
+
+    Raises:
+        DataError: the stated size is not the image's, or a box is malformed, empty or outside of the image.
+    """
     real = image_size(image)
     if tuple(size) != real:
         raise DataError(f"{str(image)!r} is {size_text(real)} pixels (height x width), but its entry says {size}")
@@ -201,7 +207,7 @@ def category_names(root: Path) -> tuple[str, ...]:
 
 
 def _voc(root: Path, target: str) -> dict[str, list[Example]]:
-    """Find VOC's examples; the labels of the test split are not public, so val is scored."""
+    """Find VOC's examples; val is scored, because the labels of the test split are not public."""
     folder = "Segmentation" if target == "labels" else "Main"
     missing: list[str] = []
     found = {
@@ -234,14 +240,14 @@ def _voc_boxes(file: Path, image: Path) -> tuple[tuple[float, ...], ...]:
         ]
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"cannot read the boxes in {str(file)!r}: {error}") from error
-    # VOC counts pixels from 1, the last one included.
+    # VOC counts pixels from 1, and its boxes include the last pixel.
     return _checked_boxes([[x0 - 1, y0 - 1, x1, y1] for x0, y0, x1, y1 in corners], image_size(image), image)
 
 
 def _lines(file: Path) -> list[str]:
     names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if wrong := [name for name in names if Path(name).name != name]:
-        raise DataError(f"{str(file)!r} names {some(wrong)}; it holds one plain image name a line")
+        raise DataError(f"{str(file)!r} names {some(wrong)}; it must hold one image name per line, without folders")
     return names
 
 
@@ -255,7 +261,7 @@ def _camvid(root: Path, target: str) -> dict[str, list[Example]]:
 
 
 def _cityscapes(root: Path, target: str) -> dict[str, list[Example]]:
-    """Find Cityscapes' examples; the labels of the test split are not public (its files are void), so val is scored."""
+    """Find Cityscapes' examples; val is scored, because the test split's labels are not public (its files are void)."""
     images, maps = root / "leftImg8bit", root / "gtFine"
     return {
         split: _paired(_files(images / split, "_leftImg8bit"), _files(maps / split, "_gtFine_labelIds"), images / split)

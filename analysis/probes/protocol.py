@@ -1,4 +1,4 @@
-"""Make a table from labelled data and a backbone: raw features, variants of them and baselines side by side."""
+"""Run a probe on labelled data with raw features, variants of them and baselines, and make a table."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ log = logging.getLogger(__name__)
 _LEGENDS = {
     "discovery": f"whole: the whole image as the box; centred: the best of {len(TRIVIAL_MARGINS)} centred boxes, "
     "chosen by its CorLoc on these images",
-    "correspondence": "position PCK is what matching to the same place of the grid scores, chance PCK a random match",
+    "correspondence": "position PCK is the score of matching to the same place of the grid, chance PCK that of random "
+    "matches",
 }
 
 
 def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledData:
-    """Prepare the data for a probe: splits "train" and "test" only, limited, and cut into crops where asked for.
+    """Prepare the data for a probe: keep the splits "train" and "test", limit them, and cut crops if the protocol does.
 
-    The files of its examples are what stores handed to :func:`run_probe` must hold. Where nothing is learnt (discovery)
-    "train" is empty.
+    A store given to :func:`run_probe` must hold the files of these examples. "train" is empty if the task needs no
+    training (discovery).
     """
     if config.task not in TARGETS:
         raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
@@ -72,13 +73,13 @@ def run_probe(
 
     Args:
         config: the probe and its data.
-        backbone: gives the raw features, which are computed once and kept in the cache.
+        backbone: computes the raw features, once; they are kept in the cache.
         variants: further rows by name: a denoiser as a function of tokens, a store, another backbone.
         progress: called with (what, done, total).
 
     Raises:
         DataError: the data are incomplete or contradict themselves, or a store lacks an image.
-        ConfigError: two rows have one name, or a row cannot be had for this task.
+        ConfigError: two rows have one name, or a row is not possible for this task.
     """
     variants = variants or {}
     names = row_names(config.baselines, variants)
@@ -125,7 +126,7 @@ def _run_correspondence(
     variants: Mapping[str, Variant],
     progress: Progress | None,
 ) -> ProbeReport:
-    """Match images with their warped views; any photographs will do."""
+    """Match images with their warped views; this needs no labels."""
     files = pick(find_images([config.data]), config.test_images)
     source = _row_features(config, backbone, files, 0, progress)
     images = Lazy(len(files), lambda i: load_image(files[i]).to(backbone.device))
@@ -145,7 +146,7 @@ def _run_correspondence(
 
 
 def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
-    """Choose the matching probe: centres of overlapping patches depend on the input's size, which the grid tells."""
+    """Make the matching probe, with the patch centres of each grid: those of overlapping patches depend on the size."""
     sizes = {fitting_size(backbone, image_size(path), path) for path in files}
     return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
 
@@ -196,7 +197,7 @@ def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
 
 
 def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Probe]:
-    """Fit one probe a seed; only one where nothing is random."""
+    """Fit one probe per seed, or a single one if it draws no random numbers."""
     probes = [make_probe(config, num_classes, config.seed + k) for k in range(config.seeds)]
     return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
 
@@ -207,12 +208,12 @@ def _statistics(probes: Sequence[Probe], maps: Sequence[Tensor], truth: Sequence
 
 
 def _parts(items: Sequence[Tensor], count: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Part the first `count` items from the others, without reading any."""
+    """Part the first `count` items from the rest, without reading any."""
     return Lazy(count, lambda i: items[i]), Lazy(len(items) - count, lambda i: items[count + i])
 
 
 def _notes(train: Sequence[Tensor], test: Sequence[Tensor], data: LabelledData) -> list[str]:
-    """List what is odd about the targets; each of these is allowed, and has its effect on the scores."""
+    """List properties of the targets that are allowed but affect the scores, such as missing classes."""
     if data.target == "boxes":
         return []
     if data.target == "depth":
@@ -227,18 +228,16 @@ def _class_notes(train: Sequence[Tensor], test: Sequence[Tensor], data: Labelled
     unscored = [names[k] for k in range(data.num_classes) if not scored[k]]
     notes = []
     if unlearnt:
-        notes.append(
-            f"classes that only the scored images hold, which no probe can learn, count as 0: {some(unlearnt)}"
-        )
+        notes.append(f"classes that only scored images have, which no probe can learn, count as 0: {some(unlearnt)}")
     if unscored:
-        notes.append(f"classes that no scored image holds are left out of the means: {some(unscored)}")
+        notes.append(f"classes that no scored image has are left out of the means: {some(unscored)}")
     return notes + _void_notes(train, test, lambda truth: bool((truth != IGNORE).any()), "labels")
 
 
 def _present(truth: Sequence[Tensor], num_classes: int) -> Tensor:
     seen = torch.zeros(num_classes + 1, dtype=torch.bool)
     for i in range(len(truth)):
-        seen[truth[i].unique().long()] = True  # ignored pixels fall on the last place
+        seen[truth[i].unique().long()] = True  # IGNORE, -1, indexes the last entry
     return seen[:-1]
 
 
@@ -251,7 +250,7 @@ def _void_notes(
         if len(truth) == void:
             raise DataError(f"none of the {len(truth)} {name} images has any {what}: all pixels are left out or 0")
         if void:
-            notes.append(f"{void} of {len(truth)} {name} images have no {what} at all and count for nothing")
+            notes.append(f"{void} of {len(truth)} {name} images have no {what} and do not count")
     return notes
 
 
@@ -261,5 +260,5 @@ def _plain(config: ProbeConfig) -> dict[str, Any]:
 
 
 def _cache(config: ProbeConfig) -> Path:
-    """Find the folder where features and crops are kept."""
+    """Find the folder that caches features and crops."""
     return Path(config.cache) if config.cache else default_cache()

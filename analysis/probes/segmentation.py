@@ -27,11 +27,11 @@ from dvt.grids import Size
 _LABELS_A_PATCH = 4
 _TOKENS_AT_ONCE = 256
 NEAR = 3
-"""Pixels from a boundary within which bAcc counts."""
+"""bAcc counts the pixels within this distance of a boundary."""
 
 
 class SegmentationProbe(Probe):
-    """Share between both segmentation probes: predictions by classes' scores, and counts of pixels as statistics.
+    """Hold what both segmentation probes share: predict the class of the best score, and count pixels for statistics.
 
     Args:
         num_classes: K; labels are 0 ... K - 1, or :data:`~dvt.analysis.probes.layouts.IGNORE` where they do not count.
@@ -60,7 +60,7 @@ class SegmentationProbe(Probe):
 
     @torch.no_grad()
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """Count the pixels of each image by class, in all and, right and true, near boundaries: (N, K, 5)."""
+        """Count pixels by image and class, (N, K, 5): right, true, predicted; then right and true near boundaries."""
         check_maps(tokens, targets)
         sizes = [(target.shape[0], target.shape[1]) for target in targets]
         found = self._predictions(tokens, sizes)
@@ -73,8 +73,11 @@ class SegmentationProbe(Probe):
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Compute mIoU and mAcc over the classes in the truth, aAcc, the share of right pixels, and bAcc, that share
-        within 3 pixels of a boundary between classes; in [0, 1]."""
+        """Compute mIoU, mAcc, aAcc and bAcc, in [0, 1].
+
+        mIoU and mAcc are means over the classes in the truth; aAcc is the share of right pixels; bAcc is that share
+        among the pixels within 3 pixels of a boundary between classes.
+        """
         right, true = statistics[..., 3].sum(-1), statistics[..., 4].sum(-1)
         return {**count_scores(statistics[..., :3]), "bAcc": right / true}
 
@@ -84,7 +87,7 @@ class LinearSegmentation(SegmentationProbe):
 
     Args:
         num_classes: K.
-        config: how it is trained.
+        config: settings of the training.
 
     Source:
         The linear protocol of DINOv2 (Oquab et al., 2023, section 7.4) and DVT (Yang et al., 2024, section 5.1).
@@ -126,11 +129,11 @@ class KnnSegmentation(SegmentationProbe):
     """Give each token the vote of the nearest class centroids of the training images; nothing is trained.
 
     A centroid is the mean token of one class in one image, each token weighted by the share of its patch that the
-    class covers. Likeness is the cosine. Among classes of equal votes the more similar wins.
+    class covers. Similarity is the cosine; it decides between classes with equal votes.
 
     Args:
         num_classes: K.
-        neighbours: centroids that vote; all of them where there are fewer.
+        neighbours: number of centroids that vote; all centroids vote if there are fewer.
 
     Source:
         Denoising Vision Transformers, ECCV 2024, the evaluation without training.
@@ -169,13 +172,13 @@ class KnnSegmentation(SegmentationProbe):
     def _vote(self, likeness: Tensor, classes: Tensor) -> Tensor:
         """Compute the share of votes of each class, (n, K), from (n, m) likeness to the centroids."""
         best = likeness.topk(min(self.neighbours, likeness.shape[1]), dim=1)
-        # Below half a vote in all, so that likeness decides between equal votes and never against a vote.
+        # The bonuses add up to less than half a vote: similarity decides between equal votes and never outweighs one.
         worth = (1 + 0.2 / self.neighbours * best.values) / best.values.shape[1]
         return likeness.new_zeros(len(likeness), self.num_classes).scatter_add_(1, classes[best.indices], worth)
 
 
 def class_shares(labels: Tensor, num_classes: int, grid: Size) -> Tensor:
-    """Compute the share of each class in each patch, (h, w, K), from 4 x 4 labels; ignored pixels do not count."""
+    """Compute the share of each class in each patch, (h, w, K), from 4 x 4 labels per patch, without ignored ones."""
     height, width = grid
     step = _LABELS_A_PATCH
     small = reduced(labels, (step * height, step * width)).long()
@@ -197,7 +200,7 @@ def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
 
 
 def near_boundaries(labels: Tensor, distance: int = NEAR) -> Tensor:
-    """Mark the pixels (H, W) within a distance of one that has a neighbour of another class; ignored ones make none.
+    """Mark the pixels (H, W) within a distance of a boundary between classes; ignored pixels make no boundary.
 
     >>> near_boundaries(torch.tensor([[0, 0, 0, 1, 1, 1]]), distance=1).int().tolist()
     [[0, 1, 1, 1, 1, 0]]
@@ -213,7 +216,7 @@ def near_boundaries(labels: Tensor, distance: int = NEAR) -> Tensor:
 
 
 def count_scores(counts: Tensor) -> dict[str, Tensor]:
-    """Compute mIoU, mAcc and aAcc of counts (..., K, 3); classes that the truth lacks are left out of the means.
+    """Compute mIoU, mAcc and aAcc from counts (..., K, 3); the means leave out classes that the truth lacks.
 
     Predicting a class that the truth lacks still costs: those pixels are missing from the right ones.
     """

@@ -26,13 +26,13 @@ class ProbeRow:
     """Hold the scores of one variant of the features.
 
     Args:
-        variant: its name.
-        scores: each score's mean over seeds; None where it is not defined, for the reason in `notes`.
+        variant: the variant's name.
+        scores: each score's mean over seeds; None if it is not defined, with the reason in `notes`.
         seeds: 95 % interval of the headline's mean over seeds (Student's t); None for fewer than two seeds.
         images: 95 % bootstrap interval of the headline over test images.
-        difference: of the headline, less the reference's; None for the reference itself.
+        difference: the headline score minus the reference's; None for the reference itself.
         difference_interval: 95 % paired bootstrap interval of the difference over test images.
-        notes: reasons for what is missing.
+        notes: reasons for missing scores.
     """
 
     variant: str
@@ -46,17 +46,17 @@ class ProbeRow:
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Hold what a probe found for all variants of the features.
+    """Hold the results of a probe for all variants of the features.
 
     Args:
-        task: of the probe.
-        metric: the headline score; intervals and differences are of it.
+        task: the probe's task.
+        metric: the headline score, for which intervals and differences are given.
         reference: the variant that the others are compared with.
-        rows: one a variant.
+        rows: one row per variant.
         data: root, layout, protocol and the numbers of images and classes.
         config: the settings, ready for JSON.
-        notes: what a reader must know: a split that was made, classes that are missing, images left out.
-        compare: makes the rows with another of them as the reference; see :meth:`against`.
+        notes: warnings for the reader: a split made here, missing classes, images left out.
+        compare: a function that computes the rows with another reference; see :meth:`against`.
     """
 
     task: str
@@ -69,21 +69,21 @@ class ProbeReport:
     compare: Callable[[str], tuple[ProbeRow, ...]] | None = field(default=None, repr=False, compare=False)
 
     def against(self, reference: str) -> ProbeReport:
-        """Compute the differences from another row instead; all else in the table stays.
+        """Compute the differences from another row instead, and keep the rest of the table.
 
         Raises:
             ConfigError: there is no such row, or the report has been read from a file.
         """
         self.row(reference)
         if self.compare is None:
-            raise ConfigError("this report holds no evidence to compare rows by; run the probe again")
+            raise ConfigError("the report was read from a file, without the statistics to compare; run the probe again")
         return replace(self, reference=reference, rows=self.compare(reference))
 
     def row(self, variant: str) -> ProbeRow:
         """Find the row of a variant.
 
         Raises:
-            ConfigError: there is none of that name.
+            ConfigError: there is no row of that name.
         """
         for row in self.rows:
             if row.variant == variant:
@@ -97,7 +97,7 @@ class ProbeReport:
         return json.loads(json.dumps(values, allow_nan=False))
 
     def table(self) -> str:
-        """Write aligned text; shares in per cent, errors as they are."""
+        """Write the table as aligned text, with shares in per cent and errors in their units."""
         same = self._same()
         names = [name for name in self.rows[0].scores if name not in same]
         head = [
@@ -120,7 +120,7 @@ class ProbeReport:
         return "\n".join([*text, *(f"note: {note}" for note in notes)])
 
     def _same(self) -> list[str]:
-        """List scores beside the headline that no row changes, such as those of trivial guesses."""
+        """List scores, other than the headline, that are equal in all rows, such as those of trivial guesses."""
         others = [name for name in self.rows[0].scores if name != self.metric]
         return [name for name in others if len(self.rows) > 1 and len({row.scores[name] for row in self.rows}) == 1]
 
@@ -159,12 +159,13 @@ def make_rows(
     """Make rows from the statistics (seeds, images, ...) of each variant.
 
     Args:
-        statistics: of each test image under each seed, which add up; the same images in the same order everywhere.
-        summarise: the probe's scores of added statistics.
-        metric: the headline among the scores.
+        statistics: for each variant, statistics of each test image under each seed, which can be added; all variants
+            have the same images in the same order.
+        summarise: computes the probe's scores from added statistics.
+        metric: name of the headline score.
         reference: the variant that the others are compared with.
-        draws: bootstrap samples of the images.
-        seed: of the bootstrap; the samples are the same for all variants, which pairs them.
+        draws: number of bootstrap samples of the images.
+        seed: seed of the bootstrap; all variants get the same samples, so that their differences are paired.
 
     Raises:
         ShapeError: variants were scored on different numbers of images.
@@ -189,7 +190,7 @@ def _row(
 ) -> ProbeRow:
     scores = {key: _finite(float(values.mean())) for key, values in each.items()}
     reasons = tuple(
-        f"{key} is not defined: no scored image has anything that counts for it" for key in each if scores[key] is None
+        f"{key} is not defined: no scored image has anything to count for it" for key in each if scores[key] is None
     )
     row = ProbeRow(name, scores, student(each[metric]), central_interval(drawn), notes=reasons)
     if against is None:
@@ -199,7 +200,14 @@ def _row(
 
 
 def resampled(statistics: Tensor, samples: Tensor, summarise: Summarise, metric: str) -> Tensor:
-    """Score each sample of the images of statistics (seeds, images, ...): (draws,), a mean over seeds."""
+    """Score each bootstrap sample of the images, averaged over seeds: (draws,).
+
+    Args:
+        statistics: (seeds, images, ...).
+        samples: (draws, images), how often each sample contains each image.
+        summarise: computes the scores from added statistics.
+        metric: which score.
+    """
     flat = statistics.double().flatten(2)
     parts = []
     for some in samples.split(_DRAWS_AT_ONCE):
@@ -209,7 +217,7 @@ def resampled(statistics: Tensor, samples: Tensor, summarise: Summarise, metric:
 
 
 def student(values: Tensor) -> Interval | None:
-    """Find the 95 % interval of the mean of independent values; None for fewer than two."""
+    """Compute the 95 % interval (Student's t) of the mean of independent values; None for fewer than two."""
     from scipy.stats import t
 
     if len(values) < 2 or not bool(values.isfinite().all()):

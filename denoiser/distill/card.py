@@ -1,4 +1,4 @@
-"""The card of a distilled backbone, which its file holds beside the weights."""
+"""Make and read the card of a distilled backbone, which its file holds beside the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BACKBONE_SCHEMA = "dvt-backbone/1"
 
 
 def read_card(path: str | Path) -> dict[str, Any]:
-    """Read what a backbone of :func:`~dvt.denoiser.distill_backbone` was made of, and how good it became.
+    """Read the card of a backbone made by :func:`~dvt.denoiser.distill_backbone`: its origin and its scores.
 
     Raises:
         WeightsError: the file is missing, damaged, or not such a backbone.
@@ -33,7 +33,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
         raise WeightsError(f"cannot read a distilled backbone from {str(path)!r}: {error}") from error
     if not isinstance(card, dict) or card.get("schema") != BACKBONE_SCHEMA:
         raise WeightsError(
-            f"{str(path)!r} has no card of schema {BACKBONE_SCHEMA!r}; `dvt distill` writes files that have"
+            f"{str(path)!r} has no card of schema {BACKBONE_SCHEMA!r}; give a file written by `dvt distill`"
         )
     return card
 
@@ -45,7 +45,7 @@ def make_card(
     denoiser: Denoiser | None,
     report: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Describe a distilled backbone: what it was made of, how timm makes its model, and how good it became."""
+    """Describe a distilled backbone: its origin, the arguments with which timm makes its model, and its scores."""
     model: Any = result.model
     options: dict[str, Any] = {"num_classes": 0}
     if config.registers:
@@ -68,5 +68,5 @@ def make_card(
 
 
 def save_with_card(backbone: Backbone, path: Path, card: Mapping[str, Any]) -> None:
-    """Write the file; it has its name only when it is whole."""
+    """Write the backbone's weights and card to a file, which is whole or absent."""
     save_state(path, backbone.model.state_dict(), {"format": "pt", METADATA_KEY: json.dumps(card)})

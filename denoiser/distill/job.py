@@ -1,8 +1,8 @@
-"""Fine-tune a whole backbone, so that its own tokens are the denoised ones, at no cost when it is used (stage three).
+"""Fine-tune a whole backbone so that its own tokens are denoised, at no cost when it is used (stage three).
 
-The teacher is a denoiser behind the frozen backbone (Denoising ViT, arXiv 2401.02957), or the mean of the frozen
+The teacher is a denoiser after the frozen backbone (Denoising ViT, arXiv 2401.02957), or the mean of the frozen
 backbone's tokens over shifted and mirrored views (Post Hoc Registers, arXiv 2505.21501;
-:mod:`dvt.denoiser.distill.shifted`), then usually with register tokens added to the student.
+:mod:`dvt.denoiser.distill.shifted`). With the latter, register tokens are usually added to the student.
 """
 
 from __future__ import annotations
@@ -42,29 +42,29 @@ def distill_backbone(
     denoiser: Denoiser | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Fine-tune a copy of a backbone to its teacher's tokens, or continue a run that was interrupted.
+    """Fine-tune a copy of a backbone to its teacher's tokens, or continue an interrupted run.
 
     The result is a .safetensors file with timm's names, for ``dvt.load_backbone(name, weights=out)`` and, with the
-    options in its card's "create_model", for ``timm.create_model(name, **options).load_state_dict(...)``; its card is
-    read by :func:`read_card`. Checkpoints and log.csv are in the folder `out` with ".run" in place of
-    ".safetensors". Started by ``accelerate launch`` or ``torchrun`` it uses all of their processes.
+    options in its card's "create_model", for ``timm.create_model(name, **options).load_state_dict(...)``;
+    :func:`read_card` reads its card. Checkpoints and log.csv are in a folder named like `out`, with ".run" in place of
+    ".safetensors". With ``accelerate launch`` or ``torchrun``, all of their processes take part.
 
     Args:
-        backbone: of :func:`dvt.load_backbone`, with the input size to train at, on the device to train on; it is
-            not changed. An earlier layer than the last leaves the blocks after it as they are.
+        backbone: a backbone from :func:`dvt.load_backbone`, with the input size to train at, on the device to train on;
+            it is not changed. If it reads an earlier layer than the last, the blocks after that layer are not trained.
         images: paths of image files.
-        out: the .safetensors file to write, whole or not at all.
+        out: the .safetensors file to write; it is whole or absent.
         config: the training's settings.
-        denoiser: of this backbone and layer, for the teacher "denoiser".
+        denoiser: a denoiser for this backbone and layer, if the teacher is "denoiser".
         progress: called with (what, done, total).
 
     Returns:
         A report ready for JSON: counts, steps, seconds, "validation" (loss, MSE, cosine, and the prefix tokens'
-        cosine to the original ones, on the held-out images) and "baselines" (the same of the original backbone).
+        cosine to the original ones, on the held-out images) and "baselines" (the same scores of the original backbone).
 
     Raises:
         BackboneError: the backbone is not a timm model, or the denoiser was made for another one.
-        ImageError: fewer than two different images; one that cannot be read is left out, with a log line.
+        ImageError: there are fewer than two different images; an unreadable image is left out and logged.
         ConfigError: teacher and denoiser contradict each other, the family has no registers, `out` is not a
             .safetensors file, or its run has other settings.
         NonFiniteError: the loss is not finite.
@@ -113,8 +113,8 @@ def _check(backbone: Backbone, out: Path, config: BackboneTraining, denoiser: De
         raise ConfigError(f"a backbone is written to a .safetensors file, got {str(out)!r}")
     if backbone.num_layers is None or not hasattr(families.core(backbone.model), "blocks"):
         raise BackboneError(
-            f"{backbone.name} is a wrapped model: its parameters have no names and layers that timm knows. Distil a "
-            "backbone of dvt.load_backbone"
+            f"{backbone.name} is a wrapped model, whose parameters and layers are not timm's. Distill a backbone from "
+            "dvt.load_backbone"
         )
     if (denoiser is None) != (config.teacher == "views"):
         needs = "needs a denoiser" if denoiser is None else "uses no denoiser, but one was given"
@@ -169,7 +169,7 @@ def _save_memory(model: nn.Module) -> None:
         ) from error
 
 
-# Settings that change the numbers of a run, beside those of its loop.
+# Settings that change the numbers of a run, besides those of its loop.
 _SETTINGS = ("teacher", "views", "shift", "registers", "prefix_weight", "layer_decay", "scale")
 
 

@@ -1,4 +1,4 @@
-"""The distance of a student's tokens from its teacher's: loss of training and scores of validation."""
+"""Measure the distance of a student's tokens from its teacher's, for the training loss and validation scores."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from dvt.denoiser.pairs import TrainingBatch
 from dvt.denoiser.scores import mean_scores, reconstruction
 from dvt.tokens import Tokens
 
-#: (canvases, shifts) to the patch tokens to learn (B, h, w, C), and the frozen backbone's own tokens of the window.
+#: Maps (canvases, shifts) to the patch tokens to learn (B, h, w, C) and the frozen backbone's own tokens of the window.
 Teacher = Callable[[Tensor, Tensor], tuple[Tensor, Tokens]]
 
 
 def make_teacher(backbone: Backbone, canvas: Canvas, denoiser: Denoiser | None = None) -> Teacher:
-    """Make a teacher: the denoiser behind the frozen backbone, or without one the mean over views."""
+    """Make a teacher: the denoiser after the frozen backbone, or without a denoiser the mean over views."""
 
     def teach(canvases: Tensor, shifts: Tensor) -> tuple[Tensor, Tokens]:
-        backbone.to(canvases.device)  # which accelerate chooses where there are several processes
+        backbone.to(canvases.device)  # in a run of several processes, accelerate chooses each one's device
         if denoiser is None:
             return view_mean(backbone, canvas, canvases, shifts)
         with torch.no_grad():
@@ -44,13 +44,13 @@ def compare(found: Tokens, target: Tensor, own: Tokens, prefix_weight: float = 0
     """Compute MSE + (1 - cosine) to the teacher's patch tokens, plus `prefix_weight` times that of the prefix tokens.
 
     Args:
-        found: the student's tokens; registers that were added to it are free.
+        found: the student's tokens; registers that were added to the student are not compared.
         target: (B, h, w, C).
         own: the original backbone's tokens.
         prefix_weight: at least 0.
 
     Returns:
-        "loss", "mse", "cosine", and "prefix_cosine" where the original has prefix tokens.
+        "loss", "mse", "cosine", and "prefix_cosine" if the original has prefix tokens.
     """
     terms = reconstruction(found.patches.float(), target.float())
     if count := own.prefix.shape[1]:
@@ -63,10 +63,10 @@ def compare(found: Tokens, target: Tensor, own: Tokens, prefix_weight: float = 0
 def evaluate_student(
     student: nn.Module, teacher: Teacher, canvas: Canvas, batches: Iterable[TrainingBatch]
 ) -> dict[str, dict[str, float]]:
-    """Average :func:`compare` over batches, without the prefix's part of the loss.
+    """Average :func:`compare` over batches, without the prefix tokens' part of the loss.
 
     Returns:
-        "student", and "no_op", the original backbone.
+        The scores of "student", and of "no_op", the original backbone.
     """
     device = next(student.parameters()).device
 

@@ -1,1 +1,1 @@
-"""Remedies that need no training: found from a few images, from noise images, or from the weights alone."""
+"""Make denoisers without training: from a few images, from noise images, or from the weights alone."""

@@ -1,4 +1,4 @@
-"""Bodies of the remedies of norm outliers."""
+"""Define the modules of the remedies of norm outliers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dvt.errors import BackboneError
 
 
 class DefectRemoval(nn.Module):
-    """Put tokens that lie beyond a limit along a unit direction d back to where the others are; these stay.
+    """Move tokens that lie beyond a limit along a unit direction d back to the others, which do not change.
 
     With a = (x - mean)'d, a token with |a - centre| > limit becomes mean + centre d + scale (x - mean - a d).
     """
@@ -39,7 +39,7 @@ class DefectRemoval(nn.Module):
 
 
 class RegisterNeurons(nn.Module):
-    """Hold the neurons whose activation an appended token takes over, as (n, 2) pairs (block, neuron)."""
+    """Hold the neurons whose activations move to an appended register token, as (n, 2) pairs (block, neuron)."""
 
     places: Tensor
 
@@ -53,7 +53,7 @@ class RegisterNeurons(nn.Module):
 
     def forward(self, patches: Tensor, prefix: Tensor | None = None) -> Tensor:
         raise BackboneError(
-            "test-time registers change what happens inside the model, and cannot be applied to its tokens: attach "
+            "test-time registers act inside the model, and cannot be applied to its tokens: attach "
             "them to the timm model (denoiser.attach(model)), or make a backbone with them "
             "(dvt.denoiser.denoised_backbone(denoiser, backbone))"
         )
@@ -61,8 +61,8 @@ class RegisterNeurons(nn.Module):
     def move(self, hidden: Tensor, block: int, prefix: int, strength: float = 1.0) -> Tensor:
         """Move activations (B, P + n + 1, D) of a block's MLP from the n patches to the last token.
 
-        The last token gets the activation of the largest magnitude (arXiv 2506.08010 takes the largest; GELU has no
-        large negative ones), the patches 0, and prefix tokens keep theirs. A strength s moves the share s.
+        The last token gets the patches' activation of largest magnitude (arXiv 2506.08010 takes the largest value; GELU
+        has no large negative ones), the patches get 0, and prefix tokens keep theirs. A strength s moves the share s.
         """
         wide = torch.arange(hidden.shape[-1], device=hidden.device)[:, None]
         chosen = ((wide == self.places[:, 1]) & (self.places[:, 0] == block)).any(1)

@@ -1,4 +1,4 @@
-"""Find one of the training-free remedies for a backbone (`dvt remedy`), or all of them to be compared."""
+"""Fit one of the training-free remedies to a backbone (`dvt remedy`), or all of them to compare."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def fit_remedy(
     config: RemedyConfig | None = None,
     progress: Progress | None = None,
 ) -> Denoiser:
-    """Find one remedy for a backbone; it is used like a trained denoiser, and no training is done.
+    """Fit one remedy to a backbone, without training; it is used like a trained denoiser.
 
     Args:
-        remedy: one of :data:`REMEDIES`. "registers" and "defect" are against norm outliers, the others against
-            artifacts of position; "noise" and "insid3" need no images.
-        backbone: whose tokens, at its own layer, are to be remedied.
+        remedy: one of :data:`REMEDIES`. "registers" and "defect" remove norm outliers, the others artifacts of
+            position; "noise" and "insid3" need no images.
+        backbone: the backbone, whose tokens at its own layer the remedy changes.
         images: paths, or images (3, H, W) in [0, 1]; no labels are needed, ten or more are better.
-        config: how it is found.
+        config: settings of the remedies.
         progress: called with (what, done, total).
 
     Returns:
-        A denoiser whose card names the backbone, its layer and weights, and what was found.
+        A denoiser; its card names the backbone, its layer and weights, and holds the findings of the fit.
 
     Raises:
         ConfigError: there is no such remedy.
-        ImageError: no image is given, or none can be read; one among others is left out, with a log line.
+        ImageError: no image is given, or none can be read. If only some cannot be read, they are left out and logged.
         BackboneError: the backbone has nothing for the remedy to remove, or cannot take it.
 
     >>> import dvt
@@ -65,7 +65,7 @@ def fit_remedy(
         "weights_sha256": backbone.weights_sha256,
         "images": 0 if remedy in WITHOUT_IMAGES else len(images),
     }
-    if remedy != "registers":  # which act on all layers
+    if remedy != "registers":  # registers act on all layers
         denoiser.card["layer"] = backbone.layer
     return denoiser.to(backbone.device)
 
@@ -76,7 +76,7 @@ def fit_remedies(
     config: RemedyConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Denoiser], dict[str, str]]:
-    """Find all remedies that a backbone can take, by name, and of the others the reason why not."""
+    """Fit all remedies that a backbone can take; return them by name, and for the others the reason of refusal."""
     found, refused = {}, {}
     for remedy in REMEDIES:
         try:

@@ -1,7 +1,7 @@
 """Find test-time registers: the few MLP neurons that make the outlier tokens.
 
 Source: Vision Transformers Don't Need Trained Registers (arXiv 2506.08010), which ranks neurons by their mean
-activation at the outliers. How many are taken, and up to which block, is found from the outliers here [ours].
+activation at the outliers. Here the outliers also decide how many neurons are taken, and up to which block [ours].
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dvt.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-#: Of the outliers, the share that may stay.
+#: The share of the outliers that may remain.
 _LEFT = 0.1
 
 
@@ -40,22 +40,22 @@ def fit_registers(
 ) -> Denoiser:
     """Find the neurons that make a model's outlier tokens, for a register that is added without training.
 
-    A neuron of a block up to the one where the outliers are there counts by how much more it writes at them than
-    elsewhere: the difference of its mean magnitudes times the norm of its column of the MLP's last layer. Of this
-    order the fewest neurons are taken whose removal leaves a tenth of the outliers.
+    Neurons of all blocks up to the one where the outliers appear are ranked by how much more they write at outliers
+    than elsewhere: the difference of their mean magnitudes times the norm of their column of the MLP's last layer.
+    The fewest neurons in this order are taken whose removal leaves at most a tenth of the outliers.
 
     Args:
         backbone: a timm model of :data:`dvt.denoiser.remedies.install.FAMILIES`, at any layer.
         images: paths, or images (3, H, W) in [0, 1]; ten or more are better. They are read several times.
-        most: neurons taken at most.
+        most: the largest number of neurons to take.
         progress: called with (what, done, total).
 
     Returns:
-        A denoiser of kind "registers": attach it, or take ``denoised_backbone(denoiser, backbone)``. Its card holds the
+        A denoiser of kind "registers": attach it, or call ``denoised_backbone(denoiser, backbone)``. Its card holds the
         shares of outliers before and after.
 
     Raises:
-        BackboneError: the model has no such MLPs, no outliers, or no few neurons make them.
+        BackboneError: the model has no such MLPs or no outliers, or a few neurons are not what makes them.
         ImageError: no image is given.
     """
     if most < 1:
@@ -67,11 +67,12 @@ def fit_registers(
     count = shares.fewest(_LEFT * found.share)
     if shares.of(count) > 0.5 * found.share:
         raise BackboneError(
-            f"no {most} neurons of {backbone.name} make its outliers: moving {count} leaves {shares.of(count):.2%} "
-            f"of tokens, before {found.share:.2%}. Nothing was changed; take the remedy defect, or dvt denoise"
+            f"no {most} neurons of {backbone.name} make its outliers: with {count} neurons moved, "
+            f"{shares.of(count):.2%} of tokens are outliers, before {found.share:.2%}. Nothing was changed; use the "
+            "remedy defect, or dvt denoise"
         )
     if shares.of(count) > _LEFT * found.share:
-        logger.warning("%d neurons leave %.2f %% of outliers", count, 100 * shares.of(count))
+        logger.warning("after moving %d neurons, %.2f %% of tokens are still outliers", count, 100 * shares.of(count))
     denoiser = _registers(backbone, order[:count])
     places = [[int(i) for i in place] for place in order[:count]]
     denoiser.card = {"neurons": places, "outliers_before": found.share, "outliers_after": shares.of(count)}
@@ -79,7 +80,7 @@ def fit_registers(
 
 
 class _Shares:
-    """Measure the share of outliers that is left when the first n neurons are moved."""
+    """Measure the share of tokens that are still outliers when the first n neurons are moved."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class _Shares:
         self.known = {0: found.share}
 
     def of(self, count: int) -> float:
-        """Measure the share that moving the first `count` neurons leaves, once."""
+        """Measure the share of outliers after moving the first `count` neurons; later calls return the known value."""
         if count not in self.known:
             clean = registered_backbone(_registers(self.backbone, self.order[:count]), self.backbone)
             norms = block_norms(clean, self.images, self.progress)
@@ -102,7 +103,7 @@ class _Shares:
         return self.known[count]
 
     def fewest(self, enough: float) -> int:
-        """Find the first count that leaves at most `enough`, by doubling and halving; if none does, the best tried."""
+        """Find the smallest count that leaves at most `enough` (double it, then bisect); else the best count tried."""
         low, high = 0, 1
         while self.of(high) > enough:
             if high >= len(self.order):
@@ -115,7 +116,7 @@ class _Shares:
 
 
 def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: OutlierTokens, progress: Progress | None) -> Tensor:
-    """Rank all neurons, those that write most at the outliers first: (D * blocks, 2) pairs (block, neuron)."""
+    """Rank all neurons by how much they write at the outliers, most first: (D * blocks, 2) pairs (block, neuron)."""
     model = timm_model(backbone)
     layers, prefix = mlp_outputs(model)[: found.rising + 1], families.prefix_tokens(model)
     sums = [torch.zeros(2, layer.in_features, dtype=torch.float64) for layer in layers]
@@ -138,7 +139,7 @@ def _ranked(backbone: Backbone, images: Sequence[ImageLike], found: OutlierToken
 
 
 def _written(block: Any, layer: nn.Linear) -> Tensor:
-    """Compute the norm (D,) of what each neuron of an MLP adds to a token for an activation of 1."""
+    """Compute the norm (D,) of the vector that each neuron of an MLP adds to a token at an activation of 1."""
     weight = layer.weight.detach().double().cpu()
     scale = getattr(getattr(block, "ls2", None), "gamma", getattr(block, "gamma_2", None))
     return (weight if scale is None else scale.detach().double().cpu()[:, None] * weight).norm(dim=0)

@@ -1,7 +1,7 @@
-"""Backbones: any single-scale timm model, or any other model through :func:`wrap`, as images -> Tokens.
+"""Make backbones (images -> Tokens) of any single-scale timm model, or of any other model by :func:`wrap`.
 
-What differs between timm's families is in :mod:`dvt.backbones.families`; ``docs/backbones.md`` lists what each of
-them can do.
+The differences between timm's families are in :mod:`dvt.backbones.families`; ``docs/backbones.md`` lists what each
+family supports.
 """
 
 from dvt.backbones.backbone import Backbone, BackboneSpec, TokensOf, weights_sha256

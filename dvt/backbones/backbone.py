@@ -20,7 +20,7 @@ from dvt.grids import Size
 from dvt.tokens import Tokens
 
 MAX_PATCHES = 16_384
-"""The most patches of an image: more take gigabytes of attention, and only a very long or thin image has them."""
+"""The largest number of patches per image: attention over more needs gigabytes, and only very thin images have more."""
 
 TokensOf = Callable[[nn.Module, Tensor], Tokens]
 
@@ -39,7 +39,7 @@ class BackboneSpec:
         layer: -1 for the last block after the final norm, otherwise the block whose output is read.
         num_layers: number of blocks; None for a wrapped model.
         fixed_size: whether `image_size` is the only input size that it takes.
-        weights_sha256: hash of the weights, None until it was asked for: see :attr:`Backbone.identity`.
+        weights_sha256: hash of the weights; None until :attr:`Backbone.identity` computes it.
     """
 
     name: str
@@ -62,13 +62,13 @@ class Backbone(nn.Module):
     Args:
         model: the inner module; it takes normalised images.
         tokens: function of (model, normalised images) that returns :class:`Tokens`.
-        spec: what it is.
+        spec: the identity of the backbone.
         mean, std: normalisation of RGB in [0, 1]; kept as (1, 3, 1, 1) buffers.
     """
 
     mean: Tensor
     std: Tensor
-    #: Of its forward passes, by autocast; see :func:`dvt.backbones.in_precision`.
+    #: The dtype of forward passes, by autocast; see :func:`dvt.backbones.in_precision`.
     precision: torch.dtype = torch.float32
 
     def __init__(
@@ -172,7 +172,7 @@ class Backbone(nn.Module):
             :class:`Tokens` by layer; a layer may have other channels than :attr:`feature_dim`.
 
         Raises:
-            BackboneError: a layer that the model does not have; a wrapped model has only its own.
+            BackboneError: the model has no such layer; a wrapped model has only the layer of its own tokens.
         """
         if self.num_layers is None:
             if any(layer != self.layer for layer in layers):
@@ -246,7 +246,7 @@ class Backbone(nn.Module):
 
 
 def weights_sha256(model: nn.Module) -> str:
-    """Hash of a model's weights: name, dtype, shape and bytes, without a classifier."""
+    """Hash a model's weights: name, dtype, shape and bytes of each tensor, without those of a classifier."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if not HEAD.match(name):
@@ -265,6 +265,7 @@ def rounded_size(size: int | Size, patch: Size) -> Size:
 
 
 def checked_stride(stride: int | Size | None, patch: Size, name: str) -> Size:
+    """Return the stride as (vertical, horizontal), the patch size by default; refuse one that is out of range."""
     steps = patch if stride is None else pair(stride)
     if any(not 1 <= s <= p for s, p in zip(steps, patch, strict=True)):
         raise BackboneError(f"stride {steps} of {name} must lie between 1 and the patch size {patch}")

@@ -1,4 +1,4 @@
-"""State dicts of other forms as timm has them: names of transformers, blocks in chunks, prefixes of training code."""
+"""Convert state dicts to timm's form: from transformers' names, blocks in chunks, or prefixes of training code."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
-#: What an encoder's own names begin with, in timm, in the DINO repositories and in transformers.
+#: The beginnings of an encoder's parameter names in timm, in the DINO repositories and in transformers.
 _STARTS = (
     r"(patch_embed\.|embeddings\.patch_embed|embeddings\.cls_token|blocks\.0\.|conv1\.|vision_model\.embeddings\.)"
 )
 _START = re.compile(rf"^(.*?){_STARTS}")
-#: Parts of prefixes that name the encoder to take where a file holds several; earlier ones are taken first.
+#: Parts of prefixes that identify the encoder to take if a file holds several; earlier parts have priority.
 PREFERRED = ("teacher", "target", "ema", "momentum", "student")
 _CHUNKED = re.compile(r"^blocks\.\d+\.(\d+)\.")
 SHOWN = 4
 
-#: transformers' names to timm's, tried in this order; names that none matches stay.
+#: Renames from transformers' names to timm's, applied in this order; names that match no pattern are kept.
 _RENAMES: tuple[tuple[str, str], ...] = tuple(
     (re.compile(pattern).pattern, replacement)
     for pattern, replacement in (
@@ -60,16 +60,16 @@ _RENAMES: tuple[tuple[str, str], ...] = tuple(
 
 
 def encoder_state(state: Mapping[str, Tensor], source: str) -> State:
-    """Take the tensors of the encoder out of a checkpoint, under its own names; what is left out is logged.
+    """Select the tensors of a checkpoint's encoder, without their common prefix; log the others.
 
-    A prefix (``teacher.backbone.``, ``model.backbone.``, ``vit.``) is removed. Where a file holds several encoders the
-    teacher's is taken; see :data:`PREFERRED`.
+    Prefixes are such as ``teacher.backbone.``, ``model.backbone.`` or ``vit.``. If a file holds several encoders, the
+    teacher's is selected; see :data:`PREFERRED`.
     """
     prefixes: list[str] = []
     for name in state:
         if (found := _START.match(name)) and found[1] not in prefixes:
             prefixes.append(found[1])
-    # timm's own conversions know these by their prefix.
+    # timm's own conversions recognise these by their prefix.
     if not prefixes or "" in prefixes or all(p.startswith(("visual.", "module.visual.")) for p in prefixes):
         return dict(state)
     ranks = {p: next((i for i, word in enumerate(PREFERRED) if word in p), len(PREFERRED)) for p in prefixes}
@@ -79,13 +79,13 @@ def encoder_state(state: Mapping[str, Tensor], source: str) -> State:
     if left:
         shown = ", ".join(left[:SHOWN]) + (", ..." if len(left) > SHOWN else "")
         logger.warning(
-            "%s: the encoder under %r is taken; left out are %d tensors: %s", source, prefix, len(left), shown
+            "%s: loaded the encoder under %r, left out %d other tensors: %s", source, prefix, len(left), shown
         )
     return taken
 
 
 def unchunked(state: Mapping[str, Tensor]) -> State:
-    """Name the blocks of a model that was trained in chunks, ``blocks.0.3.``, by their own number, ``blocks.3.``."""
+    """Rename the blocks of a model that was trained in chunks from ``blocks.0.3.`` to ``blocks.3.``."""
     blocks = [name for name in state if name.startswith("blocks.")]
     if not blocks or not all(_CHUNKED.match(name) for name in blocks):
         return dict(state)
@@ -98,13 +98,13 @@ def is_of_transformers(state: Mapping[str, Tensor]) -> bool:
 
 
 def timm_names(state: Mapping[str, Tensor], model: Any) -> State:
-    """Rename the tensors of a vision model of transformers as timm's model of the same weights has them.
+    """Rename the tensors of a vision model of transformers to the names in timm's model of the same weights.
 
-    For DINOv2, DINOv3, ViT, ViTMAE, CLIP and SigLIP. What timm lacks (poolers, heads) keeps its name.
+    Takes DINOv2, DINOv3, ViT, ViTMAE, CLIP and SigLIP. Tensors that timm lacks (poolers, heads) keep their names.
 
     Args:
-        state: without a prefix.
-        model: the timm model; its names say whether it has one projection for queries, keys and values or three.
+        state: the tensors by name, without a prefix.
+        model: the timm model; its names show if it has one projection for queries, keys and values, or three.
     """
     own = set(model.state_dict())
     rotary = "pos_embed" not in own and any("gamma_1" in name for name in own)  # DINOv3 is timm's Eva
@@ -123,7 +123,7 @@ def timm_names(state: Mapping[str, Tensor], model: Any) -> State:
     if "attn_pool.in_proj.weight" in renamed:
         _split_pool(renamed)
     joined = _joined(renamed, own)
-    # These make timm's own conversions take the state for one of the original repositories.
+    # With a mask token, timm's own conversions would mistake the state for one of the original repositories.
     return {name: value for name, value in joined.items() if name != "mask_token" or "register_tokens" in joined}
 
 
@@ -138,14 +138,14 @@ def _up(own: set[str]) -> str:
 
 
 def _split_pool(state: State) -> None:
-    """Divide SigLIP's pooling projection, of queries, keys and values, into timm's of queries and of the others."""
+    """Split SigLIP's joint pooling projection into timm's two: for queries, and for keys and values."""
     for kind in ("weight", "bias"):
         queries, keys, values = state.pop(f"attn_pool.in_proj.{kind}").chunk(3)
         state |= {f"attn_pool.q.{kind}": queries, f"attn_pool.kv.{kind}": torch.cat((keys, values))}
 
 
 def _joined(state: State, own: set[str]) -> State:
-    """Join the three projections of each block into one; keys have no bias in DINOv3, as in timm's Eva."""
+    """Join the three projections of each block into one; in DINOv3, as in timm's Eva, keys have no bias."""
     result = dict(state)
     places = {name.rpartition(".attn.")[0] for name in state if re.search(r"\.attn\.(q_proj|query)\.weight$", name)}
     for place in places:

@@ -1,4 +1,4 @@
-"""Run a backbone in a memory that may be too small."""
+"""Run a backbone on a batch that may be too large for the memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) ->
     """Run `compute` on a batch; on out-of-memory, on its two halves.
 
     Args:
-        compute: images (B, 3, H, W) to maps (B, ...) by name.
+        compute: maps images (B, 3, H, W) to maps (B, ...) by name.
         images: (B, 3, H, W).
 
     Raises:
@@ -30,7 +30,7 @@ def in_halves(compute: Callable[[Tensor], dict[str, Tensor]], images: Tensor) ->
         if not out_of_memory(error):
             raise
         log.warning("out of memory with %d images at a time; trying half as many", len(images))
-    # Not in the handler, whose traceback still holds the tensors of the first try.
+    # Outside of the handler: inside, the exception's traceback would keep the tensors of the first try in memory.
     half = -(-len(images) // 2)
     try:
         halves = [compute(part) for part in images.split(half)]

@@ -1,4 +1,4 @@
-"""A model at hand as a backbone: of timm, of another library that is known, or any other with a function."""
+"""Make a backbone of an existing model: one of timm, of another known library, or any other with a function."""
 
 from __future__ import annotations
 
@@ -38,30 +38,30 @@ def wrap(
     stride: int | Size | None = None,
     processor: Any = None,
 ) -> Backbone:
-    """Make a backbone of a model at hand.
+    """Make a backbone of an existing model.
 
-    A model of transformers, open_clip, torchvision, the DINOv2 and DINOv3 repositories or timm needs nothing else; of
-    any other, `tokens` and `patch_size` say how it is read. The backbone is tried before it is returned: its tokens
-    must have the shapes that are claimed, two calls must agree, and if it fails on an oblong image it takes only
-    images of its own size (:attr:`Backbone.fixed_size`). A masked autoencoder of transformers is read unmasked.
+    A model of transformers, open_clip, torchvision, the DINOv2 and DINOv3 repositories or timm needs no other argument;
+    any other model needs `tokens` and `patch_size`. The backbone is tried before it is returned: its tokens must have
+    the stated shapes and two calls must agree; if it fails on an oblong image, it takes only images of its own size
+    (:attr:`Backbone.fixed_size`). A masked autoencoder of transformers is read without masks.
 
     Args:
         module: the model; it is put into evaluation mode and its parameters are frozen.
-        tokens: function of (module, images (B, 3, H, W), already normalised) that returns :class:`Tokens` or one
-            tensor (B, P + h w, C), prefix tokens first; None for the libraries above.
-        patch_size: pixels of a patch; found for the libraries above.
-        name: what to call it in stores and reports; its repository or class when None.
-        image_size: the input size that the model is meant for; the model's own, or 224, when None.
-        feature_dim: channels of a token; found by running the model when None.
-        num_prefix_tokens: class and register tokens that `tokens` returns; found when None.
-        mean, std: the model's normalisation of RGB in [0, 1]; when None those of `processor`, of the processor that
-            lies beside a transformers model, or of its family, and otherwise ImageNet's.
-        stride: pixels between patches where they overlap.
-        processor: an image processor of transformers, for its mean and deviation.
+        tokens: function of (module, normalised images (B, 3, H, W)) that returns :class:`Tokens` or one tensor
+            (B, P + h w, C), prefix tokens first; None for the libraries above.
+        patch_size: pixels of a patch; not needed for the libraries above.
+        name: name in stores and reports; None takes the model's repository or class.
+        image_size: the input size that the model is meant for; None takes the model's own, or 224.
+        feature_dim: channels of a token; None reads it from the model's output.
+        num_prefix_tokens: class and register tokens that `tokens` returns; None reads it from the output.
+        mean, std: the model's normalisation of RGB in [0, 1]; None takes those of `processor`, else of the processor
+            saved with a transformers model, else of the model's family, else ImageNet's.
+        stride: pixels between patches, if they overlap.
+        processor: an image processor of transformers, which gives mean and deviation.
 
     Raises:
-        BackboneError: the model is not known and `tokens` is None, two calls disagree, or it cannot be run.
-        ShapeError: it gives tokens of another shape or type.
+        BackboneError: the model is not known and `tokens` is None, two calls disagree, or the model cannot be run.
+        ShapeError: the model gives tokens of another shape or type.
 
     >>> net = torch.nn.Conv2d(3, 8, 16, 16)
     >>> backbone = wrap(net, lambda m, x: m(x).flatten(2).mT, 16, name="one convolution")
@@ -76,7 +76,7 @@ def wrap(
         backbone = _known(module, image_size, normal, {what: v for what, v in given.items() if v is not None})
     else:
         if patch_size is None:
-            raise BackboneError("wrap(..., tokens=) needs patch_size=, the pixels of a patch")
+            raise BackboneError("wrap(..., tokens=) needs patch_size=, the side of a patch in pixels")
         patch = pair(patch_size)
         steps = checked_stride(stride, patch, name or type(module).__name__)
         spec = BackboneSpec(
@@ -98,7 +98,7 @@ def wrap(
 
 @dataclass(frozen=True)
 class _Read:
-    """Read what a user's function returns as tokens; a class and not a closure, so that it can be pickled."""
+    """Convert the result of a user's function to Tokens; a class, because a closure cannot be pickled."""
 
     function: Callable[[Any, Tensor], Any]
     patch: Size
@@ -166,7 +166,7 @@ def _known(
         backbone = Backbone(found.encoder, read, spec, mean, std)
     else:
         raise BackboneError(
-            f"{type(module).__name__} is none of the models that dvt reads by itself: {outside.KNOWN}. Give tokens=, a "
+            f"{type(module).__name__} is none of the models that dvt knows: {outside.KNOWN}. Give tokens=, a "
             "function of (module, normalised images) that returns (B, N, C) tokens, and patch_size="
         )
     for what, value in given.items():
@@ -182,12 +182,12 @@ def load_transformers(
     """Load a model of transformers by ``hf:NAME_OR_FOLDER``; :func:`load_backbone` explains the arguments.
 
     Raises:
-        BackboneError: transformers is missing or cannot load it, or it was asked for what it cannot do.
+        BackboneError: transformers is missing or cannot load it, or weights, a layer or a stride are given.
     """
     if weights is not None or layer != -1 or stride is not None:
         raise BackboneError(
-            f"{name} is read as transformers has it, with its own weights, its last layer and its own stride; other "
-            "weights, layers and strides need the timm model of the same weights (for example dinov2_vits14)"
+            f"models of transformers such as {name} are read with their own weights, last layer and stride; for other "
+            "weights, layers and strides use timm's model of the same weights (for example dinov2_vits14)"
         )
     try:
         from transformers import AutoConfig, AutoModel
@@ -202,16 +202,16 @@ def load_transformers(
             if pretrained
             else AutoModel.from_config(AutoConfig.from_pretrained(source))
         )
-    except Exception as error:  # of the hub's client, of files, of configurations
+    except Exception as error:  # the hub's client, files and configurations raise many kinds
         raise BackboneError(
             f"transformers cannot load {source!r}: {type(error).__name__}: {error}\nGive a folder that save_pretrained "
-            "wrote, or a name of the hub, for which a network is needed once"
+            "wrote, or a name on the hub, which needs a network the first time"
         ) from error
     return wrap(model, image_size=size)
 
 
 def timm_name(model: Any) -> str:
-    """Name a timm model, with its tag where it has one."""
+    """Name a timm model, with its tag if it has one."""
     known = getattr(model, "pretrained_cfg", None) or {}
     parts = [str(known.get(key)) for key in ("architecture", "tag") if known.get(key)]
     return ".".join(parts) or type(model).__name__
@@ -220,10 +220,10 @@ def timm_name(model: Any) -> str:
 def timm_backbone(
     model: families.Model, name: str, layer: int, patch: Size, stride: Size, image_size: Size
 ) -> Backbone:
-    """Make the backbone of a timm model; sizes and layer are checked already."""
+    """Make the backbone of a timm model; sizes and layer must have been checked."""
     core = families.core(model)
     if getattr(core, "global_pool", None) == "soft":
-        core.global_pool = ""  # Gemma's pooling of patches, which dvt does not use, would refuse most sizes
+        core.global_pool = ""  # dvt does not use Gemma's pooling of patches, which would refuse most sizes
     last = layer == -1
     read = families.last_tokens if last else partial(families.block_tokens, layer=layer)
     spec = BackboneSpec(
@@ -244,10 +244,11 @@ def timm_backbone(
 
 @torch.no_grad()
 def _tried(backbone: Backbone) -> Backbone:
-    """Run a backbone: its claims must hold and two calls agree; whether it takes other sizes is found out.
+    """Run a backbone to check its spec and that two calls agree, and to find out if it takes other sizes.
 
     Raises:
-        BackboneError, ShapeError: it cannot be run at its own size, or not twice alike.
+        BackboneError: it cannot be run at its own size, or two calls differ.
+        ShapeError: its tokens do not have the stated shapes.
     """
     noise = torch.rand(1, 3, *backbone.image_size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     try:
@@ -272,7 +273,7 @@ def _tried(backbone: Backbone) -> Backbone:
         if one.numel() and not (one - two).norm() <= 1e-2 * two.norm():
             raise BackboneError(
                 f"two calls of {backbone.name} on one image give other tokens: it draws at random (masked patches, "
-                "dropout), or its values are not finite. Read it in a way that does not"
+                "dropout), or its values are not finite. Give a model, or tokens=, without randomness"
             )
     if not backbone.fixed_size:
         backbone.spec = replace(backbone.spec, fixed_size=not _takes_oblong(backbone))
@@ -282,12 +283,12 @@ def _tried(backbone: Backbone) -> Backbone:
 def _takes_oblong(backbone: Backbone) -> bool:
     rows, columns = backbone.grid(backbone.image_size)
     patch, stride = backbone.patch_size, backbone.stride
-    # Smaller than its own size, so that no index into a table of positions is out of range.
+    # A smaller grid than the model's own, so that no index into its table of positions is out of range.
     grid = (max(1, rows // 2), max(1, columns // 2 - 1)) if rows <= columns else (max(1, rows // 2 - 1), columns)
     needed = [p * -(-(p + (n - 1) * d) // p) for n, p, d in zip(grid, patch, stride, strict=True)]
     try:
         backbone(torch.zeros(1, 3, *needed, device=backbone.device))
-    except Exception as error:  # of any model, and ours of wrong shapes
+    except Exception as error:  # a model may raise anything, and Backbone raises errors of wrong shapes
         outside.logger.info("%s takes no images of %s: %s", backbone.name, needed, error)
         return False
     return True

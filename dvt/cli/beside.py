@@ -1,4 +1,4 @@
-"""Files that a job writes beside its store: one a photograph, named after it."""
+"""Write files beside a job's store: one per photograph, named after it."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from dvt.images import is_url
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Of an image's name; with hash and suffix, and those of a file that is being written, a name has fewer than 255.
+#: The longest part of an image's name that is used; with hash, suffix and ".part", a name has fewer than 255 bytes.
 _STEM_BYTES = 160
 
 
 def names_beside(paths: Sequence[Path | str]) -> dict[Path, str]:
-    """Name what is written for each image: by its stem and a hash of its path, whatever other images there are.
+    """Name the file that is written for each image: its stem and a hash of its path.
 
-    So a name stays when images are added, two images never share one, and it fits into the 255 bytes of a file name.
+    So names do not change when images are added, no two images share one, and all fit into the 255 bytes of a file
+    name.
     """
     return {path: _lasting_name(path) for path in map(Path, paths)}
 
@@ -37,9 +38,9 @@ def _lasting_name(path: Path) -> str:
 
 
 def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffix: str) -> None:
-    """Write FOLDER/index.json, the image of each file, beside what earlier runs wrote into it, and say what is missing.
+    """Add each file and its image to FOLDER/index.json, keep earlier runs' entries, and report missing files.
 
-    Missing are the files of images that were in the store already.
+    A file is missing if its image was already in the store, or failed.
     """
     target = folder / "index.json"
     try:
@@ -53,28 +54,28 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
     if missing := len(files) - len(found):
         console.print(
             f"[yellow]{missing} of {len(files)} images have no file in {shown(str(folder))}[/]: files beside the "
-            "store are written when an image is computed, and these were in the store already or failed; another "
-            "--out has them all"
+            "store are written when an image is computed, and these images were in the store already or failed; give "
+            "another --out to get all files"
         )
 
 
 def sources_outside(paths: Sequence[Path | str], folder: Path) -> list[Path | str]:
-    """Remove what an earlier run wrote to a folder, where that lies among the images."""
-    # Not Path.resolve, which stops at a symlink to itself.
+    """Remove images that lie in a folder of our own output, which may be inside the folder of the images."""
+    # os.path.realpath, because Path.resolve raises on a symlink to itself.
     inside = Path(os.path.realpath(folder))
     return [path for path in paths if is_url(path) or inside not in Path(os.path.realpath(path)).parents]
 
 
 def check_upsample(factor: int, ray: str | None) -> None:
-    """Refuse a factor out of its range, and one that the workers of a cluster cannot write beside the store."""
+    """Refuse a factor out of range, and upsampling on a cluster, whose workers do not write beside the store."""
     if factor < 1:
         raise ConfigError(f"upsample is {factor}; it must be 1 or more")
     if factor > 1 and ray is not None:
-        raise ConfigError("--upsample writes beside the store, which workers of --ray cannot; leave one of them out")
+        raise ConfigError("--upsample writes files beside the store, but the workers of --ray cannot; leave one out")
 
 
 def write_map(target: Path, values: Tensor) -> None:
-    """Write an .npy file in half precision where that holds the values; it is whole or absent."""
+    """Write an .npy file, in half precision if the values fit into it; the file is whole or absent."""
     import numpy as np
 
     array = values.detach().cpu().numpy()

@@ -34,7 +34,7 @@ SCORED_IMAGES = 100
 
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt denoise`: 0 when every image is in the store, 2 when some could not be read."""
+    """Run `dvt denoise`; the exit code is 0 if every image is in the store, 2 if some could not be read."""
     check_upsample(command.upsample, command.ray)
     if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
@@ -79,9 +79,9 @@ def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None
 
 
 def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt inspect`: 0 when the store is fine, 2 when it is not one or is damaged."""
+    """Run `dvt inspect`; the exit code is 0 if the store is sound, 2 if it is damaged or no store."""
     if is_url(command.store):
-        raise ConfigError(f"{command.store!r} is a URL; stores are read from folders: copy it to one first")
+        raise ConfigError(f"{command.store!r} is a URL; `dvt inspect` reads folders only: copy the store to one first")
     damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
     summary = {} if damaged else FeatureStore(command.store).summary()
     table = Table("", "value", title=shown(str(command.store)), show_header=False)
@@ -93,12 +93,12 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
     for path, reason in damaged.items():
         console.print(f"[bold red]damaged[/] {shown(path)}: {shown(reason)}")
     if command.verify and not damaged:
-        console.print("every checksum is right")
+        console.print("all checksums are correct")
     return (2 if damaged else 0), {**summary, "damaged": damaged}
 
 
 def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt demo`: the whole of stage one on bundled photographs."""
+    """Run `dvt demo`: all of stage one, on bundled photographs."""
     photos = Path(dvt.__file__).parent / "data" / "photos"
     job = Denoise(
         images=(str(photos),),
@@ -132,7 +132,7 @@ def _config(command: Denoise) -> DenoiseConfig:
 
 
 class _Writer:
-    """Writes an image's picture and finer features next to the store."""
+    """Write each image's picture and upsampled features next to the store."""
 
     def __init__(self, command: Denoise, paths: Sequence[Path | str]):
         self.command, self.out = command, Path(command.out)
@@ -147,7 +147,7 @@ class _Writer:
             write_map(self.out / "upsampled" / f"{name}.npy", fine)
 
     def finish(self, console: Console) -> None:
-        """Write the indices of both folders, and say what is missing in them."""
+        """Write the index of each folder, and report the files that are missing there."""
         wanted = {"pictures": (".png", self.command.pictures), "upsampled": (".npy", self.command.upsample > 1)}
         for folder, (suffix, asked) in wanted.items():
             if asked:

@@ -1,4 +1,4 @@
-"""Run `dvt prior compare`: the same prior conditioned on raw, cleaned and position-only tokens, on one budget."""
+"""Run `dvt prior compare`: train one prior on raw, clean and position-only tokens each, with the same budget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvt.images import find_images
 
 
 def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run the comparison: exit code 0 when all runs are done."""
+    """Run `dvt prior compare`; the exit code is 0 when all runs are done."""
     from dvt.analysis.priors.compare import compare_priors, look
 
     paths = find_images(command.images)
@@ -31,7 +31,7 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
 
 
 def decompositions(backbone: Any) -> tuple[dict[str, Any], Any]:
-    """Make the products of each image's own decomposition, and the artifact of several images."""
+    """Make functions that compute each product of an image's own decomposition, and the artifact of several images."""
     from dvt.fields.config import DenoiseConfig
     from dvt.fields.image import denoise
     from dvt.fields.shared import shared_artifact

@@ -1,4 +1,4 @@
-"""`dvt remedy`: denoisers without training, and what `dvt doctor` compares them by."""
+"""Run `dvt remedy`, which makes denoisers without training, and fit all remedies for `dvt doctor`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt remedy`: 0 when the denoiser is written."""
+    """Run `dvt remedy`; the exit code is 0 when the denoiser is written."""
     from dvt.denoiser.remedies.job import fit_remedy
 
     if not command.images and command.remedy not in WITHOUT_IMAGES:
         raise ImageError(
-            f"the remedy {command.remedy} is found over images, and none was given; ten photographs are enough. "
-            f"Without images: {' or '.join(WITHOUT_IMAGES)}"
+            f"the remedy {command.remedy} needs images, and none was given; ten photographs are enough. These remedies "
+            f"need no images: {' or '.join(WITHOUT_IMAGES)}"
         )
     paths = find_images(command.images) if command.images else []
     settings = resolved(command, command="remedy", images=paths)
@@ -40,7 +40,7 @@ def remedy(command: FindRemedy, console: Console) -> tuple[int, dict[str, Any]]:
     found = {key: value for key, value in denoiser.card.items() if key not in _ABOUT_BACKBONE}
     for key, value in found.items():
         console.print(f"{key.replace('_', ' ')}: {shown(value)}")
-    console.print(f"denoiser: {shown(str(out))}; every command with --denoiser takes it")
+    console.print(f"denoiser: {shown(str(out))}; give it to any command with --denoiser")
     return 0, {"out": str(out), "card": denoiser.card, "settings": settings}
 
 
@@ -50,10 +50,13 @@ _ABOUT_BACKBONE = ("backbone", "layer", "stride", "feature_dim", "weights_sha256
 def compared(
     command: BackboneOptions, backbone: Backbone, paths: Sequence[Path], given: Sequence[str], progress: Progress
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
-    """Fit each remedy of a backbone for the doctor; return them, their commands, and why others are missing.
+    """Fit each remedy of a backbone for the doctor.
 
-    They are found on every second image, so that the doctor does not judge on these alone; a single image is too few
-    for remedies that claim something about all.
+    Remedies are fitted to every second image, so that the doctor also judges them on other images. With a single image,
+    only remedies without images are fitted.
+
+    Returns:
+        By name: the denoisers as variants, the commands that make them, and the reasons why others are missing.
     """
     from dvt.denoiser.remedies.job import fit_remedies
 

@@ -1,4 +1,4 @@
-"""Run `dvt show`: features in PCA colours, the same over all images."""
+"""Run `dvt show`: draw features in PCA colours that are the same over all images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt show`: exit code 0 when the pictures are written."""
+    """Run `dvt show`; the exit code is 0 when the pictures are written."""
     command.check_clean()
     if command.count < 1:
         raise ConfigError(f"count is {command.count}; it must be 1 or more")
@@ -40,7 +40,7 @@ def _is_store(path: Path) -> bool:
 
 
 def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
-    """Yield each image of a store, with its photograph where it still lies where it lay."""
+    """Yield each image of a store, with its photograph if the file is still at its path."""
     import torch
 
     from dvt.analysis.gallery import ShownImage
@@ -64,7 +64,7 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
 
 
 def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
-    """Yield each photograph's raw features, and clean ones by a denoiser or by stage one."""
+    """Yield each photograph's raw features, and its clean features from a denoiser or from stage one."""
     from dvt.analysis.gallery import ShownImage
     from dvt.analysis.probes.datasets import pick
     from dvt.images import find_images, load_image
@@ -76,6 +76,6 @@ def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
         pixels = load_image(path)
         maps = command.terms_of(backbone, pixels)
         if unknown := set(command.terms) - set(maps):
-            raise ConfigError(f"there is no term {sorted(unknown)[0]!r} here; there are {', '.join(maps)}")
+            raise ConfigError(f"there is no term {sorted(unknown)[0]!r}; choose from {', '.join(maps)}")
         yield ShownImage(path.stem, {term: maps[term] for term in command.terms or maps}, pixels)
         progress("images", done, len(paths))

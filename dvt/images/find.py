@@ -1,4 +1,4 @@
-"""Finding images: files, folders, globs, text lists and URLs to a sorted list of paths."""
+"""Find images: turn files, folders, globs, text lists and URLs into a sorted list of paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
     + (".tif", ".tiff", ".webp")
 )
-"""File names that count as images inside a folder or a glob; a file given by name may have any other."""
+"""Suffixes by which files in a folder or a glob count as images; a file given by its own name may have any suffix."""
 
 _LINE_BYTES = 1 << 16  # no path is longer
 
@@ -27,11 +27,11 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
     Args:
         specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
             names that begin with a dot left out), a glob (``**`` allowed; its matches are treated like the
-            contents of a folder), or a ``.txt`` list of such entries, one a line, where an empty line or one that
-            begins with ``#`` means nothing and a relative entry is relative to the folder of the list.
+            contents of a folder), or a ``.txt`` list of such entries, one per line. Empty lines and lines that begin
+            with ``#`` are skipped; a relative entry is relative to the folder of the list.
 
     Returns:
-        Paths as given (not resolved), sorted as text; of several paths to one file only the first stays.
+        Paths as given (not resolved), sorted as text; if several lead to one file, only the first of them.
 
     Raises:
         ImageError: nothing is found, an entry does not exist or is a URL, or a folder or list cannot be read.
@@ -47,11 +47,11 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
 
 
 def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
-    """Find images as :func:`find_images` does, behind URLs too.
+    """Find images as :func:`find_images` does, also behind URLs.
 
     Args:
-        specs: as :func:`find_images` takes them, or URLs of files, folders, globs or lists (of ``http://`` no folders
-            or globs). A list may hold URLs; in a list behind a URL all other entries are relative to it.
+        specs: as :func:`find_images` takes them, or URLs of files, folders, globs or lists (``http://`` has no folders
+            or globs). A list may hold URLs; the other entries of a list behind a URL are relative to that URL.
 
     Returns:
         Paths, and URLs as text, sorted as text.
@@ -84,7 +84,7 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
             raise ImageError(f"{_short(spec)} cannot be used as a pattern of paths: {error}") from error
         found = [m for match in matches for m in (_walk(match) if os.path.isdir(match) else [match])]
         images = [match for match in found if _is_image_name(match)]
-        if lists and not images:  # in a list, a pattern may stand for what is still to come
+        if lists and not images:  # a pattern in a list may match nothing yet
             raise ImageError(
                 f"no images found in {_short(spec)}; give image files, folders, globs or a .txt list of paths"
             )
@@ -96,7 +96,7 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
 def _expand_url(url: str, lists: bool) -> Iterator[str]:
     if lists and url.lower().endswith(".txt"):
         yield from _read_list(url)
-    elif url.startswith(("http://", "https://")):  # "?" is no wildcard in these, and nothing lists a folder
+    elif url.startswith(("http://", "https://")):  # here "?" begins a query, and folders cannot be listed
         yield url
     else:
         with fetching(url):
@@ -131,7 +131,7 @@ def _short(spec: str) -> str:
 
 
 def _matches(spec: str) -> Iterator[str]:
-    """Match as glob does, but ``**`` enters each folder once: with two symlinks to a folder above, glob never ends."""
+    """Match as glob does, but let ``**`` enter each folder once: glob never ends if two symlinks lead to a parent."""
     waiting = [re.sub(r"(?<![^/])\*\*$", "", spec) or os.curdir]  # a folder that matches is searched anyway
     known = set(waiting)
     while waiting:
@@ -177,10 +177,10 @@ def _read_list(path: str) -> Iterator[str]:
         with regular_file(path) as file:
             for number, raw in enumerate(iter(lambda: file.readline(_LINE_BYTES), b""), 1):
                 if len(raw) == _LINE_BYTES:
-                    raise ImageError(f"line {number} takes more than 64 KB; a list is text, one path a line")
+                    raise ImageError(f"line {number} takes more than 64 KB; a list must be text with one path per line")
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
                 if "\0" in line:
-                    raise ImageError("it holds a NUL byte; a list is text, one path a line")
+                    raise ImageError("it holds a NUL byte; a list must be text with one path per line")
                 if line and not line.startswith("#"):
                     yield from _expand(_beside(base, line), lists=False)
     except (ImageError, UnicodeDecodeError) as error:
@@ -190,7 +190,7 @@ def _read_list(path: str) -> Iterator[str]:
 
 
 def _beside(base: str, line: str) -> str:
-    """Resolve an entry of a list in the folder `base`; one of a list behind a URL stays below that URL."""
+    """Resolve an entry of a list that lies in `base`, a folder or a URL; entries cannot leave a URL."""
     if is_url(line):
         return line
     return f"{base}/{line.lstrip('/')}" if is_url(base + "/") else os.path.join(base, line)

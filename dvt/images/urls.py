@@ -1,4 +1,4 @@
-"""Images behind URLs, through whatever fsspec knows (``s3://bucket/key``, ``gs://``, ``https://``, ...)."""
+"""Read images from URLs of any file system that fsspec supports (``s3://bucket/key``, ``gs://``, ``https://``, ...)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from dvt.errors import ImageError
 
 MAX_BYTES = 2 << 30
-"""The largest object that is fetched from a URL."""
+"""The largest object, in bytes, that is downloaded from a URL."""
 
 _PIECE_BYTES = 64 << 20  # most images are one request
 
@@ -30,6 +30,7 @@ def is_url(path: str | Path) -> bool:
 
 
 def image_error(path: str | Path, reason: object) -> ImageError:
+    """Make the error that names an image and says in a few words why it cannot be read."""
     if isinstance(reason, OSError) and reason.strerror:
         reason = reason.strerror
     elif isinstance(reason, Exception):
@@ -41,7 +42,8 @@ def url_files(url: str) -> tuple[Any, str]:
     """Find the fsspec file system that a URL lies on, and its path there.
 
     Raises:
-        ImportError, ValueError: a package is missing, or nothing is known by that name.
+        ImportError: the package for this kind of URL is not installed.
+        ValueError: fsspec does not know this kind of URL.
     """
     import fsspec
 
@@ -50,6 +52,7 @@ def url_files(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def fetching(url: str) -> Iterator[None]:
+    """Turn every error of reading a URL into an ImageError that names the URL."""
     try:
         yield
     except ImageError:
@@ -64,10 +67,14 @@ def fetching(url: str) -> Iterator[None]:
 
 
 def fetched(url: str) -> bytes:
-    """Fetch the whole object, if it is of a bounded size."""
+    """Download a whole object.
+
+    Raises:
+        ImageError: it cannot be read, or has more than :data:`MAX_BYTES` bytes.
+    """
     with fetching(url):
         files, place = url_files(url)
-        # Some servers do not tell the size, and some lie: what is read is bounded too.
+        # Some servers give no size or a wrong one, so the bytes are counted while reading, too.
         if (files.info(place).get("size") or 0) <= MAX_BYTES:
             content = io.BytesIO()
             with files.open(place, "rb", cache_type="none") as file:
@@ -75,4 +82,4 @@ def fetched(url: str) -> bytes:
                     content.write(piece)
             if content.tell() <= MAX_BYTES:
                 return content.getvalue()
-    raise image_error(url, f"it has more than {MAX_BYTES >> 30} GB, the most that is fetched")
+    raise image_error(url, f"it has more than {MAX_BYTES >> 30} GB, the largest size that is downloaded")

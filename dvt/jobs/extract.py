@@ -1,7 +1,7 @@
-"""Tokens of many images into a feature store: raw, and denoised where there is a denoiser.
+"""Extract tokens of many images into a feature store: raw, and with a denoiser also denoised.
 
-Three things go on at the same time, in threads: the next two batches are decoded, the backbone runs, and the shard
-before is written. None of them changes a number: which image is in which batch follows from the plan alone.
+Threads do three things at the same time: decode the next two batches, run the backbone, and write the previous shard.
+Their timing changes no number: the plan alone decides which image is in which batch.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from dvt.views import resize
 #: Called with an image's path, its pixels (3, H, W) as the backbone took them, and its maps (h, w, C) by term.
 OnMaps = Callable[[Path, Tensor, Mapping[str, Tensor]], None]
 
-_AHEAD = 2  # batches being decoded while one is in the backbone: one alone would wait for its slowest image
+_AHEAD = 2  # batches decoded while one is in the backbone; with a single one, all would wait for its slowest image
 
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Set how tokens are extracted. Only `dtype` belongs to the store's job: the others change speed and memory.
+    """Hold the settings of an extraction. Only `dtype` belongs to the store's job; the others change speed and memory.
 
     Args:
-        dtype: of the forward pass, by autocast; "auto" asks :func:`dvt.backbones.choose_precision`. Tokens are stored
-            in half precision where they fit into it.
-        batch: images a forward pass; what is left of a grid shape at the end of a shard makes a smaller one.
-        shard_images: images a shard; a killed run loses at most the shard in hand and the one that is being written.
+        dtype: dtype of the forward pass, by autocast; "auto" calls :func:`dvt.backbones.choose_precision`. Tokens are
+            stored in half precision if their values fit into it.
+        batch: images per forward pass; the last batch of a shard may be smaller.
+        shard_images: images per shard; a killed run loses at most the shard being computed and the one being written.
         workers: threads that read and decode images; None takes the processor's cores, at most 16.
     """
 
@@ -79,7 +79,7 @@ def extract_images(
     started: Callable[[Job], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Write the tokens of many images to a feature store; the same call again does what is left.
+    """Write the tokens of many images to a feature store; repeating the call continues an interrupted run.
 
     The store holds the term "raw" and, with a denoiser, "denoised", on each image's own patch grid, and the prefix
     tokens. Memory does not grow with the number of images beyond their list of paths and hashes.
@@ -89,14 +89,14 @@ def extract_images(
         paths: image files and URLs, from :func:`dvt.images.find_sources`.
         out: the store's folder.
         config: settings.
-        denoiser: on the backbone's device, in evaluation mode.
+        denoiser: a denoiser on the backbone's device, in evaluation mode.
         strict: raise on the first image that cannot be read, instead of reporting it at the end.
         wait: wait for another writer of the same store, instead of refusing.
-        started: called with the job once the folder is locked and known to hold nothing else.
+        started: called with the job once the folder is locked and known to hold no other job.
         progress: called with (what, done, total) after every image.
 
     Returns:
-        What was done; `extraction_seconds` is the backbone's time.
+        A summary of the run; `extraction_seconds` is the backbone's time.
 
     Raises:
         StoreError: the folder cannot be written, or holds another job's tokens.
@@ -109,7 +109,7 @@ def extract_images(
 
 
 def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None) -> Job:
-    """Describe everything that the tokens of an extraction depend on."""
+    """Describe everything that the tokens of an extraction depend on, as a Job."""
     settings: dict[str, Any] = {"verb": "extract", "dtype": choose_precision(backbone, config.dtype)}
     if denoiser is not None:
         settings["denoiser"] = denoiser.identity
@@ -117,9 +117,9 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | 
 
 
 class ExtractWork(Work):
-    """Extraction as the work of a job; see :func:`extract_images` for the arguments.
+    """Do the work of an extraction job; see :func:`extract_images` for the arguments.
 
-    `on_image` is called for every image computed, for what is written beside the store.
+    `on_image` is called for every computed image, to write files beside the store.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class ExtractWork(Work):
     def _launched(
         self, tasks: Iterable[_BatchTask], readers: ThreadPoolExecutor
     ) -> Iterator[tuple[_BatchTask, _Loaded, _Launched | None]]:
-        """Yield batches, one behind: a GPU has the next one before the maps of this one are waited for."""
+        """Yield each batch after the next one is launched: the GPU has work while this one's maps are fetched."""
         behind: tuple[_BatchTask, _Loaded, _Launched | None] | None = None
         with ThreadPoolExecutor(_AHEAD) as gatherers:
             for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
@@ -180,7 +180,7 @@ class ExtractWork(Work):
             profile.add(intake.profile)
             if intake.pixels is not None:
                 images.append(intake.pixels)
-                intake.pixels = None  # in the batch from here on
+                intake.pixels = None  # the batch holds a copy
         batch = torch.stack(images) if images else None
         return _Loaded(
             batch.pin_memory() if batch is not None and self.backbone.mean.is_cuda else batch, intakes, profile
@@ -241,7 +241,7 @@ class ExtractWork(Work):
 
 @dataclass(frozen=True)
 class _BatchTask:
-    """One batch: the copies of each distinct image, and the shard it belongs to."""
+    """Describe one batch: the copies of each distinct image, and the shard that the batch belongs to."""
 
     made: ShardResult
     copies: list[list[ImageEntry]]
@@ -249,7 +249,7 @@ class _BatchTask:
 
 
 def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterator[_BatchTask]:
-    """Cut shards into batches, which never cross shards, and so are of one grid shape each."""
+    """Cut shards into batches. A batch never crosses shards, so all of its images have one grid shape."""
     for shard, _ in shards:
         made, images = ShardResult(shard), distinct(shard)
         for i in range(0, len(images), batch):
@@ -258,7 +258,7 @@ def _tasks(shards: Iterable[tuple[Shard, Tensor | None]], batch: int) -> Iterato
 
 @dataclass(frozen=True)
 class _Loaded:
-    """A batch's images (B, 3, H, W), None where none could be read, and how each was read."""
+    """Hold a batch's images (B, 3, H, W), None if none could be read, and the record of reading each."""
 
     images: Tensor | None
     intakes: list[Intake]
@@ -267,17 +267,20 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A batch's maps on their way to the host: twice, because only the numbers tell whether half precision holds them.
+    """Hold a batch's maps while they are copied to the host, in float32 and in half precision.
 
-    (It nearly always does, and then half of the transfer and of the memory is saved. In a shard that one batch makes
-    float32, the others' tokens are those of half precision.)
+    Whether half precision can hold them is known only after the forward pass. It nearly always can, which saves half of
+    the transfer and of the memory. If one batch makes its shard float32, the other batches' tokens in that shard have
+    been rounded to half precision.
 
     Args:
         wide: (B, ...) maps in float32 on the device, by name.
         narrow: the same in half precision on the host, once `arrived`.
-        fits: whether `narrow` is finite.
-        finite: (B,) whether an image's maps are finite.
-        timer: of "backbone", with the denoiser, and "fetch".
+        fits: True if all of `narrow` is finite.
+        finite: (B,) True if an image's maps are finite.
+        timer: times "backbone", including the denoiser, and "fetch".
+        arrived: recorded on the stream after the copies to the host, which are asynchronous: the host must wait for it
+            before it reads `narrow`, `fits` or `finite`. None without a GPU.
     """
 
     wide: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""A sum over many images that a job needs before its shards, such as an artifact that all of one grid shape share."""
+"""Sum over many images before a job's shards start, such as for an artifact that images of one grid shape share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Part = TypeVar("Part")
 
 
 class Reduction(ABC):
-    """An array (h, w, C) for each grid shape, from parts of its first images that add up.
+    """Compute an array (h, w, C) for each grid shape by adding parts of its first images.
 
-    Parts are made wherever an image is at hand, added in pairs (:func:`tree_sum`), and finished once; so one process
-    and a cluster get the same bits.
+    Any process may compute a part. Parts are added in a fixed order of pairs (:func:`tree_sum`), so one process and a
+    cluster get the same bits.
 
     Args:
-        images: how many images of each grid shape take part, the first ones in order of their paths.
+        images: how many images of each grid shape take part: the first in order of their paths.
     """
 
     def __init__(self, images: int):
@@ -32,7 +32,7 @@ class Reduction(ABC):
 
     @abstractmethod
     def part(self, image: ImageEntry) -> Any | None:
-        """Make an image's part, with tensors on the CPU; None where the image cannot be used."""
+        """Compute an image's part, with tensors on the CPU; None if the image cannot be used."""
 
     @staticmethod
     @abstractmethod
@@ -41,29 +41,29 @@ class Reduction(ABC):
 
     @abstractmethod
     def finish(self, total: Any) -> Tensor:
-        """Make the array (h, w, C) of the sum of all parts."""
+        """Compute the array (h, w, C) from the sum of all parts."""
 
     def of(self, images: Sequence[ImageEntry]) -> Tensor | None:
-        """Make the array of these images in this process; None where none of them can be used."""
+        """Compute the array from these images in this process; None if none of them can be used."""
         total = tree_sum((self.part(image) for image in images), self.add_known)
         return None if total is None else as_stored(self.finish(total))
 
     @classmethod
     def add_known(cls, first: Any | None, second: Any | None) -> Any | None:
-        """Add two parts; None, of an image that could not be used, adds nothing."""
+        """Add two parts; None, from an image that could not be used, adds nothing."""
         if first is None or second is None:
             return second if first is None else first
         return cls.add(first, second)
 
 
 class Reduced:
-    """The shared array of each grid shape: from the store of a job that goes on, else made when first needed.
+    """Keep the shared array of each grid shape: read from the store of a resumed job, else computed when first needed.
 
     Args:
         reduction: None for a job whose images share nothing.
-        images: all of the job.
-        resumed: the store that holds some of its shards already, if any.
-        profile: where the time goes.
+        images: all images of the job.
+        resumed: the store that already holds some of the job's shards, if any.
+        profile: records the time spent.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Reduced:
 
 
 def first_images(images: Sequence[ImageEntry], grid: Size, count: int) -> list[ImageEntry]:
-    """Choose the first images of a grid shape, in order of their paths, each content once."""
+    """Choose the first images of a grid shape, in order of their paths, without files of equal content."""
     first: dict[str, ImageEntry] = {}
     for image in sorted(image for image in images if image.grid == grid):
         first.setdefault(image.sha256, image)
@@ -110,10 +110,10 @@ def as_stored(artifact: Tensor) -> Tensor:
 
 
 def tree_sum(parts: Iterable[Part], add: Callable[[Part, Part], Part]) -> Part | None:
-    """Add parts in pairs, the pairs in pairs, and so on; None without any.
+    """Add parts in pairs, the sums in pairs, and so on; return None if there are no parts.
 
-    Floating-point sums depend on the order: here it follows from the number of parts alone, wherever each sum is made.
-    At most log2 of the number of parts are held at a time.
+    Floating-point sums depend on the order. Here the order depends only on the number of parts, not on the process
+    that adds them. About log2 of the number of parts are held at a time.
 
     >>> tree_sum("abcdefg", lambda first, second: f"({first}{second})")
     '(((ab)(cd))((ef)g))'

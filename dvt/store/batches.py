@@ -1,4 +1,4 @@
-"""Tokens with their origin, and batches of them, for training loops."""
+"""Batch tokens, with the images that they come from, for training loops."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from dvt.tokens import Tokens
 
 log = logging.getLogger(__name__)
 
-#: What batches do with images of several grids: hold one grid each, or fill smaller maps up with zeros.
+#: How to batch images of several grids: "group" puts one grid in a batch, "pad" fills smaller maps up with zeros.
 Ragged: TypeAlias = Literal["group", "pad"]
 
 
 @dataclass(frozen=True, repr=False)
 class StoredTokens(Tokens):
-    """Tokens of images of a store, and which images they are of; one image is a batch of one.
+    """Hold the tokens of images of a store, and which images they are; one image is a batch of one.
 
     Args:
         patches: (B, h, w, C) of the first term that the store was opened with.
         prefix: (B, P, C).
-        paths: of the images, as the store has them.
-        sha256s: of the images' files.
-        indices: (B,) of the images in the store, int64.
-        terms: (B, h, w, C) of each term that the store was opened with, by name.
+        paths: the paths of the images, as in the store.
+        sha256s: the hashes of the images' files.
+        indices: the (B,) indices of the images in the store, int64.
+        terms: the (B, h, w, C) tokens of each term that the store was opened with, by name.
         mask: (B, h, w), True where there is a patch, if smaller maps were filled up with zeros; otherwise None.
-        labels: (B, ...) of the images, or a list where they are no numbers of one shape; None without labels.
+        labels: the (B, ...) labels of the images, or a list if they are not numbers of one shape; None without labels.
     """
 
     paths: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class StoredTokens(Tokens):
         )
 
     def with_patches(self, patches: Tensor) -> StoredTokens:
-        """Put other patch tokens beside the same prefix and images."""
+        """Replace the patch tokens; keep prefix tokens and images."""
         return replace(self, patches=patches)
 
     def to(self, *args, **kwargs) -> StoredTokens:
@@ -77,7 +77,7 @@ class StoredTokens(Tokens):
         )
 
     def pin_memory(self) -> StoredTokens:
-        """Copy what a DataLoader with ``pin_memory=True`` sends to a GPU to page-locked memory."""
+        """Copy all tensors to page-locked memory; a DataLoader with ``pin_memory=True`` calls this."""
         pinned = lambda values: values.pin_memory() if isinstance(values, Tensor) else values  # noqa: E731
         terms = {name: values.pin_memory() for name, values in self.terms.items()}
         parts: dict[str, Any] = {
@@ -87,20 +87,20 @@ class StoredTokens(Tokens):
 
 
 def collate_tokens(items: Sequence[StoredTokens]) -> StoredTokens:
-    """Put images together into one batch; a DataLoader of a :class:`FeatureStore` does so by itself.
+    """Join images into one batch; a DataLoader of a :class:`FeatureStore` calls this by itself.
 
-    Maps of one grid are stacked. Maps of several are filled up with zeros at their lower right to the largest height
-    and width, and ``mask`` tells where there is a patch; ``FeatureStore.loader`` groups them by grid instead.
+    Maps of one grid are stacked. Maps of several grids are filled up with zeros at their lower right to the largest
+    height and width, and ``mask`` marks the patches; ``FeatureStore.loader`` groups images by grid instead.
 
     Raises:
         ShapeError: there are no images, or they differ in channels, prefix tokens or terms.
     """
-    if isinstance(items, StoredTokens):  # a store reads a batch as one
+    if isinstance(items, StoredTokens):  # a store has already joined it
         return items
     if not items:
         raise ShapeError("a batch of no images; give one or more")
     if len({(item.feature_dim, item.prefix.shape[1], *item.terms) for item in items}) > 1:
-        raise ShapeError("the images differ in channels, prefix tokens or terms; those of one store do not")
+        raise ShapeError("the images differ in channels, prefix tokens or terms; batch images of one store")
     height, width = (max(item.grid[side] for item in items) for side in (0, 1))
     padded = any(item.grid != (height, width) or item.mask is not None for item in items)
     labels = [label for item in items for label in ([None] * len(item) if item.labels is None else item.labels)]
@@ -123,20 +123,20 @@ def _collate(items: Sequence[StoredTokens], *, collate_fn_map: Any = None) -> St
     return batch
 
 
-# How PyTorch's documentation of default_collate has it learn a type.
+# PyTorch's documented way to teach default_collate a type.
 default_collate_fn_map[StoredTokens] = _collate
 
 
 @lru_cache(maxsize=1)
 def _warn_of_padding() -> None:
     log.warning(
-        "images of several grids are in one batch: smaller maps were filled up with zeros, and `mask` tells which "
-        "patches there are. `store.loader(...)` makes batches of one grid each, with ragged='pad' batches like this one"
+        "one batch holds images of several grids: smaller maps were filled up with zeros, and `mask` marks the real "
+        "patches. `store.loader(...)` makes batches of one grid each; with ragged='pad' it makes batches like this one"
     )
 
 
 def collate_labels(labels: Sequence[Any]) -> Any:
-    """Put labels into one tensor, or list them where they are no numbers of one shape; None where there are none."""
+    """Join labels into one tensor, or into a list if they are not numbers of one shape; None if there are none."""
     if all(label is None for label in labels):
         return None
     try:
@@ -158,15 +158,15 @@ def _mask(item: StoredTokens) -> Tensor:
 
 
 class GridBatches:
-    """Batches of image numbers for a DataLoader, drawn anew each time it starts.
+    """Yield batches of image indices for a DataLoader, drawn anew in each epoch.
 
     Args:
-        grids: of each image.
-        batch_size: of a batch.
+        grids: the grid of each image.
+        batch_size: images per batch.
         shuffle: permute the images, and the batches.
-        ragged: "group" makes batches of one grid each; "pad" batches of any.
+        ragged: "group" puts images of one grid into a batch; "pad" images of any grid.
         drop_last: leave out batches that are not full.
-        seed: of the permutations.
+        seed: seed of the permutations.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The index of one shard. A shard may come from anywhere, so nothing in it is used before it has been checked."""
+"""Read the index of one shard. A shard may come from an untrusted source, so all of it is checked before use."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ _REMEDY = "delete it and run the same command again; only its images are made ag
 
 
 def shard_files(path: Path) -> list[Path]:
-    """List a store's shards; none for any other file, which must not be called a damaged shard."""
+    """List a store's shards; an empty list for a file that is no shard, which then is not reported as damaged."""
     try:
         return sorted(path.glob("*.h5")) if path.is_dir() else [path] if path.exists() and path.suffix == ".h5" else []
     except OSError as error:
         raise StoreError(f"cannot read the store {str(path)!r}: {error.strerror or error}") from error
 
 
-# What reading at places that no file has ends with: damaged bytes lead there.
+# Errors of reading at impossible offsets, which damaged bytes cause.
 _OF_DAMAGE = (errno.EINVAL, errno.EFBIG, errno.EOVERFLOW)
 
 
 @contextmanager
 def damage(path: str | Path) -> Iterator[None]:
-    """Turn whatever h5py raises on a damaged file into a StoreError that names it and says what to do."""
+    """Turn any error of h5py on a damaged file into a StoreError that names the file and says what to do."""
     try:
         yield
     except DvtError:
@@ -47,14 +47,14 @@ def damage(path: str | Path) -> Iterator[None]:
     except Exception as error:  # h5py raises nearly anything on damaged bytes
         if reason := _system_reason(error):
             raise StoreError(
-                f"cannot read the shard {str(path)!r}: {reason}; it may well be whole: leave it, see to the disk or "
+                f"cannot read the shard {str(path)!r}: {reason}; the shard may be whole: keep it, check the disk or "
                 "the network, and run the same command again"
             ) from error
         raise StoreError(f"the shard {str(path)!r} is damaged ({error}); {_REMEDY}") from error
 
 
 def _system_reason(error: Exception) -> str:
-    """Say what the operating system refused, where it was that and not the bytes; HDF5 tells it in words alone."""
+    """Return the operating system's reason, or "" if the bytes are at fault; HDF5 gives its number only in the text."""
     number = getattr(error, "errno", None)
     said = re.search(r"errno = ([1-9]\d*)", str(error))
     if number is None and said:
@@ -72,7 +72,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 @dataclass(frozen=True)
 class StoredShard:
-    """The index of one shard, checked."""
+    """Hold the checked index of one shard."""
 
     file: Path
     attributes: dict[str, str]
@@ -96,10 +96,10 @@ class StoredShard:
 
 
 def read_shard(path: Path) -> StoredShard:
-    """Read the index of a shard, refusing whatever the writer would not have written.
+    """Read the index of a shard, and refuse anything that the writer would not have written.
 
-    A file from elsewhere can point into other files, or announce arrays that fill the memory; nothing is read before
-    its links, layout, filters and stored size have been looked at.
+    A file from an untrusted source can point into other files, or declare arrays that would fill the memory. Links,
+    layout, filters and stored sizes are checked before any array is read.
     """
     with opened(path) as file, open(path, "rb") as source:
         return _checked(file, path, source)
@@ -107,13 +107,13 @@ def read_shard(path: Path) -> StoredShard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Hold what a job needs to know of a shard to go on.
+    """Hold the parts of a shard's index that a job needs to continue.
 
     Args:
-        job: that made it.
-        images: path and hash of each.
-        grid: of the artifact that its images share, if any.
-        artifact: (h, w, C) that its images share, if there is one and it was asked for.
+        job: the job that made the shard.
+        images: path and hash of each image.
+        grid: the grid of the artifact that its images share, if any.
+        artifact: (h, w, C) the artifact that its images share, if there is one and it was asked for.
     """
 
     job: Job
@@ -123,15 +123,15 @@ class ShardIndex:
 
 
 def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardIndex:
-    """Read the index of a shard behind a URL with the same checks; little more than the index is fetched.
+    """Read the index of a shard behind a URL, with the same checks; hardly more than the index is downloaded.
 
     Args:
-        source: its file, seekable.
-        name: for messages.
-        artifact: read the one that its images share too.
+        source: the shard's file, seekable.
+        name: the name for messages.
+        artifact: also read the artifact that its images share.
 
     Raises:
-        StoreError: it is damaged, or of another schema.
+        StoreError: the shard is damaged, or of another schema.
     """
     with damage(name), h5py.File(source, "r") as file:
         shard = _checked(file, Path(name), source)
@@ -140,7 +140,7 @@ def read_index(source: BinaryIO, name: str, artifact: bool = False) -> ShardInde
 
 
 def _checked(file: h5py.File, path: Path, source: BinaryIO) -> StoredShard:
-    """Read the index of the file that `source` reads too."""
+    """Read and check the index; `source` is the same file as bytes, for its size and for heaps of text."""
     attributes = _read_attributes(file, path, source)
     _check_links(file)
     trusted = partial(_trusted, file, source.seek(0, os.SEEK_END))
@@ -178,7 +178,7 @@ _INDEX_RANKS = {"path": 1, "sha256": 1, "size": 2, "grid": 2, "offset": 1}
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise ValueError(otherwise)  # damage names the shard
+        raise ValueError(otherwise)  # :func:`damage` adds the shard's name
 
 
 def _read_attributes(file: h5py.File, path: Path, source: BinaryIO) -> dict[str, str]:
@@ -209,9 +209,9 @@ def _text(file: h5py.File, name: str) -> str:
 
 
 def _check_heaps(source: BinaryIO) -> None:
-    """Check that the variable-length text of a shard made before attributes had a fixed length can be read.
+    """Check the heaps of variable-length text, which old shards have, before HDF5 reads them.
 
-    HDF5 never comes back from a heap with an object of size 0, such as zeros leave it.
+    HDF5 loops forever on a heap that holds an object of size 0, as one overwritten with zeros does.
     """
     source.seek(0)
     content = source.read()
@@ -226,7 +226,7 @@ def _check_heaps(source: BinaryIO) -> None:
 
 
 def _check_links(file: h5py.File) -> None:
-    for place in ("/", "index", "tokens"):  # the root first: afterwards its children are known to be its own
+    for place in ("/", "index", "tokens"):  # the root first, so that its children are known to lie in this file
         group = file[place]
         _require(isinstance(group, h5py.Group), f"{place!r} is not a group")
         for name in group:
@@ -234,11 +234,11 @@ def _check_links(file: h5py.File) -> None:
 
 
 def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
-    """Open a dataset that lies in this very file, whole, in plain checksummed chunks: it holds what it announces."""
+    """Open a dataset after checking that all of it lies in this file, in chunks with a checksum and no other filter."""
     dataset = file[name]
     _require(isinstance(dataset, h5py.Dataset), f"/{name} is not a dataset")
     layout = dataset.id.get_create_plist()
-    # Neither a virtual dataset nor one with external storage is chunked.
+    # This excludes virtual datasets and those with external storage, which are not chunked.
     _require(layout.get_layout() == h5py.h5d.CHUNKED, f"/{name} may hold data from outside the shard: no chunks")
     checksum_only = layout.get_nfilters() == 1 and layout.get_filter(0)[0] == h5py.h5z.FILTER_FLETCHER32
     _require(checksum_only, f"/{name} has other filters than the checksum")
@@ -247,12 +247,12 @@ def _trusted(file: h5py.File, size: int, name: str, rank: int) -> h5py.Dataset:
     pieces = [-(-length // chunk) for length, chunk in zip(dataset.shape, dataset.chunks, strict=True)]
     stored = int(np.prod(pieces, dtype=object) * (np.prod(dataset.chunks, dtype=object) * dataset.dtype.itemsize + 4))
     _require(dataset.id.get_storage_size() == stored, f"/{name} is not stored whole")
-    _require(stored <= size, f"/{name} announces more than the file holds")
+    _require(stored <= size, f"/{name} declares more than the file holds")
     return dataset
 
 
 def _check_index(columns: dict[str, np.ndarray], path_type: np.dtype) -> None:
-    """Check that the columns agree with each other; values are still hostile here."""
+    """Check that the columns agree with each other; their values are not trusted yet."""
     for name in ("size", "grid", "offset"):
         _require(columns[name].dtype == np.dtype("<i8"), f"/index/{name} is of type {columns[name].dtype}")
     _require(path_type.kind == "S" and columns["sha256"].dtype == np.dtype("S64"), "/index text has another type")

@@ -22,7 +22,7 @@ JSON_SETTINGS = ("layer", "stride", "size", "config")
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that changes the numbers in a store, and nothing else: no paths, device or worker count.
+    """Hold everything that changes the numbers in a store, and nothing else: no paths, device or worker count.
 
     Args:
         backbone: name of the model.
@@ -30,7 +30,7 @@ class Job:
         layer: the block that the tokens come from; -1 is the last one, after the final norm.
         stride: pixels between patches, None for the patch size.
         size: the shorter side of the model's input in pixels, or (height, width), or None for the model's own.
-        config: the other settings that change numbers (verb, solver, seed, ...); anything JSON can write.
+        config: the other settings that change numbers (verb, solver, seed, ...), as JSON values.
 
     Raises:
         ConfigError: the settings cannot be written as JSON, or take 64 KB or more.
@@ -51,13 +51,13 @@ class Job:
             plain = json.loads(canonical(asdict(self)))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"the settings of a job must be plain JSON values: {error}") from error
-        for name, value in plain.items():  # what comes back from a file is equal to what went in
+        for name, value in plain.items():  # with JSON's types, a job read from a file is equal to this one
             object.__setattr__(self, name, tuple(value) if isinstance(value, list) else value)
         _check_attributes(self.attributes())
 
     @classmethod
     def of(cls, backbone: Backbone, settings: Mapping[str, Any]) -> Job:
-        """Describe what a backbone and the other settings that the tokens depend on make."""
+        """Make the job of a backbone and of the other settings that the tokens depend on."""
         spec = backbone.identity
         return cls(spec.name, spec.weights_sha256 or "", spec.layer, spec.stride, size=spec.image_size, config=settings)
 
@@ -87,12 +87,12 @@ class Job:
 
 
 class ImageEntry(NamedTuple):
-    """An image as the plan has it.
+    """Identify an image in a plan.
 
     Args:
-        path: of its file, or its URL.
-        sha256: of the file's bytes.
-        grid: (h, w) of its tokens.
+        path: path of the file, or URL.
+        sha256: hash of the file's bytes.
+        grid: (h, w) of the image's tokens.
     """
 
     path: str
@@ -102,20 +102,20 @@ class ImageEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A unit of work: the images of one shard, equal bytes next to each other."""
+    """List the images of one shard, which is a unit of work; copies of equal bytes are next to each other."""
 
     name: str
     images: tuple[ImageEntry, ...]
 
 
 def plan(images: Sequence[ImageEntry], shard_images: int, job: Job, by_grid: bool = False) -> list[Shard]:
-    """Divide images into shards: a pure function of the set of images and the job, whatever their order.
+    """Divide images into shards; the result depends only on the set of images and the job, not on the images' order.
 
     Args:
         images: (path, sha256, grid) of each image that is not done yet.
-        shard_images: images in a shard, copies of equal bytes included; so of many copies each shard has some.
-        job: its digest goes into the shards' names, with paths and hashes.
-        by_grid: each shard holds images of one grid only, as a shared artifact needs it.
+        shard_images: images per shard, including copies of equal bytes, which may be spread over several shards.
+        job: its digest is part of the shards' names, with paths and hashes.
+        by_grid: put images of only one grid into a shard, as a shared artifact needs.
 
     Raises:
         ConfigError: shard_images is below 1.

@@ -1,4 +1,4 @@
-"""Reading a store: a torch Dataset of tokens, safe in threads and DataLoader workers."""
+"""Read a store: a torch Dataset of tokens, safe in threads and DataLoader workers."""
 
 from __future__ import annotations
 
@@ -24,28 +24,29 @@ from dvt.store.format import TERMS, Record
 from dvt.store.index import StoredShard, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
 
-#: Labels of images: by path, file name or SHA-256; or a function of the path, called when an image is read.
+#: Labels of images, by path, file name or SHA-256; or a function of the path that is called when an image is read.
 Labels: TypeAlias = Mapping[str, Any] | Callable[[str], Any]
 
 
 class FeatureStore(Dataset[StoredTokens]):
-    """Reads a store; a torch Dataset of one image's :class:`StoredTokens` each, safe in DataLoader workers and threads.
+    """Read a store; a torch Dataset whose items are :class:`StoredTokens`, safe in DataLoader workers and threads.
 
-    Images are in the order of their paths, however they are spread over shards. ``store[i]`` is a batch of one image;
+    Images are sorted by path, whatever shard they are in. ``store[i]`` is a batch of one image;
     ``store[2:5]`` and ``store[[7, 3]]`` are batches of several, and ``store["photos/a.jpg"]`` finds an image by its
-    path or the end of it. ``DataLoader(store, batch_size=8)`` and :meth:`loader` give batches. Maps of several grids in
-    one batch are filled up with zeros, and its ``mask`` says where; :meth:`loader` groups them by grid instead.
+    path or the end of it. ``DataLoader(store, batch_size=8)`` and :meth:`loader` give batches. If a batch has maps of
+    several grids, smaller ones are filled up with zeros and ``mask`` marks the patches; by default :meth:`loader`
+    groups images by grid instead.
 
     Args:
         path: a folder of shards, or one shard.
-        term: which of :data:`TERMS` the tokens are; of several, `patches` is the first and `terms` has all.
-        prefix: read the prefix tokens too.
-        dtype: of the tokens that are given out; None leaves float16 or float32 as stored.
-        labels: to join beside, by path, file name or SHA-256, or a function of the path.
+        term: which of :data:`TERMS` to read; if several are given, `patches` is the first and `terms` has all.
+        prefix: read the prefix tokens, too.
+        dtype: the dtype of the tokens read; None keeps float16 or float32 as stored.
+        labels: labels to give out with the tokens, by path, file name or SHA-256, or a function of the path.
 
     Raises:
-        StoreError: not a store, another schema, shards of several jobs, a term that is not there, images without
-            labels, or damage; the checksums of tokens are checked whenever they are read.
+        StoreError: the path is not a store, has another schema or shards of several jobs, lacks the term, has images
+            without labels, or is damaged. Each read checks the checksums of the tokens.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class FeatureStore(Dataset[StoredTokens]):
         return self._batch(_numbers(index, len(self)))
 
     def __getitems__(self, indices: Sequence[int]) -> StoredTokens | list[StoredTokens]:
-        """Answer a DataLoader: a batch if all have one grid, otherwise one image after the other."""
+        """Read images for a DataLoader: as one batch if all have one grid, otherwise one by one."""
         one = len({self._grids[i] for i in indices}) == 1
         return self._batch(indices) if one else [self._batch([i]) for i in indices]
 
@@ -153,23 +154,23 @@ class FeatureStore(Dataset[StoredTokens]):
         seed: int = 0,
         **options: Any,
     ) -> DataLoader[StoredTokens]:
-        """Make a DataLoader of batches, of one grid each unless asked otherwise.
+        """Make a DataLoader of batches, by default of one grid each.
 
         Args:
-            batch_size: images a batch; the last of each grid may be smaller.
-            shuffle: permute images and batches, anew each time the loader is gone through.
-            ragged: "group" makes batches of one grid each; "pad" batches of any, whose smaller maps are filled up with
-                zeros, with a `mask`.
+            batch_size: images per batch; the last batch of each grid may be smaller.
+            shuffle: permute images and batches, anew in each epoch.
+            ragged: "group" puts images of one grid into a batch; "pad" images of any grid, with smaller maps filled up
+                with zeros and a `mask`.
             drop_last: leave out batches that are smaller.
-            seed: of the permutations.
-            options: of torch's DataLoader, such as num_workers and pin_memory.
+            seed: seed of the permutations.
+            options: further options of torch's DataLoader, such as num_workers and pin_memory.
         """
         batches = GridBatches(self.grids, batch_size, shuffle, ragged, drop_last, seed)
         options.setdefault("collate_fn", collate_tokens)
         return DataLoader(self, batch_sampler=batches, **options)
 
     def index_of(self, path: str | Path) -> int:
-        """Find an image by its path, or by the end of it from a folder on.
+        """Find an image by its path, or by the last parts of it.
 
         Raises:
             StoreError: there is no such image, or more than one.
@@ -187,7 +188,7 @@ class FeatureStore(Dataset[StoredTokens]):
         if found:
             some = ", ".join(repr(self._origin(i)[0]) for i in found[:5])
             raise StoreError(
-                f"{str(path)!r} stands for {len(found)} images of {str(self.path)!r} ({some}); give more of it"
+                f"{str(path)!r} stands for {len(found)} images of {str(self.path)!r} ({some}); give more of the path"
             )
         near = difflib.get_close_matches(PurePath(path).name, [parts[-1] for parts in self._named], 3)
         hint = f"; close names are {', '.join(near)}" if near else ""
@@ -203,7 +204,7 @@ class FeatureStore(Dataset[StoredTokens]):
         return out.numpy()
 
     def record(self, i: int) -> Record:
-        """Collect everything about image i."""
+        """Read all that the store holds of image i."""
         shard, row = self._at(i)
         path, sha256 = self._origin(i)
         size = (int(shard.size[row, 0]), int(shard.size[row, 1]))
@@ -227,7 +228,7 @@ class FeatureStore(Dataset[StoredTokens]):
             return file["artifact"][:]
 
     def verify(self) -> list[Path]:
-        """Read everything through its checksum and list the damaged shards. See :func:`damaged_shards`."""
+        """Check every checksum and list the damaged shards; see :func:`damaged_shards`."""
         return list(damaged_shards(self.path))
 
     def summary(self) -> dict[str, Any]:
@@ -252,7 +253,8 @@ class FeatureStore(Dataset[StoredTokens]):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}  # workers open their own
+        # Open files cannot be pickled: each DataLoader worker opens its own.
+        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -270,7 +272,7 @@ class FeatureStore(Dataset[StoredTokens]):
             raise StoreError(f"{str(self.path)!r} holds the terms {', '.join(self.terms)}, not {term!r}")
 
     def _batch(self, indices: Sequence[int]) -> StoredTokens:
-        """Read several images: those of one grid into one tensor, in their order on the disk."""
+        """Read several images, in their order on the disk, into one tensor per term if all have one grid."""
         indices = [self._checked(i) for i in indices]
         if not indices:
             raise StoreError(f"no image of {str(self.path)!r} was asked for; give at least one number or path")
@@ -299,7 +301,7 @@ class FeatureStore(Dataset[StoredTokens]):
         return os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
 
     def _joined(self, labels: Labels | None) -> Callable[[str], Any] | list[Any] | None:
-        """Give the label of each image, or the function that makes one from its path."""
+        """Return the label of each image, or the function that makes labels from paths."""
         if labels is None or callable(labels):
             return labels
         found, missing = [], []
@@ -325,7 +327,7 @@ class FeatureStore(Dataset[StoredTokens]):
 
 
 def _numbers(index: Any, count: int) -> list[int]:
-    """Read image numbers from a list, an array or a tensor of them, or of one truth value for each image."""
+    """Convert a list, array or tensor of indices, or of one boolean per image, to a list of indices."""
     values = np.asarray(index)
     if values.dtype == bool and values.shape == (count,):
         return np.flatnonzero(values).tolist()
@@ -338,9 +340,9 @@ def _numbers(index: Any, count: int) -> list[int]:
 
 
 def damaged_shards(path: str | Path) -> dict[Path, str]:
-    """List the damaged shards of a store and what is wrong with each; every byte goes through its checksum.
+    """List the damaged shards of a store, each with the fault found; check every checksum.
 
-    Unlike :class:`FeatureStore` it does not stop at the first one.
+    Unlike :class:`FeatureStore`, this does not stop at the first damaged shard.
     """
     damaged: dict[Path, str] = {}
     for file in shard_files(Path(path)):

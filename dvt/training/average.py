@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights."""
+"""Keep the exponential moving average of a model's weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average a model's weights exponentially over the steps; at decay 0 it holds nothing and does nothing."""
+    """Average a model's weights exponentially over the steps; with decay 0, do nothing."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
@@ -18,7 +18,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after a step, counted from 0; integers are copied."""
+        """Include the weights after a step, counted from 0; integers are copied."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         state = model.state_dict() if self.values else {}
         for name, value in self.values.items():
@@ -28,12 +28,12 @@ class WeightAverage:
                 value.copy_(state[name])
 
     def copy_to(self, model: nn.Module) -> None:
-        """Give a model the averaged weights."""
+        """Copy the averaged weights into a model."""
         copy_values(self.values, model.state_dict())
 
     @contextmanager
     def inside(self, model: nn.Module) -> Iterator[None]:
-        """Lend a model the averaged weights inside the block; it has its own again afterwards."""
+        """Give a model the averaged weights inside the block, and restore its own afterwards."""
         kept = {name: value.clone() for name, value in model.state_dict().items()} if self.values else {}
         try:
             self.copy_to(model)

@@ -13,14 +13,14 @@ _PAPER_BATCH = 256  # images a step at which Denoising ViT states its learning r
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Say how to train; everything is counted in optimizer steps.
+    """Hold the settings of the training loop; all lengths are in optimizer steps.
 
     Args:
         steps: the length of the whole run.
-        batch_size: examples a step, over all processes together.
-        learning_rate: the highest, at the end of the warm-up; None for 2e-4 sqrt(batch_size / 256) of Denoising ViT
-            (arXiv 2401.02957), which is for ten thousands of images and long runs.
-        min_learning_rate: at the last step.
+        batch_size: examples per step, in all processes together.
+        learning_rate: the highest learning rate, at the end of the warm-up; None for 2e-4 sqrt(batch_size / 256), as in
+            Denoising ViT (arXiv 2401.02957), which suits tens of thousands of images and long runs.
+        min_learning_rate: the learning rate at the last step.
         warmup: share of the steps, in [0, 1), during which the learning rate rises linearly.
         weight_decay: decoupled (AdamW); only on parameters with two or more dimensions.
         betas: decay of the first and second moment.
@@ -29,12 +29,12 @@ class TrainingConfig:
             of step n is at most (1 + n) / (10 + n).
         precision: "no" for float32, "bf16" or "fp16" for autocast; fp16 needs a GPU.
         checkpoint_every: steps between checkpoints; the last step always makes one.
-        log_every: steps between rows of the log; their losses are means since the row before.
-        validate_every: steps between validations; 0 for only the last step, which always is one.
-        keep: checkpoints that stay, the newest ones.
-        seed: of everything random: initial weights, the order of the examples and what is changed in them, the choice
-            of those held out, and random numbers inside the model.
-        trackers: "tensorboard", "wandb", both or none, beside log.csv.
+        log_every: steps between rows of the log; a row's losses are means since the previous row.
+        validate_every: steps between validations; 0 validates at the last step only.
+        keep: how many checkpoints are kept, the newest ones.
+        seed: seed of everything random: initial weights, order and augmentation of the examples, the choice of held-out
+            ones, and random numbers inside the model.
+        trackers: where to log beside log.csv: "tensorboard", "wandb", both or none.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -78,13 +78,13 @@ class TrainingConfig:
 
     @classmethod
     def of(cls, job: Any, **changes: Any) -> TrainingConfig:
-        """Take the settings of a job's own dataclass that have the same names, with changes."""
+        """Make a config from the fields of a job's dataclass that have the same names, with changes."""
         names = {each.name for each in fields(cls)} & {each.name for each in fields(job)}
         return cls(**{name: getattr(job, name) for name in names} | changes)
 
     @property
     def peak_rate(self) -> float:
-        """Resolve the highest learning rate, also where it follows from the batch size."""
+        """The highest learning rate, computed from the batch size if it is not set."""
         if self.learning_rate is None:
             return 2e-4 * math.sqrt(self.batch_size / _PAPER_BATCH)
         return self.learning_rate
@@ -100,7 +100,7 @@ class TrainingConfig:
 
 
 def flat_settings(job: Any) -> dict[str, Any]:
-    """List the settings of a job with those of its `loop` beside them, as cards hold them.
+    """List the settings of a job and of its `loop` in one flat dictionary, as cards hold them.
 
     Args:
         job: a dataclass with a field `loop`, a TrainingConfig.

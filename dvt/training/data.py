@@ -1,4 +1,4 @@
-"""Choose the examples of a step, and the images held out: pure functions of seeds and hashes."""
+"""Choose the examples of each step and the held-out images, as pure functions of seeds and hashes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 
 def epoch_indices(step: int, batch_size: int, count: int, seed: int = 0) -> list[int]:
-    """List the examples of a step: permutations of all of them one after the other, a pure function of its arguments.
+    """List the indices of a step's examples; each epoch is a new permutation of all examples.
 
     Args:
         step: counted from 0.
-        batch_size: of the global batch; it may be larger than `count`, and batches run over the ends of epochs.
-        count: of the examples.
-        seed: of the permutations.
+        batch_size: size of the global batch; it may exceed `count`, and a batch may span two epochs.
+        count: number of examples.
+        seed: seed of the permutations.
 
     >>> sorted(epoch_indices(0, 3, 6, seed=1) + epoch_indices(1, 3, 6, seed=1))
     [0, 1, 2, 3, 4, 5]
@@ -26,12 +26,12 @@ def epoch_indices(step: int, batch_size: int, count: int, seed: int = 0) -> list
 
 
 def hold_out(sha256s: Sequence[str], count: int, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Divide images, by their numbers, into those to train on and those held out; equal files are on one side.
+    """Split the indices of images into those to train on and those held out; equal files stay together.
 
     Args:
-        sha256s: of each image's file.
-        count: of different files to hold out.
-        seed: another seed holds out others.
+        sha256s: the hash of each image's file.
+        count: number of different files to hold out.
+        seed: seed of the choice.
 
     >>> hold_out(["a", "b", "c", "b"], 1, seed=0)
     ([0, 1, 3], [2])
@@ -45,7 +45,7 @@ def hold_out(sha256s: Sequence[str], count: int, seed: int = 0) -> tuple[list[in
 
 
 def sides_digest(*sides: Iterable[str]) -> str:
-    """Hash which images a run learns from and holds out, from the hashes of each side: with others it is another run.
+    """Hash the sets of training and held-out images, from the images' hashes; a run with other sets is another run.
 
     >>> sides_digest(["a", "b"], ["c"])[:8]
     'fb1f0295'

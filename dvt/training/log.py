@@ -1,4 +1,4 @@
-"""The log of a run, log.csv: rows up to the step that a run continues from are kept."""
+"""Write the log of a training run, log.csv."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from dvt.errors import ConfigError, WeightsError
 from dvt.files import sync_path, whole_file
 
-#: One row of log.csv: "step", "lr", and numbers by name.
+#: One row of log.csv: "step", "lr", and further numbers by name.
 LogRow = dict[str, float]
 
 
 class RunLog:
-    """Write log.csv: rows up to the step that a run continues from are kept, later ones cut."""
+    """Write log.csv; when a run continues from a step, keep the rows up to that step and drop later ones."""
 
     def __init__(self, path: Path, step: int, writes: bool) -> None:
         self.path, self.writes = path, writes
@@ -24,7 +24,7 @@ class RunLog:
             self._rewrite()
 
     def append(self, row: LogRow) -> None:
-        """Add a row; a name that is new rewrites the file with one more column."""
+        """Add a row; if it has new names, rewrite the file with more columns."""
         self.rows.append(row)
         if not self.writes:
             return
@@ -38,11 +38,11 @@ class RunLog:
             except OSError as error:
                 raise ConfigError(
                     f"cannot write {str(self.path)!r}: {error.strerror or error}; make room and run the same command "
-                    "again, which goes on from the last checkpoint"
+                    "again, which continues from the last checkpoint"
                 ) from error
 
     def sync(self) -> None:
-        """Force the rows to the disk: a checkpoint may follow only then."""
+        """Force the rows to the disk; call it before each checkpoint, so that no checkpoint is newer than the log."""
         sync_path(self.path)
 
     def _rewrite(self) -> None:
@@ -55,14 +55,14 @@ class RunLog:
 
 
 def _read_rows(path: Path) -> list[LogRow]:
-    """Read the whole rows of a log; a process that was killed may leave half a row at the end."""
+    """Read the complete rows of a log; a killed process may have left half a row at the end."""
     if not path.is_file():
         return []
     try:
         with open(path, newline="", errors="replace") as file:
             header, *lines = list(csv.reader(file)) or [[]]
     except (OSError, csv.Error) as error:
-        raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to go on without it") from error
+        raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to continue without it") from error
     rows: list[LogRow] = []
     for line in lines:
         if header[:1] == ["step"] and len(line) == len(header) and line[0]:

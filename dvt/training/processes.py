@@ -1,4 +1,4 @@
-"""The processes of a run and their devices, through accelerate; and where random numbers and batches go in each."""
+"""Set up the processes of a run and their devices by accelerate; seed each step and move batches to the device."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def is_first_process() -> bool:
 
 @contextmanager
 def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
-    """Give the Accelerator of one run, on the model's device where there is one process.
+    """Make the Accelerator of one run; with a single process it uses the model's device.
 
-    accelerate keeps its settings in class attributes for the rest of the process; what was there before is put back at
-    the end, so that the next run may have others. The group of processes itself stays.
+    accelerate keeps its settings in class attributes until the process ends. The previous settings are restored at the
+    end of the run, so that the next run may have other ones. The process group itself is kept.
 
     Raises:
-        ConfigError: a tracker is not installed, fp16 on the CPU, or a batch that does not divide among the processes.
+        ConfigError: a tracker is not installed, fp16 is asked for on the CPU, or the processes cannot share the batch
+            equally.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -42,7 +43,7 @@ def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> I
     if missing:
         raise ConfigError(f"the tracker {missing[0]} is not installed; `pip install {missing[0]}` or leave it out")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    # accelerate would take a GPU wherever there is one; launched as several processes it decides.
+    # By itself accelerate takes a GPU if there is one. Only in a launch of several processes may it choose.
     cpu = not torch.cuda.is_available() if "LOCAL_RANK" in os.environ else device.type == "cpu"
     if config.precision == "fp16" and cpu:
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
@@ -76,7 +77,7 @@ def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> I
 
 
 def seed_step(entropy: tuple[int, int, int], device: torch.device) -> None:
-    """Seed torch's default generators for one step; the loop has put the caller's states aside."""
+    """Seed torch's default generators for one step; the loop has saved the caller's states and restores them."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -85,10 +86,10 @@ def seed_step(entropy: tuple[int, int, int], device: torch.device) -> None:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device, nested as they are; called in the thread that makes batches.
+    """Move the tensors of a nested batch to a device; called in the thread that makes batches.
 
-    Copies from pinned memory do not wait for the GPU. They are enqueued on the default stream, which all threads share,
-    so that the work that the main thread enqueues later comes after them.
+    Copies from pinned memory do not wait for the GPU. They are enqueued on the default stream, which all threads share:
+    the step that the main thread enqueues later runs after them, so it needs no event to wait for.
     """
     from accelerate.utils import recursively_apply, send_to_device
 

@@ -1,6 +1,6 @@
-"""Views of one image: random crops and flips or shifted windows, with the coordinates of every patch."""
+"""Make views of one image: random crops and flips, or shifted windows, with the coordinates of every patch."""
 
 import lazy_loader
 
-# The names stand in __init__.pyi. They are loaded when first used: settings need no torch.
+# The names are in __init__.pyi. They are loaded when first used, because settings need no torch.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

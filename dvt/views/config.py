@@ -10,16 +10,16 @@ from dvt.errors import ConfigError
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """Set how the views of an image are drawn (Denoising Vision Transformers, section 4.1; the paper draws 768).
+    """Hold the settings for drawing views of an image (Denoising Vision Transformers, section 4.1, with 768 views).
 
     Two kinds: crops show parts of the image, enlarged; shifts are windows at its own scale, moved by whole patches
     over the image mirrored at its borders (ours). The whole image always comes first, in addition.
 
     Args:
-        count: views an image, beside the whole one.
-        kind: "crops", to which `scale`, `ratio` and `flip` belong, or "shifts", to which `reach` belongs.
-        reach: the farthest that a window is shifted, as a share of the image's sides. At 1 every content is as likely
-            at every position, so what a window's content does to its tokens does not pass for an artifact.
+        count: number of views per image, beside the whole image.
+        kind: "crops", which use `scale`, `ratio` and `flip`, or "shifts", which use `reach`.
+        reach: the largest shift of a window, as a share of the image's sides. At 1 all content is equally likely at
+            every position, so that effects of the content are not mistaken for an artifact.
         scale: smallest and largest share of the image's area that a view shows.
         ratio: smallest and largest aspect ratio of a view, relative to the whole image's.
         flip: probability that a view is mirrored left to right.

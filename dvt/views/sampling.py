@@ -55,9 +55,9 @@ def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:
 
 
 def cut_window(image: Tensor, corner: tuple[int, int]) -> Tensor:
-    """Cut a window of an image's own size (3, H, W) with its top left pixel (row, column) anywhere, outside too.
+    """Cut a window of an image's own size (3, H, W) with its top left pixel (row, column) anywhere, also outside.
 
-    Beyond its borders the image goes on mirrored.
+    Beyond its borders the image is mirrored.
     """
     sides = zip(corner, image.shape[1:], strict=True)
     rows, columns = (grids.mirrored(start + torch.arange(length), length) for start, length in sides)
@@ -65,7 +65,7 @@ def cut_window(image: Tensor, corner: tuple[int, int]) -> Tensor:
 
 
 class Shifts:
-    """Windows of one image at its own scale, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
+    """Yield windows of one image at its own scale, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
 
     The first is the whole image; the others are shifted by whole steps of the patch grid over the mirrored image, and
     their coordinates leave [0, 1]. Iterating again yields the same windows.
@@ -74,7 +74,7 @@ class Shifts:
         image: (3, H, W) in [0, 1], on the device where windows are to be cut.
         size: (H', W') of a window: the model input, to which the image is resized.
         centres: (h, w, 2) patch centres of the image, at least 2 x 2.
-        config: `count`, `reach`, `seed` and `batch` are read.
+        config: only `count`, `reach`, `seed` and `batch` are used.
 
     Attributes:
         offsets: (1 + count, 2) in steps, down and to the right.
@@ -101,7 +101,7 @@ class Shifts:
 
 
 class Views:
-    """The views of one image, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
+    """Yield the views of one image, as batches of (images (V, 3, H', W'), coords (V, h, w, 2)).
 
     Iterating again yields the same views, so nothing needs to be kept. Boxes are rounded to whole pixels of the
     source, and the coordinates are those of the rounded boxes: they are exact.
@@ -110,14 +110,14 @@ class Views:
         image: (3, H, W) in [0, 1], on the device where views are to be cut.
         size: (H', W') of each view: the model input.
         centres: (h, w, 2) patch centres in a view, from :meth:`dvt.backbones.Backbone.centres`.
-        config: how views are drawn.
+        config: settings for drawing views.
     """
 
     def __init__(self, image: Tensor, size: Size, centres: Tensor, config: ViewConfig | None = None):
         self.config = config or ViewConfig()
         self.size = size
         self.centres = centres
-        # A source finer than what the smallest view can show only costs time; views of it are never enlarged by this.
+        # Shrink the image to the resolution at which even the smallest view is not enlarged: more only costs time.
         useful = [math.ceil(side / math.sqrt(self.config.scale[0] / self.config.ratio[1])) for side in size]
         shape = (min(image.shape[1], useful[0]), min(image.shape[2], useful[1]))
         self.image = resize(image, shape)

@@ -162,7 +162,7 @@ def test_voc_lists_what_is_missing(tmp_path):
     with pytest.raises(DataError, match=r"2 files.*JPEGImages/b\.jpg.*SegmentationClass/c\.png"):
         open_data(base, "labels")
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("../../secret\n")
-    with pytest.raises(DataError, match="one plain image name"):
+    with pytest.raises(DataError, match="one image name per line"):
         open_data(base, "labels")
 
 

@@ -64,7 +64,7 @@ def test_pictures_and_the_page_hold_every_map(tmp_path):
         ([], {}, ConfigError, "no image"),
         ([scene(0)[0], ShownImage("b", {"raw": torch.zeros(2, 2, 5)})], {}, ShapeError, "same terms"),
         ([ShownImage("b", {"raw": torch.zeros(2, 2, 5), "x": torch.zeros(2, 2, 4)})], {}, ShapeError, "in common"),
-        ([ShownImage("b", {"raw": torch.zeros(2, 2, 5)})], {"factor": 2}, ConfigError, "not at hand"),
+        ([ShownImage("b", {"raw": torch.zeros(2, 2, 5)})], {"factor": 2}, ConfigError, "not available"),
         ([ShownImage("b", {"raw": torch.full((2, 2, 5), torch.nan)})], {}, NonFiniteError, "NaN"),
         ([scene(0)[0]], {"factor": 0}, ConfigError, "factor"),
     ],

@@ -487,9 +487,9 @@ def test_targets_are_standardised_and_come_back(kind):
 def test_targets_refuse_what_they_cannot_do(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="there is no target 'text'"):
         PriorTarget("text")
-    with pytest.raises(ConfigError, match="need a VAE"):
+    with pytest.raises(ConfigError, match="needs a VAE"):
         PriorTarget("latents")
-    with pytest.raises(ConfigError, match="need a VAE"):
+    with pytest.raises(ConfigError, match="needs a VAE"):
         PriorTarget("pixels", vae=str(tmp_path))
     with pytest.raises(ConfigError, match="all images are the same"):
         PriorTarget("pixels").fitted(torch.ones(4, 2, 2, 3))

@@ -452,7 +452,7 @@ def test_runs_of_other_images_are_not_compared(images, backbone, tmp_path):
     with pytest.raises(ConfigError, match="different images"):
         evaluate_priors([tmp_path / "a", tmp_path / "c"], **how)
     shutil.rmtree(tmp_path / "a" / "tokens")
-    with pytest.raises(ConfigError, match="keeps no tokens"):
+    with pytest.raises(ConfigError, match="keeps no readable tokens"):
         evaluate_priors([tmp_path / "a"], **how)
 
 

@@ -630,7 +630,7 @@ def test_a_whole_run(tmp_path, tiny_backbone):
     assert turned.row("raw").difference_interval == pytest.approx((-high, -low))
     with pytest.raises(ConfigError, match="no row"):
         report.against("nothing")
-    with pytest.raises(ConfigError, match="no evidence"):
+    with pytest.raises(ConfigError, match="without the statistics"):
         replace(report, compare=None).against("raw")
     plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert plain["rows"][0]["scores"] == raw.scores and plain["config"]["data"] == str(root)

@@ -275,7 +275,7 @@ def test_twelve_images_of_a_vit_b_with_all_layers_stay_below_8_mb(report):
     fit, text = fitting(big), render(big)
     assert 0.8 * LIMIT < len(text.encode()) < LIMIT
     assert fit.left_out == 0 and 8 <= fit.directions < 19
-    assert f"8 bits in {fit.directions} of" in text and "The report has 19 directions" in text
+    assert f"8 bits, in {fit.directions} of" in text and "The report has 19 directions" in text
     assert {each["shape"][2] for each in json.loads(Parsed(text).scripts[0])["maps"]} == {fit.directions}
 
 
@@ -333,7 +333,7 @@ def test_a_page_that_cannot_be_written_is_refused(saved, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("maps", None, "misses the array"),
+        ("maps", None, "lacks the array"),
         ("maps", np.zeros((3, 3, 4), np.float32), "int8"),
         ("maps", np.zeros((3, 3), np.int8), "3 dimensions"),
         ("jpegs", np.zeros(9, np.uint8), "schema"),

@@ -53,7 +53,7 @@ def test_closed_and_broken_streams(tmp_path):
     line = f'"$0" -m dvt extract photos --out store {" ".join(EXTRACT)} --json >&- 2>&-'
     assert run(["sh", "-c", line, sys.executable], tmp_path).returncode == 0
     verified = run([*DVT, "inspect", "store", "--verify"], tmp_path)
-    assert verified.returncode == 0 and b"every checksum is right" in verified.stdout
+    assert verified.returncode == 0 and b"all checksums are correct" in verified.stdout
     assert not [path for path in store.iterdir() if path.suffix == ".part"]
 
 

@@ -251,7 +251,7 @@ def test_heads_have_64_channels_where_these_divide_the_feature_size(channels, he
         ({"depth": 0}, "depth must be positive"),
         ({"mlp_ratio": float("nan")}, "mlp_ratio must be positive"),
         ({"num_heads": 5}, "must divide feature_dim 32, got 5"),
-        ({"strength": 1.5}, r"strength must lie in \[0, 1\]"),
+        ({"strength": 1.5}, r"strength must lie between 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(wrong, message):

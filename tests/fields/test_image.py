@@ -382,7 +382,7 @@ def test_a_product_takes_views_of_its_kind():
         DenoiseConfig(product="removed", views=ViewConfig())
     with pytest.raises(ConfigError, match=r"'ensembled' is made of crops, and the views are shifts"):
         DenoiseConfig(product="ensembled", views=ViewConfig(kind="shifts"))
-    with pytest.raises(ConfigError, match="closed form only"):
+    with pytest.raises(ConfigError, match="only the linear solver makes"):
         DenoiseConfig(product="removed", solver="neural")
     with pytest.raises(ConfigError, match="must be one of removed, ensembled, blend"):
         DenoiseConfig(product="clean")

@@ -588,10 +588,10 @@ def test_a_url_that_cannot_be_read_is_an_image_error(bucket, url, reason, monkey
 
 def test_too_large_an_object_is_not_fetched(bucket, monkeypatch):
     monkeypatch.setattr("dvt.images.urls.MAX_BYTES", 50)
-    with pytest.raises(ImageError, match="the most that is fetched"):
+    with pytest.raises(ImageError, match="the largest size that is downloaded"):
         load_image("memory://bucket/a.png")
     monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", lambda *args, **rest: {"size": None})
-    with pytest.raises(ImageError, match="the most that is fetched"):  # nor one that does not tell its size
+    with pytest.raises(ImageError, match="the largest size that is downloaded"):  # nor one that does not tell its size
         load_image("memory://bucket/a.png")
 
 

@@ -22,16 +22,16 @@ class Analyze(DenoiserOptions):
     out: Path
     """Folder for report.json, tables and plots; `dvt report` makes one page of it."""
     store: Path | None = None
-    """A store of `dvt denoise` with these images, whose terms are measured; without it they are computed."""
+    """A store of `dvt denoise` with these images, whose terms are measured; without it, dvt decomposes the images."""
     product: Product | None = None
-    """The product of a decomposition computed here; if not given, that of `dvt denoise`."""
+    """The product of a decomposition computed here; by default the one of `dvt denoise`."""
     views: int | None = None
-    """Views of a decomposition computed here, beside the whole image; if not given, as many as suit the product; 0 for
-    no decomposition."""
+    """Number of views of a decomposition computed here, beside the whole image; by default as many as the product
+    needs; 0 for no decomposition."""
     compare: tuple[str, ...] = ()
     """Further backbones, by timm name, to measure beside the first; raw features only."""
     analysis: Annotated[AnalyzeConfig, tyro.conf.arg(name="")] = field(default_factory=AnalyzeConfig)
-    """What is measured."""
+    """Settings of the measurement."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Doctor(DenoiserOptions):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (searched recursively), globs, or a .txt list of paths; ten or more are better."""
     remedies: bool = False
-    """Find and compare the remedies that need no training, too."""
+    """Also find and compare the remedies that need no training."""
     doctor: Annotated[DoctorConfig, tyro.conf.arg(name="")] = field(default_factory=DoctorConfig)
-    """What counts as an artifact."""
+    """Settings of the examination, and thresholds above which a value counts as an artifact."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class ProbeCommand(DenoiserOptions):
     store: Path | None = None
     """A store of `dvt denoise` with these images; its semantic tokens are a row of their own."""
     out: Path | None = None
-    """A JSON file to write too."""
+    """A JSON file to write the results to."""
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Make one interactive page, which needs no network, from what `dvt analyze` wrote."""
+    """Make one interactive page from the results of `dvt analyze`; the page needs no network."""
 
     folder: tyro.conf.Positional[Path]
     """The folder that `dvt analyze` wrote."""
