@@ -178,7 +178,7 @@ VERBS = """
 Adapt Add Advance Answer Apply Ask Assign Average Bound Bring Build Call Centre Check Choose
 Clip Collect Colour Commit Compare Complete Compute Connect Convert Copy Correct Count Create
 Cut Decode Decompose Denoise Derive Describe Divide Do Download Draw Eliminate Embed Encode End
-Enlarge Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Flatten Fold Force Forget
+Enlarge Escape Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Flatten Fold Force Forget
 Gather Generate Give Group Guide Hand Hash Import Infer Interpolate Invert Join Keep Learn Leave
 Lend Let List Load Look Make Map Mark Match Measure Merge Minimise Mix Move Multiply Name
 Normalise Open Pair Part Permute Pick Place Plan Plant Predict Prepare Print Prune Put Raise
