@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
@@ -13,7 +15,7 @@ from dvt import grids
 from dvt.analysis.metrics import artifacts as metrics
 from dvt.analysis.metrics.blank import blank_correlation, blank_energy
 from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
-from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, token_maps
+from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, token_maps, torus_shifted, with_null
 from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
 from dvt.tokens import Tokens
@@ -50,6 +52,9 @@ METRICS = {
     ),
     "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
     "position_mic": Metric("Position MIC", "information of the best channel on x and y, 0 to 1", "lower"),
+    "pooled_mic": Metric(
+        "Pooled position MIC", "the same of one channel over all images at once; its null moves each map around", "lower"
+    ),
     "outlier_share": Metric("Norm outliers", "share of tokens whose norm is beyond 5 robust sigmas, 0 to 1", "lower"),
     "norm_spread": Metric("Norm p99/p50", "99th percentile of the norm over the median, from 1", "lower"),
     "shift_p50": Metric("Shift cosine p50", "median cosine of one image point in shifted windows, to 1", "higher"),
@@ -106,7 +111,7 @@ def static_rows(
     candidates: int | None,
     period: int = 2,
 ) -> list[Row]:
-    """Compute the four metrics that need only the tokens of photographs.
+    """Compute the metrics that need only the tokens of photographs.
 
     Args:
         maps: one set of tokens an image.
@@ -119,6 +124,7 @@ def static_rows(
     tasks: list[tuple[str, Callable[[], list[Row]]]] = [
         ("position_r2", lambda: [position_r2_row(maps, generator, draws)]),
         ("position_mic", lambda: [position_mic_row(few, generator, candidates)]),
+        ("pooled_mic", lambda: [pooled_mic_row(few, generator, draws)]),
         ("outlier_share", lambda: outlier_rows(maps, generator)),
         ("grid_peak", lambda: [grid_peak_row(maps, generator, draws, period)]),
     ]
@@ -157,6 +163,19 @@ def position_mic_row(maps: Sequence[Tokens], generator: torch.Generator, candida
     channels = maps[0].feature_dim
     note = "" if candidates is None or candidates >= channels else f"best {candidates} of {channels} channels an axis"
     return _mean_row("position_mic", values, null, generator, note)
+
+
+def pooled_mic_row(maps: Sequence[Tokens], generator: torch.Generator, draws: int) -> Row:
+    """Score :func:`dvt.analysis.metrics.artifacts.pooled_position_mic` of the images of the commonest grid.
+
+    Its null moves each image's map around a torus, so a smooth map is not beyond chance because it is smooth. There is
+    no interval over images: an image drawn twice would count as agreement between images.
+    """
+    same = [each for each in maps if each.grid == Counter(each.grid for each in maps).most_common(1)[0][0]]
+    score = with_null(partial(metrics.pooled_position_mic, candidates=1), same, generator, draws, torus_shifted)
+    left_out = len(maps) - len(same)
+    note = f"without those of other grids: {left_out}" if left_out else ""
+    return Row("pooled_mic", score.value, score.null, score.low, score.high, images=len(same), note=note)
 
 
 def outlier_rows(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:

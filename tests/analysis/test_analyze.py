@@ -172,7 +172,7 @@ def test_metric_curves_grow_with_the_planted_artifact():
 def test_shuffled_positions_give_the_null_within_its_interval():
     maps = [Tokens.of(noise(10, 12, CHANNELS, seed=n) + artifact((10, 12), 1.0)) for n in range(6)]
     strong = {row.metric: row for row in scores.static_rows(maps, generator(3), 8, 2, 4)}
-    outside = dict.fromkeys(("position_r2", "position_mic", "grid_peak"), 0)
+    outside = dict.fromkeys(("position_r2", "position_mic", "pooled_mic", "grid_peak"), 0)
     for seed in range(8):
         for row in scores.static_rows(shuffled(maps, generator(seed)), generator(100 + seed), 8, 2, 4):
             if row.metric in outside:
@@ -186,8 +186,37 @@ def test_rows_equal_the_metrics():
     rows = {row.metric: row for row in scores.static_rows(maps, generator(), 3, 5, None)}
     assert rows["position_r2"].value == pytest.approx(metrics.position_decodability(maps), abs=1e-9)
     assert rows["position_mic"].value == pytest.approx(metrics.position_mic(maps), abs=1e-6)
+    assert rows["pooled_mic"].value == pytest.approx(metrics.pooled_position_mic(maps, 1), abs=1e-6)
     assert rows["outlier_share"].value == pytest.approx(metrics.norm_outliers(maps).share, abs=1e-9)
     assert rows["grid_peak"].value == pytest.approx(metrics.grid_peak(maps), rel=1e-6)
+
+
+def test_pooled_mic_tells_a_code_of_position_from_smoothness():
+    """Smooth maps of their own: MIC within images is far beyond its shuffled null, the pooled one within its own."""
+
+    def smooth(seed):
+        coarse = torch.fft.rfft2(noise(CHANNELS, 12, 14, seed=seed))
+        coarse[:, 3:-2] = 0
+        coarse[:, :, 3:] = 0
+        made = torch.fft.irfft2(coarse, s=(12, 14)).movedim(0, -1)
+        return made / made.std()
+
+    plain = [Tokens.of(smooth(n)) for n in range(8)]
+    coded = [Tokens.of(each.patches[0] + artifact((12, 14), 1.0)) for each in plain]
+    rows, found = (
+        {row.metric: row for row in scores.static_rows(maps, generator(1), 6, 8, 4)} for maps in (plain, coded)
+    )
+    assert rows["position_mic"].value > rows["position_mic"].null_high
+    assert rows["pooled_mic"].value <= rows["pooled_mic"].null_high
+    assert found["pooled_mic"].value > found["pooled_mic"].null_high
+
+
+def test_pooled_mic_takes_the_commonest_grid_and_says_so():
+    maps = [Tokens.of(noise(*shape, CHANNELS, seed=n)) for n, shape in enumerate([(8, 9), (9, 8), (8, 9)])]
+    row = scores.pooled_mic_row(maps, generator(), 3)
+    assert row.images == 2 and "other grids: 1" in row.note
+    alone = {row.metric: row for row in scores.static_rows(maps[:1], generator(), 3, 1, 4)}["pooled_mic"]
+    assert alone.value is None and "two or more images" in alone.note
 
 
 def test_bootstrap_interval_covers_the_truth_about_as_often_as_it_says():
@@ -290,7 +319,8 @@ def test_planted_artifact_is_measured_and_removed(report):
 def test_every_row_has_a_null_and_an_interval(report):
     for row in report.rows:
         assert row.value is not None and row.null is not None, row
-        assert row.low <= row.value <= row.high or row.metric in ("position_r2", "grid_peak"), row
+        if row.metric != "pooled_mic":  # images drawn twice would agree with themselves
+            assert row.low <= row.value <= row.high or row.metric in ("position_r2", "grid_peak"), row
         assert row.images > 0
     assert {row.metric for row in report.rows} == set(scores.METRICS)
 
