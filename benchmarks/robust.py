@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from dvt.fields import LinearConfig, LinearFit, LinearSolver
-from dvt.fields.defects import defect_direction
 from dvt.fields.equations import NormalEquations
 from dvt.fields.pilot import node_resolution
 from dvt.fields.planted import Planted, PlantedConfig, relative_error
@@ -121,11 +120,8 @@ def runs_of(seed: int, images: dict[str, Tensor], kinds: Sequence[str]) -> list[
     for kind in kinds:
         problems = {name: Problem(image, PlantedConfig(seed=seed, **KINDS[kind])) for name, image in images.items()}
         for name, problem in problems.items():
-            # Over images, and not this one: what a backbone's defect would be known from.
-            others = [each.batches[0][0][:4] for other, each in problems.items() if other != name]
-            solvers = SOLVERS | {"direction known": LinearSolver(defect=defect_direction(others))}
             run = Run(kind, "", name, seed)
-            runs += [timed(replace(run, estimator=each), solver, problem)[1] for each, solver in solvers.items()]
+            runs += [timed(replace(run, estimator=each), solver, problem)[1] for each, solver in SOLVERS.items()]
             field, semantic = problem.oracle(clean[name])
             runs.append(replace(run, estimator="oracle", field=field, semantic=semantic))
     return runs

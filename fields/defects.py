@@ -8,18 +8,12 @@ of many scales, takes all values between a high and a low one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from dvt.errors import ConfigError, NonFiniteError, ShapeError
-from dvt.tokens import norm_bound
-
-# Robust standard deviations of the logarithm of the norm beyond which a token is a candidate.
-SIGMAS = 2.5
 # Cosine to the common direction from which a candidate is of the defect: its own content turns it away a little.
 ALIGNED = 0.8
 # Tokens whose length along the direction lies in this range, in defects' lengths, lie in the gap.
@@ -44,39 +38,6 @@ FEWEST_VIEWS = 5
 
 
 @dataclass(frozen=True)
-class Defect:
-    """What outlier tokens have in common, in all images of a backbone.
-
-    Args:
-        direction: (C,) of unit length.
-        size: how far along it the median outlier lies from an ordinary token, in the tokens' unit.
-        images: how many images it was found in.
-        share: of all tokens that carry it.
-
-    Source: SINDER (arXiv 2407.16826): DINOv2's defect has one direction, within 5.5 degrees, in all images.
-    """
-
-    direction: Tensor
-    size: float
-    images: int = 1
-    share: float = float("nan")
-
-    def __post_init__(self) -> None:
-        if self.direction.ndim != 1 or abs(float(self.direction.double().norm()) - 1) > 1e-3:
-            raise ShapeError(
-                f"a defect's direction is a (C,) vector of length 1, got shape {tuple(self.direction.shape)} and "
-                f"length {float(self.direction.double().norm()):.4g}; divide it by its length"
-            )
-        if not 0 < self.size < float("inf"):
-            raise ConfigError(f"a defect's size is {self.size}; it must be positive and finite")
-
-    def along(self, tokens: Tensor) -> Tensor:
-        """Measure the lengths (...) of tokens (..., C) along the direction, in sizes."""
-        dtype = torch.promote_types(tokens.dtype, torch.float32)
-        return tokens.to(dtype) @ self.direction.to(tokens.device, dtype) / self.size
-
-
-@dataclass(frozen=True)
 class Gate:
     """Tells a token of a defect from the token alone.
 
@@ -92,55 +53,6 @@ class Gate:
         """Mark (..., 1) by 1 a token (..., C) of the defect and 0 for others."""
         along = raw @ self.along.to(raw) - self.middle
         return (along >= CUT).to(raw)[..., None]
-
-
-def defect_direction(maps: Iterable[Tensor], fewest_images: int = 2) -> Defect | None:
-    """Find the direction that the outlier tokens of many images share.
-
-    Args:
-        maps: token maps (h, w, C) or (B, h, w, C) of different images; grids may differ. All are held in memory:
-            some dozens of images are plenty.
-        fewest_images: images that must have tokens of the defect; in a single one, content could look like it.
-
-    Returns:
-        The defect, or None where the images show none: too few of them, or tokens that fill the gap beneath it.
-
-    Raises:
-        ShapeError: a map is not (h, w, C) or (B, h, w, C), or C differs.
-        NonFiniteError: a token is NaN or infinite.
-    """
-    images = [image for each in maps for image in _images(each)]
-    if len({image.shape[-1] for image in images}) > 1:
-        raise ShapeError(f"maps have different feature sizes {sorted({image.shape[-1] for image in images})}")
-    if not images:
-        return None
-    tokens = torch.cat([image - image.median(0).values for image in images])
-    owner = torch.cat([torch.full((len(image),), number) for number, image in enumerate(images)])
-    direction, size, found, member = common_direction(tokens)
-    with_it = int(owner[member.cpu()].unique().numel())
-    if not found or with_it < fewest_images:
-        return None
-    return Defect(direction, float(size), with_it, float(member.float().mean()))
-
-
-def common_direction(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Find the direction of the long tokens of a set, and whether it is a defect's.
-
-    Args:
-        tokens: (N, C) less what is ordinary at their place.
-
-    Returns:
-        direction (C,), size (), found () bool, and member (N,) bool: the tokens that are long and point there.
-    """
-    norms = tokens.norm(dim=-1)
-    long = norms > norm_bound(norms, SIGMAS)
-    direction, member = _aligned(tokens[None], long[None])
-    along = tokens @ direction[0]
-    size = along[member[0]].median() if member.any() else along.new_tensor(float("nan"))
-    share, count = along / size, member.sum()
-    between = ((share > GAP[0]) & (share < GAP[1])).sum()
-    large = size >= LARGE * norms.median()
-    return direction[0], size, large & (count >= FEWEST) & (between <= IN_GAP * count), member[0]
 
 
 def direction_of_jumps(raw: Tensor, ordinary: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,25 +128,22 @@ def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Screen:
-    """Weights of 0 for the tokens of a defect, known or found in the first views of B images, and of 1 for others.
+    """Weights of 0 for the tokens of a defect, found in the first views of B images, and of 1 for others.
 
     What is ordinary at a position is the median over the views there: an artifact of the position is no defect.
 
     Args:
-        first: (B, V, n, S) the first views' tokens, sketched; with a known defect (B, V, n, 1) lengths along it.
-        near: (B, V n, k) each token's nearest ones; None if the defect is known.
+        first: (B, V, n, S) the first views' tokens, sketched.
+        near: (B, V n, k) each token's nearest ones.
     """
 
-    def __init__(self, first: Tensor, near: Tensor | None):
+    def __init__(self, first: Tensor, near: Tensor):
         over = first if first.shape[1] >= FEWEST_VIEWS else first.flatten(1, 2)[:, :, None]
         self._ordinary = over.median(1, keepdim=True).values
-        if near is None:
-            self.per_size = first.new_ones(len(first), 1)
-        else:
-            ordinary = self._ordinary.expand_as(first)
-            direction, size, found = direction_of_jumps(first.flatten(1, 2), ordinary.flatten(1, 2), near)
-            # Where there is none, no token lies along nothing.
-            self.per_size = torch.where(found[:, None], direction / size[:, None], 0)
+        ordinary = self._ordinary.expand_as(first)
+        direction, size, found = direction_of_jumps(first.flatten(1, 2), ordinary.flatten(1, 2), near)
+        # Where there is none, no token lies along nothing.
+        self.per_size = torch.where(found[:, None], direction / size[:, None], 0)
         self.first = self._of(first - self._ordinary, self.per_size[:, None])
         self.middle = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size).flatten(1).median(1).values
 
@@ -245,13 +154,3 @@ class Screen:
     @staticmethod
     def _of(tokens: Tensor, per_size: Tensor) -> Tensor:
         return ((tokens * per_size[..., None, :]).sum(-1) < CUT).to(tokens)
-
-
-def _images(tokens: Tensor) -> list[Tensor]:
-    """Flatten to (h w, C) float32 the tokens of each image of a map or a batch of maps."""
-    if tokens.ndim not in (3, 4) or tokens.numel() == 0:
-        raise ShapeError(f"a token map is (h, w, C) or (B, h, w, C) and not empty, got {tuple(tokens.shape)}")
-    if not tokens.isfinite().all():
-        raise NonFiniteError("a token map holds NaN or infinity; compute it again, or use --dtype float32")
-    batch = tokens if tokens.ndim == 4 else tokens[None]
-    return [*batch.detach().float().flatten(1, 2)]

@@ -13,7 +13,7 @@ from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.batches import ViewBatch, check_batch, take_views
 from dvt.fields.config import LinearConfig
 from dvt.fields.decomposition import Fit
-from dvt.fields.defects import Defect, Gate
+from dvt.fields.defects import Gate
 from dvt.fields.equations import NormalEquations, solve_artifact
 from dvt.fields.pilot import Pilot, geman_mcclure
 from dvt.grids import Size
@@ -77,14 +77,10 @@ class LinearSolver:
 
     Args:
         config: settings; the defaults choose resolution and smoothness from the data.
-        defect: what outlier tokens of the backbone have in common, from
-            :func:`dvt.fields.defects.defect_direction` over many images; such tokens get no weight. Without it one is
-            looked for in each image alone. Only with `config.robust`.
     """
 
-    def __init__(self, config: LinearConfig | None = None, defect: Defect | None = None):
+    def __init__(self, config: LinearConfig | None = None):
         self.config = config or LinearConfig()
-        self.defect = defect
 
     def fit(self, views: Iterable[ViewBatch], artifact: Tensor | None = None) -> LinearFit:
         """Fit one image.
@@ -119,7 +115,7 @@ class LinearSolver:
         """
         if not views:
             return []
-        run = _LinearPass(self.config, views, artifact, self.defect)
+        run = _LinearPass(self.config, views, artifact)
         fits: dict[int, LinearFit] = {}
         for resolution, images in run.pilot.groups().items():
             smoothness = [run.pilot.smoothness[image] for image in images]
@@ -151,7 +147,7 @@ class LinearSolver:
 
         :meth:`solve_shared` solves the sums.
         """
-        run = _LinearPass(self.config, [views], None, self.defect)
+        run = _LinearPass(self.config, [views], None)
         schur, rhs = run.equations[run.pilot.resolution[0]].artifact_equations(run.pilot.smoothness[0])
         return schur[0], rhs[0]
 
@@ -163,13 +159,7 @@ class LinearSolver:
 class _LinearPass:
     """One pass over the views of some images: the pilot's choices and the sums."""
 
-    def __init__(
-        self,
-        config: LinearConfig,
-        views: Sequence[Iterable[ViewBatch]],
-        artifact: Tensor | None,
-        defect: Defect | None,
-    ):
+    def __init__(self, config: LinearConfig, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None):
         self.config = config
         shape: tuple[int, ...] = () if artifact is None else tuple(artifact.shape)
         images: list[_ImageViews] = []
@@ -187,7 +177,7 @@ class _LinearPass:
         self.grid: Size = (shape[0], shape[1])
         self.dtype = like.dtype
         self.known = None if artifact is None else _centred(artifact.flatten(0, 1))
-        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known, defect)
+        self.pilot = Pilot([image.head for image in images], self.grid, config, self.known)
         if self.known is None and seen == {1}:
             self.known = like.new_zeros(positions, channels)
         self.equations = {

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.fields.config import LinearConfig
-from dvt.fields.defects import Defect, Gate, Screen
+from dvt.fields.defects import Gate, Screen
 from dvt.fields.equations import NormalEquations
 from dvt.grids import Size
 
@@ -45,7 +45,6 @@ class Pilot:
         grid: (h, w) of a view, n = h w.
         config: settings; if resolution or smoothness is None, it is chosen.
         known: (n, C) artifact of all images, or None to fit one to each.
-        defect: the backbone's defect, or None to look for one in each image.
 
     Attributes:
         resolution, smoothness: for each image, as given or chosen by the squared error on held-out views.
@@ -58,10 +57,8 @@ class Pilot:
         grid: Size,
         config: LinearConfig,
         known: Tensor | None,
-        defect: Defect | None = None,
     ):
         self.config = config
-        self.defect = defect
         self.mix = mix_channels(heads[0][0][0], config.seed)
         self.tokens = torch.stack([torch.cat([self.sketch(tokens) for tokens, _ in head]) for head in heads])
         self.coords = torch.stack([torch.cat([coords for _, coords in head]) for head in heads]).to(self.tokens)
@@ -70,7 +67,7 @@ class Pilot:
         artifact = None if known is None else self.sketch(known)
         if artifact is None and self.tokens.shape[1] == 1:
             artifact = torch.zeros_like(self.tokens[0, 0])
-        self._screen = self._make_screen(heads) if config.robust else None
+        self._screen = Screen(self.tokens, self._near) if config.robust else None
         self._screened = self.tokens.new_ones(self.tokens.shape[:3]) if self._screen is None else self._screen.first
         self._token_weights = self._screened
         #: (B,) True if an image's tokens get robust weights, in addition to the screening.
@@ -86,18 +83,12 @@ class Pilot:
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         return tokens.to(dtype) @ self.mix.to(dtype)
 
-    def _make_screen(self, heads: Sequence[list[tuple[Tensor, Tensor]]]) -> Screen:
-        if self.defect is None:
-            return Screen(self.tokens, self._near)
-        along = [torch.cat([self.defect.along(tokens) for tokens, _ in head]) for head in heads]
-        return Screen(torch.stack(along)[..., None].to(self.tokens), None)
-
     def gate(self, image: int) -> Gate | None:
         """Return the gate that recognises an image's defective tokens one by one, or None."""
         if self._screen is None:
             return None
         per_size = self._screen.per_size[image]
-        along = self.mix @ per_size.to(self.mix) if self.defect is None else self.defect.direction / self.defect.size
+        along = self.mix @ per_size.to(self.mix)
         return Gate(along, float(self._screen.middle[image])) if along.any() else None
 
     def _without_defect(self, left: Tensor) -> Tensor:
@@ -132,10 +123,7 @@ class Pilot:
         usual = self.usual[image]
         weights = geman_mcclure(left.norm(dim=-1), grids.sample(usual, coords)[..., 0], self.config.cutoff)
         weights = torch.where(usual.any() & self.weighted[image], weights, 1)
-        if self._screen is None:
-            return weights
-        measured = sketched if self.defect is None else self.defect.along(tokens)[..., None].to(sketched)
-        return weights * self._screen.weights(image, measured)
+        return weights if self._screen is None else weights * self._screen.weights(image, sketched)
 
     def noise(self, images: list[int], field: Tensor, artifact: Tensor) -> list[float]:
         """Estimate the noise variance of all channels together, from residuals of neighbours in the image.

@@ -53,7 +53,9 @@ METRICS = {
     "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
     "position_mic": Metric("Position MIC", "information of the best channel on x and y, 0 to 1", "lower"),
     "pooled_mic": Metric(
-        "Pooled position MIC", "the same of one channel over all images at once; its null moves each map around", "lower"
+        "Pooled position MIC",
+        "one channel's information over all images; its null moves each map around, 0 to 1",
+        "lower",
     ),
     "outlier_share": Metric("Norm outliers", "share of tokens whose norm is beyond 5 robust sigmas, 0 to 1", "lower"),
     "norm_spread": Metric("Norm p99/p50", "99th percentile of the norm over the median, from 1", "lower"),

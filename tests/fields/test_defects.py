@@ -5,9 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields import LinearConfig, LinearSolver
-from dvt.fields.defects import Defect, defect_direction
 from dvt.fields.planted import Planted, PlantedConfig, relative_error
 
 CLEAN = PlantedConfig(channels=32, views=64)
@@ -94,64 +92,3 @@ def test_a_large_token_at_one_position_is_an_artifact_and_no_defect(photo):
     fit = LinearSolver(BENCHMARK).fit([(tokens + spike, coords) for tokens, coords in planted])
     assert fit.gate is None
     assert relative_error(fit.artifact, planted.artifact + spike) < 0.02
-
-
-# -- over images ------------------------------------------------------------------------------------------------------
-
-
-def maps_with(direction, images=12, size=30.0, chance=0.02, seed=0):
-    """Maps (8, 9, C) of noise around a mean, a few tokens of each moved along the direction."""
-    mean = 3 * noise(len(direction), seed=seed + 1)
-    for k in range(images):
-        tokens = mean + noise(8, 9, len(direction), seed=seed + 10 + k)
-        drawn = torch.rand(8, 9, 1, generator=torch.Generator().manual_seed(seed + 500 + k))
-        yield tokens + size * (drawn < chance) * direction
-
-
-def test_the_direction_of_many_images_is_found_within_a_degree_or_two():
-    truth = torch.nn.functional.normalize(noise(48, seed=7), dim=0)
-    found = defect_direction(maps_with(truth))
-    assert float(found.direction @ truth) > 0.998 and found.size == pytest.approx(30, rel=0.05)
-    assert found.images >= 6 and found.share == pytest.approx(0.02, abs=0.01)
-    batch = defect_direction([torch.stack([*maps_with(truth)])])
-    torch.testing.assert_close(batch.direction, found.direction)
-
-
-def test_images_without_one_have_no_direction():
-    truth = torch.nn.functional.normalize(noise(48, seed=7), dim=0)
-    assert defect_direction([]) is None
-    assert defect_direction(maps_with(truth, chance=0.0)) is None
-    ramp = (5 * torch.rand(8, 9, 1, generator=torch.Generator().manual_seed(1))).exp() * truth  # content in between
-    assert defect_direction([each + ramp for each in maps_with(truth, chance=0.0)]) is None
-    each_its_own = [next(maps_with(torch.nn.functional.normalize(noise(48, seed=k), dim=0), 1)) for k in range(12)]
-    assert defect_direction(each_its_own) is None
-    one = [*maps_with(truth, images=1, chance=0.2)]
-    assert defect_direction(one) is None and defect_direction(one, fewest_images=1) is not None
-
-
-def test_a_known_direction_finds_outliers_too_few_for_one_image(photo):
-    """Six of 16,640 tokens: the image alone cannot call that a defect, and a known direction can."""
-    planted = Planted(photo, CLEAN)
-    truth = torch.nn.functional.normalize(noise(32, seed=5), dim=0)
-    size = 5 * float(planted.field.norm(dim=-1).mean())
-    batches = [(tokens.clone(), coords) for tokens, coords in planted]
-    places = [(1, 3, 4), (2, 8, 8), (5, 2, 11), (7, 14, 1), (9, 9, 3), (11, 6, 6)]
-    for view, row, column in places:
-        batches[0][0][view, row, column] += size * truth
-    assert LinearSolver(BENCHMARK).fit(batches).gate is None
-    fit = LinearSolver(BENCHMARK, defect=Defect(truth, size)).fit(batches)
-    marked = (fit.gate(torch.cat([tokens for tokens, _ in batches]))[..., 0] > 0).nonzero().tolist()
-    assert sorted(map(tuple, marked)) == sorted(places)
-
-
-def test_bad_defects_are_refused():
-    with pytest.raises(ShapeError, match="length 1"):
-        Defect(torch.ones(4), 1.0)
-    with pytest.raises(ConfigError, match="size"):
-        Defect(torch.eye(4)[0], 0.0)
-    with pytest.raises(ShapeError, match="feature sizes"):
-        defect_direction([noise(4, 4, 3), noise(4, 4, 5)])
-    with pytest.raises(ShapeError, match="token map"):
-        defect_direction([noise(4, 3)])
-    with pytest.raises(NonFiniteError, match="NaN"):
-        defect_direction([noise(4, 4, 3) * float("nan")])
