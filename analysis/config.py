@@ -80,6 +80,8 @@ class DoctorConfig:
     Args:
         images: number of images at most, evenly spread over those given.
         windows: torus windows of each, an even number.
+        product_images, product_windows: images, and windows of each, that products of stage one are compared on; each
+            takes dozens of passes of the backbone.
         share: least share of the variance that stays at the position for a position artifact. Two patches of equal
             content at different positions then have a cosine of .95 instead of 1, about the size of what
             quantising or resizing does; a random ViT has .01, trained ones with the artifact .2 and more.
@@ -94,6 +96,8 @@ class DoctorConfig:
 
     images: int = 16
     windows: int = 16
+    product_images: int = 4
+    product_windows: int = 4
     share: float = 0.05
     outliers: float = 0.0025
     ratio: float = 2.0
@@ -106,6 +110,11 @@ class DoctorConfig:
             raise ConfigError(
                 "images must be 1 or more, windows even and draws at least 2, got "
                 f"{self.images}, {self.windows} and {self.draws}"
+            )
+        if self.product_images < 1 or self.product_windows < 2 or self.product_windows % 2:
+            raise ConfigError(
+                "product_images must be 1 or more and product_windows even and at least 2, got "
+                f"{self.product_images} and {self.product_windows}"
             )
         if not (0 < self.share < 1 and 0 < self.outliers < 1 and self.ratio > 1):
             raise ConfigError(f"share and outliers must lie in (0, 1) and ratio above 1, got {self}")

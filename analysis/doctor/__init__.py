@@ -32,6 +32,7 @@ def diagnose(
     *,
     commands: Mapping[str, str] | None = None,
     decompose: Decompose | None = None,
+    products: Mapping[str, Decompose] | None = None,
     progress: Progress | None = None,
 ) -> Diagnosis:
     """Tell whether a backbone's tokens have artifacts, of which kind, and what to do about them.
@@ -44,8 +45,9 @@ def diagnose(
         images: paths, or images (3, H, W) in [0, 1]; ten or more are better.
         denoisers: denoisers to try and to time, by name: functions of Tokens, or backbones with a changed model.
         config: thresholds and other settings.
-        commands: for each denoiser, the command that makes it; the page ends with that of the best one.
+        commands: for each denoiser or product, the command that makes it; the page ends with that of the best one.
         decompose: computes one image's terms, as in :func:`dvt.analysis.analyze`; called once, to time it.
+        products: such functions by name, to compare with the denoisers on the first few images.
         progress: called with (what, done, total) after every image.
 
     Raises:
@@ -63,7 +65,7 @@ def diagnose(
     given = list(images)
     if not given:
         raise ImageError("no image was given; the doctor needs at least one, ten or more are better")
-    exam = Examination(backbone, config, denoisers)
+    exam = Examination(backbone, config, denoisers, dict(products or {}))
     chosen = spread(len(given), config.images)
     chosen = [chosen[i] for i in usable_images([given[index] for index in chosen], backbone.input_size)]
     for done, index in enumerate(chosen):
@@ -75,5 +77,5 @@ def diagnose(
         decompose(pixels)
         seconds = settled_time(backbone) - start
     found = exam.conclude(seconds)
-    taken = found.best or found.nearest
-    return replace(found, command=(commands or {}).get(taken or ""))
+    taken, known = found.best or found.nearest, commands or {}
+    return replace(found, command=known.get(taken or ""), one_pass_command=known.get(found.one_pass or ""))

@@ -13,14 +13,15 @@ from dvt.analysis.metrics.nulls import Score
 
 @dataclass(frozen=True)
 class Treated:
-    """Hold what a denoiser does.
+    """Hold what a denoiser or a product of stage one does.
 
     Args:
-        name: of the denoiser, as given to `diagnose`.
+        name: of it, as given to `diagnose`.
         share: share of the variance that still stays at the position.
         outliers: share of tokens that are still norm outliers.
         kept: mean cosine with the raw tokens without their position mean, both about an image's mean, in [-1, 1].
         milliseconds: it adds to an image.
+        images: it was measured on.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Treated:
     outliers: float
     kept: float
     milliseconds: float
+    images: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,15 @@ class Diagnosis:
         kind: "none", "position", "norm outliers" or "both".
         remedy: "none", "subtract" (one map for all images), "per image" (``dvt denoise``, or a denoiser trained on
             that) or "denoiser" (a trained one).
-        best: which of the denoisers given does best, or None; `command` makes it, or else the :attr:`nearest`, where
-            that is known.
+        best: which of the denoisers and products given does best, or None; `commands` say how to get each.
+        one_pass: the best of the denoisers alone, which need no more than one pass of the backbone, or None.
         strength: of the remedy, in [0, 1]: the least that brings the position share below its threshold.
         shared, own: share of variance at the position: the same in all images, and within each, with their nulls.
         outliers: share of norm outliers with its null; `outlier_images` of the images have one.
         layout: R^2 of position read from photographs without the artifact, with its null; None with one image.
-        treated: what the denoisers given do.
+        treated: what the denoisers and products given do.
+        raw: the tokens as they are, in the same terms.
+        products: the names of those treated that are products of stage one.
         backbone_milliseconds: an image takes; `denoise_seconds` a decomposition, if one was tried.
         images: how many were looked at.
         config: the thresholds.
@@ -69,6 +73,10 @@ class Diagnosis:
     config: DoctorConfig
     warnings: tuple[str, ...] = field(default=())
     command: str | None = None
+    raw: Treated | None = None
+    products: tuple[str, ...] = ()
+    one_pass: str | None = None
+    one_pass_command: str | None = None
 
     @property
     def nearest(self) -> str | None:
@@ -100,7 +108,8 @@ class Diagnosis:
             "norm outliers": "Yes: some tokens have norms far beyond the others and stand for no place in the image.",
             "both": "Yes: tokens depend on their position, and some have norms far beyond the others.",
         }
-        return f"Does {self.backbone} need denoising? ({self.images} images)\n{answers[self.kind]}"
+        count = "one image" if self.images == 1 else f"{self.images} images"
+        return f"Does {self.backbone} need denoising? ({count})\n{answers[self.kind]}"
 
     def _evidence(self) -> str:
         limit, lines = self.config, ["What was measured"]
@@ -143,18 +152,27 @@ class Diagnosis:
             "What to do",
             *(textwrap.fill(each, 96, initial_indent="  ", subsequent_indent="  ") for each in advice),
         ]
+        return "\n".join([*lines, *self._compared()])
+
+    def _compared(self) -> list[str]:
+        """Write a line for each of those given, and which of them to take."""
+        if not self.treated:
+            return []
+        width = max(len(each.name) for each in self.treated)
+        head = f"  {'':<{width}}  at position  outliers  like the content  images"
+        lines = [head] if self.raw is None else [head, _row(self.raw, width, "")]
         for each in self.treated:
-            mark = "best of those given: " if each.name == self.best else ""
-            lines.append(
-                f"  {mark}{each.name} leaves {each.share:.3f} at the position and {each.outliers:.4f} outliers; "
-                f"what it gives resembles the content by a cosine of {each.kept:.2f}"
-            )
-        if self.treated and self.best is None:
+            lines.append(_row(each, width, "  the best" if each.name == self.best else ""))
+        if self.best is None:
             least = f" {self.nearest} leaves least." if self.nearest else ""
-            lines.append(f"  None of the denoisers given removes enough.{least}")
+            lines.append(f"  None of those given removes enough.{least}")
         if self.command is not None:
             lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}: {self.command}")
-        return "\n".join(lines)
+        if self.one_pass_command is not None and self.one_pass != self.best:
+            lines.append(f"  In one pass an image, {self.one_pass}: {self.one_pass_command}")
+        if self.images == 1:
+            lines.append("  All of this is about this one image; ten or more would tell about others.")
+        return lines
 
     def _costs(self) -> str:
         lines = [
@@ -178,6 +196,11 @@ class Diagnosis:
         if self.layout is not None and self.layout.value >= self.config.layout and self.layout.beyond_chance:
             lines.append("  Here position is a cue: these photos share a layout, so start from a lower strength.")
         return "\n".join(lines)
+
+
+def _row(each: Treated, width: int, mark: str) -> str:
+    numbers = f"{each.share:>11.3f}  {each.outliers:>8.4f}  {each.kept:>16.2f}  {each.images:>6}"
+    return f"  {each.name:<{width}}  {numbers}{mark}"
 
 
 def left_share(own: Score, shared: Score) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +15,11 @@ from dvt import grids
 from dvt.analysis.config import DoctorConfig
 from dvt.analysis.doctor.diagnosis import Diagnosis, Treated, left_share
 from dvt.analysis.measure.treated import treated
-from dvt.analysis.measure.types import DenoiserLike
+from dvt.analysis.measure.types import Decompose, DenoiserLike
 from dvt.analysis.metrics import log_norm_outliers, scores
 from dvt.analysis.metrics.nulls import Score, matched_noise
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
-from dvt.errors import ConfigError
+from dvt.errors import ConfigError, DvtError
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -27,14 +28,23 @@ if TYPE_CHECKING:
 
 
 class Examination:
-    """Measure a backbone and its denoisers image by image, then conclude."""
+    """Measure a backbone, its denoisers and the products of stage one image by image, then conclude."""
 
-    def __init__(self, backbone: Backbone, config: DoctorConfig, denoisers: dict[str, DenoiserLike]) -> None:
-        self.backbone, self.config, self.denoisers = backbone, config, denoisers
-        self.means = {name: PositionMeans(config.draws, config.seed) for name in ["raw", *denoisers]}
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: DoctorConfig,
+        denoisers: dict[str, DenoiserLike],
+        products: dict[str, Decompose],
+    ) -> None:
+        if both := {"raw", *denoisers} & set(products):
+            raise ConfigError(f"a product and a denoiser are both called {sorted(both)[0]!r}; give one another name")
+        self.backbone, self.config, self.denoisers, self.products = backbone, config, denoisers, dict(products)
+        self.means = {name: PositionMeans(config.draws, config.seed) for name in ["raw", *denoisers, *products]}
         self.whole: dict[str, list[Tokens]] = {name: [] for name in self.means}
         self.seconds: dict[str, list[float]] = {name: [] for name in self.means}
-        self.kept: dict[str, list[float]] = {name: [] for name in denoisers}
+        self.kept: dict[str, list[float]] = {name: [] for name in self.means}
+        self.failed: list[str] = []
 
     @torch.no_grad()
     def add(self, pixels: Tensor, seed: int) -> None:
@@ -49,9 +59,29 @@ class Examination:
             self.means[name].add(tokens.patches)
         raw = found["raw"].patches
         content = _centred(raw - raw.mean(0))
-        for name in self.denoisers:
-            cosine = torch.cosine_similarity(_centred(found[name].patches), content, dim=-1)
-            self.kept[name].append(float(cosine.mean()))
+        for name in ["raw", *self.denoisers]:
+            self.kept[name].append(_resemblance(found[name].patches, content))
+        if len(self.whole["raw"]) <= self.config.product_images:
+            self._add_products(image, windows, content)
+
+    def _add_products(self, image: Tensor, windows: Tensor, content: Tensor) -> None:
+        """Decompose an image and a few of its windows, as many of each independent half."""
+        count, half = min(self.config.product_windows, len(windows)) // 2, len(windows) // 2
+        chosen = [*range(count), *range(half, half + count)]
+        for name, decompose in list(self.products.items()):
+            start = settled_time(self.backbone)
+            try:
+                maps = [decompose(each)["semantic"].float() for each in (image, *windows[chosen])]
+            except DvtError as error:
+                self.failed.append(f"{name} was not tried: {error}")
+                del self.products[name]
+                continue
+            seconds = settled_time(self.backbone) - start
+            self.seconds[name].append(seconds / len(maps))
+            self.whole[name].append(Tokens.of(maps[0]).to("cpu"))
+            treated_windows = torch.stack(maps[1:])
+            self.means[name].add(treated_windows)
+            self.kept[name].append(_resemblance(treated_windows, content[chosen]))
 
     def _all(self, images: Tensor, timed: bool) -> dict[str, Tokens]:
         start = settled_time(self.backbone)
@@ -78,12 +108,13 @@ class Examination:
         rare = 0 < images < min(0.25, 2 / len(self.whole["raw"]))
         norm = outliers.value >= config.outliers and outliers.value > outliers.high and not rare
         kind = {(0, 0): "none", (1, 0): "position", (0, 1): "norm outliers", (1, 1): "both"}[int(position), int(norm)]
-        treated = tuple(self._treated(name) for name in self.denoisers)
+        treated = tuple(self._treated(name) for name in [*self.denoisers, *self.products])
         return Diagnosis(
             backbone=self.backbone.name,
             kind=kind,
             remedy=_remedy(kind, share, config),
             best=_best(treated, config) if kind != "none" else None,
+            one_pass=_best(treated[: len(self.denoisers)], config) if kind != "none" else None,
             strength=_strength(kind, share, config),
             shared=share.shared,
             own=share.own,
@@ -91,6 +122,8 @@ class Examination:
             outlier_images=images,
             layout=self._layout(share.artifact.cpu()),
             treated=treated,
+            raw=replace(self._treated("raw"), milliseconds=0.0),
+            products=tuple(self.products),
             backbone_milliseconds=1000 * _median(self.seconds["raw"]),
             denoise_seconds=denoise_seconds,
             images=len(self.whole["raw"]),
@@ -119,15 +152,16 @@ class Examination:
         share = self.means[name].share(resamples=2)
         outliers = float(log_norm_outliers(self.whole[name], self.config.ratio).mean())
         kept = sum(self.kept[name]) / len(self.kept[name])
-        return Treated(name, share.own.value, outliers, kept, 1000 * _median(self.seconds[name]))
+        return Treated(name, share.own.value, outliers, kept, 1000 * _median(self.seconds[name]), share.images)
 
     def _warnings(self, share: PositionShare) -> tuple[str, ...]:
         found = []
         if share.images < 8:
-            found.append(f"only {share.images} images: ten or more give a safer answer")
+            count = "one image" if share.images == 1 else f"{share.images} images"
+            found.append(f"only {count}: ten or more give a safer answer")
         if 0 < self.config.share - share.own.value < 0.02:
             found.append("the position share is just below its threshold")
-        return tuple(found)
+        return (*found, *self.failed)
 
 
 def _present(score: Score, interval: tuple[float, float] | None, threshold: float) -> bool:
@@ -159,6 +193,10 @@ def _best(treated: Sequence[Treated], config: DoctorConfig) -> str | None:
     """Name the denoiser that resembles the content most, of those that leave no artifact."""
     enough = [each for each in treated if each.share < config.share and each.outliers < config.outliers]
     return max(enough, key=lambda each: each.kept).name if enough else None
+
+
+def _resemblance(maps: Tensor, content: Tensor) -> float:
+    return float(torch.cosine_similarity(_centred(maps), content, dim=-1).mean())
 
 
 def _centred(maps: Tensor) -> Tensor:

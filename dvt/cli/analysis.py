@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dvt.cli.common import progress_bar, resolved, save_json, shown
-from dvt.cli.remedies import compared
+from dvt.cli.remedies import compared, product_command
 from dvt.cli.settings.analysis import Analyze, Doctor, ProbeCommand, ReportCommand
 from dvt.cli.settings.common import DenoiserOptions
 from dvt.errors import ConfigError
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
     from dvt.analysis.measure import Decompose
     from dvt.backbones import Backbone
+
+
+#: The products that the doctor compares.
+_PRODUCTS: tuple[Product, ...] = ("removed", "ensembled")
 
 
 def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
@@ -62,17 +66,21 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     variants = _variants(command, backbone)
     commands: dict[str, str] = {}
     refused: dict[str, str] = {}
+    products: dict[str, Decompose] = {}
     with progress_bar(console) as progress:
         if command.remedies:
             found, commands, refused = compared(command, backbone, paths, command.images, progress)
             variants |= found
+            products = {name: _terms_of(backbone, DenoiseConfig(product=name)) for name in _PRODUCTS}
+            commands |= {name: product_command(name, command, command.images) for name in _PRODUCTS}
         diagnosis = diagnose(
             backbone,
             paths,
             variants,
             command.doctor,
             commands=commands,
-            decompose=_decompose(backbone),
+            decompose=None if products else _decompose(backbone),
+            products=products,
             progress=progress,
         )
     console.print(visible_lines(diagnosis.to_text()), markup=False, highlight=False)
@@ -122,8 +130,10 @@ def _decompose(backbone: Backbone, product: Product | None = None, views: int | 
     """Make the function that decomposes an image by stage one; None for no views."""
     if views == 0:
         return None
-    config = DenoiseConfig(views=views, product=product)  # type: ignore[arg-type]
+    return _terms_of(backbone, DenoiseConfig(views=views, product=product))  # type: ignore[arg-type]
 
+
+def _terms_of(backbone: Backbone, config: DenoiseConfig) -> Decompose:
     def terms(image: Tensor) -> dict[str, Tensor]:
         parts = denoise_image(backbone, image, config).decomposition
         return {"semantic": parts.semantic, "artifact": parts.artifact, "residual": parts.residual}

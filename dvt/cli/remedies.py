@@ -61,24 +61,24 @@ def compared(
     from dvt.denoiser.remedies.job import fit_remedies
 
     found, refused = fit_remedies(backbone, paths[::2] if len(paths) > 1 else [], progress=progress)
-    weights = [] if command.weights is None else ["--weights", command.weights]
-    options = ["--backbone", command.backbone, *weights]
-    options += [f"--{name}={value}" for name in ("layer", "stride", "size") if (value := _changed(command, name))]
     lines = {
-        name: shlex.join(
-            [
-                "dvt",
-                "remedy",
-                name,
-                *([] if name in WITHOUT_IMAGES else given),
-                *options,
-                "--out",
-                f"{name}.safetensors",
-            ]
-        )
+        name: shlex.join(["dvt", "remedy", name, *([] if name in WITHOUT_IMAGES else given), *_options(command)])
+        + f" --out {name}.safetensors"
         for name in found
     }
     return {name: variant_of(each, backbone) for name, each in found.items()}, lines, refused
+
+
+def product_command(product: str, command: BackboneOptions, given: Sequence[str]) -> str:
+    """Write the command that makes a product of stage one of the images given."""
+    return shlex.join(["dvt", "denoise", *given, *_options(command), "--product", product, "--out", "features"])
+
+
+def _options(command: BackboneOptions) -> list[str]:
+    """List the options that name the backbone, as they were given."""
+    weights = [] if command.weights is None else ["--weights", command.weights]
+    changed = [f"--{name}={value}" for name in ("layer", "stride", "size") if (value := _changed(command, name))]
+    return ["--backbone", command.backbone, *weights, *changed]
 
 
 def _changed(command: BackboneOptions, name: str) -> Any:

@@ -49,14 +49,16 @@ def test_remedies_that_find_nothing_or_have_no_images_say_so(work, tmp_path, run
 
 def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, run):
     found = run("doctor", work / "photos", *WITH, "--windows", 4, "--remedies")
-    assert {each["name"] for each in found["treated"]} >= {"noise", "insid3"}
+    assert {each["name"] for each in found["treated"]} >= {"noise", "insid3", "removed", "ensembled"}
     assert set(found["refused"]) >= {"registers", "defect"}
     if found["command"]:
-        assert found["command"].startswith("dvt remedy ") and "--size=64" in found["command"]
+        verb = "denoise" if found["best"] in ("removed", "ensembled") else "remedy"
+        assert found["command"].startswith(f"dvt {verb} ") and "--size=64" in found["command"]
         assert found["command"] in found["text"]
     alone = run("doctor", work / "photos" / "0.png", *WITH, "--windows", 4, "--remedies")
-    assert {each["name"] for each in alone["treated"]} == {"noise", "insid3"}
-    assert "needs images" in alone["refused"]["rasa"]
+    assert {each["name"] for each in alone["treated"]} == {"noise", "insid3", "removed", "ensembled"}
+    assert "about this one image" in alone["text"]
+    assert "over images" in alone["refused"]["rasa"]
 
 
 def test_test_time_registers_are_taken_by_doctor_analyze_probe_and_export(work, tmp_path, run):

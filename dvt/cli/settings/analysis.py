@@ -41,7 +41,7 @@ class Doctor(DenoiserOptions):
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (searched recursively), globs, or a .txt list of paths; ten or more are better."""
     remedies: bool = False
-    """Also find and compare the remedies that need no training."""
+    """Also compare what needs no training: the remedies, and the products of stage one."""
     doctor: Annotated[DoctorConfig, tyro.conf.arg(name="")] = field(default_factory=DoctorConfig)
     """Settings of the examination, and thresholds above which a value counts as an artifact."""
 
