@@ -54,7 +54,7 @@ def _run(arguments: list[str], errors: Console) -> int:
     from rich.logging import RichHandler  # takes time, and help needs none of it
 
     console = Console(stderr=command.json, soft_wrap=True, emoji=False)
-    handler = RichHandler(console=errors, show_path=False)
+    handler = RichHandler(console=errors, show_path=False, show_time=False)
     handler.addFilter(_visible_record)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
     try:

@@ -14,7 +14,6 @@ from rich.console import Console
 from dvt.cli.common import save_json, shown
 from dvt.errors import ConfigError
 from dvt.files import whole_file
-from dvt.images import is_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,13 +56,6 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
             "store are written when an image is computed, and these images were in the store already or failed; give "
             "another --out to get all files"
         )
-
-
-def sources_outside(paths: Sequence[Path | str], folder: Path) -> list[Path | str]:
-    """Remove images that lie in a folder of our own output, which may be inside the folder of the images."""
-    # os.path.realpath, because Path.resolve raises on a symlink to itself.
-    inside = Path(os.path.realpath(folder))
-    return [path for path in paths if is_url(path) or inside not in Path(os.path.realpath(path)).parents]
 
 
 def check_upsample(factor: int, ray: str | None) -> None:

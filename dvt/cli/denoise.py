@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.beside import check_upsample, names_beside, sources_outside, write_index, write_map
+from dvt.cli.beside import check_upsample, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
@@ -39,7 +39,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
-    paths = sources_outside(find_sources(command.images), Path(command.out) / "pictures")
+    paths = find_sources(command.images)
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
     console.print(f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")

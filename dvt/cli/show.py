@@ -12,6 +12,7 @@ from rich.markup import escape
 from dvt.cli.common import progress_bar, resolved
 from dvt.cli.settings.show import Show
 from dvt.errors import ConfigError, ImageError
+from dvt.images.own import is_store
 
 if TYPE_CHECKING:
     from dvt.analysis.gallery import ShownImage
@@ -25,7 +26,7 @@ def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"count is {command.count}; it must be 1 or more")
     from dvt.analysis.gallery import pca, save_gallery
 
-    stored = len(command.sources) == 1 and _is_store(Path(command.sources[0]))
+    stored = len(command.sources) == 1 and is_store(command.sources[0])
     with progress_bar(console) as progress:
         images = list((_stored if stored else _computed)(command, progress))
     colours = pca(images, command.foreground, command.upsample)
@@ -33,10 +34,6 @@ def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
     console.print(f"{len(images)} images, {', '.join(images[0].maps)}: {escape(str(command.out / 'index.html'))}")
     result = {"images": len(images), "terms": list(images[0].maps), "files": [str(path) for path in written]}
     return 0, {**result, "settings": resolved(command, command="show")}
-
-
-def _is_store(path: Path) -> bool:
-    return path.suffix == ".h5" or (path.is_dir() and any(path.glob("*.h5")))
 
 
 def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dvt.errors import ImageError
+from dvt.images.own import is_own_picture, is_store
 from dvt.images.read import regular_file
 from dvt.images.urls import fetching, is_url, url_files
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset(
     (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga")
@@ -28,7 +32,8 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
         specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
             names that begin with a dot left out), a glob (``**`` allowed; its matches are treated like the
             contents of a folder), or a ``.txt`` list of such entries, one per line. Empty lines and lines that begin
-            with ``#`` are skipped; a relative entry is relative to the folder of the list.
+            with ``#`` are skipped; a relative entry is relative to the folder of the list. Pictures that dvt drew are
+            left out of folders and globs, with a warning.
 
     Returns:
         Paths as given (not resolved), sorted as text; if several lead to one file, only the first of them.
@@ -63,16 +68,27 @@ def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
     found = sorted({os.fspath(path) for spec in specs for path in _expand(os.fspath(spec), lists=True)})
     if not found:
         given = ", ".join(repr(os.fspath(spec)) for spec in specs) or "an empty list"
-        raise ImageError(f"no images found in {given}; give image files, folders, globs or a .txt list of paths")
+        raise ImageError(f"no images found in {given}{_instead(specs)}")
     unique = {path if is_url(path) else os.path.realpath(path): path for path in reversed(found)}
     return [path if is_url(path) else Path(path) for path in sorted(unique.values())]
+
+
+def _instead(specs: Sequence[str | Path]) -> str:
+    """Say what to give instead: of a store, the photographs that it was made of."""
+    for spec in map(os.fspath, specs):
+        if is_store(spec):
+            return (
+                f"; {_short(spec)} is a feature store: give the photographs that it was made of, or hand it over as "
+                "a store, where the command takes one (--store)"
+            )
+    return "; give image files, folders, globs or a .txt list of paths"
 
 
 def _expand(spec: str, lists: bool) -> Iterator[str]:
     if is_url(spec):
         yield from _expand_url(spec, lists)
     elif os.path.isdir(spec):
-        yield from _walk(spec)
+        yield from _photographs(spec, list(_walk(spec)))
     elif os.path.lexists(spec):
         yield from _read_list(spec) if lists and spec.lower().endswith(".txt") else [spec]
     elif glob.has_magic(spec):
@@ -83,7 +99,7 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
         except (RecursionError, ValueError, re.error) as error:  # thousands of folders deep, or a NUL byte
             raise ImageError(f"{_short(spec)} cannot be used as a pattern of paths: {error}") from error
         found = [m for match in matches for m in (_walk(match) if os.path.isdir(match) else [match])]
-        images = [match for match in found if _is_image_name(match)]
+        images = _photographs(spec, [match for match in found if _is_image_name(match)])
         if lists and not images:  # a pattern in a list may match nothing yet
             raise ImageError(
                 f"no images found in {_short(spec)}; give image files, folders, globs or a .txt list of paths"
@@ -120,6 +136,14 @@ def _expand_url(url: str, lists: bool) -> Iterator[str]:
 
 def _hidden(name: str, folder: str) -> bool:
     return "/." in name[len(folder.rstrip("/")) :]
+
+
+def _photographs(spec: str, found: list[str]) -> list[str]:
+    """Leave out the pictures that dvt drew, and say how many there were."""
+    photographs = [path for path in found if not is_own_picture(path)]
+    if drawn := len(found) - len(photographs):
+        log.warning("left out %d pictures in %s that dvt drew itself", drawn, _short(spec))
+    return photographs
 
 
 def _is_image_name(name: str) -> bool:

@@ -76,6 +76,23 @@ def test_a_folder_is_searched_to_its_depths(tree):
     assert names(find_images([tree]), tree) == ["a.JPG", "b.png", "sub/c.tif", "sub/deep/d.webp"]
 
 
+def test_pictures_that_dvt_drew_are_left_out_and_told(tree, caplog):
+    from matplotlib.figure import Figure
+
+    from dvt.analysis.pictures import save
+
+    drawn = save(Figure((1, 1)), tree / "out" / "pictures" / "drawn.png")
+    Figure((1, 1)).savefig(tree / "plot.png")  # matplotlib's, but not dvt's
+    wanted = ["a.JPG", "b.png", "plot.png", "sub/c.tif", "sub/deep/d.webp"]
+    assert names(find_images([tree]), tree) == wanted
+    assert "left out 1 pictures" in caplog.text and str(tree) in caplog.text
+    assert find_images([f"{tree}/**/*.png"]) == [tree / "b.png", tree / "plot.png"]
+    assert find_images([drawn]) == [drawn]  # asked for by name
+    (tree / "out" / "shard-0.h5").touch()
+    with pytest.raises(ImageError, match=r"out' is a feature store.*photographs.*--store"):
+        find_images([tree / "out"])
+
+
 def test_symlinked_folders_are_followed_and_loops_end(tree, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
