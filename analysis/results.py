@@ -35,7 +35,7 @@ from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.stored import ReportContent, read_arrays
 from dvt.errors import ConfigError
 from dvt.files import whole_file
-from dvt.schema import typed
+from dvt.schema import read_json, typed
 
 REPORT_SCHEMA = "dvt-report/1"
 
@@ -95,7 +95,7 @@ class Report(Findings):
         """
         folder = Path(folder)
         try:
-            content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            content = read_json(folder / "report.json")
             if not isinstance(content, dict) or content.get("schema") != REPORT_SCHEMA:
                 given = content.get("schema") if isinstance(content, dict) else None
                 raise ConfigError(

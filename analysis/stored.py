@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from dvt.errors import ConfigError
+from dvt.files import read_plain
 
 MAX_BYTES = 512 << 20
 """The largest size in bytes of a report's arrays that is read; `dvt analyze` writes about 10 MB."""
@@ -92,10 +93,7 @@ def read_arrays(path: Path, names: set[str], sha256: str | None) -> dict[str, np
         ConfigError: an array is missing, declares more bytes than it holds, all are larger than :data:`MAX_BYTES`, or
             the file belongs to another report.
     """
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise ConfigError(f"{path.name} has {size} bytes; at most {MAX_BYTES} are read")
-    content = path.read_bytes()
+    content = read_plain(path, MAX_BYTES)
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
         raise ConfigError(f"{path.name} and report.json come from two runs, of which one was interrupted")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:

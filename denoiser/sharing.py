@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from dvt.backbones.weights import State, check_state, load_state, save_state
+from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
@@ -284,12 +283,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
     """Read (config, card, tensors) from a .safetensors file that :func:`_save` wrote."""
     if not path.is_file():
         raise WeightsError(f"no denoiser at {path}; `dvt train` writes one, save_pretrained saves one")
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            state: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # of the header's JSON, of types that torch lacks, ...
-        raise WeightsError(f"cannot read a denoiser from {path}: {error}; the file is damaged or unreadable") from error
+    described, state = read_described(path, METADATA_KEY, "a denoiser")
     parts = described if isinstance(described, dict) else {}
     config, card = parts.get("config"), parts.get("card")
     if parts.get("schema") != DENOISER_SCHEMA or not isinstance(config, dict) or not isinstance(card, dict):

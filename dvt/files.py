@@ -13,16 +13,53 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dvt.errors import ConfigError
 
+MOST_BYTES = 64 << 20
+"""The most that is read of a file that describes others: settings, lists, tables."""
+
 PART = ".part"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _PART_NAME = re.compile(r"(?P<name>.+)\.(?P<pid>\d{1,10})\.[0-9a-f]{16}" + re.escape(PART) + r"(\.\w+)?", re.DOTALL)
 _NAME_BYTES = 160  # of a file's name in that of its unfinished one: file systems take 255 in all
+
+
+def read_plain(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """Read a file that anybody may have written: of a bounded size, and no pipe or device, which may never end.
+
+    Args:
+        path: of the file; links are followed.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it is missing, unreadable, larger, or not a regular file.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        size = check_regular(file.fileno(), path)
+        if size > most:
+            raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {most} are read", str(path))
+        return file.read(size)
+
+
+def check_regular(file: int | str | Path, path: str | Path = "") -> int:
+    """Return the size in bytes of a file, given by its path or descriptor, that is no pipe, device or folder.
+
+    Raises:
+        OSError: it is missing, or something else.
+    """
+    status = os.stat(file)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path or file))
+    return status.st_size
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
 
 
 @contextmanager

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 import types
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from dvt.errors import ConfigError
+from dvt.files import MOST_BYTES, read_plain
 
 T = TypeVar("T")
+
+
+def read_json(path: str | Path, most: int = MOST_BYTES) -> Any:
+    """Read a JSON file that anybody may have written.
+
+    Raises:
+        OSError: as :func:`dvt.files.read_plain`.
+        ConfigError: it is no JSON in UTF-8, or too deep.
+    """
+    return parsed_json(read_plain(path, most))
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Read JSON from a text; whatever it cannot be read for is a ConfigError."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError also of bytes that are no text
+        raise ConfigError(f"it is not JSON ({error})") from error
 
 
 def typed(kind: type[T], values: Any) -> T:

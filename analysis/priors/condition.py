@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.files import read_plain
+from dvt.schema import parsed_json
 
 Texts = Sequence[Sequence[str]]
 """For each image its original text, then the rewrites."""
@@ -92,6 +93,8 @@ def _normal_like(features: Tensor, generator: torch.Generator) -> Tensor:
 
 # --- LaCLIP: texts and their rewrites
 
+_MOST_BYTES = 1 << 30  # of the texts of all images
+
 
 def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]:
     """Read each image's text and rewrites from a file of JSON lines.
@@ -110,7 +113,7 @@ def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_plain(path, _MOST_BYTES).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the texts in {path}: {error}; they must be JSON lines in UTF-8") from error
     found: dict[str, tuple[str, ...]] = {}
@@ -128,9 +131,9 @@ def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]
 
 def _parsed(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error})") from error
+        entry = parsed_json(line)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if not isinstance(entry, dict) or not {"image", "text"} <= entry.keys() <= {"image", "text", "rewrites"}:
         raise ConfigError(
             f'{where}: a line is {{"image": NAME, "text": TEXT, "rewrites": [TEXT, ...]}}, got {line[:80]}'
@@ -143,7 +146,8 @@ def _parsed(line: str, where: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _check_step(path: Path, images: list[str], named: list[str]) -> None:
-    missing, unknown = [n for n in images if n not in set(named)], [n for n in named if n not in set(images)]
+    there, wanted = set(named), set(images)
+    missing, unknown = [n for n in images if n not in there], [n for n in named if n not in wanted]
     if missing or unknown:
         parts = [
             f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dvt.analysis.priors.condition import PseudoText, drop, pseudo_text
@@ -21,7 +20,7 @@ from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
 from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
 from dvt.analysis.priors.trunk import ConditionEmbedder
-from dvt.backbones.weights import State, check_state, load_state, save_state
+from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.errors import ConfigError, WeightsError
 from dvt.grids import Size
 from dvt.schema import typed
@@ -171,12 +170,7 @@ class Prior(nn.Module):
         Raises:
             WeightsError: the file is missing, damaged or no prior.
         """
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = json.loads((file.metadata() or {}).get(_KEY, "{}"))
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-        except Exception as error:  # of the header's JSON, of types that torch lacks, ...
-            raise WeightsError(f"cannot read a prior from {str(path)!r}: {error}") from error
+        about, state = read_described(path, _KEY, "a prior")
         about = about if isinstance(about, dict) else {}
         settings, card = about.get("config"), about.get("card")
         known = {field.name for field in fields(PriorConfig)}

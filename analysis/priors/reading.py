@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -30,15 +30,28 @@ from dvt.analysis.priors.token_set import (
 )
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
-from dvt.files import open_lock, replaced_folder, take_lock
+from dvt.files import check_regular, open_lock, replaced_folder, take_lock
 from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
+from dvt.schema import checked, read_json, typed
 from dvt.store import FeatureStore
 from dvt.views import resize
 
 log = logging.getLogger(__name__)
 
-_ARRAYS = ("conditions", "patches", "pictures")
+_ARRAYS = {"conditions": 3, "patches": 4, "pictures": 4}  # with their axes
+_MOST_BYTES = 1 << 30  # of the names of all images
+_KeptAbout = TypedDict(
+    "_KeptAbout",
+    {
+        "from": dict[str, Any],
+        "names": list[str],
+        "sha256s": list[str],
+        "grid": tuple[int, int] | None,
+        "mirrored": int,
+        "skipped": list[str],
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +180,7 @@ class _Kept:
             return {name: torch.cat(parts) for name, parts in self.parts.items()}
         for file in self.files.values():
             file.flush()
-        return {name: MappedRows(self.folder / f"{name}.npy", count) for name in self.files}
+        return {name: MappedRows(self.folder / f"{name}.npy", count, _ARRAYS[name]) for name in self.files}
 
 
 class MappedRows:
@@ -176,15 +189,17 @@ class MappedRows:
     Args:
         path: a .npy file.
         count: how many of its rows are used.
+        axes: how many it has.
 
     Raises:
         ConfigError: the file is missing, damaged, or has fewer rows.
     """
 
-    def __init__(self, path: Path, count: int) -> None:
+    def __init__(self, path: Path, count: int, axes: int) -> None:
         try:
+            check_regular(path)
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if len(self.array) < count or self.array.dtype != np.float16:
+            if self.array.ndim != axes or len(self.array) < count or self.array.dtype != np.float16:
                 raise ValueError(f"it holds {self.array.shape} {self.array.dtype}")
         except (OSError, ValueError, EOFError, TypeError) as error:
             raise ConfigError(
@@ -242,27 +257,26 @@ def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet
     Raises:
         ConfigError: the folder has none, they are damaged, or they come from something else.
     """
-    path = folder / "about.json"
     try:
-        found = json.loads(path.read_text())
-        names, sha256s = tuple(found["names"]), tuple(found["sha256s"])
-        grid = tuple(found["grid"]) if found["grid"] else None
-        source, mirrored, skipped = found["from"], int(found["mirrored"]), tuple(found["skipped"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = typed(_KeptAbout, read_json(folder / "about.json", _MOST_BYTES))
+        source, names, wanted = found["from"], found["names"], typed(Wanted, found["from"].get("wanted"))
+        if len(found["sha256s"]) != len(names) or not 0 <= found["mirrored"] < len(names):
+            raise ConfigError("its lists do not go together")
+    except (OSError, ConfigError) as error:
         raise ConfigError(
             f"{str(folder)!r} keeps no readable tokens of a run ({error}); delete it and train again"
         ) from error
     if about is not None:
         _check_source(folder, source, json.loads(json.dumps(about, default=str)))
-    arrays: dict[str, Rows] = {
-        name: MappedRows(folder / f"{name}.npy", len(names)) for name in _ARRAYS if (folder / f"{name}.npy").exists()
-    }
+    files = {name: folder / f"{name}.npy" for name in _ARRAYS}
+    there = [name for name, path in files.items() if name == "pictures" or path.exists()]
+    arrays: dict[str, Rows] = {name: MappedRows(files[name], len(names), _ARRAYS[name]) for name in there}
     if "store" in source:
-        store = FeatureStore(source["store"], source["term"])
-        wanted = Wanted(**source["wanted"])
+        store = FeatureStore(checked(source["store"], str, "the store"), checked(source.get("term"), str, "its term"))
         arrays |= store_rows(store, wanted.condition, wanted.features, names)
+    given = (arrays.get("conditions"), arrays.get("patches"), arrays["pictures"])
     return TokenSet(
-        arrays.get("conditions"), arrays.get("patches"), arrays["pictures"], names, sha256s, grid, mirrored, skipped
+        *given, tuple(names), tuple(found["sha256s"]), found["grid"], found["mirrored"], tuple(found["skipped"])
     )
 
 

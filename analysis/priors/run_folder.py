@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from dvt.analysis.pictures import pca_colours
@@ -19,7 +17,7 @@ from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import Rows
-from dvt.backbones.weights import save_state
+from dvt.backbones.weights import read_described, save_state
 from dvt.errors import ConfigError, WeightsError
 from dvt.schema import typed
 
@@ -112,13 +110,11 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
     folder = Path(folder)
     prior = Prior.load(folder / "prior.safetensors").to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = folder / "held_out.safetensors"
+    names, held = read_described(path, "images", "the held-out images")
     try:
-        with safe_open(str(path), "pt") as file:
-            names = json.loads((file.metadata() or {})["images"])
-        held = load_file(path)
         target = typed(PriorTarget, prior.card["target"])
         _check_held(held, names, prior, target)
-    except Exception as error:  # from damaged JSON, unknown types of tensors, an incomplete card
+    except Exception as error:  # from an incomplete card, tensors of other types
         raise WeightsError(f"cannot read {str(path)!r}: {error}; run the training again, it continues") from error
     return PriorRun(prior, target, held, names)
 

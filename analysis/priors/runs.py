@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
@@ -50,6 +49,7 @@ from dvt.errors import ConfigError, NonFiniteError
 from dvt.images import find_images
 from dvt.progress import Progress, silent
 from dvt.training import Trained
+from dvt.training.checkpoint import read_tensors
 
 __all__ = [
     "PriorRun",
@@ -276,7 +276,7 @@ def _standard(target: PriorTarget, encode: Any, some: Tensor) -> Tensor:
 def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) -> None:
     """Write the checkpoint as a prior that `sample_prior` reads, and a picture of what it makes."""
     copy = Prior(prior.config, torch.Generator().manual_seed(0)).to(next(prior.parameters()).device)
-    copy.load_state_dict(load_file(checkpoint / f"{'ema' if averaged else 'model'}.safetensors"))
+    copy.load_state_dict(read_tensors(checkpoint, "ema" if averaged else "model"))
     copy.card = prior.card
     copy.save(out / "prior.safetensors")
     try:

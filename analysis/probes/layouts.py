@@ -5,24 +5,26 @@ Each reader turns a folder into examples by split; it pairs files by their names
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
-from dvt.errors import DataError, ImageError
+from dvt.errors import ConfigError, DataError, ImageError
+from dvt.files import read_plain
 from dvt.grids import Size
 from dvt.images import find_images, image_size
+from dvt.schema import checked, read_json, typed
 
 IGNORE = -1
 """The label of an ignored pixel after reading, whatever its id in the file."""
 
 SPLITS = ("train", "val", "test")
-_LISTED = 10
+_LISTED, _SHOWN = 10, 300  # items, and characters of each
+_NAME_BYTES = 250  # of a file, which gets a suffix
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,14 @@ class Layout:
     ignore: tuple[int, ...] = ()
 
 
+class _Boxes(TypedDict):
+    """Type an entry of boxes.json."""
+
+    width: int
+    height: int
+    boxes: list[list[float]]
+
+
 PLAIN = {
     "labels": "images/{train,val,test}/NAME.jpg with annotations/{train,val,test}/NAME.png",
     "depth": "images/{train,val,test}/NAME.jpg with depth/{train,val,test}/NAME.png (uint16 millimetres)",
@@ -71,7 +81,7 @@ def size_text(size: Size) -> str:
 def some(items: Sequence[object]) -> str:
     """Write the first few items of a list as text, and how many more there are."""
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(str(item) for item in items[:_LISTED]) + more
+    return ", ".join(str(item)[:_SHOWN] for item in items[:_LISTED]) + more
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
@@ -147,41 +157,45 @@ def _folder(root: Path, target: str) -> dict[str, list[Example]]:
 def _boxes_json(root: Path) -> list[Example]:
     file = root / "boxes.json"
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
-        entries = {str(name): (entry["width"], entry["height"], entry["boxes"]) for name, entry in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"cannot read {str(file)!r}: {type(error).__name__} {error}; {PLAIN['boxes']}") from error
+        listed = checked(read_json(file), dict[str, dict[str, Any]], "boxes.json")
+        kept = _Boxes.__required_keys__  # what else an entry has is its author's
+        entries = {
+            name: typed(_Boxes, {key: entry[key] for key in kept & entry.keys()}) for name, entry in listed.items()
+        }
+    except (OSError, ConfigError) as error:
+        raise DataError(f"cannot read {str(file)!r}: {error}; {PLAIN['boxes']}") from error
     folder = root / "images" if (root / "images").is_dir() else root
     images = {path.relative_to(folder).as_posix(): path for path in _files(folder).values()}
     lone = sorted(entries.keys() ^ images.keys())
     if lone:
         raise DataError(f"{str(file)!r} and {str(folder)!r} do not list the same images; only in one: {some(lone)}")
     return [
-        Example(name, images[name], boxes=_checked_boxes(boxes, (height, width), images[name]))
-        for name, (width, height, boxes) in entries.items()
+        Example(name, images[name], boxes=_checked_boxes(each["boxes"], (each["height"], each["width"]), images[name]))
+        for name, each in entries.items()
     ]
 
 
-def _checked_boxes(boxes: Any, size: Any, image: Path) -> tuple[tuple[float, ...], ...]:
+def _checked_boxes(boxes: Sequence[Sequence[float]], size: Size, image: Path) -> tuple[tuple[float, ...], ...]:
     """Check boxes against their image, and clip those that exceed it by up to half a pixel.
 
     Raises:
         DataError: the stated size is not the image's, or a box is malformed, empty or outside of the image.
     """
     real = image_size(image)
-    if tuple(size) != real:
-        raise DataError(f"{str(image)!r} is {size_text(real)} pixels (height x width), but its entry says {size}")
-    try:
-        array = np.asarray(boxes, dtype=float).reshape(-1, 4)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the boxes of {str(image)!r} are {boxes!r}; each is [x0, y0, x1, y1] in pixels") from error
-    if not len(array):
+    if size != real:
+        raise DataError(
+            f"{str(image)!r} is {size_text(real)} pixels (height x width), but its entry says {size_text(size)}"
+        )
+    if wrong := [box for box in boxes if len(box) != 4]:
+        raise DataError(f"{str(image)!r} has the boxes {some(wrong)}; each is [x0, y0, x1, y1] in pixels")
+    if not boxes:
         raise DataError(f"{str(image)!r} has no box; leave it out of the data")
+    array = np.asarray(boxes, dtype=float)
     slack = 0.5  # annotations are rounded to half pixels
     inside = (array[:, :2] >= -slack).all() and (array[:, 2:] <= np.array(real)[::-1] + slack).all()
     if not (np.isfinite(array).all() and inside and (array[:, 2:] > array[:, :2]).all()):
         raise DataError(
-            f"{str(image)!r} ({size_text(real)}, height x width) has the boxes {array.tolist()}; each must be "
+            f"{str(image)!r} ({size_text(real)}, height x width) has the boxes {some(array.tolist())}; each must be "
             "x0 < x1, y0 < y1 and lie inside the image"
         )
     clipped = array.clip(0, np.tile(np.array(real)[::-1], 2))
@@ -234,20 +248,27 @@ def _voc_boxes(file: Path, image: Path) -> tuple[tuple[float, ...], ...]:
     from xml.etree import ElementTree
 
     try:
+        content = read_plain(file)
+        if b"<!DOCTYPE" in content:  # its entities can unfold to any size
+            raise DataError("a document type is declared in it")
         corners = [
             [float(box.findtext(key, "")) for key in ("xmin", "ymin", "xmax", "ymax")]
-            for box in ElementTree.parse(file).iterfind("object/bndbox")
+            for box in ElementTree.fromstring(content).iterfind("object/bndbox")
         ]
-    except (ElementTree.ParseError, ValueError) as error:
+    except (OSError, LookupError, ElementTree.ParseError, ValueError) as error:  # LookupError: an unknown encoding
         raise DataError(f"cannot read the boxes in {str(file)!r}: {error}") from error
     # VOC counts pixels from 1, and its boxes include the last pixel.
     return _checked_boxes([[x0 - 1, y0 - 1, x1, y1] for x0, y0, x1, y1 in corners], image_size(image), image)
 
 
 def _lines(file: Path) -> list[str]:
-    names = [line.split()[0] for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if wrong := [name for name in names if Path(name).name != name]:
-        raise DataError(f"{str(file)!r} names {some(wrong)}; it must hold one image name per line, without folders")
+    wanted = "it must hold one image name per line, without folders"
+    try:
+        names = [line.split()[0] for line in read_plain(file).decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {str(file)!r}: {error}; {wanted}") from error
+    if wrong := [name for name in names if Path(name).name != name or len(name.encode()) > _NAME_BYTES]:
+        raise DataError(f"{str(file)!r} names {some(wrong)}; {wanted}")
     return names
 
 

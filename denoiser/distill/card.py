@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from dvt.backbones import Backbone, families, weights_sha256
-from dvt.backbones.weights import save_state
+from dvt.backbones.weights import read_described, save_state
 from dvt.denoiser.distill.config import BackboneTraining
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.sharing import METADATA_KEY
@@ -26,11 +24,7 @@ def read_card(path: str | Path) -> dict[str, Any]:
     Raises:
         WeightsError: the file is missing, damaged, or not such a backbone.
     """
-    try:
-        with safe_open(path, "pt", device="cpu") as file:
-            card = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"cannot read a distilled backbone from {str(path)!r}: {error}") from error
+    card, _ = read_described(path, METADATA_KEY, "a distilled backbone", tensors=False)
     if not isinstance(card, dict) or card.get("schema") != BACKBONE_SCHEMA:
         raise WeightsError(
             f"{str(path)!r} has no card of schema {BACKBONE_SCHEMA!r}; give a file written by `dvt distill`"

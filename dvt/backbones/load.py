@@ -20,7 +20,7 @@ from dvt.backbones import families
 from dvt.backbones.backbone import Backbone, checked_stride, rounded_size
 from dvt.backbones.converted import State, encoder_state, is_of_transformers, timm_names, unchunked
 from dvt.backbones.names import LOCAL, TRANSFORMERS, check_timm_name, resolved_name
-from dvt.backbones.weights import load_state, read_state
+from dvt.backbones.weights import folder_weights, load_state, read_state
 from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
 from dvt.errors import BackboneError, WeightsError
 from dvt.grids import Size
@@ -63,6 +63,8 @@ def load_backbone(
     name = resolved_name(name)
     if name.startswith(TRANSFORMERS):
         return load_transformers(name, weights, pretrained, layer, stride, size)
+    if weights is None and pretrained and name.startswith(LOCAL):
+        weights = folder_weights(Path(name.removeprefix(LOCAL)))
     state = _given_state(weights)
     with torch.device("meta"):  # everything that can be refused is refused before gigabytes are downloaded
         skeleton = _create(name, pretrained=False)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from dvt.errors import BackboneError
+from dvt.errors import BackboneError, ConfigError
+from dvt.schema import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -106,8 +106,8 @@ def resolved_name(name: str) -> str:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        content = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
+        content = read_json(folder / "config.json")
+    except (OSError, ConfigError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -230,7 +230,7 @@ def normalisation(model: Any, found: Outside) -> tuple[Vector, Vector]:
         try:
             from transformers import AutoImageProcessor
 
-            return processor_normalisation(AutoImageProcessor.from_pretrained(source))
+            return processor_normalisation(AutoImageProcessor.from_pretrained(source, trust_remote_code=False))
         except Exception as error:  # of the hub's client, of files, of missing packages
             logger.info("%s has no processor that can be loaded: %s", source, error)
     config: Any = found.encoder.config

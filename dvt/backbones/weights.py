@@ -11,15 +11,17 @@ import zipfile
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvt.backbones.converted import State, encoder_state, unchunked
 from dvt.errors import WeightsError
-from dvt.files import replaced
+from dvt.files import check_regular, replaced
+from dvt.schema import parsed_json
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,43 @@ def read_content(path: Path) -> object:
     except Exception as error:  # torch's readers raise nearly anything on damaged bytes
         reason = str(error) or type(error).__name__
         raise WeightsError(f"cannot read weights from {path}: {reason}; the file is damaged or unreadable") from error
+
+
+def read_described(path: str | Path, key: str, what: str, *, tensors: bool = True) -> tuple[Any, State]:
+    """Read what a .safetensors file's metadata describes as JSON, and its tensors.
+
+    Args:
+        path: of the file.
+        key: of the metadata; without it the description is an empty dict.
+        what: the file should hold, for the message.
+        tensors: whether to read them.
+
+    Raises:
+        WeightsError: the file is missing, not a regular one, or damaged.
+    """
+    try:
+        check_regular(path)
+        with safe_open(str(path), "pt", device="cpu") as file:
+            described = parsed_json((file.metadata() or {}).get(key, "{}"))
+            return described, {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+    except Exception as error:  # of the header's JSON, of types that torch lacks, ...
+        raise WeightsError(
+            f"cannot read {what} from {str(path)!r}: {error}; the file is missing, damaged or unreadable"
+        ) from error
+
+
+def folder_weights(folder: Path) -> Path:
+    """Find the weights in a folder that timm saved.
+
+    timm would choose among all its files and, before 1.0.23, unpickle them.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; give a file by --weights")
 
 
 def _load_tensors(path: Path) -> object:

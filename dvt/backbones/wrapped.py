@@ -198,9 +198,9 @@ def load_transformers(
         raise BackboneError(f"transformers cannot load {source!r}: there is no such folder")
     try:
         model = (
-            AutoModel.from_pretrained(source)
+            AutoModel.from_pretrained(source, trust_remote_code=False)
             if pretrained
-            else AutoModel.from_config(AutoConfig.from_pretrained(source))
+            else AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
         )
     except Exception as error:  # the hub's client, files and configurations raise many kinds
         raise BackboneError(

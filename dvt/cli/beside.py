@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from dvt.cli.common import save_json, shown
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.schema import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
     """
     target = folder / "index.json"
     try:
-        kept = json.loads(target.read_bytes())
-    except (OSError, ValueError):
+        kept = read_json(target)
+    except (OSError, ConfigError):
         kept = {}
     files = {f"{name}{suffix}": str(path) for path, name in names.items()}
     found = {file: path for file, path in files.items() if (folder / file).exists()}

@@ -9,13 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvt.errors import ConfigError
-from dvt.files import open_lock, remove, remove_parts, renamed_away, replaced_folder, take_lock
+from dvt.files import check_regular, open_lock, remove, remove_parts, renamed_away, replaced_folder, take_lock
+from dvt.schema import read_json, typed
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -65,6 +66,38 @@ def run_identity(config: TrainingConfig, settings: Mapping[str, Any]) -> dict[st
         return json.loads(json.dumps({"config": plain, "settings": dict(settings)}))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the settings of a run must be plain JSON values: {error}") from error
+
+
+class _CheckpointAbout(TypedDict):
+    """Type a checkpoint's state.json."""
+
+    step: int
+    config: dict[str, Any]
+    settings: dict[str, Any]
+    scaler: dict[str, float] | None
+
+
+def read_about(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint says about itself.
+
+    Raises:
+        OSError, ConfigError: it cannot be read, or is no such description.
+    """
+    about = dict(typed(_CheckpointAbout, read_json(checkpoint / "state.json")))
+    if checkpoint.name != f"step-{about['step']:08}":
+        raise ConfigError("its state.json belongs to another step")
+    return about
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """Read the tensors "model", "ema" or "optimizer" of a checkpoint.
+
+    Raises:
+        OSError, SafetensorError: they cannot be read.
+    """
+    path = checkpoint / f"{name}.safetensors"
+    check_regular(path)
+    return load_file(path)
 
 
 def check_identity(about: Mapping[str, Any], identity: Mapping[str, Any], checkpoint: Path) -> None:

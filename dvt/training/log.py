@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 from contextlib import suppress
 from pathlib import Path
 
 from dvt.errors import ConfigError, WeightsError
-from dvt.files import sync_path, whole_file
+from dvt.files import read_plain, sync_path, whole_file
+
+_MOST_BYTES = 1 << 30  # of a log: ten million rows
 
 #: One row of log.csv: "step", "lr", and further numbers by name.
 LogRow = dict[str, float]
@@ -59,8 +62,8 @@ def _read_rows(path: Path) -> list[LogRow]:
     if not path.is_file():
         return []
     try:
-        with open(path, newline="", errors="replace") as file:
-            header, *lines = list(csv.reader(file)) or [[]]
+        content = read_plain(path, _MOST_BYTES).decode(errors="replace")
+        header, *lines = list(csv.reader(io.StringIO(content, newline=""))) or [[]]
     except (OSError, csv.Error) as error:
         raise WeightsError(f"cannot read the log {str(path)!r}: {error}; delete it to continue without it") from error
     rows: list[LogRow] = []

@@ -5,7 +5,6 @@ What a run promises is written in :mod:`dvt.training`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import deque
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
@@ -33,6 +31,8 @@ from dvt.training.checkpoint import (
     latest_checkpoint,
     locked_folder,
     prune_checkpoints,
+    read_about,
+    read_tensors,
     run_identity,
     write_checkpoint,
 )
@@ -308,15 +308,12 @@ class TrainingRun:
 
     def _resume(self, optimizer: torch.optim.Optimizer, checkpoint: Path) -> int:
         try:
-            about = json.loads((checkpoint / "state.json").read_text())
-            step = about["step"]
-            if checkpoint.name != f"step-{step:08}" or not all(isinstance(about[k], dict) for k in self.identity):
-                raise ValueError("its state.json belongs to something else")
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            about = read_about(checkpoint)
+        except (OSError, ConfigError) as error:
             raise WeightsError(damaged(checkpoint, error)) from error
         check_identity(about, self.identity, checkpoint)
         try:
-            tensors = {name: load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
+            tensors = {name: read_tensors(checkpoint, name) for name in ("model", "ema", "optimizer")}
             check_same(tensors["model"], self.model.state_dict())
             check_same(tensors["ema"], self.average.values)
             self.model.load_state_dict(tensors["model"])
@@ -327,7 +324,7 @@ class TrainingRun:
         except Exception as error:  # safetensors raises nearly anything on damaged bytes
             raise WeightsError(damaged(checkpoint, error)) from error
         log.info("continuing from %s", checkpoint)
-        return step
+        return about["step"]
 
 
 class _LossModule(nn.Module):

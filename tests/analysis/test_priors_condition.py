@@ -118,7 +118,7 @@ def test_texts_come_in_the_order_of_the_images(tmp_path):
         (LINES, "abcd", r"out of step with the 4 images: 1 images without a line \(d.jpg\)"),
         (LINES, "vwxyz", r"5 images without a line \(v.jpg, w.jpg, x.jpg, ...\) and 3 lines without"),
         ((*LINES, LINES[0]), "abc", "line 4: image 'a.jpg' has a line already"),
-        ((*LINES[:1], "{broken"), "a", "line 2: not JSON"),
+        ((*LINES[:1], "{broken"), "a", "line 2: it is not JSON"),
         (('["a.jpg", "a cat"]',), "a", "line 1: a line is"),
         (({"image": "a.jpg"},), "a", "line 1: a line is"),
         (({"image": "a.jpg", "text": "x", "rewrite": ["y"]},), "a", "line 1: a line is"),

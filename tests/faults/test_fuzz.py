@@ -144,7 +144,10 @@ def cases(
 
 
 def fuzz_images(count: int, number: int, tmp: Path) -> dict[str, Any]:
-    dvt.images.MAX_PIXELS = 1 << 22  # so that the bound on memory, which grows with it, shows
+    dvt.images.read.MAX_PIXELS = 1 << 22  # so that the bound on memory, which grows with it, shows
+    Image.new("L", (1 << 11, (1 << 11) + 1)).save(tmp / "larger.png")
+    with pytest.raises(ImageError, match="at most 4194304 are decoded"):  # or the bound above binds nobody
+        load_image(tmp / "larger.png")
     return cases(count, damaged(image_files()) | pngs_with_right_checksums(), check_image, number, tmp)
 
 
