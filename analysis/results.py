@@ -94,6 +94,11 @@ class Report(Findings):
             ConfigError: the folder holds no report of this schema, or a damaged one.
         """
         folder = Path(folder)
+        if not (folder / "report.json").is_file():
+            raise ConfigError(
+                f"{str(folder)!r} holds no report.json, so it is no folder of `dvt analyze`; make it with "
+                "`dvt analyze IMAGES... --out DIR`"
+            )
         try:
             content = read_json(folder / "report.json")
             if not isinstance(content, dict) or content.get("schema") != REPORT_SCHEMA:

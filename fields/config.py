@@ -125,21 +125,24 @@ class NeuralConfig:
     def __post_init__(self) -> None:
         check_grid(self.levels, self.base, self.finest, self.channels, self.hash_entries)
         checks = {
-            "steps": self.steps >= 2,
-            "tokens_per_step": self.tokens_per_step >= 1,
-            "lr": 0 < self.lr < math.inf,
-            "final_lr": 0 <= self.final_lr <= self.lr,
-            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": 0 < self.eps < math.inf,
-            "weight_decay": 0 <= self.weight_decay < math.inf,
-            "warmup": 0 <= self.warmup < 1,
-            "residual_weight": 0 <= self.residual_weight < math.inf,
-            "sparsity": 0 <= self.sparsity < math.inf,
-            "encoding": self.encoding in ("auto", "torch", "tinycudann"),
+            "steps": (self.steps >= 2, "2 or more"),
+            "tokens_per_step": (self.tokens_per_step >= 1, "1 or more"),
+            "lr": (0 < self.lr < math.inf, "above 0"),
+            "final_lr": (0 <= self.final_lr <= self.lr, f"from 0 to lr, which is {self.lr}"),
+            "betas": (
+                len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                "two numbers from 0, below 1",
+            ),
+            "eps": (0 < self.eps < math.inf, "above 0"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "warmup": (0 <= self.warmup < 1, "from 0, below 1"),
+            "residual_weight": (0 <= self.residual_weight < math.inf, "0 or more"),
+            "sparsity": (0 <= self.sparsity < math.inf, "0 or more"),
+            "encoding": (self.encoding in ("auto", "torch", "tinycudann"), "auto, torch or tinycudann"),
         }
-        for name, fine in checks.items():
+        for name, (fine, allowed) in checks.items():
             if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}, outside its range; see NeuralConfig")
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
 
     def learning_rate(self, step: int) -> float:
         """Compute the learning rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.

@@ -261,6 +261,8 @@ def rounded_size(size: int | Size, patch: Size) -> Size:
     size = pair(size)
     if min(size) < 1:
         raise BackboneError(f"size must be positive, got {size}")
+    if min(size) < min(patch):
+        raise BackboneError(f"size {min(size)} is less than a patch of {patch[0]} x {patch[1]} pixels; give more")
     return grids.fit_size(size, min(size), patch)
 
 

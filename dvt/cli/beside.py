@@ -42,20 +42,34 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
     A file is missing if its image was already in the store, or failed.
     """
     target = folder / "index.json"
-    try:
-        kept = read_json(target)
-    except (OSError, ConfigError):
-        kept = {}
+    kept = _earlier(console, target)
     files = {f"{name}{suffix}": str(path) for path, name in names.items()}
     found = {file: path for file, path in files.items() if (folder / file).exists()}
     if found:
-        save_json(target, {**(kept if isinstance(kept, dict) else {}), **found})
+        save_json(target, {**kept, **found})
     if missing := len(files) - len(found):
         console.print(
             f"[yellow]{missing} of {len(files)} images have no file in {shown(str(folder))}[/]: files beside the "
             "store are written when an image is computed, and these images were in the store already or failed; give "
             "another --out to get all files"
         )
+
+
+def _earlier(console: Console, index: Path) -> dict[str, str]:
+    """Read what earlier runs wrote into an index; one that cannot be read is told, and begun anew."""
+    try:
+        kept = read_json(index) if index.exists() else {}
+    except (OSError, ConfigError):
+        kept = None
+    if isinstance(kept, dict):
+        return kept
+    console.print(f"[yellow]{shown(str(index))} cannot be read[/]: it is written anew, with the files of this run only")
+    return {}
+
+
+def fine_suffix(factor: int) -> str:
+    """Name the end of a file of features that are finer by this factor, so that factors do not share files."""
+    return f"-x{factor}.npy"
 
 
 def check_upsample(factor: int, ray: str | None) -> None:

@@ -19,6 +19,7 @@ from dvt.cli.settings.extract import Extract, Store
 from dvt.cli.settings.priors import PriorCommand
 from dvt.cli.settings.remedies import FindRemedy
 from dvt.cli.settings.show import MatchCommand, SearchCommand, Show
+from dvt.cli.values import REGISTRY
 from dvt.errors import ConfigError
 
 CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
@@ -67,7 +68,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         guess = f"; did you mean {near[0]!r}?" if near else ";"
         raise ConfigError(f"there is no command {name!r}{guess} `dvt --help` lists them")
     settings, place = COMMANDS[name]
-    given: Any = tyro.cli(settings, prog=f"dvt {name}", args=arguments[1:])
+    with REGISTRY:
+        given: Any = tyro.cli(settings, prog=f"dvt {name}", args=arguments[1:])
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
         module, _, attribute = place.partition(":")

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.beside import check_upsample, names_beside, write_index, write_map
+from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
@@ -23,6 +23,7 @@ from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
 from dvt.images import find_sources, is_url
+from dvt.images.own import is_store
 from dvt.store import FeatureStore, damaged_shards
 from dvt.text import visible
 
@@ -40,6 +41,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
     paths = find_sources(command.images)
+    _check_terms(command)
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
     console.print(f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
@@ -64,6 +66,16 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
             "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
         )
     return (2 if summary.failed else 0), {**result, **({"position": position} if known else {})}
+
+
+def _check_terms(command: Denoise) -> None:
+    """Refuse --keep-terms for a store whose shards lack the terms: they stay as they are."""
+    made = command.keep_terms and not is_url(command.out) and is_store(command.out)
+    if made and "artifact" not in FeatureStore(command.out).terms:
+        raise ConfigError(
+            f"the store {command.out!r} was made without --keep-terms, and its shards are not made again: leave "
+            "--keep-terms out, or give another --out"
+        )
 
 
 def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> DecomposeWork:
@@ -144,11 +156,14 @@ class _Writer:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
             fine = result.upsampled(pixels, self.command.upsample)
-            write_map(self.out / "upsampled" / f"{name}.npy", fine)
+            write_map(self.out / "upsampled" / f"{name}{fine_suffix(self.command.upsample)}", fine)
 
     def finish(self, console: Console) -> None:
         """Write the index of each folder, and report the files that are missing there."""
-        wanted = {"pictures": (".png", self.command.pictures), "upsampled": (".npy", self.command.upsample > 1)}
+        wanted = {
+            "pictures": (".png", self.command.pictures),
+            "upsampled": (fine_suffix(self.command.upsample), self.command.upsample > 1),
+        }
         for folder, (suffix, asked) in wanted.items():
             if asked:
                 write_index(console, self.out / folder, self.names, suffix)

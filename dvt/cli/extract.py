@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.beside import check_upsample, names_beside, write_index, write_map
+from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.extract import Extract, Store, StoreExport, StoreMerge
@@ -36,7 +36,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
     result = print_job(console, command, summary, seconds, [("precision", settings["dtype"])])
     if names:
-        write_index(console, Path(command.out) / "upsampled", names, ".npy")
+        write_index(console, Path(command.out) / "upsampled", names, fine_suffix(command.upsample))
     return (2 if summary.failed else 0), result
 
 
@@ -58,7 +58,8 @@ class _Fine:
 
         tokens = maps.get("denoised", maps["raw"]).float().to(self.backbone.device)
         centres = self.backbone.centres((pixels.shape[1], pixels.shape[2]))
-        write_map(self.folder / f"{self.names[path]}.npy", upsample(tokens, pixels, self.factor, centres=centres))
+        fine = upsample(tokens, pixels, self.factor, centres=centres)
+        write_map(self.folder / f"{self.names[path]}{fine_suffix(self.factor)}", fine)
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:

@@ -50,6 +50,11 @@ def damage(path: str | Path) -> Iterator[None]:
                 f"cannot read the shard {str(path)!r}: {reason}; the shard may be whole: keep it, check the disk or "
                 "the network, and run the same command again"
             ) from error
+        if "already open" in str(error):  # HDF5's mark in the file of a writer that has not closed it
+            raise StoreError(
+                f"the shard {str(path)!r} is open for writing in another program, or was when that one was killed; "
+                "close it there and try again. If none has it open, `h5clear -s` of HDF5's tools removes the mark"
+            ) from error
         raise StoreError(f"the shard {str(path)!r} is damaged ({error}); {_REMEDY}") from error
 
 

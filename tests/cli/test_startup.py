@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from dvt.cli.commands import COMMANDS
+from dvt.cli import main
+from dvt.cli.commands import COMMANDS, parse
 
 HEAVY = {"torch", "torchvision", "timm", "h5py", "numpy", "scipy", "sklearn", "matplotlib", "PIL"}
 ACTIONS = [
@@ -106,3 +107,34 @@ def test_a_rate_counts_only_what_was_seen_done():
         time.sleep(0.3)
     shown = [float(rate) for rate in re.findall(r"([\d.]+)/s", text.getvalue())]
     assert shown and max(shown) < 20  # not 5000 images in no time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "unsaid"),
+    [
+        (("denoise", "a", "--out", "o", "--views", "x"), "'x' is not a whole number", "NoneType"),
+        (("denoise", "a", "--out", "o", "--product", "remved"), "did you mean 'removed'?", "None"),
+        (("denoise", "a", "--out", "o", "--neural.steps", "0"), "steps is 0; it must be 2 or more", "NeuralConfig"),
+        (("train", "a", "--out", "o", "--learning-rate", "fast"), "'fast' is not a number", "float"),
+        (("probe", "segmentatoin", "a"), "did you mean 'segmentation'?", "None"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_plain_words(arguments, said, unsaid, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    words = " ".join(capsys.readouterr().err.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
+    refused = words.partition("Argument helptext")[0]
+    assert stop.value.code == 2 and said in refused and unsaid not in refused
+
+
+def test_what_may_be_left_out_is_none_in_any_case():
+    command, _ = parse(
+        ["analyze", "a", "--out", "o", "--mic-channels", "None", "--views", "none", "--product", "blend"]
+    )
+    assert (command.analysis.mic_channels, command.views, command.product) == (None, None, "blend")
+
+
+def test_a_folder_without_a_report_is_told_what_it_lacks(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no report.json" in said and "FileNotFoundError" not in said

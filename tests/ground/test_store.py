@@ -923,3 +923,15 @@ def test_other_types_are_refused_before_they_are_read(tmp_path, name):
         replace(file, name, data=np.ones(shape, kind))
     with pytest.raises(StoreError, match=f"/{name} is of type "):
         FeatureStore(path)
+
+
+def test_a_shard_that_another_program_writes_to_is_not_called_damaged(tmp_path):
+    (shard,) = shards(store(tmp_path / "store", 1))
+    hold = "import h5py, sys; file = h5py.File(sys.argv[1], 'r+'); file.flush(); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold, shard], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline()
+        with pytest.raises(StoreError, match="open for writing in another program") as refused:
+            FeatureStore(tmp_path / "store")
+        other.communicate(b"\n")
+    assert "delete" not in str(refused.value) and "damaged" not in str(refused.value)
+    assert len(FeatureStore(tmp_path / "store")) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from dvt.denoiser import Denoiser
     from dvt.tokens import Tokens
 
+
+log = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
 DEMO_BACKBONE = "vit_tiny_patch16_224"  # of the weights that come with dvt
@@ -65,6 +68,9 @@ class BackboneOptions(Options):
             stride=self.stride,
             size=self.size,
         )
+        if self.size is not None and self.size not in backbone.image_size:
+            taken = " x ".join(map(str, backbone.image_size))
+            log.warning("size %d is not a multiple of the patch: %s takes %s instead", self.size, backbone.name, taken)
         return backbone.to(find_device(self.device))
 
 

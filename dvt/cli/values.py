@@ -1,0 +1,69 @@
+"""How values on the command line are read: numbers, choices and what may be left out, refused in plain words."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Callable
+from typing import Any, Literal, Union, get_args, get_origin
+
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+REGISTRY = ConstructorRegistry()
+_NUMBERS: dict[type, tuple[str, str]] = {int: ("INT", "a whole number"), float: ("FLOAT", "a number")}
+_NONE = "none"  # in any case; only where a setting's default is something else need anybody say it
+
+
+@REGISTRY.primitive_rule
+def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+    """Read numbers and choices, and either of them where None is allowed, which tyro shows as one more choice."""
+    members = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else (info.type,)
+    others = [each for each in members if each is not types.NoneType]
+    if len(others) != 1 or (reader := _reader(others[0], len(members) > 1)) is None:
+        return None
+    metavar, read = reader
+    optional = len(members) > 1
+
+    def value_of(texts: list[str]) -> Any:
+        return None if optional and texts[0].lower() == _NONE else read(texts[0])
+
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=value_of,
+        is_instance=lambda value: value is None if optional and value is None else _matches(value, others[0]),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _reader(kind: Any, optional: bool) -> tuple[str, Callable[[str], Any]] | None:
+    """Choose how the text of one value becomes one of this type, and what help calls it; None leaves it to tyro."""
+    if kind in _NUMBERS:
+        metavar, words = _NUMBERS[kind]
+        return metavar, lambda text: _number(text, kind, words)
+    if get_origin(kind) is Literal and all(isinstance(each, str) for each in get_args(kind)):
+        return "{" + ",".join(get_args(kind)) + "}", lambda text: _choice(text, get_args(kind))
+    if optional and isinstance(kind, type) and kind.__module__ in ("builtins", "pathlib") and kind is not bool:
+        return ("STR" if kind is str else kind.__name__.upper()), kind
+    return None
+
+
+def _number(text: str, kind: Callable[[str], Any], words: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not {words}") from None
+
+
+def _choice(text: str, allowed: tuple[str, ...]) -> str:
+    if text in allowed:
+        return text
+    near = difflib.get_close_matches(text, allowed, 1, 0.5)
+    guess = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"{text!r} is not among the choices; {guess}There are {', '.join(allowed)}")
+
+
+def _matches(value: Any, kind: Any) -> bool | Literal["~"]:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return isinstance(value, kind) or ("~" if kind is float and isinstance(value, int) else False)
