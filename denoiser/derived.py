@@ -1,4 +1,4 @@
-"""Copies of timm modules that share their weights and do something more, under the class that they had."""
+"""Extend copies of modules: they share weights with the original, and their class has its name."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "get_interme
 
 @cache
 def derived(mixin: Any, base: Any) -> type[nn.Module]:
-    """Derive a class from a mixin and `base`, under the name of `base`, because families go by that."""
+    """Derive a class from a mixin and `base` with the name of `base`, by which families are recognised."""
 
     def method(name: str) -> Callable[..., Any]:
         own = getattr(mixin, name)
 
-        @wraps(getattr(base, name))  # its signature says which options the family has
+        @wraps(getattr(base, name))  # keep the signature, which shows the options that the family has
         def call(self: Any, *args: Any, **options: Any) -> Any:
             return own(self, *args, **options)
 
@@ -35,7 +35,7 @@ def derived(mixin: Any, base: Any) -> type[nn.Module]:
 
 
 def reduce_derived(module: nn.Module) -> tuple[Any, ...]:
-    """Answer ``__reduce_ex__`` for a mixin: a derived class has no name to be found by, its parts have."""
+    """Implement ``__reduce_ex__`` of a mixin: pickle the class by its parts, because it cannot be imported by name."""
     return blank, _parts(type(module)), module.__dict__.copy()
 
 
@@ -48,7 +48,7 @@ def blank(root: Any, *mixins: Any) -> nn.Module:
 
 
 def around(model: nn.Module, inner: nn.Module) -> nn.Module:
-    """Put a changed encoder where a model has its own: inside a copy of timm's wrapper, if there is one."""
+    """Replace a model's encoder by a changed one, inside a copy of timm's wrapper if there is one."""
     if families.core(model) is model:
         return inner
     outer = shared_copy(model)
@@ -66,7 +66,7 @@ def patch_grid(model: families.Model, images: Tensor) -> Size:
 
 
 def taken_blocks(count: int, indices: int | Sequence[int] | None) -> list[int]:
-    """List the blocks that timm means by `indices`: None is all, n the last n, negative ones count from the end."""
+    """List the blocks for timm's `indices`: None means all, n the last n, negative indices count from the end."""
     if indices is None or isinstance(indices, int):
         return list(range(count))[-indices if indices else 0 :]
     return sorted({i % count for i in indices})

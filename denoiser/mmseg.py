@@ -1,6 +1,6 @@
 """Run any backbone of dvt, raw or denoised, in mmsegmentation: a backbone, a linear head and the CamVid data set.
 
-The one module that imports mmseg; nothing else in dvt imports it. A config of mmseg makes its classes known by
+Only this module imports mmseg, and no other module of dvt imports it. A config of mmseg registers its classes by
 ``custom_imports = dict(imports=["dvt.denoiser.mmseg"], allow_failed_imports=False)``; see ``docs/mmseg.md`` and
 ``examples/mmseg``.
 """
@@ -30,7 +30,7 @@ except ImportError as error:
         "pip install 'denoising-vit[mmseg]'"
     ) from error
 
-# Before the classes below: mmseg fills its registries only once, and not for those who came first.
+# This must come before the classes below: mmseg fills a registry only if it is still empty.
 register_all_modules(init_default_scope=False)
 
 __all__ = ["CamVidDataset", "DvtBackbone", "DvtLinearHead"]
@@ -38,21 +38,21 @@ __all__ = ["CamVidDataset", "DvtBackbone", "DvtLinearHead"]
 
 @MODELS.register_module()
 class DvtBackbone(BaseModule):
-    """Give mmseg one feature map of a frozen backbone, raw or denoised.
+    """Compute one feature map of a frozen backbone, raw or denoised, for mmseg.
 
     Args:
         name: a single-scale timm model, as :func:`dvt.load_backbone` takes it.
-        weights: a .safetensors or .pth file; "demo" means the small ViT that comes with dvt; None the hub's weights.
+        weights: a .safetensors or .pth file; "demo" for the small ViT that comes with dvt; None for the hub's weights.
         layer: block whose tokens are read; -1 is the last, after the final norm.
         size: input size in pixels, for models whose size is chosen when they are loaded.
-        denoiser: file, folder or hub repository of a denoiser for this backbone and layer; None gives raw tokens.
-        force: take a denoiser whose card names another backbone, layer or weights.
-        pretrained: False gives random weights, for tests.
-        init_cfg: mmengine's; nothing is initialised here, so it must stay None.
+        denoiser: file, folder or hub repository of a denoiser for this backbone and layer; None for raw tokens.
+        force: accept a denoiser whose card names another backbone, layer or weights.
+        pretrained: False for random weights, for tests.
+        init_cfg: an argument of mmengine's; nothing is initialised here, so it must be None.
 
     Attributes:
-        backbone: the :class:`~dvt.backbones.Backbone`, in evaluation mode whatever mmengine asks for.
-        feature_dim: C, the channels of the map, which is what the head's `in_channels` must be.
+        backbone: the :class:`~dvt.backbones.Backbone`, always in evaluation mode.
+        feature_dim: C, the channels of the map; the head's `in_channels` must be equal to it.
 
     Raises:
         BackboneError, WeightsError: the backbone or the denoiser cannot be made, or they do not fit each other.
@@ -89,11 +89,11 @@ class DvtBackbone(BaseModule):
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """Compute one map (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
 
-        A size that is no multiple of the patch is resized to the nearest one, so that the map still covers the whole
-        image, as mmseg's heads take for granted when they enlarge it. Models of fixed size have every image resized.
+        An image whose size is not a multiple of the patch is resized to the nearest multiple, so that the map covers
+        the whole image, as mmseg's heads assume when they enlarge it. For a model of fixed size every image is resized.
 
         Raises:
-            ConfigError: the first images lie outside [0, 1]: the data preprocessor normalises them already.
+            ConfigError: the first images lie outside [0, 1], because the data preprocessor normalises them.
         """
         self._check_range(images)
         size, backbone = (images.shape[2], images.shape[3]), self.backbone
@@ -104,7 +104,7 @@ class DvtBackbone(BaseModule):
             return (backbone(images).patches.permute(0, 3, 1, 2).contiguous(),)
 
     def train(self, mode: bool = True) -> DvtBackbone:
-        """Set training mode for mmengine's bookkeeping only; the frozen model inside stays in evaluation mode."""
+        """Set the flag that mmengine expects; the frozen model inside stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
         return self
@@ -114,7 +114,7 @@ class DvtBackbone(BaseModule):
         self._is_init = True
 
     def _check_range(self, images: Tensor) -> None:
-        """Check the range of the first images only, because looking at values makes a GPU wait."""
+        """Check the range of the first images only, because reading values makes the GPU wait."""
         if self._range_checked:
             return
         low, high = float(images.min()), float(images.max())
@@ -131,8 +131,8 @@ class DvtLinearHead(BaseDecodeHead):
     """Classify frozen features by BatchNorm and a 1x1 convolution, the linear probe.
 
     Args:
-        in_channels: C of the backbone, or one number a map where `in_index` and `input_transform` pick several.
-        options: those of mmseg's ``BaseDecodeHead``: num_classes, loss_decode, ignore_index, ...
+        in_channels: C of the backbone, or one number per map if `in_index` and `input_transform` select several.
+        options: options of mmseg's ``BaseDecodeHead``: num_classes, loss_decode, ignore_index, ...
 
     Source:
         The linear protocol of DINOv2 (Oquab et al., 2023, section 7.4) and Denoising ViT (arXiv 2401.02957).
@@ -144,7 +144,7 @@ class DvtLinearHead(BaseDecodeHead):
         self.bn = nn.BatchNorm2d(channels)  # `sync_bn = "torch"` in the config shares its statistics between GPUs
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Compute scores (B, num_classes, h, w) of the maps that the backbone gave."""
+        """Compute class scores (B, num_classes, h, w) from the backbone's maps."""
         return self.cls_seg(self.bn(self._transform_inputs(inputs)))
 
 
@@ -153,7 +153,7 @@ class CamVidDataset(BaseSegDataset):
     """Read CamVid with its 11 classes; id 11 in the label files is void and becomes mmseg's 255.
 
     Args:
-        options: those of mmseg's ``BaseSegDataset``. The suffixes are .jpg for images and .png for labels.
+        options: options of mmseg's ``BaseSegDataset``. The suffixes are .jpg for images and .png for labels.
 
     Source:
         Brostow, Fauqueur, Cipolla, Pattern Recognition Letters 2009; ids as in the release of SegNet.
@@ -171,5 +171,5 @@ class CamVidDataset(BaseSegDataset):
     }
 
     def __init__(self, metainfo: dict[str, Any] | None = None, **options: Any) -> None:
-        # mmseg maps to 255 what METAINFO has and the wanted classes lack.
+        # mmseg maps the classes of METAINFO that are not wanted to 255.
         super().__init__(metainfo=metainfo or {"classes": self.METAINFO["classes"][:-1]}, **options)

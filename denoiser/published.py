@@ -39,8 +39,8 @@ _SMALL_AND_LARGE = (
     "vit_small_patch14_reg4_dinov2.lvd142m",
 )
 
-#: Folder of the repository to the timm models that its authors report results of; a file is FOLDER/NAME.pth.
-#: "denoised" holds denoisers, "distilled" whole backbones; the first part names the images they were trained on.
+#: For each folder of the repository, the timm models whose results the authors report; a file is FOLDER/NAME.pth.
+#: "denoised" folders hold denoisers, "distilled" ones whole backbones; the first part names the training images.
 PUBLISHED: dict[str, tuple[str, ...]] = {
     "voc_denoised": tuple(sorted(_DISTILLED_BACKBONES + _SMALL_AND_LARGE)),
     "voc_distilled": _DISTILLED_BACKBONES,
@@ -49,11 +49,11 @@ PUBLISHED: dict[str, tuple[str, ...]] = {
 }
 
 DISTILLED_HELP = (
-    "{folder} holds whole distilled backbones; denoisers are in voc_denoised and imgnet_denoised. Load the backbone "
+    "{folder} holds whole distilled backbones; denoisers are in voc_denoised and imgnet_denoised. Load this backbone "
     "with dvt.load_backbone({name!r}, weights=dvt.denoiser.published_file({name!r}, {folder!r}))"
 )
 
-#: Names inside a transformer block, and the one of its MLP whose shape tells the sizes.
+#: Names of the parameters of a transformer block.
 _IN_BLOCK = re.compile(
     r"denoiser\.(?:(\d+)\.)?((?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(?:weight|bias))"
 )
@@ -65,26 +65,26 @@ def published_file(name: str, folder: str = "voc_denoised", **options: Any) -> P
     Args:
         name: a timm model name with its tag.
         folder: a folder of the repository; :data:`PUBLISHED` lists them.
-        options: those of :func:`huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only, ...
+        options: options of :func:`huggingface_hub.hf_hub_download`: revision, token, cache_dir, local_files_only, ...
 
     Raises:
-        WeightsError: the download failed; the message lists what is known to be published.
+        WeightsError: the download failed; the message lists the known published files.
     """
     try:
         return Path(hf_hub_download(REPOSITORY, f"{folder}/{name}.pth", **options))
     except Exception as error:  # each release of the hub's client raises its own kinds
         listed = name in PUBLISHED.get(folder, ())
         known = "; ".join(f"{where}: {', '.join(names)}" for where, names in PUBLISHED.items())
-        hint = "is the network reachable?" if listed else f"known to be published are {known}"
+        hint = "is the network reachable?" if listed else f"known published files are {known}"
         raise WeightsError(
             f"cannot get {folder}/{name}.pth of {REPOSITORY}: {type(error).__name__}: {error}\n{hint}"
         ) from error
 
 
 def published_denoiser(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], State]:
-    """Read a published denoiser's file: (settings of a DenoiserConfig, card, tensors by dvt's names).
+    """Read a published denoiser's file; return the settings of a DenoiserConfig, a card, and tensors by dvt's names.
 
-    Its grid is square, its side the root of the embedding's length.
+    The grid is square; its side is the square root of the embedding's length.
 
     Raises:
         WeightsError: the file is missing or damaged, holds pickled code, or holds no such denoiser.
@@ -103,7 +103,7 @@ def published_denoiser(path: str | Path) -> tuple[dict[str, Any], dict[str, Any]
     unknown += [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
     if unknown or not places:
         raise WeightsError(
-            f"{path} is no denoiser made of plain transformer blocks: it holds {unknown[:4] or 'no block'}"
+            f"{path} is not a denoiser made of plain transformer blocks: it holds {unknown[:4] or 'no block'}"
         )
     state = {f"body.blocks.{place[1] or 0}.{place[2]}": held[name] for name, place in places.items() if place}
     depth = 1 + max(int(place[1] or 0) for place in places.values() if place)
@@ -114,7 +114,7 @@ def _settings(path: Path, state: State, position: Tensor | None, depth: int) -> 
     """Infer the settings from the shapes of the tensors; add the position embedding to the state."""
     hidden = state.get("body.blocks.0.mlp.fc1.weight")
     if hidden is None or hidden.ndim != 2:
-        raise WeightsError(f"{path} lacks the weight of mlp.fc1 (hidden, C), which tells the feature size")
+        raise WeightsError(f"{path} lacks the weight of mlp.fc1 (hidden, C), which gives the feature size")
     channels = hidden.shape[1]
     side = 1
     if position is not None:
@@ -136,15 +136,15 @@ def _settings(path: Path, state: State, position: Tensor | None, depth: int) -> 
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """Make a card from the name of a file: published tokens are those of the last layer, after the norm."""
+    """Make a card from a file's name; published denoisers are for the last layer, after the norm."""
     known = any(path.stem in names for names in PUBLISHED.values())
     return {"layer": -1, "source": REPOSITORY} | ({"backbone": path.stem} if known else {})
 
 
 def published_backbone_state(path: str | Path) -> State:
-    """Read a distilled backbone as it is published: its tensors, by timm's names.
+    """Read the tensors of a published distilled backbone, by timm's names.
 
-    ``dvt.load_backbone(name, weights=path)`` reads such a file by itself; this is for a timm model of your own.
+    ``dvt.load_backbone(name, weights=path)`` also reads such a file; use this function for a timm model of your own.
 
     Raises:
         WeightsError: the file is missing or damaged, holds pickled code, or holds no distilled backbone.

@@ -1,4 +1,4 @@
-"""Fit denoisers in closed form, in one pass over token maps that are never kept."""
+"""Fit denoisers in closed form, in one pass over token maps, which are not kept in memory."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from dvt.denoiser.model import Denoiser
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.grids import Size
 
-#: Singular values of the position waves, and directions, below this share of the largest count as absent.
+#: Singular values of the position waves, and variances of directions, below this share of the largest count as zero.
 _NEGLIGIBLE_SHARE = 1e-9
 
 
 def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoiser:
-    """Remove the directions in which tokens encode where they are [ours; the aim is RASA's].
+    """Fit a denoiser that removes the directions in which tokens encode their position [ours; the aim is RASA's].
 
     Tokens are regressed on smooth functions of position, the cosine waves cos(pi i x) cos(pi j y) with i, j < waves.
-    The `rank` principal directions of what these predict span the position subspace, and tokens are moved to the mean
-    along it. With enough rank no linear probe can tell any of these functions from the result: their covariance with
-    it is zero, on the tokens fitted. RASA's directions, the weights of a probe that predicts position, come out small
-    where the position signal is strong, so that many rounds of them leave it in place.
+    The `rank` principal directions of the prediction span the position subspace; along it tokens are set to the mean.
+    With enough rank, no linear probe can read any of these functions from the result: on the fitted tokens, their
+    covariance with it is zero. RASA's directions, the weights of a probe that predicts position, are small where the
+    position signal is strong, so that even many rounds do not remove it.
 
     Args:
         maps: (h, w, C) raw token maps of several images, of any grids; read once.
-        rank: number of directions removed, at most C.
-        waves: number of wave lengths in each direction.
+        rank: number of directions to remove, at most C.
+        waves: number of wave lengths along each axis.
 
     Returns:
-        A denoiser of kind "linear". :mod:`dvt.denoiser.folding` folds it into layers beside it, at no cost.
+        A denoiser of kind "linear". :mod:`dvt.denoiser.folding` folds it into adjacent layers, at no cost.
 
     Raises:
-        ShapeError: no maps, or maps of several feature sizes.
+        ShapeError: there are no maps, or they differ in feature size.
         NonFiniteError: a map holds NaN or infinity.
         ConfigError: rank or waves is out of range.
 
@@ -45,7 +45,7 @@ def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoise
     ('linear', torch.Size([1, 9, 12, 16]))
     """
     if waves < 2:
-        raise ConfigError(f"waves must be at least 2, got {waves}: a single one does not vary with position")
+        raise ConfigError(f"waves must be at least 2, got {waves}: a single wave is constant")
     products, channels, grid = torch.zeros(()), 0, (1, 1)
     for tokens in checked_maps(maps):
         grid, channels = (tokens.shape[0], tokens.shape[1]), tokens.shape[2]
@@ -62,18 +62,18 @@ def fit_linear(maps: Iterable[Tensor], rank: int = 8, waves: int = 6) -> Denoise
 
 
 def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoiser:
-    """Subtract the mean artifact over images, stored on one grid and resampled to that of the tokens.
+    """Make a denoiser that subtracts the mean artifact over images, stored on one grid and resampled to others.
 
     Args:
-        artifacts: (h, w, C) maps of what to subtract, one an image: artifact terms (G), which have mean zero, or
-            raw - semantic, whose mean then moves the tokens too; of any grids; read once.
+        artifacts: (h, w, C) maps to subtract, one per image: artifact terms (G), which have mean zero, or raw -
+            semantic, whose mean then shifts the tokens, too; of any grids; read once.
         grid: (h, w) of the stored artifact; None takes that of the first map.
 
     Returns:
         A denoiser of kind "subtract".
 
     Raises:
-        ShapeError: no maps, or maps of several feature sizes.
+        ShapeError: there are no maps, or they differ in feature size.
         NonFiniteError: a map holds NaN or infinity.
     """
     total, count = torch.zeros(()), 0
@@ -86,12 +86,12 @@ def fit_subtract(artifacts: Iterable[Tensor], grid: Size | None = None) -> Denoi
 
 
 def checked_maps(maps: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the maps one by one; refuse none at all, several feature sizes, NaN and infinity."""
+    """Yield the maps one by one; raise if there are none, if feature sizes differ, or for NaN and infinity."""
     channels = None
     for number, tokens in enumerate(maps):
         if tokens.ndim != 3 or tokens.shape[-1] != (channels or tokens.shape[-1]):
             raise ShapeError(
-                f"map {number} has shape {tuple(tokens.shape)}; all must be (h, w, {channels or 'C'}), one an image"
+                f"map {number} has shape {tuple(tokens.shape)}; all must be (h, w, {channels or 'C'}), one per image"
             )
         if not tokens.isfinite().all():
             raise NonFiniteError(f"map {number} holds NaN or infinity; leave it out, or extract it again in float32")
@@ -115,7 +115,7 @@ def _position_subspace(products: Tensor, channels: int, rank: int) -> tuple[Tens
     mean = products[-1, :-1] / count
     covariance = products[:-1, :-1] / count - mean[:, None] * mean
     across, within = covariance[:channels, channels:], covariance[channels:, channels:]
-    # Few positions cannot tell all waves apart: the pseudo-inverse then takes the smallest coefficients.
+    # With few positions the waves are linearly dependent; the pseudo-inverse takes the smallest coefficients.
     explained = across @ torch.linalg.pinv(within, rtol=_NEGLIGIBLE_SHARE, hermitian=True) @ across.T
     variances, directions = torch.linalg.eigh(explained)
     variances, directions = variances.flip(0)[:rank], directions.flip(1)[:, :rank]

@@ -1,12 +1,12 @@
-"""Progress of long work, as callbacks."""
+"""Report the progress of long work by callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Called with (what, done, total) after every step of a long piece of work, from the thread that asked for it.
+#: Called with (what, done, total) after every step of long work, in the caller's thread.
 Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """Say nothing: the default of everything that takes a Progress."""
+    """Do nothing; the default for arguments of the type Progress."""

@@ -1,4 +1,4 @@
-"""Bring token maps to a finer grid, guided by the image that they belong to."""
+"""Upsample token maps to a finer grid, guided by their image."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from dvt.views import resize
 
 ROUNDS = 6
 CONTRAST = 0.3
-_TILE = 512  # cells a side; with its border, what is held at once beside the result
-_CHANNELS = 32  # filtered at once
-_LEAST_RANGE = 0.01  # of a flat image, in units of lightness
+_TILE = 512  # cells per side; one tile with its border is held in memory beside the result
+_CHANNELS = 32  # number of channels filtered at once
+_LEAST_RANGE = 0.01  # smallest range of the filter, for a flat image, in units of lightness
 _NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
 
 
@@ -33,19 +33,20 @@ def upsample(
 ) -> Tensor:
     """Upsample token maps so that their edges follow those of the image; nothing is trained.
 
-    The maps are enlarged (bilinear) and then smoothed by 3 x 3 cross-bilateral filters at distances of a patch, half
-    a patch, ... and one cell, again and again: neighbours of the same colour (CIE Lab) are averaged, others are not.
-    The range of the filter is the spread of the image's own colours times `contrast`. It runs in tiles and in groups
-    of channels, so the memory that it takes beside the result does not grow with the size.
+    The maps are enlarged (bilinear) and then smoothed repeatedly by 3 x 3 cross-bilateral filters at distances of a
+    patch, half a patch, ... and one cell: neighbours of similar colour (CIE Lab) are averaged, others are not. The
+    range of the filter is the standard deviation of the image's colours times `contrast`. Tiles and groups of channels
+    are filtered one by one, so the memory needed beside the result does not grow with the size.
 
     Args:
-        tokens: (h, w, C) or (B, h, w, C), of any layer of any backbone, raw or denoised.
-        image: (3, H, W) or (B, 3, H, W) RGB in [0, 1], of any size; it covers what the tokens cover.
-        factor: cells of the result a token and side; 1 changes nothing.
-        size: (H', W') of the result instead, not smaller than the grid; the image's own for features of pixels.
-        centres: (h, w, 2) coordinates of the tokens; those of patches that tile the image if not given, and
-            :meth:`dvt.backbones.Backbone.centres` for patches that overlap.
-        rounds: how often the filters are run.
+        tokens: (h, w, C) or (B, h, w, C) tokens of any layer of any backbone, raw or denoised.
+        image: (3, H, W) or (B, 3, H, W) RGB in [0, 1], of any size; it covers the same area as the tokens.
+        factor: number of cells per token and side; 1 changes nothing.
+        size: (H', W') of the result, instead of a factor, not smaller than the grid; give the image's size for features
+            of each pixel.
+        centres: (h, w, 2) coordinates of the tokens. None takes those of patches that tile the image; for overlapping
+            patches give :meth:`dvt.backbones.Backbone.centres`.
+        rounds: number of passes of the filters.
         contrast: range of the filter, in standard deviations of the image's colours.
 
     Returns:
@@ -53,11 +54,11 @@ def upsample(
 
     Raises:
         ShapeError: tokens, image or centres do not fit together, or the size is smaller than the grid.
-        ConfigError: neither or both of factor and size, or a setting out of its range.
+        ConfigError: neither or both of factor and size are given, or a setting is out of range.
         NonFiniteError: a token or a pixel is NaN or infinite.
 
     Source: joint bilateral upsampling (Kopf et al., SIGGRAPH 2007), iterated over the distances of an edge-avoiding
-    a-trous transform (Dammertz et al., HPG 2010). Scores beside other filters: docs/upsampling.md.
+    a-trous transform (Dammertz et al., HPG 2010). docs/upsampling.md compares it with other filters.
 
     >>> tokens, image = torch.zeros(2, 4, 8), torch.zeros(3, 32, 64)
     >>> image[:, :, 24:], tokens[:, 1], tokens[:, 2:] = 1, 0.5, 1  # a bright part that begins within a patch
@@ -79,7 +80,7 @@ def upsample(
 def _checked(
     tokens: Tensor, image: Tensor, factor: int | None, size: Size | None, rounds: int, contrast: float
 ) -> tuple[Tensor, Tensor, Size]:
-    """Check the maps (B, h, w, C), the images (B, 3, H, W) and the size that is wanted."""
+    """Check the arguments; return maps (B, h, w, C), images (B, 3, H, W) and the size of the result."""
     if tokens.ndim not in (3, 4) or image.ndim != tokens.ndim or image.shape[-3] != 3:
         raise ShapeError(
             f"tokens {tuple(tokens.shape)} and image {tuple(image.shape)} do not fit together: give (h, w, C) and "
@@ -87,7 +88,7 @@ def _checked(
         )
     maps, images = (tokens, image) if tokens.ndim == 4 else (tokens[None], image[None])
     if len(maps) != len(images) or not min(maps.shape) or not min(images.shape):
-        raise ShapeError(f"{tuple(maps.shape)} tokens need an image each, got {tuple(images.shape)}")
+        raise ShapeError(f"tokens {tuple(maps.shape)} need one image each, got images {tuple(images.shape)}")
     if (factor is None) == (size is None):
         raise ConfigError(f"give either a factor or a size, got factor {factor} and size {size}")
     if factor is not None and (factor != int(factor) or factor < 1):
@@ -99,7 +100,7 @@ def _checked(
     if any(a < b for a, b in zip(wanted, grid, strict=True)):
         raise ShapeError(f"the size {wanted} is smaller than the grid {grid}; upsampling only makes maps larger")
     if not (torch.compiler.is_compiling() or bool(maps.isfinite().all() & images.isfinite().all())):
-        raise NonFiniteError("the tokens or the image hold NaN or infinity, which a filter would spread; leave it out")
+        raise NonFiniteError("the tokens or the image hold NaN or infinity, which a filter would spread; skip them")
     return maps, images, wanted
 
 
@@ -129,7 +130,7 @@ def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds:
 
 
 def _halvings(ratio: float) -> list[int]:
-    """List distances from a patch down to one cell: [4, 2, 1] at 4 cells a patch.
+    """List distances from a patch down to one cell: [4, 2, 1] for 4 cells per patch.
 
     >>> _halvings(14.0)
     [14, 7, 4, 2, 1]
@@ -145,7 +146,7 @@ Part = tuple[slice, slice]
 
 
 def _tiles(size: Size, border: tuple[int, ...]) -> Iterator[tuple[Part, Part, Part]]:
-    """Cut a map into tiles, with the border that their filters reach into, and where each lies in that."""
+    """Cut a map into tiles; yield each tile, the tile with the border that the filters reach, and its place in that."""
     for top in range(0, size[0], _TILE):
         for left in range(0, size[1], _TILE):
             first = (top, left)
@@ -158,7 +159,7 @@ def _tiles(size: Size, border: tuple[int, ...]) -> Iterator[tuple[Part, Part, Pa
 
 
 def _weights(guide: Tensor, distance: Size) -> Tensor:
-    """Compute weights (9, H, W) of the neighbours at a distance, which add up to 1."""
+    """Compute the filter weights (9, H, W) of the neighbours at a distance; they add up to 1."""
     around = _neighbours(guide, distance)
     apart = torch.stack([(each - guide).square().sum(0) for each in around])
     away = apart.new_tensor([row * row + column * column for row, column in _NEIGHBOURS])
@@ -173,7 +174,7 @@ def _filtered(values: Tensor, weights: Tensor, distance: Size) -> Tensor:
 
 
 def _neighbours(values: Tensor, distance: Size) -> Iterator[Tensor]:
-    """Shift a map (c, H, W) to each of the 9 neighbours; beyond the map its border goes on."""
+    """Yield a map (c, H, W) shifted to each of the 9 neighbours; beyond the map its border is repeated."""
     height, width = values.shape[1:]
     down, right = distance
     padded = nnf.pad(values[None], (right, right, down, down), mode="replicate")[0]
@@ -183,7 +184,7 @@ def _neighbours(values: Tensor, distance: Size) -> Iterator[Tensor]:
 
 
 def _lab(image: Tensor) -> Tensor:
-    """Convert an sRGB image (3, H, W) to CIE Lab under D65, over 100: colours as far apart as they look."""
+    """Convert an sRGB image (3, H, W) to CIE Lab / 100 (D65), where distances follow perceived differences."""
     linear = torch.where(image > 0.04045, ((image + 0.055) / 1.055) ** 2.4, image / 12.92)
     to_xyz = [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
     white = linear.new_tensor([0.95047, 1.0, 1.08883])

@@ -1,4 +1,4 @@
-"""The result of every solver: a fit of one image's views, and the terms that it splits a token map into."""
+"""Define the result of every solver: a fit of one image's views, and the terms into which it splits a token map."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dvt.errors import ConfigError, ShapeError
 
 @dataclass(frozen=True)
 class Decomposition:
-    """One token map and its terms: raw = semantic + artifact + residual + error.
+    """Hold one token map and its terms: raw = semantic + artifact + residual + error.
 
     Args:
-        raw: (h, w, C) what the backbone returned.
+        raw: (h, w, C) tokens of the backbone.
         semantic: (h, w, C) the chosen estimate of the clean features.
-        artifact: (h, w, C) what depends on the patch position alone, mean zero over positions.
-        residual: (h, w, C) what depends on the token itself; zero where that term is off.
+        artifact: (h, w, C) the part that depends on the patch position alone, with mean zero over positions.
+        residual: (h, w, C) the part that depends on the token itself; zero if that term is off.
         field: (h, w, C) the semantic field (F) at the patch centres; `semantic` may blend it with `raw`.
 
     Raises:
@@ -50,7 +50,7 @@ class Decomposition:
         return self.raw - self.semantic - self.artifact - self.residual
 
     def at_strength(self, strength: float) -> Tensor:
-        """Remove a share of what was found: raw + strength (semantic - raw), (h, w, C).
+        """Remove only a share of the artifact: raw + strength (semantic - raw), (h, w, C).
 
         Args:
             strength: in [0, 1]; 0 returns the values of `raw` and 1 those of `semantic`, exactly.
@@ -59,9 +59,7 @@ class Decomposition:
             ConfigError: strength lies outside [0, 1].
         """
         if not 0 <= strength <= 1:
-            raise ConfigError(
-                f"strength is {strength}; it must lie in [0, 1]: 0 keeps raw, 1 removes all that was found"
-            )
+            raise ConfigError(f"strength is {strength}; it must lie in [0, 1]: 0 returns raw, 1 returns semantic")
         # lerp is exact at both ends, which the plain formula is not.
         return torch.lerp(self.raw, self.semantic, float(strength))
 
@@ -75,12 +73,12 @@ class Decomposition:
 
 
 class Fit(ABC):
-    """A solved image: the semantic field F, the artifact G and the residual predictor h.
+    """Hold the solution for one image: the semantic field F, the artifact G and the residual predictor h.
 
     Laws that every solver's fit keeps (and tests check):
-        - `artifact` has mean zero over positions: F and G are known only up to one constant vector, which is F's.
+        - `artifact` has mean zero over positions: F and G are known only up to one constant vector, which F contains.
         - `semantic` is a pure function of the coordinates, defined on all of [0, 1]^2.
-        - `residual` is a pure function of the token, zero where that term was not fitted.
+        - `residual` is a pure function of the token, and zero if that term was not fitted.
         - `decompose(raw, coords)` gives a Decomposition with these three, in the dtype and on the device of `artifact`;
           its estimate lies between `field` and raw - artifact - residual.
 
@@ -99,14 +97,15 @@ class Fit(ABC):
         """Compute the residual h (..., C) of raw tokens (..., C)."""
 
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
-        """Weigh F in the semantic estimate against raw - artifact - residual.
+        """Return the weight of F in the semantic estimate; raw - artifact - residual has the rest.
 
         Args:
             raw: (h, w, C) tokens.
             coords: (h, w, 2) their image coordinates.
 
         Returns:
-            A number in [0, 1], or a tensor of them that broadcasts to (h, w, C). Here 1: F alone, as in the paper.
+            A number in [0, 1], or a tensor of numbers that broadcasts to (h, w, C). The default is 1: F alone, as in
+            the paper.
         """
         return 1.0
 
@@ -118,7 +117,7 @@ class Fit(ABC):
             coords: (h, w, 2) their image coordinates, (x, y) in [0, 1]^2.
 
         Raises:
-            ShapeError: raw does not have the artifact's shape, or coords do not belong to it.
+            ShapeError: raw does not have the artifact's shape, or coords do not fit it.
         """
         grid = tuple(self.artifact.shape)
         if tuple(raw.shape) != grid or tuple(coords.shape) != (*grid[:2], 2):

@@ -1,4 +1,4 @@
-"""The paper's solver: fields fitted to one image's views by gradient descent (DVT, arXiv 2401.02957)."""
+"""Fit the fields to one image's views by gradient descent, as the paper does (DVT, arXiv 2401.02957)."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _CHUNK = 2**14
 
 @dataclass(frozen=True)
 class NeuralFit(Fit):
-    """One image's fields, as fitted by :class:`NeuralSolver`; the interface and its laws are those of `Fit`.
+    """Hold one image's fields, as fitted by :class:`NeuralSolver`; the interface and its laws are those of `Fit`.
 
     Args:
         artifact: (h, w, C) mean zero over positions.
-        field: network of (N, 2) coordinates, in standardised units.
-        predictor: network of standardised tokens, or None.
-        centre: (C,) what standardisation subtracted.
-        scale: what it divided by.
-        gauge: (C,) the constant that centring took out of the artifact.
+        field: network from coordinates (N, 2) to F in standardised units.
+        predictor: network from standardised tokens to h, or None.
+        centre: (C,) the vector that standardisation subtracts.
+        scale: the number by which it divides.
+        gauge: (C,) the constant that centring subtracted from the artifact, and F contains.
     """
 
     artifact: Tensor
@@ -53,7 +53,7 @@ class NeuralFit(Fit):
 
     @torch.no_grad()
     def residual(self, raw: Tensor) -> Tensor:
-        """Compute the residual h (..., C) of raw tokens (..., C); zero where the residual term was off."""
+        """Compute the residual h (..., C) of raw tokens (..., C); zero if the residual term was off."""
         raw = raw.to(self.artifact)
         if self.predictor is None:
             return torch.zeros_like(raw)
@@ -61,11 +61,11 @@ class NeuralFit(Fit):
 
 
 class NeuralSolver:
-    """Fits F (grid encoding and MLP), G (a vector for each position) and h (MLP on the token) by Adam.
+    """Fit F (grid encoding and MLP), G (a vector per position) and h (MLP on the token) by Adam.
 
-    Tokens are standardised by one mean vector and one standard deviation for all channels, which the paper does not
-    do: the learning rate then has no unit, and the fields need not learn the mean. The cosine in the loss is that of
-    the tokens themselves, mean included. Views are kept in half precision, on the GPU as long as they fit.
+    Unlike in the paper, tokens are standardised, by one mean vector and one standard deviation for all channels: so the
+    learning rate has no unit, and the fields need not learn the mean. The cosine in the loss is that of the tokens with
+    their mean. Views are kept in half precision, on the GPU if they fit.
 
     >>> from dvt.grids import grid_centres
     >>> coords = grid_centres((4, 4))
@@ -84,8 +84,8 @@ class NeuralSolver:
 
         Args:
             views: batches of tokens (V, h, w, C) and the image coordinates (V, h, w, 2) of their patch centres,
-                consumed once; V may differ from batch to batch. The tokens' device is where the fit runs.
-            artifact: (h, w, C) a known artifact, which is then not fitted but only centred.
+                consumed once; V may differ from batch to batch. The fit runs on the tokens' device.
+            artifact: (h, w, C) a known artifact, which is only centred and not fitted.
             progress: called with (steps done, steps) after each step.
 
         Raises:
@@ -93,7 +93,7 @@ class NeuralSolver:
             ShapeError: batches disagree in shape, or the artifact does not fit them.
             NonFiniteError: tokens, coordinates or the loss are not finite.
 
-        Source: "Per-image denoising with neural fields" in Denoising Vision Transformers (arXiv 2401.02957), whose
+        Source: "Per-image denoising with neural fields" in Denoising Vision Transformers (arXiv 2401.02957), where
         raw = F(x) + G(p) + h(raw) is fitted with MSE + (1 - cosine), and 0.1 MSE(h, sg(raw - F - G)) + 0.02 |h|_1.
         """
         tokens, coords, device = _cache(views)
@@ -108,12 +108,12 @@ class NeuralSolver:
         return fitting.result()
 
     def fit_many(self, views: Sequence[ViewBatches], artifact: Tensor | None = None) -> list[NeuralFit]:
-        """Fit several images, one after the other: :meth:`fit` of each, in their order."""
+        """Fit several images one after the other, each by :meth:`fit`."""
         return [self.fit(each, artifact) for each in views]
 
 
 class _NeuralFitting:
-    """The networks of one fit and their training, in standardised units."""
+    """Hold the networks of one fit, in standardised units, and train them."""
 
     def __init__(
         self,
@@ -137,11 +137,11 @@ class _NeuralFitting:
         self.artifact = nn.Parameter(known, requires_grad=artifact is None)
 
     def train(self, tokens: Tensor, coords: Tensor, progress: OnStep | None) -> None:
-        """Run all steps on tokens (N, C) and coordinates (N, 2), position after position of view after view."""
+        """Run all steps on tokens (N, C) and coordinates (N, 2), ordered by view and then by position."""
         config = self.config
         modules = [self.field] + ([self.predictor] if self.predictor is not None else [])
         parameters = [p for module in modules for p in module.parameters()] + [self.artifact]
-        # Fused Adam is many times faster than the default on the large tables, on the CPU too.
+        # For the large tables, fused Adam is many times faster than the default, also on the CPU.
         optimizer = torch.optim.Adam(
             parameters,
             lr=config.lr,
@@ -159,7 +159,7 @@ class _NeuralFitting:
             optimizer.param_groups[0]["lr"] = config.learning_rate(step)
             chosen = torch.randint(len(tokens), (config.tokens_per_step,), generator=generator, device=tokens.device)
             loss = self.loss(tokens[chosen], coords[chosen], chosen, second_half)
-            # Reading the loss waits for the GPU, so it is not read at every step; NaN never heals.
+            # Reading the loss waits for the GPU, so it is read only now and then; once NaN, it stays NaN.
             if (step % 50 == 0 or step == config.steps - 1) and not math.isfinite(loss.item()):
                 raise NonFiniteError(
                     f"the loss is {loss.item()} at step {step + 1} of {config.steps}; use a smaller lr"
@@ -171,7 +171,7 @@ class _NeuralFitting:
                 progress(step + 1, config.steps)
 
     def loss(self, tokens: Tensor, coords: Tensor, chosen: Tensor, second_half: bool) -> Tensor:
-        """Compute the loss of drawn tokens (n, C): squared error and cosine; later the residual's terms, too."""
+        """Compute the loss of drawn tokens (n, C): squared error and cosine, and in the second half the residual's."""
         device, config = self.centre.device, self.config
         raw = (tokens.to(device).float() - self.centre) / self.scale
         position = (chosen % len(self.artifact)).to(device)
@@ -187,13 +187,13 @@ class _NeuralFitting:
         )
 
     def reconstruction(self, estimate: Tensor, raw: Tensor) -> Tensor:
-        """Compute MSE + (1 - cosine), the cosine with the mean put back."""
+        """Compute MSE + (1 - cosine), where the cosine is that of tokens with their mean."""
         offset = self.centre / self.scale
         cosine = nnf.cosine_similarity(estimate + offset, raw + offset, dim=-1)
         return nnf.mse_loss(estimate, raw) + 1 - cosine.mean()
 
     def result(self) -> NeuralFit:
-        """Return the fit in the tokens' units, its artifact centred."""
+        """Return the fit in the tokens' units, with a centred artifact."""
         artifact = self.artifact.detach() * self.scale
         gauge = artifact.mean(0)
         for module in (self.field, self.predictor):
@@ -204,9 +204,9 @@ class _NeuralFitting:
 
 
 def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Module]:
-    """Make linear layers with ReLU between, torch's own initial distribution, an explicit generator, a zero output.
+    """Make linear layers with ReLU between them, with torch's initial distribution drawn from an explicit generator.
 
-    All terms so begin at zero, and tokens that do not vary leave them there.
+    The last layer starts at zero, so all terms start at zero, and remain there if the tokens do not vary.
     """
     for k, (fan_in, fan_out) in enumerate(pairwise(widths)):
         if k:
@@ -219,13 +219,13 @@ def _mlp(widths: tuple[int, ...], generator: torch.Generator) -> Iterator[nn.Mod
 
 
 def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
-    """Join all tokens (V, h, w, C) in half precision and their coordinates (V, h, w, 2); return their device too."""
+    """Join all tokens (V, h, w, C), in half precision, and coordinates (V, h, w, 2); also return the first device."""
     kept: list[tuple[Tensor, Tensor]] = []
     device = None
     for tokens, coords in views:
         _check_batch(tokens, coords, kept[0][0] if kept else None)
         device = device or tokens.device
-        # Half precision ends at 65504; a batch beyond it stays in single precision.
+        # Half precision ends at 65504; batches with larger values stay in single precision.
         half = tokens.detach().half() if tokens.abs().max() < _HALF_SAFE else tokens.detach().float()
         stays = _has_room(half, sum(batch.nbytes for batch, _ in kept)) and (not kept or kept[-1][0].device == device)
         place = device if stays else torch.device("cpu")
@@ -238,7 +238,7 @@ def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
 
 
 def _has_room(batch: Tensor, kept: int) -> bool:
-    """Tell if a GPU can keep its views: joining the kept bytes takes as many again, training the reserve."""
+    """Tell if the GPU can keep one more batch: joining needs the kept bytes once more, training needs the reserve."""
     return not batch.is_cuda or torch.cuda.mem_get_info(batch.device)[0] > kept + batch.nbytes + _CUDA_RESERVE
 
 
@@ -262,6 +262,6 @@ def _moments(tokens: Tensor) -> tuple[Tensor, float]:
     chunks = tokens.split(_CHUNK)
     centre = torch.stack([chunk.double().sum(0) for chunk in chunks]).sum(0) / len(tokens)
     variance = sum(((chunk - centre) ** 2).sum().item() for chunk in chunks) / tokens.numel()
-    # Tokens that do not vary have only rounding left, which must not be blown up to unit variance.
+    # Tokens that do not vary differ only by rounding, which must not be scaled to unit variance.
     floor = 1e-3 * math.sqrt((centre**2).mean().item())
     return centre.float(), max(math.sqrt(variance), floor) or 1.0

@@ -1,9 +1,9 @@
-"""Which tokens of shifted windows to trust: a plain test of their length, and what a fit leaves of them (ours).
+"""Weight the tokens of shifted windows: by a test of their norm, and by their residual in a fit (ours).
 
-A flickering outlier is long in one window and not in the next, and a content patch is seen in a few windows only: their
-mean is lost to a single one. So what is long beside what is ordinary at its position gets no weight before anything is
-fitted; content of high contrast is among it, whose loss costs a little precision and no more, because it is kept in
-the estimate. Then what the two-way model leaves of the others sets their weights (Geman-McClure).
+An outlier has a large norm in one window and not in the next, and each patch of content is seen in only a few windows,
+so a single outlier spoils their mean. Therefore, before any fit, tokens far from the ordinary token of their position
+get no weight. Content of high contrast is among them; leaving it out of the fit only costs a little precision, because
+the estimate keeps it. Then the residuals of the two-way model set the weights of the others (Geman-McClure).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from dvt.fields.twoway import TwoWay
 from dvt.grids import Size
 from dvt.tokens import norm_bound
 
-# Windows from which a median over them stands for what a position holds.
+# Windows needed for a median over them to represent the ordinary token of a position.
 _FEWEST_WINDOWS = 5
-# Windows in which a position's token is short, from which its median is theirs alone.
+# Windows with a short token at a position needed for the median to be that of the short tokens alone.
 _FEWEST_SHORT = 3
-# Times that weights are found from a fit with the last ones.
+# Rounds of fitting with the current weights and computing new ones.
 _ROUNDS = 2
 
 
 class Trust:
-    """Weights for the tokens of an image's windows, learnt from its first ones.
+    """Compute weights for the tokens of an image's windows, from a fit of the first windows.
 
     Args:
-        tokens: (V, n, C) of the first windows.
-        offsets: (V, 2) theirs.
+        tokens: (V, n, C) tokens of the first windows.
+        offsets: (V, 2) offsets of these windows.
         grid, period: as :class:`~dvt.fields.twoway.TwoWay` takes them.
-        config: `sigmas` and `cutoff` are read.
+        config: `sigmas`, `cutoff` and `ridge` are used.
     """
 
     def __init__(self, tokens: Tensor, offsets: Tensor, grid: Size, period: Size, config: ShiftConfig):
@@ -50,11 +50,11 @@ class Trust:
             self.fit = self._fitted(sketched, offsets)
 
     def weights(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """Weigh tokens (V, n, C) of windows at offsets (V, 2): (V, n) in [0, 1]."""
+        """Compute the weights (V, n), in [0, 1], of tokens (V, n, C) of windows at offsets (V, 2)."""
         return self._weigh(self._sketch(tokens), offsets)
 
     def is_long(self, tokens: Tensor) -> Tensor:
-        """Tell which tokens (V, n, C) are long beside what is ordinary at their position: (V, n) bool."""
+        """Tell which tokens (V, n, C) are far from the ordinary token of their position: (V, n) bool."""
         return self._length(self._sketch(tokens)) > self.limit
 
     def _weigh(self, sketched: Tensor, offsets: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class Trust:
         return short * torch.where(usual > 0, geman_mcclure(left, usual, self.config.cutoff), 1)
 
     def _fitted(self, sketched: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Fit F and G to what is trusted so far; with the norm that they usually leave of it."""
+        """Fit F and G with the current weights; return them and the median norm of the residuals."""
         weights = self._weigh(sketched, offsets)
         sums = TwoWay(1, self.grid, self.period, sketched.shape[2], sketched)
         sums.add(sketched[None], offsets, weights[None])
@@ -87,9 +87,9 @@ class Trust:
 
 
 def _median_of_short(sketched: Tensor, long: Tensor) -> Tensor:
-    """Take the median (n, S) over windows of tokens that are not long, or of all tokens where few are short.
+    """Take the median (n, S) over windows of tokens that are not long, or of all tokens if few are short.
 
-    Where most windows have a long token, that is an artifact and ordinary there; an outlier is not.
+    If most windows have a long token at a position, it is an artifact, and ordinary there; it is not an outlier.
     """
     short = sketched.masked_fill(long[..., None], float("nan")).nanmedian(0).values
     enough = (~long).sum(0) >= _FEWEST_SHORT

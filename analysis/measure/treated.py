@@ -1,4 +1,4 @@
-"""Apply a denoiser, whether it is a function of tokens or another backbone."""
+"""Apply a denoiser, which is a function of tokens or a changed backbone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dvt.tokens import Tokens
 
 
 def treated(denoise: DenoiserLike, images: Tensor, raw: Tokens) -> Tokens:
-    """Denoise the raw tokens of images (B, 3, H, W), or compute them anew where the denoiser is a backbone."""
-    from dvt.backbones import Backbone  # with timm, which nothing else here needs
+    """Denoise the raw tokens of images (B, 3, H, W), or compute new tokens if the denoiser is a backbone."""
+    from dvt.backbones import Backbone  # imported late, because it loads timm
 
     if not isinstance(denoise, Backbone):
         return denoise(raw)

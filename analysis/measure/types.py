@@ -1,4 +1,4 @@
-"""Types of the arguments of an analysis."""
+"""Define the types of an analysis's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics of artifacts that need no labels, each with its null."""
+"""Measure artifacts without labels; each metric has a null."""
 
 from dvt.analysis.metrics.artifacts import (
     NormOutliers,

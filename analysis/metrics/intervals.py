@@ -1,4 +1,4 @@
-"""Bootstrap over images: how often each is drawn, and the interval that the drawn values span."""
+"""Bootstrap over images: draw how often each image counts, and compute the interval of the resulting values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ RESAMPLES = 1000
 
 
 def resample_counts(images: int, resamples: int, generator: torch.Generator) -> Tensor:
-    """Draw samples of as many images as there are, with replacement.
+    """Draw bootstrap samples of N images each, with replacement.
 
     Args:
         images: N.
@@ -17,7 +17,7 @@ def resample_counts(images: int, resamples: int, generator: torch.Generator) -> 
         generator: draws them; on the CPU.
 
     Returns:
-        (R, N) float64, how often each image occurs in each sample.
+        (R, N) float64, the number of times that each image occurs in each sample.
 
     >>> resample_counts(3, 2, torch.Generator().manual_seed(0)).sum(1).tolist()
     [3.0, 3.0]
@@ -27,7 +27,7 @@ def resample_counts(images: int, resamples: int, generator: torch.Generator) -> 
 
 
 def central_interval(values: Tensor) -> tuple[float, float] | None:
-    """Find the central 95 % of the values that are finite; None where none is.
+    """Compute the central 95 % interval of the finite values; None if there are none.
 
     >>> central_interval(torch.arange(41.0))
     (1.0, 39.0)

@@ -1,4 +1,4 @@
-"""Make rows of a table from the metrics: a value, what chance gives, and a bootstrap interval over images."""
+"""Make rows of a table from the metrics: a value, its null, and a bootstrap interval over images."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
 from dvt.tokens import Tokens
 
-# A grey image of one level has no other to be averaged with.
+# Several levels of grey, so that there is a mean over them.
 GREYS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Explain a metric, for tables.
+    """Describe a metric, for tables.
 
     Args:
         title: short name.
         meaning: one line, with unit and range.
-        better: "lower" or "higher", which of them means fewer artifacts.
+        better: "lower" or "higher", the direction of fewer artifacts.
     """
 
     title: str
@@ -42,12 +42,12 @@ class Metric:
 METRICS = {
     "position_own": Metric(
         "Position share",
-        "share of the variance within an image that stays at the patch position when the content moves, to 1",
+        "share of the variance within an image that depends on the patch position when the content moves, at most 1",
         "lower",
     ),
     "position_shared": Metric(
         "Position share, same in all",
-        "the part of it that is the same in all images, which one subtracted map would remove, to 1",
+        "the part of that share that is the same in all images, which one subtracted map would remove, at most 1",
         "lower",
     ),
     "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
@@ -59,13 +59,13 @@ METRICS = {
     ),
     "outlier_share": Metric("Norm outliers", "share of tokens whose norm is beyond 5 robust sigmas, 0 to 1", "lower"),
     "norm_spread": Metric("Norm p99/p50", "99th percentile of the norm over the median, from 1", "lower"),
-    "shift_p50": Metric("Shift cosine p50", "median cosine of one image point in shifted windows, to 1", "higher"),
-    "shift_p5": Metric("Shift cosine p5", "the same at the 5th percentile", "higher"),
+    "shift_p50": Metric("Shift cosine p50", "median cosine of one image point in shifted windows, at most 1", "higher"),
+    "shift_p5": Metric("Shift cosine p5", "5th percentile of that cosine", "higher"),
     "blank_energy": Metric("Blank energy", "share of the response to a grey image that varies, 0 to 1", "lower"),
     "blank_correlation": Metric(
         "Blank corr. with G", "correlation of that response with the artifact, -1 to 1", "lower"
     ),
-    "grid_peak": Metric("Grid peak", "power at the patch-grid frequencies over the power around, about 1", "lower"),
+    "grid_peak": Metric("Grid peak", "power at patch-grid frequencies over that around them; 1 without", "lower"),
 }
 
 
@@ -75,15 +75,15 @@ class Row:
 
     Args:
         metric: a key of :data:`METRICS`.
-        value: the metric; None where it cannot be had, for the reason in `note`.
-        null: what chance gives; None where there is no null.
-        null_low, null_high: 95 % interval of one more draw of the null.
-        low, high: 95 % bootstrap interval of the value over images; None with fewer than two.
-        images: how many images (or greys) the value rests on.
-        note: what is special about it.
+        value: the metric; None if it is not computed, with the reason in `note`.
+        null: the mean of the null; None if there is no null.
+        null_low, null_high: 95 % prediction interval of one more draw of the null.
+        low, high: 95 % bootstrap interval of the value over images; None with fewer than two images.
+        images: number of images (or greys) behind the value.
+        note: a remark.
         variant: "raw", a term, or the name of a denoiser.
-        layer: -1 for the last one after the final norm.
-        backbone: its label in the report.
+        layer: -1 for the last layer, after the final norm.
+        backbone: the backbone's label in the report.
     """
 
     metric: str
@@ -116,11 +116,11 @@ def static_rows(
     """Compute the metrics that need only the tokens of photographs.
 
     Args:
-        maps: one set of tokens an image.
-        draws: of each null.
-        mic_images: images that MIC, the slowest by far, is computed on, evenly spread over all.
-        candidates: channels an axis that MIC scores; see :func:`dvt.analysis.metrics.artifacts.position_mic`.
-        period: of the grid, see :func:`dvt.analysis.metrics.artifacts.grid_peak`.
+        maps: one set of tokens per image.
+        draws: number of draws of each null.
+        mic_images: number of images, evenly spread over all, for MIC, which is by far the slowest.
+        candidates: channels per axis that MIC scores; see :func:`dvt.analysis.metrics.artifacts.position_mic`.
+        period: period of the grid; see :func:`dvt.analysis.metrics.artifacts.grid_peak`.
     """
     few = [maps[i] for i in torch.linspace(0, len(maps) - 1, min(mic_images, len(maps))).long().tolist()]
     tasks: list[tuple[str, Callable[[], list[Row]]]] = [
@@ -134,7 +134,7 @@ def static_rows(
     for name, task in tasks:
         try:
             rows += task()
-        except ShapeError as error:  # a grid that is too small for this one
+        except ShapeError as error:  # the grid is too small for this metric
             rows.append(missing(name, str(error)))
     return rows
 
@@ -153,7 +153,7 @@ def position_r2_row(maps: Sequence[Tokens], generator: torch.Generator, draws: i
     if (groups := len(found.counts)) > 1:
         weights = resample_counts(groups, RESAMPLES, generator)
         interval = central_interval(found.r2(weights)[:, :2].mean(1).cpu())
-    note = "" if len(maps) > 1 else "one image: its tokens are on both sides, so the number is optimistic"
+    note = "" if len(maps) > 1 else "one image: its tokens are in training and test, so the number is optimistic"
     return _row("position_r2", float(values[0]), values[1:], interval, len(maps), note)
 
 
@@ -163,7 +163,7 @@ def position_mic_row(maps: Sequence[Tokens], generator: torch.Generator, candida
     rounds = _rounds(len(maps))
     null = torch.cat([metrics.position_mics(shuffled(maps, generator), candidates) for _ in range(rounds)])
     channels = maps[0].feature_dim
-    note = "" if candidates is None or candidates >= channels else f"best {candidates} of {channels} channels an axis"
+    note = "" if candidates is None or candidates >= channels else f"best {candidates} of {channels} channels per axis"
     return _mean_row("position_mic", values, null, generator, note)
 
 
@@ -181,9 +181,9 @@ def pooled_mic_row(maps: Sequence[Tokens], generator: torch.Generator, draws: in
 
 
 def outlier_rows(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row]:
-    """Score the share of norm outliers and the spread of an image's norms against noise of the same covariance.
+    """Score the share of norm outliers and the spread of norms; the null is noise of the same covariance.
 
-    The thresholds are those of all images together, also in the bootstrap. The null comes from up to 16 images.
+    The thresholds come from all images together, also in the bootstrap. The null comes from up to 16 images.
     """
     few = list(maps[:: max(1, len(maps) // 16)])
     noise = [cast("list[Tokens]", matched_noise(few, generator)) for _ in range(_rounds(len(few)))]
@@ -194,7 +194,7 @@ def outlier_rows(maps: Sequence[Tokens], generator: torch.Generator) -> list[Row
 
 
 def _rounds(images: int) -> int:
-    """Choose how often a null of one draw an image is drawn: its mean's spread is known from at least six values."""
+    """Choose how often to draw a null that has one value per image, so that there are at least six values."""
     return max(1, -(-6 // images))
 
 
@@ -230,7 +230,7 @@ def grid_peak_row(maps: Sequence[Tokens], generator: torch.Generator, draws: int
 
 
 def shift_rows(found: Sequence[metrics.ShiftStability], generator: torch.Generator, note: str = "") -> list[Row]:
-    """Average :func:`~dvt.analysis.metrics.artifacts.shift_stability`; its null is tokens of other points."""
+    """Average :func:`~dvt.analysis.metrics.artifacts.shift_stability`; its null compares tokens of other points."""
     rows = []
     for metric, same, other in (("shift_p50", "p50", "unmatched"), ("shift_p5", "p5", "unmatched_p5")):
         values, null = (torch.tensor([getattr(each, name) for each in found]).double() for name in (same, other))
@@ -243,13 +243,13 @@ def blank_rows(
 ) -> list[Row]:
     """Score energy and correlation of the responses (h, w, C) to several greys; the interval is over greys.
 
-    A model without position answers a grey with equal tokens: the null of the energy is 0. That of the correlation
-    is the artifact with its positions permuted.
+    A model without artifacts of position gives equal tokens for a grey image, so the null of the energy is 0. The null
+    of the correlation is the artifact with permuted positions.
     """
     energies = torch.tensor([blank_energy(each) for each in responses]).double()
     rows = [replace(_mean_row("blank_energy", energies, None, generator, "interval over greys"), null=0.0)]
     if artifact is None:
-        return [*rows, missing("blank_correlation", "no artifact is known to correlate with")]
+        return [*rows, missing("blank_correlation", "there is no artifact to correlate with")]
     values = torch.tensor([blank_correlation(each, artifact) for each in responses]).double()
     null = torch.tensor([blank_correlation(responses[0], _permuted(artifact, generator)) for _ in range(draws)])
     interval = _bootstrap_mean(values, generator)
@@ -264,7 +264,7 @@ def share_rows(share: PositionShare) -> list[Row]:
     """Make the two rows of a position share: within each image, and the same in all images."""
     own = _shared_row("position_own", share.own, share.own_interval, share.images)
     if share.shared is None:
-        return [own, missing("position_shared", "one image has nothing in common with others")]
+        return [own, missing("position_shared", "it needs two images or more")]
     return [own, _shared_row("position_shared", share.shared, share.shared_interval, share.images)]
 
 
@@ -274,7 +274,7 @@ def _shared_row(metric: str, score: Score, interval: tuple[float, float] | None,
 
 
 def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch.Generator, note: str = "") -> Row:
-    """Make the row of a mean over images beside the mean of a null that has one draw an image."""
+    """Make the row of a mean over images, with the mean of a null that has one draw per image."""
     from scipy.stats import t as student
 
     interval = _bootstrap_mean(values, generator)
@@ -284,7 +284,7 @@ def _mean_row(metric: str, values: Tensor, null: Tensor | None, generator: torch
     mean, count = float(null.double().mean()), len(null)
     if count < 2:
         return replace(row, null=mean)
-    # The interval of another mean of as many images as the value has.
+    # The prediction interval of another mean over as many images.
     error = float(null.double().std()) * (1 / count + 1 / len(values)) ** 0.5
     half = float(student.ppf(0.975, count - 1)) * error
     return replace(row, null=mean, null_low=mean - half, null_high=mean + half)

@@ -1,4 +1,4 @@
-"""Compare priors conditioned on different tokens of the same images: same seeds, split and budget, against steps."""
+"""Compare priors conditioned on different tokens of the same images, with the same seeds, split and budget."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from dvt.images import load_image, readable, size_and_sha256
 from dvt.progress import Progress, silent
 from dvt.views import resize
 
-#: Kinds of patch tokens that need no more than a backbone; others come from the treatments that are handed over.
+#: Kinds of patch tokens that need only a backbone; other kinds come from treatments.
 PLAIN_KINDS = ("raw", "raw - mean map", "position only", "shuffled", "learned centring")
 
 Treatment = Callable[[Tensor], Tensor]
-"""An image (3, H, W) in [0, 1] at the backbone's size -> its patch tokens (h, w, C)."""
+"""A function from an image (3, H, W) in [0, 1] at the backbone's size to patch tokens (h, w, C)."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """Hold all images and their tokens.
+    """Hold all images of a comparison and their tokens.
 
     Args:
         pictures: (N, 3, S, S).
-        tokens: by kind, (N, h w, C) float16.
+        tokens: for each kind, (N, h w, C) float16.
         grid: (h, w).
-        chosen, held: rows to learn from and those held out.
-        sha256s: of the images' files.
+        chosen, held: rows of the training images and of the held-out ones.
+        sha256s: hashes of the images' files.
     """
 
     pictures: Tensor
@@ -64,15 +64,15 @@ def look(
     denoiser: Clean | None = None,
     progress: Progress = silent,
 ) -> Material:
-    """Make the tokens of all kinds of all images.
+    """Compute the tokens of all kinds for all images.
 
     Args:
-        paths: of the images.
-        backbone: that sees them.
-        config: the split and the kinds wanted.
-        treatments: by kind, of one image.
-        shared: makes the artifact (h, w, C) of some training images; for the kind "raw - G".
-        denoiser: for the kind "denoiser".
+        paths: paths of the images.
+        backbone: computes the raw tokens.
+        config: gives the split and the kinds.
+        treatments: for each further kind, a function of one image.
+        shared: computes the artifact (h, w, C) of some training images, for the kind "raw - G".
+        denoiser: applied to raw tokens for the kind "denoiser".
         progress: called with ("look", images done, images).
     """
     found = readable(paths, lambda path: (size_and_sha256(path)[1], square(load_image(path))))
@@ -101,7 +101,7 @@ def look(
     maps["shuffled"] = raw[other]
     kinds = config.kinds or tuple(maps)
     if unknown := [name for name in kinds if name not in maps]:
-        raise ConfigError(f"there are no tokens of kind {unknown[0]!r}; here there are {', '.join(maps)}")
+        raise ConfigError(f"there are no tokens of kind {unknown[0]!r}; choose from {', '.join(maps)}")
     kept = {name: maps[name].flatten(1, 2).half() for name in kinds}
     pictures = torch.stack([resize(image, (config.prior.side, config.prior.side)) for image in images])
     return Material(pictures, kept, (raw.shape[1], raw.shape[2]), chosen, held, sha256s)
@@ -114,21 +114,21 @@ def compare_priors(
     yardsticks: Sequence[Yardstick] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Train one prior for each kind and seed, measure all alike against steps, and write a page.
+    """Train one prior for each kind and seed, measure all in the same way over steps, and write a page.
 
-    Runs that a folder has finished are not trained again. Yardsticks see the sample of each held-out image beside the
-    image itself, less the training images' mean.
+    Runs that are finished in the folder are not repeated. Yardsticks compare the sample for each held-out image with
+    the image itself, after subtracting the training images' mean.
 
     Args:
-        material: of :func:`look`.
-        out: the folder: compare.json, page.html, samples.png, and the runs.
-        config: of the comparison.
+        material: images and tokens, from :func:`look`.
+        out: the folder for compare.json, page.html, samples.png and the runs.
+        config: settings of the comparison.
         yardsticks: None for pixels and random filters.
         progress: called with ("runs", runs done, runs).
 
     Returns:
-        A report ready for JSON: by kind and measure, curves with intervals, the last and the best point, each with its
-        paired difference to raw.
+        A report ready for JSON: for each kind and measure, curves with intervals, and the last and the best point with
+        their paired differences to raw.
     """
     sticks = list(yardsticks or (pixels(), random_filters()))
     jobs = [(kind, seed) for seed in range(config.seeds) for kind in material.tokens]
@@ -160,7 +160,7 @@ def _plain(kind: str) -> str:
 def _run(
     kind: str, seed: int, material: Material, folder: Path, config: Comparison, sticks: Sequence[Yardstick]
 ) -> tuple[list[dict[str, float]], Tensor]:
-    """Train one prior: its curve, and samples for the held-out images."""
+    """Train one prior; return its curve, and samples for the held-out images."""
     training, tokens = config.prior, material.tokens[kind]
     target = PriorTarget(training.target, training.patch, training.vae)
     raw = target.encode(material.pictures, material.pictures)
@@ -201,11 +201,11 @@ def _run(
 
 
 def _mark(values: Tensor) -> float:
-    """Sum a tensor up, so that a folder's runs are of the same tokens."""
+    """Summarise a tensor by one number, which is a setting of its run: other tokens make another run."""
     return round(float(values.double().abs().mean()), 6)
 
 
-# --- what the curves say
+# --- summaries of the curves
 
 
 def _summary(runs: list[list[dict[str, float]]], raw: list[list[dict[str, float]]]) -> dict[str, Any]:
@@ -223,11 +223,11 @@ def _values(rows: list[dict[str, float]], name: str) -> list[float]:
 
 
 def _measure(runs: list[list[float]], raw: list[list[float]], name: str) -> dict[str, Any]:
-    """Describe one measure of one kind: (seeds, points) against those of raw."""
+    """Summarise one measure of one kind, from curves (seeds, points), and compare it with raw."""
     best = min if "loss" in name else max
     mean = torch.tensor(runs).mean(0)
     quarter = max(1, len(mean) // 4)
-    late, before = mean[-quarter:].mean(), mean[-2 * quarter : -quarter].mean()  # NaN where there is one point
+    late, before = mean[-quarter:].mean(), mean[-2 * quarter : -quarter].mean()  # NaN if there is only one point
     return {
         "curve": [interval(list(point)) for point in zip(*runs, strict=True)],
         "last": interval([run[-1] for run in runs]),
@@ -239,7 +239,7 @@ def _measure(runs: list[list[float]], raw: list[list[float]], name: str) -> dict
 
 
 def interval(values: Sequence[float]) -> dict[str, float]:
-    """Give the mean of some seeds and half the width of its 95 % t interval.
+    """Compute the mean over seeds and half the width of its 95 % t interval.
 
     >>> interval([1.0, 2.0, 3.0])["mean"]
     2.0

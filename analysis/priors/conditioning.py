@@ -20,17 +20,17 @@ from dvt.progress import silent
 def conditions_of_images(
     card: dict[str, Any], paths: Sequence[Path], backbone: Backbone, denoiser: Clean | None = None
 ) -> Tensor:
-    """Make conditions (n, M, C) of images.
+    """Make conditions (n, M, C) from images.
 
     Args:
-        card: of the prior.
-        paths: of the images.
-        backbone: that of the training.
-        denoiser: that of the training; None for none.
+        card: the prior's card.
+        paths: paths of the images.
+        backbone: the backbone of the training.
+        denoiser: the denoiser of the training, if any.
 
     Raises:
         ConfigError: the prior is not conditioned on images.
-        BackboneError: it was trained on tokens of something else.
+        BackboneError: the prior was trained on tokens of another backbone or denoiser.
         ImageError: an image cannot be read.
     """
     if card.get("condition") not in CONDITIONS:
@@ -40,8 +40,7 @@ def conditions_of_images(
     changed = [f"{k} {card.get(k)!r} there, {v!r} here" for k, v in here.items() if card.get(k) != v]
     if changed:
         raise BackboneError(
-            f"the prior was trained on tokens of something else ({'; '.join(changed)}); give the same backbone, size "
-            "and denoiser"
+            f"the prior was trained on other tokens ({'; '.join(changed)}); give the same backbone, size and denoiser"
         )
     seen = read_tokens(list(paths), backbone, Wanted(card["condition"], False, 8), denoiser, silent)
     assert seen.conditions is not None
@@ -49,10 +48,10 @@ def conditions_of_images(
 
 
 def conditions_of_labels(card: dict[str, Any], labels: Sequence[str]) -> Tensor:
-    """Make conditions (n, 1, K) of the names of classes.
+    """Make conditions (n, 1, K) from names of classes.
 
     Raises:
-        ConfigError: the prior knows no labels, or not these.
+        ConfigError: the prior was trained without labels, or without one of these.
     """
     known = card.get("labels")
     if not known:

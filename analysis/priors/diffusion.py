@@ -1,7 +1,7 @@
-"""Diffusion in one convention: x = x0 + sigma * noise, and a model that answers x0(x, sigma, condition).
+"""Train and sample diffusion models, with x = x0 + sigma * noise and a model that predicts x0(x, sigma, condition).
 
-A network becomes such a model through :class:`Preconditioned` (EDM), a noise-predicting DDPM network through
-:func:`x0_from_noise`. The samplers share one call: ``sampler(x0_model, x_init, sigmas, condition, generator)``.
+:class:`Preconditioned` (EDM) makes such a model from a network, :func:`x0_from_noise` from a noise-predicting DDPM
+network. All samplers have one signature: ``sampler(x0_model, x_init, sigmas, condition, generator)``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dvt.errors import ConfigError, NonFiniteError
 
 X0Model = Callable[[Tensor, Tensor, Any], Tensor]
-"""(x (B, ...), sigma (B,), condition) -> the clean sample's expectation (B, ...)."""
+"""A function of (x (B, ...), sigma (B,), condition) that predicts the expected clean sample (B, ...)."""
 
 Sampled = tuple[Tensor, int]
-"""The sample (B, ...) and how often the model was called."""
+"""The sample (B, ...) and the number of calls of the model."""
 
 
 def _beside(sigma: Tensor, x: Tensor) -> Tensor:
@@ -28,12 +28,12 @@ def _beside(sigma: Tensor, x: Tensor) -> Tensor:
 
 
 class Preconditioned(nn.Module):
-    """Make a network an x0 model whose inputs and targets have unit variance at every noise level.
+    """Turn a network into an x0 model, so that its inputs and targets have unit variance at every noise level.
 
-    x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4, condition); a network that answers 0 shrinks x linearly.
+    x0 = c_skip x + c_out F(c_in x, ln(sigma) / 4, condition); if the network F gives 0, x is shrunk linearly.
 
     Args:
-        network: (x (B, ...), noise label (B,), condition) -> (B, ...).
+        network: maps (x (B, ...), noise label (B,), condition) to (B, ...).
         sigma_data: standard deviation of the clean data.
 
     Source:
@@ -56,13 +56,13 @@ class Preconditioned(nn.Module):
 def denoising_loss(
     x0_model: X0Model, clean: Tensor, sigma: Tensor, noise: Tensor, condition: Any = None, sigma_data: float = 1.0
 ) -> Tensor:
-    """Compute squared errors of x0, (B,) means over dimensions, weighted so that an untrained model scores 1.
+    """Compute the weighted squared error of x0, averaged over dimensions, (B,); an untrained model scores 1.
 
     Args:
-        x0_model: :class:`Preconditioned`, or any other.
-        clean: (B, ...) of standard deviation ``sigma_data``.
-        sigma: (B,) noise levels, for example of :func:`draw_sigmas`.
-        noise: like ``clean``, standard normal.
+        x0_model: a :class:`Preconditioned` network, or any other x0 model.
+        clean: (B, ...) data of standard deviation ``sigma_data``.
+        sigma: (B,) noise levels, for example from :func:`draw_sigmas`.
+        noise: standard normal, of the shape of ``clean``.
 
     Source:
         EDM, equation 8 with the weight (sigma^2 + sigma_data^2) / (sigma sigma_data)^2.
@@ -78,14 +78,14 @@ def draw_sigmas(count: int, generator: torch.Generator, mean: float = -1.2, std:
 
 
 def guided(x0_model: X0Model, scale: float | Callable[[float], float], null: Any) -> X0Model:
-    """Guide without a classifier: x0(null) + scale [x0(condition) - x0(null)]; each call runs the model twice.
+    """Guide a model without a classifier: x0(null) + scale [x0(condition) - x0(null)]; each call runs it twice.
 
-    At scale 1 the model itself is returned. Source: Ho and Salimans, 2022, equation 6, where w = scale - 1.
+    With scale 1 the model itself is returned. Source: Ho and Salimans, 2022, equation 6, where w = scale - 1.
 
     Args:
         x0_model: the model.
         scale: one number, or a function of the noise level.
-        null: the condition that stands for none.
+        null: the condition that means no condition.
     """
     if scale == 1:
         return x0_model
@@ -118,7 +118,9 @@ def karras_sigmas(count: int, low: float = 0.002, high: float = 80.0, rho: float
 
 
 def alpha_bars(kind: Literal["cosine", "linear"], steps: int = 1000) -> Tensor:
-    """Multiply 1 - beta along a DDPM schedule: (steps,), falling; its noise level is sigma = sqrt(1 / alpha_bar - 1).
+    """Compute alpha_bar, the product of 1 - beta, of a DDPM schedule: (steps,), falling.
+
+    The noise level of a step is sigma = sqrt(1 / alpha_bar - 1).
 
     Source:
         linear: Ho et al., DDPM, 2020 (beta from 1e-4 to .02 at 1,000 steps); cosine: Nichol and Dhariwal, 2021, eq. 17.
@@ -137,7 +139,7 @@ def alpha_bars(kind: Literal["cosine", "linear"], steps: int = 1000) -> Tensor:
 
 
 def ddpm_sigmas(kind: Literal["cosine", "linear"], count: int, steps: int = 1000) -> Tensor:
-    """List falling noise levels (count + 1,) at evenly spaced steps of a DDPM schedule, then 0."""
+    """List falling noise levels at evenly spaced steps of a DDPM schedule, then 0: (count + 1,)."""
     if not 1 <= count <= steps:
         raise ConfigError(f"count must lie in 1 ... {steps}, the steps of the schedule, got {count}")
     times = torch.linspace(steps - 1, 0, count, dtype=torch.float64).round().long()
@@ -146,11 +148,11 @@ def ddpm_sigmas(kind: Literal["cosine", "linear"], count: int, steps: int = 1000
 
 
 def x0_from_noise(noise_model: Callable[[Tensor, Tensor, Any], Tensor], schedule: Tensor) -> X0Model:
-    """Make a DDPM network an x0 model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
+    """Turn a DDPM network into an x0 model: x0 = x - sigma eps(x / sqrt(1 + sigma^2), step).
 
     Args:
-        noise_model: (x of variance one (B, ...), step (B,) integers, condition) -> its noise (B, ...).
-        schedule: :func:`alpha_bars` it was trained with; a sigma becomes the step of the nearest noise level.
+        noise_model: maps (x of variance 1 (B, ...), step (B,) integers, condition) to the noise in x (B, ...).
+        schedule: the :func:`alpha_bars` that it was trained with; a sigma becomes the step of the nearest noise level.
     """
     levels = (1 / schedule - 1).log() / 2
     edges = (levels[1:] + levels[:-1]) / 2
@@ -173,14 +175,14 @@ def heun(
     condition: Any = None,
     generator: torch.Generator | None = None,
 ) -> Sampled:
-    """Sample by Heun's method on dx/dsigma = (x - x0(x, sigma)) / sigma; N steps down to 0 call the model 2N - 1 times.
+    """Sample by Heun's method on dx/dsigma = (x - x0(x, sigma)) / sigma; N steps to 0 call the model 2N - 1 times.
 
     Args:
         x0_model: the model; wrap it in :func:`guided` for guidance.
         x_init: (B, ...) at the first noise level, sigmas[0] * normal noise; float32 or better.
         sigmas: (N + 1,) falling noise levels, such as :func:`karras_sigmas`.
-        condition: handed to the model as it is.
-        generator: not used, there for the shared call.
+        condition: passed to the model unchanged.
+        generator: not used; all samplers have this argument.
 
     Returns:
         (B, ...) at the last noise level, and the number of calls of the model.
@@ -197,13 +199,13 @@ def heun(
 
 @dataclass(frozen=True)
 class Restart:
-    """Describe an interval in which sampling restarts.
+    """Hold an interval of noise levels in which sampling restarts.
 
     Args:
-        low: noise level to restart from; the nearest inner one of the sampler's grid is taken.
-        high: noise level to go back to.
+        low: noise level to restart from; the nearest inner level of the sampler's grid is taken.
+        high: noise level to return to.
         points: grid points from high to low, at least 2.
-        repeats: how often.
+        repeats: number of restarts.
     """
 
     low: float
@@ -225,14 +227,15 @@ def restart(
     generator: torch.Generator | None = None,
     intervals: Sequence[Restart] = (),
 ) -> Sampled:
-    """Sample by Heun that, at the low end of an interval, adds noise up to its high end and comes back, K times.
+    """Sample by Heun's method with restarts: at the low end of an interval, return to its high end and descend again.
 
-    The model is called 2N - 1 + sum 2 K_i (points_i - 1) times. It contracts errors made above the interval, and does
-    not beat :func:`heun` where the model is exact. Arguments as for :func:`heun`.
+    Returning adds noise. Interval i is repeated K_i times, so the model is called 2N - 1 + sum 2 K_i (points_i - 1)
+    times. Restarts reduce errors made above the interval; with an exact model they are no better than :func:`heun`.
+    The other arguments are those of :func:`heun`.
 
     Args:
         generator: draws the noise; needed with intervals.
-        intervals: none gives :func:`heun` itself.
+        intervals: where to restart; empty for :func:`heun` itself.
 
     Source:
         Xu et al., Restart Sampling for Improving Generative Processes, 2023.
@@ -265,7 +268,9 @@ def ddim(
     generator: torch.Generator | None = None,
     eta: float = 0.0,
 ) -> Sampled:
-    """Sample by DDIM: Euler steps of one call each; eta = 1 is DDPM's ancestral sampling. Arguments as :func:`heun`.
+    """Sample by DDIM: Euler steps of one call each; eta = 1 is DDPM's ancestral sampling.
+
+    The other arguments are those of :func:`heun`.
 
     Args:
         generator: draws the noise; needed with eta > 0.
@@ -310,12 +315,12 @@ def _checked(sigmas: Tensor) -> list[float]:
 
 
 def _node(interval: Restart, grid: list[float]) -> int:
-    """Find the grid's inner level that is nearest to an interval's low end."""
+    """Find the grid's inner level nearest to an interval's low end."""
     inner = range(1, len(grid) - 1 if grid[-1] == 0 else len(grid))
     nearest = min(inner, key=lambda index: abs(grid[index] - interval.low), default=0)
     if not 0 < grid[nearest] < interval.high or nearest == 0:
         raise ConfigError(
-            f"no inner noise level of the grid is near {interval.low} and below {interval.high}; add some"
+            f"no inner noise level of the grid is near {interval.low} and below {interval.high}; add noise levels there"
         )
     return nearest
 
@@ -329,6 +334,6 @@ def _noise(x: Tensor, generator: torch.Generator | None) -> Tensor:
 def _finite(x: Tensor) -> Tensor:
     if not bool(x.isfinite().all()):
         raise NonFiniteError(
-            "sampling met NaN or infinity: the model is not trained for these noise levels or diverged"
+            "the samples hold NaN or infinity: the model is not trained for these noise levels, or has diverged"
         )
     return x

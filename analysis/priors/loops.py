@@ -1,4 +1,4 @@
-"""Closed loops: a generator that is fitted to its own corrected samples, and two that translate in a cycle."""
+"""Run closed loops: fit a generator to its own corrected samples, or two generators that translate in a cycle."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dvt.analysis.priors.condition import Codebook
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 Generate = Callable[[int, torch.Generator], Tensor]
-"""(count, generator) -> samples (count, ...)."""
+"""A function of (count, generator) that returns samples (count, ...)."""
 
 Transform = Callable[[Tensor, torch.Generator], Tensor]
-"""Samples (n, ...) -> the same number of others, such as corrected ones."""
+"""A function of (samples (n, ...), generator) that returns as many other samples, such as corrected ones."""
 
 
 # --- self-correcting loops
@@ -32,15 +32,15 @@ def closed_loop(
     transform: Transform | None = None,
     start: Generate | None = None,
 ) -> Iterator[Generate]:
-    """Generate, transform, and refit on the real and the transformed samples, round after round.
+    """Generate samples, transform them, and refit on the real and the transformed samples, round after round.
 
     Args:
-        fit: makes a generator of more samples from samples (n, ...).
+        fit: fits a generator to samples (n, ...).
         real: (n, ...) real samples.
         generator: draws everything.
-        rounds: how many refits.
-        share: lambda, synthetic samples for each real one; infinity refits on n synthetic samples alone.
-        transform: what corrects the samples: :func:`mixing`, or any other; None leaves them.
+        rounds: number of refits.
+        share: lambda, the number of synthetic samples per real one; infinity refits on n synthetic samples alone.
+        transform: corrects the samples, such as :func:`mixing`; None does not change them.
         start: the first generator; None means ``fit(real)``.
 
     Yields:
@@ -68,10 +68,12 @@ def closed_loop(
 
 
 def mixing(target: Transform, gamma: float) -> Transform:
-    """Correct by pi_gamma p = (p + gamma p*) / (1 + gamma): replace each sample with chance gamma / (1 + gamma).
+    """Make the correction pi_gamma p = (p + gamma p*) / (1 + gamma).
+
+    It replaces each sample with probability gamma / (1 + gamma).
 
     Args:
-        target: gives samples of p*: :func:`redraw`, or for each sample its own correction: :func:`nearest_centre`.
+        target: draws samples of p*, as :func:`redraw`, or corrects each sample, as :func:`nearest_centre`.
         gamma: strength, at least 0; infinity replaces every sample.
     """
     if not gamma >= 0:
@@ -87,7 +89,7 @@ def mixing(target: Transform, gamma: float) -> Transform:
 
 
 def redraw(real: Tensor) -> Transform:
-    """Replace each sample by a random real one: the ideal correction, if ``real`` (n, ...) stands for p* itself."""
+    """Make the correction that replaces each sample by a random real one: the ideal one, if ``real`` are from p*."""
 
     def draw(samples: Tensor, generator: torch.Generator) -> Tensor:
         return real[torch.randint(len(real), (len(samples),), generator=generator, device=generator.device)]
@@ -96,22 +98,22 @@ def redraw(real: Tensor) -> Transform:
 
 
 def nearest_centre(codebook: Codebook) -> Transform:
-    """Put the nearest centre in feature space in place of each sample; fit the codebook to real features.
+    """Make the correction that replaces each sample by the nearest centre; fit the codebook to real features.
 
-    It is for data that are clusters: of others it takes away the variance within the cells, round after round. See
-    :func:`nearest_cluster`.
+    Use it only for data that form clusters. For other data it reduces the variance within cells, round after round; use
+    :func:`nearest_cluster` for them.
     """
     return lambda samples, _: codebook.decode(codebook.encode(samples)).to(samples)
 
 
 def nearest_cluster(codebook: Codebook, real: Tensor) -> Transform:
-    """Put a random real member of the nearest centre's cluster in place of each sample.
+    """Make the correction that replaces each sample by a random real member of its nearest centre's cluster.
 
-    What varies within a cluster is kept, so that data without clusters do not shrink.
+    It keeps the variance within clusters, so data without clusters do not shrink.
 
     Args:
-        codebook: fitted to real features.
-        real: (n, C) those features.
+        codebook: a codebook fitted to real features.
+        real: (n, C) these features.
 
     Source:
         Ours.
@@ -120,7 +122,7 @@ def nearest_cluster(codebook: Codebook, real: Tensor) -> Transform:
     order = ids.argsort(stable=True)
     counts = torch.bincount(ids, minlength=len(codebook.centres))
     starts = counts.cumsum(0) - counts
-    filled = torch.nonzero(counts).flatten()  # a centre without a member is never the answer
+    filled = torch.nonzero(counts).flatten()  # a centre without members is never chosen
     inhabited = Codebook(codebook.centres[filled])
 
     def draw(samples: Tensor, generator: torch.Generator) -> Tensor:
@@ -135,7 +137,7 @@ def nearest_cluster(codebook: Codebook, real: Tensor) -> Transform:
 # --- ITIT: two token generators in a cycle
 
 TokenModel = Callable[[Tensor], Tensor]
-"""One-hot tokens (B, L, V) -> logits (B, L', V') of the other kind."""
+"""A function from one-hot tokens (B, L, V) to logits (B, L', V') of the other kind."""
 
 
 def straight_through(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -152,7 +154,7 @@ def straight_through(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def token_loss(model: TokenModel, source: Tensor, target: Tensor) -> Tensor:
-    """Compute the cross-entropy of target ids (B, L') given one-hot source tokens (B, L, V), in nats a token."""
+    """Compute the cross-entropy of target ids (B, L') given one-hot source tokens (B, L, V), in nats per token."""
     logits = model(source)
     if logits.shape[:2] != target.shape:
         raise ShapeError(f"the model gives logits {tuple(logits.shape)} for target tokens {tuple(target.shape)}")
@@ -167,15 +169,15 @@ def cycle_loss(
     generator: torch.Generator,
     through: bool = True,
 ) -> Tensor:
-    """Compute the loss of finding tokens again: tokens -> first -> straight-through sample -> second -> tokens.
+    """Compute the cycle loss of tokens -> first -> straight-through sample -> second -> the same tokens.
 
     Args:
-        first: tokens of this kind to logits of the other.
-        second: the way back.
+        first: maps tokens of this kind to logits of the other.
+        second: maps tokens of the other kind back.
         tokens: (B, L) ids.
-        vocabulary: V, how many ids there are.
-        generator: draws the sample in the middle.
-        through: whether the gradient reaches ``first``; without, the sample is only training data for ``second``.
+        vocabulary: V, the number of ids.
+        generator: draws the intermediate sample.
+        through: let the gradient reach ``first``; otherwise the sample is only training data for ``second``.
 
     Source:
         Li et al., Leveraging Unpaired Data for Vision-Language Generative Models via Cycle Consistency (ITIT), 2023.
@@ -194,15 +196,15 @@ def itit_losses(
     generator: torch.Generator,
     weight: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Compute both directions' losses on a few pairs and both cycles' on unpaired tokens; "loss" is their sum.
+    """Compute the losses of both directions on pairs and of both cycles on unpaired tokens; "loss" is their sum.
 
     Args:
-        pairs: image ids (B, L) and text ids (B, M) that belong together.
+        pairs: image ids (B, L) and the text ids (B, M) of the same pairs.
         images: (N, L) image ids without texts.
         texts: (K, M) text ids without images.
-        vocabularies: how many image and text ids there are.
-        generator: draws the samples in the middle of the cycles.
-        weight: of the cycles.
+        vocabularies: the numbers of image and of text ids.
+        generator: draws the intermediate samples of the cycles.
+        weight: weight of the cycles' losses.
     """
     picture, words = (functional.one_hot(ids, size).float() for ids, size in zip(pairs, vocabularies, strict=True))
     losses = {

@@ -1,4 +1,4 @@
-"""Fit laws of a loss against the number of images: a plain power law, and one with a floor."""
+"""Fit the dependence of a loss on the number of images: a power law, or one with a floor."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class PowerLaw:
     """Hold a power law log L = -k log D + b.
 
     Args:
-        k: the exponent; positive where more data helps.
-        low: lower end of its 95 % interval.
-        high: its upper end.
+        k: the exponent; positive if more data helps.
+        low: lower end of the exponent's 95 % interval.
+        high: upper end of that interval.
         b: the intercept, in natural logarithms.
         residual: standard deviation of log L around the line.
     """
@@ -38,12 +38,12 @@ class PowerLaw:
 def fit_power_law(sizes: Sequence[float], losses: Sequence[float] | Sequence[Sequence[float]]) -> PowerLaw:
     """Fit a power law by least squares on logarithms, with Student's interval for the exponent.
 
-    A bootstrap of 6 or 8 points covers the truth in 89 % of cases only; Student's interval in 95 %.
+    With 6 or 8 points, a bootstrap interval contains the truth in only 89 % of cases, Student's interval in 95 %.
 
     Args:
         sizes: at least 4 different positive data sizes.
-        losses: for each size one positive loss, or the losses of several seeds, whose logarithms are averaged first:
-            seeds of one size say nothing about how straight the line is.
+        losses: for each size one positive loss, or the losses of several seeds. The logarithms of seeds are averaged
+            first, because seeds of one size do not show how well a line fits.
 
     Raises:
         ConfigError: there are too few sizes, or a value is not positive and finite.
@@ -73,9 +73,9 @@ class FlooredLaw:
     """Hold a power law with a floor, L = floor + a D^-k.
 
     Args:
-        k: the exponent, with `k_low` and `k_high` its 95 % interval.
-        floor: what no data removes, with `floor_low` and `floor_high`.
-        a: size of what data removes.
+        k: the exponent; `k_low` and `k_high` are its 95 % interval.
+        floor: the loss with infinite data; `floor_low` and `floor_high` are its 95 % interval.
+        a: scale of the part of the loss that data reduce.
         residual: standard deviation of log L around the law.
     """
 
@@ -94,15 +94,15 @@ class FlooredLaw:
 
 
 def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[float]]) -> FlooredLaw:
-    """Fit L = floor + a D^-k by least squares on log L; intervals are those of the likelihood's profile.
+    """Fit L = floor + a D^-k by least squares on log L, with intervals from the profile likelihood.
 
-    A value is inside an interval where the sum of squares, minimised over the two others, stays below
-    S (1 + F / (n - 3)), F the 95 % point of F(1, n - 3). An interval may end at 0 or at the largest k looked at, 5:
-    then the sizes do not tell.
+    A value is inside an interval if the sum of squares, minimised over the two other parameters, is below
+    S (1 + F / (n - 3)), where S is its minimum and F the 95 % point of F(1, n - 3). If an interval ends at 0, or at the
+    largest k tried, 5, the data do not bound it there.
 
     Args:
         sizes: numbers of training images D, at least 5 different ones.
-        losses: for each size a loss, or several of other seeds, whose logarithms are averaged.
+        losses: for each size a loss, or the losses of several seeds, whose logarithms are averaged.
 
     Raises:
         ConfigError: there are too few sizes, or a value is not positive and finite.
@@ -122,7 +122,7 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
         raise ConfigError("sizes and losses must be positive and finite")
     d = d / d.log().mean().exp()
     ks = torch.linspace(0.02, 5, 125, dtype=torch.float64)
-    # Noise may put the least loss below the floor, so floors above it are looked at, too.
+    # Because of noise the smallest loss may lie below the floor, so floors above it are tried, too.
     floors = torch.linspace(0, 1.4, 176, dtype=torch.float64) * float(y.min().exp())
     squares, scales = _law_squares(d, y, ks, floors)
     best = int(squares.argmin())
@@ -144,7 +144,10 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
 
 
 def _law_squares(d: Tensor, y: Tensor, ks: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum squares of log L over a grid of exponents and floors, at the best scale a of each: both (k, floors)."""
+    """Compute, for a grid of exponents and floors, the sum of squares of log L at the best scale a, and that a.
+
+    Both results are (k, floors).
+    """
     powers = d[None] ** -ks[:, None]  # (k, n)
     # A first guess from the line through the origin, then Newton steps in log a.
     log_a = ((y.exp()[None, None] - floors[None, :, None]).clamp(min=1e-12).log() - powers.log()[:, None]).mean(-1)

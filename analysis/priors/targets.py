@@ -1,4 +1,4 @@
-"""Make target tokens of a prior: square pictures as patches of pixels or of latents, or a backbone's features."""
+"""Make the target tokens of a prior: patches of pixels or of latents of square pictures, or a backbone's features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 
 def patchify(maps: Tensor, patch: int) -> Tensor:
-    """Cut (B, C, H, W) into square patches, as tokens (B, H / patch, W / patch, C patch^2).
+    """Cut maps (B, C, H, W) into square patches: tokens (B, H / patch, W / patch, C patch^2).
 
     >>> maps = torch.rand(2, 3, 8, 12)
     >>> torch.equal(unpatchify(patchify(maps, 4), 4), maps)
@@ -38,14 +38,14 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
 
 @dataclass(frozen=True)
 class PriorTarget:
-    """Describe what is generated, and make it maps of tokens with mean 0 and standard deviation 1.
+    """Describe what a prior generates, and convert it to token maps of mean 0 and standard deviation 1, and back.
 
     Args:
         kind: "pixels", "latents" or "features".
-        patch: pixels, or cells of the latent, along the side of a token; features are tokens already.
+        patch: side of a token in pixels, or in cells of the latent; not used for features.
         vae: folder of a diffusers AutoencoderKL, for latents.
-        mean: of the tokens, one number, or one a channel for features.
-        std: standard deviation, the same way.
+        mean: mean of the tokens: one number or, for features, one per channel.
+        std: standard deviation of the tokens, in the same form.
     """
 
     kind: TargetKind
@@ -60,7 +60,7 @@ class PriorTarget:
         check_target(self.kind, self.vae)
 
     def encode(self, pictures: Tensor, features: Tensor) -> Tensor:
-        """Make target tokens (B, h, w, D), unstandardised, of pictures (B, 3, S, S) or features (B, h, w, C)."""
+        """Make target tokens (B, h, w, D), not standardised, from pictures (B, 3, S, S) or features (B, h, w, C)."""
         if self.kind == "features":
             return features.float()
         return patchify(self._latents(pictures) if self.kind == "latents" else pictures, self.patch)
@@ -77,7 +77,7 @@ class PriorTarget:
         """Return the target with the mean and standard deviation of training tokens.
 
         Args:
-            raw: (N, h, w, D), or parts of that, one in memory at a time.
+            raw: tokens (N, h, w, D), or an iterable of parts of them, of which one is in memory at a time.
         """
         count, mean, squares = 0, torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         for part in [raw] if isinstance(raw, Tensor) else raw:
@@ -89,8 +89,8 @@ class PriorTarget:
             mean, count = mean + (own - mean) * new / (count + new), count + new
         variance = squares / max(count - 1, 1)
         if float(variance.sum()) == 0:
-            raise ConfigError("all images are the same: there is nothing to learn")
-        # A channel that hardly varies must not have its noise blown up to unit size.
+            raise ConfigError("all images are the same, so there is nothing to learn; give different images")
+        # The noise of a channel that hardly varies must not be scaled to unit variance.
         std = variance.sqrt().clamp(min=1e-2 * float(variance.mean().sqrt()))
         return replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
 

@@ -1,4 +1,4 @@
-"""Hold the tokens of images that condition a prior, or that it is trained to generate, and choose among the images."""
+"""Hold the tokens of images that condition a prior or are its target, and split the images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from dvt.training import hold_out
 
 Clean = Callable[[Tokens], Tokens]
 
-BATCH = 32  # images at a time where nothing is trained
+BATCH = 32  # images at a time, without training
 _FEWEST = 8  # images
 _MOST_HELD_OUT = 64
 
 
 class Rows(Protocol):
-    """Give some of N arrays of one shape: a tensor, or what reads them from a disk when they are asked for."""
+    """Index N arrays of one shape: a tensor, or an object that reads them from a disk when they are indexed."""
 
     @property
     def shape(self) -> Sequence[int]:
-        """The shape of all, N first."""
+        """The shape of all arrays together, N first."""
 
     def __len__(self) -> int:
         """Return N."""
 
     def __getitem__(self, rows: Any) -> Tensor:
-        """Read those with these numbers."""
+        """Read the arrays with these indices."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class TokenSet:
     """Hold the tokens and pictures of N square images.
 
     Args:
-        conditions: N of (M, C) float16 condition tokens; None for none.
-        patches: N of (h, w, C) float16 patch tokens, where they are the target; else None.
-        pictures: N of (3, S, S) float16 in [0, 1].
+        conditions: (N, M, C) float16 condition tokens, or None.
+        patches: (N, h, w, C) float16 patch tokens, if they are the target; else None.
+        pictures: (N, 3, S, S) float16 in [0, 1].
         names: the images' files.
-        sha256s: of each file; a mirrored copy has that of its image.
-        grid: (h, w) of the backbone's patches; None where it was not asked.
-        mirrored: how many of the last ones are mirrored copies of the first.
+        sha256s: the hash of each file; a mirrored copy has that of its image.
+        grid: (h, w) of the backbone's patches; None if no tokens were computed.
+        mirrored: the number of mirrored copies; they are at the end, in the order of the first images.
         skipped: files that could not be read, with the reason.
     """
 
@@ -68,7 +68,7 @@ class TokenSet:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Give some rows of others, in an order of their own.
+    """Select some rows of an array, in a given order.
 
     >>> Chosen(torch.arange(5), [4, 2, 0])[[0, 1]].tolist()
     [4, 2]
@@ -91,7 +91,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Computed:
-    """Give rows that are computed from others when they are asked for, all by one function of a batch.
+    """Compute rows from those of another array by a function of a batch, when they are indexed.
 
     >>> Computed(torch.arange(3.0), torch.square, (3,))[[2]].tolist()
     [4.0]
@@ -112,12 +112,12 @@ def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
     """Select condition tokens (B, M, C).
 
     Args:
-        tokens: of a backbone.
+        tokens: a backbone's tokens.
         kind: "cls" the class token, "mean" the mean patch, "patch" the patches in raster order, "both" the class token
             before the patches.
 
     Raises:
-        ConfigError: an unknown kind, or the backbone has no class token.
+        ConfigError: the kind is unknown, or the backbone has no class token.
     """
     if kind not in CONDITIONS:
         raise ConfigError(f"there is no condition {kind!r}; it is one of {', '.join(CONDITIONS)}")
@@ -132,14 +132,14 @@ def read_conditions(tokens: Tokens, kind: Condition) -> Tensor:
 
 
 def square(image: Tensor) -> Tensor:
-    """Cut the middle of an image (3, H, W): (3, S, S) with S its shorter side."""
+    """Cut the middle square (3, S, S) out of an image (3, H, W); S is its shorter side."""
     side = min(image.shape[1:])
     top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
     return image[:, top : top + side, left : left + side]
 
 
 def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split images into those to train on and those held out; equal files are on one side.
+    """Split images into training and held-out ones; equal files stay together.
 
     Raises:
         ConfigError: there are too few different images.
@@ -156,10 +156,10 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
 
 
 def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
-    """List what the tokens of a prior come from, as plain JSON values.
+    """Describe the backbone and denoiser that a prior's tokens come from, as plain JSON values.
 
-    A denoiser says what it is by an attribute `identity`, as :class:`dvt.tokens.TokenMap` has it; a function without
-    one is known by its name alone.
+    A denoiser is described by its attribute `identity` (:class:`dvt.tokens.TokenMap`), a function without one by its
+    name.
     """
     spec = backbone.identity
     named = f"{getattr(denoiser, '__module__', '')}.{getattr(denoiser, '__qualname__', type(denoiser).__qualname__)}"

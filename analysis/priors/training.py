@@ -1,4 +1,4 @@
-"""Train a prior on tokens that are in memory, by settings that a run keeps."""
+"""Train a prior on tokens, in a run that can be continued."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvt.analysis.priors.token_set import Rows
 from dvt.progress import Progress
 from dvt.training import Trained, TrainingConfig, epoch_indices, train
 
-_CODED = 2000  # maps that a codebook is fitted to
+_CODED = 2000  # number of maps to which a codebook is fitted
 
 
 def fit_prior(
@@ -34,20 +34,20 @@ def fit_prior(
     progress: Progress | None = None,
     settings: dict[str, Any] | None = None,
 ) -> Trained:
-    """Train a prior in place on maps and conditions; also the second stage, after a swap.
+    """Train a prior in place on maps and conditions; also used for a second stage, after `swap_condition`.
 
-    The folder then holds what :func:`dvt.analysis.priors.runs.sample_prior` needs; a prior whose card names no target
+    The folder then holds all that :func:`dvt.analysis.priors.runs.sample_prior` needs; a prior whose card has no target
     is sampled as features.
 
     Args:
-        prior: on the device to train on.
-        data: (N, h, w, D) standardised target tokens and their conditions (N, M, C), None for none; tensors, or what
-            reads rows when they are asked for.
-        held_out: the same of images that are not trained on, for "held_out_loss" in the log.
-        config: how; the same settings continue the run that the folder holds.
-        folder: of the run.
-        validate: numbers for the log beside "held_out_loss".
-        on_checkpoint, progress, settings: of :func:`dvt.training.train`.
+        prior: the prior, on the device to train on.
+        data: (N, h, w, D) standardised target tokens, and their conditions (N, M, C) or None; tensors, or objects that
+            read rows when they are indexed.
+        held_out: the same for images not trained on, for "held_out_loss" in the log.
+        config: settings of the training; equal settings continue the run that the folder holds.
+        folder: the run's folder.
+        validate: computes further numbers for the log.
+        on_checkpoint, progress, settings: arguments of :func:`dvt.training.train`.
     """
     maps, conditions = data
     if prior.config.codes and not bool(prior.head.centres.any()):

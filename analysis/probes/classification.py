@@ -18,8 +18,8 @@ from dvt.grids import Size
 class ClassificationProbe(Probe):
     """Predict the class of an image from the mean of its patch tokens.
 
-    The class token is not used: no patch denoiser changes it, so it could not tell one variant from another.
-    Targets are () class indices; an image of class IGNORE does not count.
+    The class token is not used, because denoisers of patches do not change it. Targets are class indices of shape ();
+    an image of class IGNORE does not count.
 
     Args:
         num_classes: K.
@@ -57,14 +57,14 @@ class ClassificationProbe(Probe):
         return list(torch.from_numpy(model.predict(vectors)))
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """Mark for each image whether it was right, its true and its predicted class, each by class: (N, K, 3)."""
+        """Mark for each image and class, (N, K, 3): rightly predicted, the true class, the predicted class."""
         check_maps(tokens, targets, rank=0)
         pairs = zip(self.predict(tokens), targets, strict=True)
         return torch.stack([class_counts(found[None], target[None], self.num_classes) for found, target in pairs])
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Compute accuracy, and the mean of the classes' accuracies, over the classes in the truth; in [0, 1]."""
+        """Compute the accuracy, and the mean accuracy of the classes in the truth; both in [0, 1]."""
         scores = count_scores(statistics)
         return {"accuracy": scores["aAcc"], "class accuracy": scores["mAcc"]}
 
@@ -74,7 +74,7 @@ class LinearClassification(ClassificationProbe):
 
     Args:
         num_classes: K.
-        strength: of the squared penalty on the weights; scikit-learn's 1 / C.
+        strength: strength of the squared penalty on the weights; 1 / C in scikit-learn.
     """
 
     def __init__(self, num_classes: int, strength: float = 1.0) -> None:
@@ -92,11 +92,11 @@ class LinearClassification(ClassificationProbe):
 
 
 class KnnClassification(ClassificationProbe):
-    """Classify by the vote of the nearest training images by the cosine of their mean tokens.
+    """Classify by the vote of the nearest training images, by the cosine of mean tokens.
 
     Args:
         num_classes: K.
-        neighbours: images that vote; all of them where there are fewer.
+        neighbours: number of images that vote; all images vote if there are fewer.
     """
 
     def __init__(self, num_classes: int, neighbours: int = 20) -> None:

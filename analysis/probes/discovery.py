@@ -1,8 +1,7 @@
-"""Discover objects without labels: LOST and TokenCut, one box an image from its tokens alone.
+"""Discover objects without labels by LOST and TokenCut: find one box per image from its tokens alone.
 
-A box that covers the middle of the picture is often right without looking at it, so no score means much alone:
-:class:`DiscoveryProbe` puts fixed boxes beside it. Boxes are (x0, y0, x1, y1) in [0, 1]^2 of the image; IoU is the
-same there as in pixels.
+A fixed box in the middle of the picture is often right, so a score alone means little; :class:`DiscoveryProbe` also
+scores fixed boxes. Boxes are (x0, y0, x1, y1) in [0, 1]^2 of the image; IoU is the same as in pixels.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
     """Find the box of LOST in one token map.
 
-    The patches whose inner product is not negative are joined. The seed is the patch with fewest joined ones (objects
-    are smaller than backgrounds). Of the ``lowest`` patches with fewest, those joined to the seed vote: the object is
-    every patch whose products with them have a sum that is not negative, and the box encloses the part of it that
-    hangs together (over edges, not corners) and holds the seed. Ties go to the first patch in reading order, so tokens
-    that are all equal give the whole image.
+    Two patches are connected if their inner product is not negative. The seed is the patch with the fewest connections
+    (objects are smaller than backgrounds). Of the ``lowest`` patches with the fewest connections, those connected to
+    the seed vote: the object consists of all patches whose inner products with the voters have a sum that is not
+    negative. The box encloses the connected component (over edges, not corners) that holds the seed. In ties the first
+    patch in reading order is taken, so if all tokens are equal, the box is the whole image.
 
     Args:
-        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are taken as they
-            are. Where all products are positive (tokens far from the origin) the box is the whole image: subtract
-            their mean before, as :class:`Lost` does.
-        lowest: k in the paper, at most all patches. The paper's grids have several hundred of them.
+        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are used unchanged. If
+            all products are positive (tokens far from the origin), the box is the whole image: subtract their mean
+            first, as :class:`Lost` does.
+        lowest: k in the paper, at most the number of patches. The paper's grids have several hundred patches.
 
     Returns:
         (4,) box in [0, 1], whole patches, on the CPU.
@@ -66,18 +65,18 @@ def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
 def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor:
     """Find the box of TokenCut in one token map, by a normalised cut.
 
-    Patches are joined with weight 1 where the cosine of their tokens is at least ``tau``, and with ``epsilon`` where
-    it is not. The eigenvector of (D - W) y = lambda D y with the second smallest lambda is cut at its mean; the
-    object is the side of the patch with the largest \\|y\\|, and the box encloses the part of that side that hangs
-    together (over edges, not corners) and holds that patch. Where all weights are equal there is nothing to cut, and
-    the box is the whole image. A token of zeros has cosine 0 with all.
+    Two patches are connected with weight 1 if the cosine of their tokens is at least ``tau``, otherwise with
+    ``epsilon``. The eigenvector of (D - W) y = lambda D y with the second smallest lambda is cut at its mean. The
+    object is the side that holds the patch with the largest \\|y\\|, and the box encloses the connected component of
+    that side (over edges, not corners) that holds this patch. If all weights are equal, the box is the whole image. A
+    token of zeros has cosine 0 with all others.
 
     Args:
-        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are taken as they
-            are, and :class:`TokenCut` subtracts their mean before. Memory grows with the square and time with the
+        tokens: (h, w, C). The paper takes the keys of the last attention layer; here any tokens are used unchanged;
+            :class:`TokenCut` subtracts their mean first. Memory grows with the square and time with the
             cube of the number of patches.
         tau: threshold of the cosine, in [-1, 1]; the paper's is 0.2.
-        epsilon: weight of patches that are not joined; it keeps the graph connected.
+        epsilon: weight of patches below the threshold; it keeps the graph connected.
 
     Returns and raises: as :func:`lost`.
 
@@ -101,15 +100,15 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
 
 
 class DiscoveryProbe(Probe):
-    """Find one box an image from its tokens alone; nothing is fitted.
+    """Find one box per image from its tokens alone; nothing is fitted.
 
     Targets are an image's true boxes (n, 4) in [0, 1]; :func:`dvt.grids.boxes_from_pixels` makes them from pixels.
     An image without a true box does not count.
 
     Args:
-        centred: subtract each image's mean token first [ours]. Both methods ask which tokens point the same way, seen
-            from the origin, but denoised tokens are known only up to a constant vector, and where all tokens share a
-            large one every box is the whole image. False takes the tokens as they are, as the papers take keys.
+        centred: subtract each image's mean token first [ours]. Both methods compare the directions of tokens from the
+            origin, but denoised tokens are known only up to a constant vector; if all tokens share a large one, every
+            box is the whole image. False does not change the tokens, as the papers do not change keys.
     """
 
     metric = "CorLoc"
@@ -122,7 +121,7 @@ class DiscoveryProbe(Probe):
         raise NotImplementedError
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DiscoveryProbe:
-        """Do nothing: the method uses one image alone."""
+        """Do nothing, because the method uses each image alone."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
@@ -137,7 +136,7 @@ class DiscoveryProbe(Probe):
         """Compare the predicted and each trivial box with the true ones.
 
         Returns:
-            (N, 1 + len(TRIVIAL_MARGINS), 4): whether the image counts, IoU > 0.5, IoU > 0.7, and IoU itself.
+            (N, 1 + len(TRIVIAL_MARGINS), 4): 1 if the image counts, 1 if IoU > 0.5, 1 if IoU > 0.7, and the IoU.
 
         Raises:
             ShapeError: counts differ, or a true box is empty or not in [0, 1].
@@ -148,13 +147,13 @@ class DiscoveryProbe(Probe):
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Compute CorLoc, the share of images whose box has IoU > 0.5 with a true box; the same at 0.7; the mean IoU.
+        """Compute CorLoc (the share of images whose box has IoU > 0.5 with a true box), the same at 0.7, and mean IoU.
 
-        The same three for the whole image and for the best of the centred boxes of :data:`TRIVIAL_MARGINS`. That one
-        is chosen by its CorLoc on these very images, which flatters it: what beats it sees something.
+        The same three scores are computed for the whole image and for the best centred box of :data:`TRIVIAL_MARGINS`.
+        The latter is chosen by its CorLoc on the same images, which favours it: a method that is better uses the image.
         """
         shares = statistics[..., 1:] / statistics[..., :1]
-        # Mean IoU decides only between equal CorLocs.
+        # Mean IoU decides only if CorLocs are equal.
         best = (shares[..., 1:, 0] + 1e-6 * shares[..., 1:, 2]).argmax(-1, keepdim=True)
         centred = shares[..., 1:, :].gather(-2, best[..., None].expand(*best.shape, 3))[..., 0, :]
         rows = {"": shares[..., 0, :], "whole ": shares[..., 1, :], "centred ": centred}
@@ -229,7 +228,9 @@ def _check_boxes(boxes: Tensor, name: str) -> None:
 
 
 def second_eigenvector(weights: Tensor) -> Tensor:
-    """Solve (D - W) y = lambda D y for the y (n,) of the second smallest lambda; its entry of largest size is positive.
+    """Solve (D - W) y = lambda D y for the eigenvector (n,) of the second smallest lambda.
+
+    Its sign is chosen so that its entry of largest magnitude is positive.
 
     Args:
         weights: (n, n) W, symmetric and positive, n at least 2; D holds its row sums.
@@ -245,7 +246,7 @@ def second_eigenvector(weights: Tensor) -> Tensor:
 
 
 def _largest(vector: Tensor) -> int:
-    """Find the first entry of largest size; entries that differ by rounding alone count as equal."""
+    """Find the first entry of largest magnitude; entries that differ only by rounding count as equal."""
     size = vector.abs()
     return int((size >= size.max() * (1 - 1e-6)).nonzero()[0])
 
@@ -258,7 +259,7 @@ def _features(tokens: Tensor) -> Tensor:
 
 
 def _box_around(mask: Tensor, seed: int, tokens: Tensor) -> Tensor:
-    """Bound the connected part of an (hw,) mask that holds the seed: (4,) in [0, 1]."""
+    """Bound the connected component of a mask (hw,) that holds the seed: (4,) in [0, 1]."""
     from scipy.ndimage import find_objects, label
 
     grid = (tokens.shape[0], tokens.shape[1])

@@ -1,4 +1,4 @@
-"""Make the features that the rows of a table of probes stand for."""
+"""Make the features of each row of a table of probes."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from dvt.upsampling import upsample
 from dvt.views import ViewConfig
 
 Variant = Callable[[Tokens], Tokens] | FeatureStore | Backbone
-"""A function of the raw tokens, a store that holds the images (its `term` is read), or another backbone."""
+"""A function of the raw tokens, a store that holds the images (its `term` is used), or another backbone."""
 
 RAW = "raw"
 UPSAMPLED = ", upsampled"
-"""What the name of a row ends with whose maps are finer than the tokens."""
+"""The suffix of a row's name if its maps are upsampled."""
 
 
 def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list[str]:
     """List the rows of a table, raw features first.
 
     Raises:
-        ConfigError: two have one name.
+        ConfigError: two rows have one name.
     """
     names = [RAW, *baselines, *variants]
     if twice := [name for name in names if names.count(name) > 1]:
@@ -44,13 +44,13 @@ class RowFeatures:
     """Make token maps of images by the name of a row.
 
     Args:
-        backbone: gives the raw tokens, on its device; maps come back on it.
-        images: files.
+        backbone: computes the raw tokens, on its device; maps are on the same device.
+        images: image files.
         train: number of images, from the first, that the baselines without labels may learn from; 0 for all.
         cache: folder for features.
-        views: of view averaging; PH-Reg's are as many, of its own kind.
-        position: what :func:`~dvt.analysis.probes.features.with_position` does to each map.
-        seed: of noise.
+        views: views for view averaging; PH-Reg has as many, of its own kind.
+        position: how :func:`~dvt.analysis.probes.features.with_position` changes each map.
+        seed: seed of the noise.
         progress: called with (what, done, total).
     """
 
@@ -72,9 +72,9 @@ class RowFeatures:
         self.raw = cached_tokens(backbone, images, cache, progress=progress)
 
     def maps(self, name: str, variant: Variant | None, factor: int = 1) -> Sequence[Tensor]:
-        """Make the map (h, w, C) of each image, with its position put back in where that is asked for.
+        """Make the map (h, w, C) of each image, with position features if `position` asks for them.
 
-        With a factor the map is (factor h, factor w, C), guided by the image (:func:`dvt.upsample`).
+        With a factor the map is upsampled to (factor h, factor w, C), guided by the image (:func:`dvt.upsample`).
         """
         tokens = self._tokens(name, variant)
 
@@ -91,7 +91,7 @@ class RowFeatures:
         """Return the row as a function of raw tokens of any images.
 
         Raises:
-            ConfigError: the row needs more than tokens.
+            ConfigError: the row needs more than tokens, such as whole images.
         """
         if name == "random":
             generator = torch.Generator().manual_seed(self.seed)
@@ -103,7 +103,7 @@ class RowFeatures:
         return lambda tokens: self.placed(name, change(tokens.to(self.device)))
 
     def placed(self, name: str, tokens: Tokens) -> Tokens:
-        """Convert tokens to float32 and put their position back in, unless they are nothing but position or noise."""
+        """Convert tokens to float32 and add position features, except for the rows of position alone and of noise."""
         if self.position == "none" or name in ("position-only", "random"):
             return tokens.to(torch.float32)
         maps = [features.with_position(each.float(), self.position) for each in tokens.patches]

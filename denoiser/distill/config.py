@@ -1,4 +1,4 @@
-"""Settings of the fine-tuning of a backbone to its teacher."""
+"""Hold the settings for fine-tuning a backbone to its teacher."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ _BACKBONE_LOOP = TrainingConfig(
 
 @dataclass(frozen=True)
 class BackboneTraining:
-    """Say how a backbone is fine-tuned; its input size is the one that it was loaded with.
+    """Hold the settings for fine-tuning a backbone; its input size is the one that it was loaded with.
 
     Args:
-        teacher: "denoiser", the frozen backbone with a denoiser behind it, or "views", the mean of the frozen
-            backbone's tokens over shifted and mirrored views.
-        views: shifted views an image, for the teacher "views"; every other one is mirrored.
+        teacher: "denoiser", the frozen backbone followed by a denoiser, or "views", the mean of the frozen backbone's
+            tokens over shifted and mirrored views.
+        views: number of shifted views per image, for the teacher "views"; every other one is mirrored.
         shift: largest shift of a view, as a share of the input's side, in (0, 1]. Artifacts finer than this are
-            averaged away; at 1 a patch is seen at all positions alike, and no artifact of position remains, but only a
-            quarter of the views show it. Images are seen at least (1 + 2 shift) times enlarged.
-        registers: register tokens to add behind the prefix tokens.
-        prefix_weight: weight of the second half of the loss, which keeps class token and old registers what they were.
-        layer_decay: factor on the learning rate from a block to the one before it, in (0, 1]; 1 for none.
-        grad_checkpointing: compute activations twice to hold fewer of them.
-        scale: smallest and largest share of an image's area that an example shows, of what its aspect ratio allows.
-        validation: share of the images that is held out, in (0, 1); at least one image. At most 64 are used.
+            averaged out; at 1 every patch is seen equally often at all positions, so no artifact of position remains,
+            but only a quarter of the views show each patch. Images are enlarged at least (1 + 2 shift) times.
+        registers: number of register tokens to add after the prefix tokens.
+        prefix_weight: weight of the part of the loss that keeps class token and existing registers unchanged.
+        layer_decay: factor of the learning rate from each block to the previous one, in (0, 1]; 1 for no decay.
+        grad_checkpointing: compute activations twice to hold fewer of them in memory.
+        scale: smallest and largest share of an image's area that an example shows, relative to the largest share that
+            its aspect ratio allows.
+        validation: share of the images to hold out, in (0, 1); at least one image is held out, at most 64 are used.
         loop: steps, batch size, learning rate (of the last layer and of added registers) and the rest of the training
-            loop; its averaged weights are the result. Weights that timm says should not decay do not.
+            loop; its averaged weights are the result. Weights in timm's ``no_weight_decay()`` have no weight decay.
 
     Raises:
         ConfigError: a value is outside its range.

@@ -1,4 +1,4 @@
-"""The copy of a backbone that stage three fine-tunes: added register tokens, and learning rates by layer."""
+"""Make the copy of a backbone that stage three fine-tunes: add register tokens, and set learning rates by layer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _REGISTER_STD = 0.02
 
 
 class Student(nn.Module):
-    """Copy a backbone in float32 so that it can be trained: images (B, 3, H, W) in [0, 1] to Tokens.
+    """Copy a backbone in float32 so that it can be trained; it maps images (B, 3, H, W) in [0, 1] to Tokens.
 
-    Parameters that its tokens do not depend on stay frozen. It is in evaluation mode also while it is trained: no
+    Parameters without influence on its tokens stay frozen. It stays in evaluation mode during training: there is no
     dropout, and BatchNorm keeps its statistics.
     """
 
     def __init__(self, backbone: Backbone, registers: int = 0, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.backbone = with_registers(backbone, registers, generator) if registers else copy.deepcopy(backbone)
-        self.backbone.__dict__.pop("weights_sha256", None)  # kept since before the weights change
+        self.backbone.__dict__.pop("weights_sha256", None)  # the cached hash is that of the original weights
         self.backbone.float().requires_grad_(False)
         inner = families.core(self.backbone.model)
         for name in layers_of(inner, backbone.layer):
@@ -40,15 +40,15 @@ class Student(nn.Module):
 
 
 def with_registers(backbone: Backbone, count: int, generator: torch.Generator | None = None) -> Backbone:
-    """Copy a backbone with register tokens added behind its prefix tokens.
+    """Copy a backbone and add register tokens after its prefix tokens.
 
-    Their values are small random numbers; where position embeddings reach the prefix, theirs are zero. The model
-    is the one that ``timm.create_model(name, reg_tokens=...)`` makes.
+    Their values are small random numbers; if prefix tokens have position embeddings, those of the registers are zero.
+    The model is the one that ``timm.create_model(name, reg_tokens=...)`` makes.
 
     Args:
-        backbone: of :func:`dvt.load_backbone`.
-        count: tokens to add, at least 1.
-        generator: of the values; None is torch's global generator.
+        backbone: a backbone from :func:`dvt.load_backbone`.
+        count: number of tokens to add, at least 1.
+        generator: draws the values; None is torch's global generator.
 
     Raises:
         ConfigError: timm's models of this family have no register tokens.
@@ -74,9 +74,9 @@ def with_registers(backbone: Backbone, count: int, generator: torch.Generator | 
 
 
 def layers_of(model: nn.Module, read: int = -1) -> dict[str, int]:
-    """Find the layer of each parameter, by name, that the tokens of a layer of a timm model depend on.
+    """Map the names of the parameters that influence the tokens read from a timm model to their layers.
 
-    What comes before the blocks is layer 0, block i is layer i + 1, and what comes after them belongs to the last one.
+    Modules before the blocks are layer 0, block i is layer i + 1, and modules after the blocks count with the last one.
 
     Args:
         model: a single-scale timm model.
@@ -98,15 +98,16 @@ def layers_of(model: nn.Module, read: int = -1) -> dict[str, int]:
 def layer_groups(
     model: nn.Module, decay: float, weight_decay: float, added: bool = False, read: int = -1
 ) -> list[dict[str, Any]]:
-    """Group the parameters of a timm model by layer, for :func:`dvt.training.train`: deeper ones learn faster.
+    """Group the parameters of a timm model by layer, for :func:`dvt.training.train`, with layer-wise learning rates.
 
-    The last layer that is read has "lr_scale" 1, the one before it `decay`, and so on, as in timm.
+    The last layer that is read has "lr_scale" 1, the previous one `decay`, the one before decay^2, and so on, as in
+    timm.
 
     Args:
         model: a single-scale timm model.
-        decay: in (0, 1].
-        weight_decay: of all parameters but those that ``model.no_weight_decay()`` names.
-        added: the model's registers are new, and learn at scale 1.
+        decay: factor from each layer to the previous one, in (0, 1].
+        weight_decay: weight decay of all parameters except those in ``model.no_weight_decay()``.
+        added: True if the model's registers are new; they get scale 1.
         read: as :func:`layers_of` takes it.
     """
     inner, layers = families.core(model), layers_of(model, read)

@@ -1,4 +1,4 @@
-"""The remedies that there are, and the settings to find them."""
+"""List the remedies, and hold their settings."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dvt.errors import ConfigError
 
 Remedy = Literal["registers", "defect", "noise", "insid3", "rasa"]
 REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
-#: Those that look at noise images alone.
+#: Remedies that use only noise images.
 WITHOUT_IMAGES = ("noise", "insid3")
 
 
 @dataclass(frozen=True)
 class RemedyConfig:
-    """Say how the remedies are found.
+    """Hold the settings of the remedies.
 
     Args:
-        noise_images: images of noise, for noise and insid3.
-        rank: directions that insid3 removes at most.
-        rounds: of rasa at most, each of two directions.
-        neurons: that registers take over at most.
-        predicted: take the direction of the defect from the weights and only its limit from the images.
-        seed: of the noise images.
+        noise_images: number of noise images, for noise and insid3.
+        rank: the largest number of directions that insid3 removes.
+        rounds: the largest number of rounds of rasa, each of two directions.
+        neurons: the largest number of neurons for registers.
+        predicted: predict the direction of the defect from the weights, and use images only for its limit.
+        seed: seed of the noise images.
     """
 
     noise_images: int = 16

@@ -1,7 +1,7 @@
 """Remove the defect direction, along which the outlier tokens of all images lie.
 
-Source: SINDER (arXiv 2407.16826), which finds the direction in DINOv2's weights and fine-tunes them. Here it is
-projected away from the tokens that lie far along it, and nothing is trained.
+Source: SINDER (arXiv 2407.16826), which finds the direction in DINOv2's weights and fine-tunes them. Here the direction
+is projected out of the tokens that lie far along it, without training.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from dvt.errors import BackboneError, ShapeError
 
 logger = logging.getLogger(__name__)
 
-#: The final norm divides an outlier by its own size, so that what is left of it is too small; by less than this factor
-#: the outliers' rest may differ from the others' on its own, because outliers lie on flat areas.
+#: The final norm divides an outlier by its own size, so the rest of it, without the direction, is too small, and is
+#: scaled up if it is this much smaller than other tokens; smaller differences are natural: outliers lie on flat areas.
 _SQUEEZED = 2.0
 #: Random tokens per channel for the least squares of a block.
 _SAMPLES = 8
@@ -36,24 +36,25 @@ def fit_defect(
     direction: Tensor | None = None,
     name: str = "this model",
 ) -> Denoiser:
-    """Find the direction in which outlier tokens leave the others, and the limit beyond which a token is one.
+    """Find the direction in which outlier tokens differ from the others, and the limit beyond which they are outliers.
 
-    The direction is the leading one of the outliers' unit vectors about the mean of the other tokens, over all images;
-    its median angle with them is in the card ("angle", degrees; SINDER measures 5.5 in DINOv2). The limit lies 5 robust
-    sigmas of the other tokens beyond their median along it, or where a thousandth of them lies, whichever is farther.
+    The direction is the leading principal direction of the outliers' unit vectors from the mean of the other tokens,
+    over all images; the card holds its median angle with them ("angle", degrees; SINDER measures 5.5 in DINOv2). The
+    limit is the larger of 5 robust sigmas and the 99.9th percentile of the other tokens' distances from their median
+    along the direction.
 
     Args:
         maps: (h, w, C) raw token maps of several images, of any grids; kept in memory.
-        masks: (h w,) of each map, which tokens are outliers; None finds them by their norms.
-        direction: (C,) known beforehand, as :func:`predict_defect` gives it; None finds it from the outliers.
-        name: of the backbone, for messages.
+        masks: for each map (h w,), True for outliers; None finds them by their norms.
+        direction: (C,) a known direction, such as from :func:`predict_defect`; None computes it from the outliers.
+        name: name of the backbone, for messages.
 
     Returns:
-        A denoiser of kind "defect"; tokens within the limit go through it unchanged.
+        A denoiser of kind "defect", which does not change tokens within the limit.
 
     Raises:
-        BackboneError: there are no outliers, or the direction does not tell them from the others.
-        ShapeError: no maps, maps of several feature sizes, or a direction of another one.
+        BackboneError: there are no outliers, or the direction does not separate them from the other tokens.
+        ShapeError: there are no maps, or the maps or the direction differ in feature size.
         NonFiniteError: a map holds NaN or infinity.
 
     >>> maps = torch.randn(4, 8, 8, 16, generator=torch.Generator().manual_seed(0))
@@ -89,28 +90,29 @@ def fit_defect(
 
 @torch.no_grad()
 def predict_defect(backbone: Backbone, block: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Find the direction (C,) that a model's weights make large whatever the image: no image is needed.
+    """Predict the defect direction (C,), which a model's weights amplify in any image, from the weights alone.
 
     It is the leading left singular vector of the product of the linearised blocks (SINDER, section 4). A block is
     linearised by least squares over random tokens of unit variance, each alone in its sequence, so that its attention
-    is the value and output projection. After the final norm, where the backbone has it, its affine part is applied.
+    is the value and output projection. If the backbone has a final norm, its affine part is applied.
 
     Args:
         backbone: a timm model of plain transformer blocks.
         block: the last block of the product; None takes the backbone's layer.
-        generator: of the random tokens; None is one seeded with 0.
+        generator: draws the random tokens; None takes one seeded with 0.
 
     Returns:
-        A unit vector, whose sign is open: a singular vector has none. :func:`fit_defect` turns it towards outliers.
+        A unit vector. Its sign is arbitrary, as that of any singular vector; :func:`fit_defect` turns it towards
+        outliers.
 
     Raises:
-        BackboneError: the backbone is wrapped, or its blocks are no transformer blocks on one sequence.
+        BackboneError: the backbone is wrapped, or its blocks are not transformer blocks on one sequence.
     """
     inner: Any = families.core(timm_model(backbone))
     if type(inner).__name__ not in FAMILIES:
         raise BackboneError(
-            f"the defect of {type(inner).__name__} cannot be predicted from its weights: that takes plain transformer "
-            f"blocks ({', '.join(FAMILIES)}); find it over images instead (dvt remedy defect)"
+            f"the defect of {type(inner).__name__} cannot be predicted from its weights: that needs plain transformer "
+            f"blocks ({', '.join(FAMILIES)}); fit it to images instead (dvt remedy defect)"
         )
     generator = generator or torch.Generator().manual_seed(0)
     count = len(inner.blocks) if backbone.layer == -1 else backbone.layer + 1
@@ -119,7 +121,7 @@ def predict_defect(backbone: Backbone, block: int | None = None, generator: torc
         matrix = _linearised(each, backbone.device, generator)
         product = matrix if product is None else matrix @ product
         product = product / product.norm()
-    assert product is not None  # there is no timm model without blocks
+    assert product is not None  # every timm model here has blocks
     vector = torch.linalg.svd(product)[0][:, 0]
     norm = getattr(inner, "norm", None)
     if backbone.layer == -1 and isinstance(norm, nn.LayerNorm):
@@ -139,17 +141,17 @@ def _linearised(block: nn.Module, device: torch.device, generator: torch.Generat
 
 
 def _leading(vectors: Tensor) -> Tensor:
-    """Find the direction (C,) that unit vectors along (n, C) share, on the side where they lie."""
+    """Find the leading direction (C,) of the unit vectors along (n, C), with the sign of most of them."""
     units = torch.nn.functional.normalize(vectors.double(), dim=-1)
     leading = torch.linalg.eigh(units.T @ units)[1][:, -1]
     return (leading * torch.sign((units @ leading).sum())).float()
 
 
 def _checked_direction(direction: Tensor, away: Tensor, chosen: Tensor) -> Tensor:
-    """Bring a direction given to length 1, and turn it towards the outliers."""
+    """Normalise a given direction to length 1, and turn it towards the outliers."""
     if direction.shape != away.shape[1:] or not direction.isfinite().all() or not direction.norm() > 0:
         raise ShapeError(
-            f"the direction must be ({away.shape[1]},), finite and not zero, beside tokens of as many channels; "
+            f"the direction must be ({away.shape[1]},), as the tokens' channels, finite and not zero; "
             f"got {tuple(direction.shape)}"
         )
     unit = (direction / direction.norm()).to(away)
@@ -165,8 +167,8 @@ def _bounds(along: Tensor, rest: Tensor, chosen: Tensor, name: str) -> Tensor:
     caught = float((far[chosen] > limit).double().mean())
     if caught < 0.5:
         raise BackboneError(
-            f"the direction does not tell the outliers of {name} from its other tokens: only {caught:.0%} of them lie "
-            "beyond 5 sigmas along it. Nothing was changed; take registers, or dvt denoise"
+            f"the direction does not separate the outliers of {name} from its other tokens: only {caught:.0%} of the "
+            "outliers lie beyond the limit along it. Nothing was changed; use the remedy registers, or dvt denoise"
         )
     sizes = rest.norm(dim=-1)
     scale = sizes[~chosen].median() / sizes[chosen].median().clamp(min=1e-12)

@@ -1,4 +1,4 @@
-"""Estimate the artifact of position from images of noise: no photograph is needed."""
+"""Estimate the artifact of position from images of noise, without photographs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvt.errors import ConfigError, ShapeError
 
 logger = logging.getLogger(__name__)
 
-#: How far above the largest eigenvalue that chance made a direction of position must lie.
+#: A direction counts as one of position if its eigenvalue is this many times the largest that chance gave.
 _BEYOND_CHANCE = 2.0
 
 
@@ -25,9 +25,9 @@ def noise_maps(backbone: Backbone, count: int = 16, generator: torch.Generator |
     """Compute the tokens (h, w, C) of images of noise, at the backbone's own size.
 
     Args:
-        backbone: of any kind.
-        count: images, at least 2; each pixel and colour is uniform in [0, 1].
-        generator: of the pixels, on the CPU; None is one seeded with 0.
+        backbone: any backbone.
+        count: number of images, at least 2; each pixel and colour is uniform in [0, 1].
+        generator: draws the pixels, on the CPU; None takes one seeded with 0.
     """
     if count < 2:
         raise ConfigError(f"the mean of noise images needs 2 or more of them, got {count}")
@@ -38,10 +38,11 @@ def noise_maps(backbone: Backbone, count: int = 16, generator: torch.Generator |
 
 
 def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
-    """Subtract the mean map over noise images, less its own mean: an estimate of the artifact of position.
+    """Make a denoiser that subtracts the artifact of position, estimated as the mean map over noise images.
 
-    It is shrunk by 1 - (variance that chance leaves in the mean) / (its variance over positions), at least 0, the
-    positive-part James-Stein factor [ours]: where tokens do not depend on position, hardly anything is subtracted.
+    The map's mean over positions is removed. Then it is shrunk by the positive-part James-Stein factor [ours], max(0, 1
+    - (variance of the mean map due to chance) / (its variance over positions)), so that hardly anything is subtracted
+    if tokens do not depend on position.
 
     Args:
         maps: (h, w, C) tokens of noise images (:func:`noise_maps`), of one grid; read once.
@@ -50,7 +51,7 @@ def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
         A denoiser of kind "subtract". Its card holds the factor ("kept", in [0, 1]).
 
     Raises:
-        ShapeError: fewer than two maps, or of several grids or feature sizes.
+        ShapeError: there are fewer than two maps, or several grids or feature sizes.
         NonFiniteError: a map holds NaN or infinity.
     """
     total, squares, count = torch.zeros(()), 0.0, 0
@@ -58,34 +59,34 @@ def fit_noise(maps: Iterable[Tensor]) -> Denoiser:
         centred = each.double() - each.double().mean((0, 1))
         total, squares, count = total + centred, squares + float(centred.square().sum()), count + 1
     if count < 2:
-        raise ShapeError(f"the mean needs 2 maps or more, so that chance can be told from position, got {count}")
+        raise ShapeError(f"2 maps or more are needed to separate position from chance, got {count}")
     artifact = total / count
     size = float(artifact.square().sum())
     chance = (squares - count * size) / (count - 1) / count
     kept = max(0.0, 1 - chance / size) if size > 0 else 0.0
     if kept < 0.5:
-        logger.warning("position makes %.0f %% of the mean of %d noise images; the rest is chance", 100 * kept, count)
+        logger.warning("position makes %.0f %% of the mean of %d noise images, chance the rest", 100 * kept, count)
     denoiser = fit_subtract([kept * artifact])
     denoiser.card = {"kept": kept, "noise_images": count}
     return denoiser
 
 
 def fit_insid3(maps: Iterable[Tensor], rank: int = 8) -> Denoiser:
-    """Remove the leading directions of position in noise images (the aim and the SVD are INSID3's).
+    """Make a denoiser that removes the leading directions of position in noise images (the aim and SVD are INSID3's).
 
-    Directions are those of the mean map's covariance over positions, estimated from two independent halves of the
-    images, whose noise then has no preferred sign [ours]: directions whose eigenvalue is not twice that of the most
-    negative one are chance and stay.
+    The directions are eigenvectors of the mean map's covariance over positions, estimated as the product of two
+    independent halves of the images [ours]. The noise in that product is as often negative as positive. So an
+    eigenvalue that is less than twice the magnitude of the most negative one is due to chance, and is not removed.
 
     Args:
         maps: (h, w, C) tokens of noise images (:func:`noise_maps`), of one grid; read once.
-        rank: directions removed at most.
+        rank: the largest number of directions to remove.
 
     Returns:
-        A denoiser of kind "linear". Its card holds how many directions were found ("directions").
+        A denoiser of kind "linear". Its card holds the number of directions found ("directions").
 
     Raises:
-        ShapeError: fewer than two maps, or of several grids or feature sizes.
+        ShapeError: there are fewer than two maps, or several grids or feature sizes.
         NonFiniteError: a map holds NaN or infinity.
         ConfigError: the rank is out of range.
     """

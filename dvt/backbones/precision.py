@@ -1,4 +1,4 @@
-"""Choose the precision of a backbone's forward pass by trying it out."""
+"""Choose the precision of a backbone's forward pass by a trial on a photograph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dvt.views import resize
 log = logging.getLogger(__name__)
 
 MOST_DIFFERENCE = 0.005
-"""Up to here "auto" takes bfloat16: the norm of what it changes in a photograph's tokens, over the norm of these."""
+"""The largest relative change of a photograph's tokens, in norm, at which "auto" takes bfloat16."""
 
 _PHOTO = "astronaut.jpg"
 
@@ -28,20 +28,21 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def choose_precision(backbone: Backbone, dtype: str = "auto") -> Precision:
-    """Resolve "auto" to a precision; others stay as they are.
+    """Resolve "auto" to a precision; return any other value unchanged.
 
-    bfloat16 is taken where the device computes fast in it and the tokens of a bundled photograph change by no more
-    than :data:`MOST_DIFFERENCE`. The photograph is always the same, so that a job is the same each time it is started.
+    bfloat16 is chosen if the device is fast in it and the tokens of a bundled photograph change by at most
+    :data:`MOST_DIFFERENCE`. The photograph is always the same, so a repeated job makes the same choice.
 
     Args:
-        backbone: on the device that it will run on; a model whose weights are not float32 keeps their precision.
+        backbone: the backbone, on the device where it will run; for weights that are not float32, "auto" is "float32",
+            that is, no autocast.
         dtype: "auto", "float32", "bfloat16" or "float16".
 
     Returns:
         "float32", "bfloat16" or "float16".
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: the name is unknown.
     """
     if dtype in ("float32", "bfloat16", "float16"):
         return cast(Precision, dtype)
@@ -57,14 +58,14 @@ def choose_precision(backbone: Backbone, dtype: str = "auto") -> Precision:
 
 
 def in_precision(backbone: Backbone, dtype: str = "auto") -> Backbone:
-    """Return a backbone with the same weights whose forward passes run in another precision; tokens stay float32.
+    """Return a backbone with the same weights whose forward passes run in another precision; tokens are float32.
 
     Args:
-        backbone: stays as it is.
+        backbone: the backbone, which is not changed.
         dtype: as :func:`choose_precision` takes it.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: the name is unknown.
     """
     chosen = copy(backbone)
     chosen.precision = getattr(torch, choose_precision(backbone, dtype))
@@ -73,7 +74,7 @@ def in_precision(backbone: Backbone, dtype: str = "auto") -> Backbone:
 
 @torch.no_grad()
 def precision_difference(backbone: Backbone, dtype: torch.dtype) -> float:
-    """Measure what a precision changes in the tokens of a photograph, relative to their norm; NaN tokens give inf."""
+    """Measure the relative change of a photograph's tokens in a precision, in norm; infinity for NaN tokens."""
     photo = load_image(Path(dvt.__file__).parent / "data" / "photos" / _PHOTO)
     images = resize(photo, backbone.input_size((photo.shape[1], photo.shape[2])))[None].to(backbone.device)
     exact = backbone(images).patches.float()

@@ -1,4 +1,4 @@
-"""The command line: tyro over dataclasses, rich for progress. Each module here holds the commands of one part."""
+"""Run the command line: tyro reads dataclasses, rich shows progress. Each module holds the commands of one part."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dvt.text import visible, visible_lines
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 all done, 2 bad input, 1 failure, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need be no text
+    for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     errors = Console(stderr=True, soft_wrap=True, emoji=False)
@@ -30,14 +30,14 @@ def main(arguments: list[str] | None = None) -> int:
     except DvtError as error:
         errors.print(f"[bold red]error:[/] {escape(visible_lines(str(error)))}")
         return 2
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has ended
         return 1
-    except OSError as error:  # a place or a disk of the user's, where nothing below says more
+    except OSError as error:  # a path or a disk of the user's, which no function below has explained
         where = "" if error.filename is None else f"{str(error.filename)!r}: "
         errors.print(f"[bold red]error:[/] {escape(visible_lines(where + (error.strerror or str(error))))}")
         return 2
     except KeyboardInterrupt:
-        errors.print("stopped; the same command goes on where it was")
+        errors.print("stopped; run the same command again to continue")
         return 130
 
 
@@ -51,7 +51,7 @@ def _run(arguments: list[str], errors: Console) -> int:
     if empty := [each for each in arguments if each == "" or re.fullmatch(r"--[\w.-]+=", each)]:
         raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
     command, function = parse(arguments)
-    from rich.logging import RichHandler  # takes time, and help needs none of it
+    from rich.logging import RichHandler  # slow to import, and not needed for help
 
     console = Console(stderr=command.json, soft_wrap=True, emoji=False)
     handler = RichHandler(console=errors, show_path=False, show_time=False)
@@ -68,12 +68,12 @@ def _run(arguments: list[str], errors: Console) -> int:
 
 
 def _visible_record(record: logging.LogRecord) -> bool:
-    """Make one line of a record that a terminal shows and does not obey: names of files may lie in it."""
+    """Escape a log record to one line, because it may hold file names with control characters."""
     record.msg, record.args = visible(record.getMessage()), ()
     return True
 
 
 def _write(text: str) -> None:
-    """Write to standard output, now: an error of it is ours to tell, not the interpreter's when it ends."""
+    """Write to standard output and flush it, so that `main` reports an error, not the interpreter at exit."""
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""Run `dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`: what the features hold, with nulls and intervals."""
+"""Run `dvt analyze`, `dvt doctor`, `dvt probe` and `dvt report`, which measure features with nulls and intervals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _PRODUCTS: tuple[Product, ...] = ("removed", "ensembled")
 
 
 def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt analyze`: exit code 0 when the report is written."""
+    """Run `dvt analyze`; the exit code is 0 when the report is written."""
     from dvt.analysis.measure import analyze as measure
 
     paths = find_images(command.images)
@@ -52,12 +52,12 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
         )
     report.save(command.out)
     console.print(visible_lines(report.to_text()), markup=False, highlight=False)
-    console.print(f"report: {shown(str(command.out))}; `dvt report {shown(str(command.out))}` makes one page of it")
+    console.print(f"report: {shown(str(command.out))}; `dvt report {shown(str(command.out))}` makes a page from it")
     return 0, {**report.to_json(), "settings": settings, "out": str(command.out)}
 
 
 def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt doctor`: exit code 0 when there is an answer, whatever it is."""
+    """Run `dvt doctor`; the exit code is 0 for any diagnosis."""
     from dvt.analysis.doctor import diagnose
 
     paths = find_images(command.images)
@@ -90,7 +90,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt probe`: exit code 0 when all rows are scored."""
+    """Run `dvt probe`; the exit code is 0 when all rows are scored."""
     from dvt.analysis.probes.protocol import run_probe
 
     settings = resolved(command, command="probe")
@@ -110,11 +110,11 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
 
 
 def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt report`: exit code 0 when the page is written."""
+    """Run `dvt report`; the exit code is 0 when the page is written."""
     from dvt.analysis.page.report import write_report
 
     if command.out.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"the report is a web page: --out ends in .html, got {shown(str(command.out))}")
+        raise ConfigError(f"the report is a web page: --out must end in .html, got {shown(str(command.out))}")
     path = write_report(command.folder, command.out)
     size = path.stat().st_size
     console.print(f"{shown(str(path))}: {size / 1e6:.1f} MB, open it in any browser")
@@ -127,7 +127,7 @@ def _variants(command: DenoiserOptions, backbone: Backbone) -> dict[str, Any]:
 
 
 def _decompose(backbone: Backbone, product: Product | None = None, views: int | None = None) -> Decompose | None:
-    """Make the function that decomposes an image by stage one; None for no views."""
+    """Make the function that decomposes an image by stage one; None if `views` is 0."""
     if views == 0:
         return None
     return _terms_of(backbone, DenoiseConfig(views=views, product=product))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Options and output that commands share: a backbone, devices, progress, settings on disk."""
+"""Share output between commands: names on the terminal, progress, resolved settings, JSON files."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from dvt.text import visible
 
 
 class DryRun(Exception):
-    """Ends a command that was asked to print its settings and stop.
+    """End a command with --dry-run, which prints its settings and stops.
 
     Args:
-        settings: as :func:`resolved` gives them.
+        settings: the settings, as :func:`resolved` makes them.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -30,13 +30,13 @@ class DryRun(Exception):
 
 
 def shown(name: object) -> str:
-    """Write a name for the terminal, where it is read and not obeyed: neither its control characters nor its markup."""
+    """Escape a name for the terminal: its control characters and its markup have no effect."""
     return escape(visible(str(name)))
 
 
 @contextmanager
 def progress_bar(console: Console):
-    """Show a progress bar; it is a callback (what, done, total)."""
+    """Show a progress bar; yield a callback (what, done, total) that updates it."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -49,7 +49,7 @@ def progress_bar(console: Console):
         tasks: dict[str, Any] = {}
 
         def update(what: str, done: int, total: int) -> None:
-            if what not in tasks:  # when this is first heard of, `done` is done already: its time is not known
+            if what not in tasks:  # the time of what is done before the first call is unknown, so the rate excludes it
                 tasks[what] = bar.add_task(what, total=total, rate="", known=done)
             task = bar.tasks[tasks[what]]
             since, elapsed = done - task.fields["known"], task.elapsed or 0
@@ -60,10 +60,12 @@ def progress_bar(console: Console):
 
 
 def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
-    """Write a command's settings as JSON has them, with what they were resolved to, before anything long is done.
+    """Convert a command's settings, and values found for them such as image paths, to JSON values; honour --dry-run.
+
+    Call it before anything that takes long.
 
     Raises:
-        DryRun: the command was asked to stop here; :func:`dvt.cli.main` prints the settings.
+        DryRun: --dry-run was given; :func:`dvt.cli.main` prints the settings.
     """
     values = json.loads(json.dumps({**dataclasses.asdict(settings), **found}, default=str))
     if settings.dry_run:
@@ -72,7 +74,7 @@ def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file, which is whole or absent."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""Run `dvt match`: which places of two photographs are alike, by raw and by clean features."""
+"""Run `dvt match`: find matching places in two photographs, by raw and by clean features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dvt.files import writable
 
 
 def match(command: MatchCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt match`: exit code 0 when picture and pairs are written."""
+    """Run `dvt match`; the exit code is 0 when picture and pairs are written."""
     import torch
 
     from dvt.analysis.matching import match_images, save_matches

@@ -1,4 +1,4 @@
-"""Reading an image as RGB in [0, 1], its size from the header, its hash from its bytes."""
+"""Read an image as RGB in [0, 1], its size from the header, and the hash of its bytes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 ImageLike = str | Path | Tensor | np.ndarray | Image.Image
-"""An image as functions take it: its file or URL, a PIL image, or its pixels (see :func:`read_image`)."""
+"""The types in which functions take an image: a file or URL, a PIL image, or pixels (see :func:`read_image`)."""
 
 MAX_PIXELS = 178_956_970
-"""The largest image that is decoded, in pixels (Pillow's own limit). One at the limit takes 4 to 6 GB to load."""
+"""The largest image that is decoded, in pixels (Pillow's own limit). Loading an image at the limit takes 4 to 6 GB."""
 
-# How far arithmetic in half precision may leave [0, 1].
+# Tolerance beyond [0, 1], for values computed in half precision.
 _ROUNDING = 1e-3
 
-# A closed list: Pillow would otherwise also start Ghostscript for PostScript files.
+# A fixed list, because Pillow would otherwise start Ghostscript for PostScript files.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 _ORIENTATION_TAG, _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_SAMPLES = 0x0112, 256, 257, 277
@@ -63,26 +63,26 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def size_and_sha256(path: str | Path) -> tuple[tuple[int, int], str]:
-    """Read :func:`image_size` and :func:`file_sha256` from the same bytes, which are fetched once."""
+    """Read :func:`image_size` and :func:`file_sha256` from the same bytes, opened or downloaded once."""
     with _opened(path) as (image, file):
         return _displayed_size(image, file, path), _sha256(file, path)
 
 
 def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
-    """Load one image as (3, H, W) float32 RGB in [0, 1], turned as its EXIF orientation says.
+    """Load one image as (3, H, W) float32 RGB in [0, 1], turned according to its EXIF orientation.
 
-    Grey becomes three equal channels. Sixteen-bit grey is divided by 65535, never clipped; 16 bits a channel of colour
-    are read as 8. A float TIFF must already lie in [0, 1]. Transparent pixels are composited over white. CMYK is
-    converted without its colour profile. Of an animation or a file of several pages the first is read, with a warning
-    that names it; a TIFF of more than four bands is refused.
+    Grey becomes three equal channels. 16-bit grey is divided by 65535, never clipped; colours of 16 bits per channel
+    are read as 8. The values of a float TIFF must lie in [0, 1]. Transparent pixels are composited over white. CMYK is
+    converted without its colour profile. If a file has several frames or pages, the first is read, with a warning that
+    names the file; a TIFF of more than four bands is refused.
 
     Args:
-        path: of the file.
-        sha256: of its bytes, where they are known already.
+        path: path or URL of the file.
+        sha256: the expected hash of its bytes, if known.
 
     Raises:
         ImageError: the file is missing, unreadable, empty, truncated, corrupt, not an image, of an unsupported kind,
-            larger than :data:`MAX_PIXELS` (refused from the header, before anything is decoded), or has other bytes.
+            larger than :data:`MAX_PIXELS` (refused by its header, before anything is decoded), or has another hash.
     """
     with _opened(path) as (image, file):
         if sha256 is not None and _sha256(file, path) != sha256:
@@ -90,7 +90,7 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         if _has_more(image):
             _warn_of_more(str(path))
         image.load()
-        # Read after load(): a TIFF has been turned by then, and its tag is gone.
+        # The orientation is read after load(), which turns a TIFF and removes its tag.
         method = _TRANSPOSE.get(_orientation(image, file, path))
         transparent = image.info.get("transparency")
         upright = image.transpose(method) if method is not None else image
@@ -100,14 +100,14 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
 
 
 def read_image(image: ImageLike) -> Tensor:
-    """Read an image, however it is given, as (3, H, W) RGB in [0, 1]; a float tensor comes back as it is.
+    """Read an image of any accepted type as (3, H, W) RGB in [0, 1]; a float tensor is returned unchanged.
 
     Args:
-        image: a file or URL, a PIL image (turned as its EXIF orientation says), a NumPy array (H, W, 3) or a tensor
+        image: a file or URL, a PIL image (turned by its EXIF orientation), a NumPy array (H, W, 3) or a tensor
             (3, H, W); pixels are uint8 in 0 to 255, or floats in [0, 1].
 
     Raises:
-        ImageError: it cannot be read, or its pixels are of another shape, type or range.
+        ImageError: the image cannot be read, or its pixels have another shape, type or range.
     """
     if isinstance(image, (str, Path)):
         return load_image(image)
@@ -121,7 +121,7 @@ def read_image(image: ImageLike) -> Tensor:
         raise ImageError(f"an image was given as {type(image).__name__}; give a path, PIL image, NumPy array or tensor")
     last = isinstance(image, np.ndarray)
     _check_shape(tuple(image.shape), last)
-    # A copy: an array may be read-only or have negative strides, which torch does not take.
+    # Copy, because torch does not take arrays that are read-only or have negative strides.
     pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()) if isinstance(image, np.ndarray) else image
     if pixels.dtype == torch.uint8:
         return pixels.to(torch.float32) / 255
@@ -131,13 +131,13 @@ def read_image(image: ImageLike) -> Tensor:
     if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):
         raise ImageError(
             f"pixels of type {image.dtype} from {low:.4g} to {high:.4g} were given; floats must lie in [0, 1]: divide "
-            "those of 0 to 255 by 255, undo a normalisation, clip what a resize left outside"
+            "values of 0 to 255 by 255, undo a normalisation, clip values that a resize left outside"
         )
     return pixels.to(torch.float32) if last else pixels
 
 
 def _check_shape(shape: tuple[int, ...], last: bool) -> None:
-    """Refuse pixels that are not (H, W, 3) where channels come last, and (3, H, W) where they come first."""
+    """Refuse pixels that are not (H, W, 3) with channels last, or (3, H, W) with channels first."""
     kind, wanted = ("array", "(H, W, 3)") if last else ("tensor", "(3, H, W)")
     if len(shape) == 3 and shape[2 if last else 0] == 3 and min(shape) > 0:
         return
@@ -150,17 +150,17 @@ def _check_shape(shape: tuple[int, ...], last: bool) -> None:
 
 
 def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict[int, Found]:
-    """Check images, and leave out those that cannot be read or used, each with a log line that names it.
+    """Check images, and leave out those that cannot be read or used, with a warning that names each.
 
     Args:
         images: files, URLs or pixels.
-        check: called with each; what it raises as ImageError leaves the image out.
+        check: called with each image; if it raises an ImageError, the image is left out.
 
     Returns:
-        What `check` found, by the image's number; of no image, nothing.
+        The results of `check`, by the image's index; empty if no image was given.
 
     Raises:
-        ImageError: images were given, and none is left.
+        ImageError: images were given, but none can be used.
     """
     found: dict[int, Found] = {}
     said = ""
@@ -177,14 +177,14 @@ def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict
 
 
 def usable_images(images: Sequence[ImageLike], *fits: Callable[[Size], Size]) -> list[int]:
-    """List the numbers of the images that can be decoded and are of a size that is taken.
+    """List the indices of the images that can be decoded and have an accepted size.
 
-    The others are left out as :func:`readable` does.
+    The others are left out as by :func:`readable`.
 
     Args:
         images: files, URLs or pixels.
-        fits: each called with an image's (H, W), such as :meth:`dvt.backbones.Backbone.input_size`; an ImageError
-            leaves the image out.
+        fits: functions called with an image's (H, W), such as :meth:`dvt.backbones.Backbone.input_size`; if one raises
+            an ImageError, the image is left out.
     """
 
     def check(image: ImageLike) -> None:
@@ -207,7 +207,7 @@ def file_sha256(path: str | Path) -> str:
 
 def _displayed_size(image: Image.Image, file: BinaryIO, path: str | Path) -> tuple[int, int]:
     width, height = image.size
-    if image.format == "TIFF":  # some versions of Pillow have already turned .size, some have not
+    if image.format == "TIFF":  # only some versions of Pillow have already turned .size
         tags: Any = image
         width, height = tags.tag_v2[_TIFF_WIDTH], tags.tag_v2[_TIFF_HEIGHT]
     turned = _orientation(image, file, path) >= 5
@@ -215,7 +215,7 @@ def _displayed_size(image: Image.Image, file: BinaryIO, path: str | Path) -> tup
 
 
 def _sha256(file: BinaryIO, path: str | Path) -> str:
-    """Hash the whole file, and return to where it was."""
+    """Hash the whole file, and restore its position."""
     digest, position = hashlib.sha256(), file.tell()
     try:
         file.seek(0)
@@ -229,7 +229,7 @@ def _sha256(file: BinaryIO, path: str | Path) -> str:
 
 @contextmanager
 def regular_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Open a file for reading; devices and pipes, which could block or never end, are refused before that."""
+    """Open a file for reading, after refusing devices and pipes, which could block or never end."""
     if is_url(path):
         with io.BytesIO(fetched(str(path))) as content:
             yield content
@@ -238,7 +238,7 @@ def regular_file(path: str | Path) -> Iterator[BinaryIO]:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise image_error(path, "it is a folder" if stat.S_ISDIR(status.st_mode) else "it is not a regular file")
-        file = open(path, "rb")  # noqa: SIM115  closed below; only the opening may be called an unreadable file
+        file = open(path, "rb")  # noqa: SIM115  closed below; only errors of opening are to become ImageErrors
     except ImageError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
@@ -255,13 +255,13 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
-    """Open an image, read its header and check its size; whatever a decoder raises is an ImageError."""
+    """Open an image, read its header and check its size; turn any error of a decoder into an ImageError."""
     with regular_file(path) as file:
         try:
             if not file.read(1):
                 raise ImageError("the file is empty")
             file.seek(0)
-            # Not by name: Pillow may then map the file, and one that is cut short meanwhile kills the process.
+            # By file and not by name, for which Pillow may map the file: if it is truncated then, the process dies.
             with _header(file) as image:
                 _check_size(image)
                 _check_bands(image)
@@ -271,14 +271,16 @@ def _opened(path: str | Path) -> Iterator[tuple[Image.Image, BinaryIO]]:
         except Image.UnidentifiedImageError as error:
             raise image_error(path, f"it is not an image of a known format ({', '.join(_formats())})") from error
         except Image.DecompressionBombError as error:
-            raise image_error(path, f"it has more than {MAX_PIXELS} pixels, the most that is decoded") from error
+            raise image_error(
+                path, f"it has more than {MAX_PIXELS} pixels, the largest size that is decoded"
+            ) from error
         except Exception as error:  # decoders raise nearly anything on damaged bytes
             raise image_error(path, error) from error
 
 
 def _header(file: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
-        # Pillow warns from half of its limit on; _check_size decides instead.
+        # Pillow warns at half of its limit; _check_size applies our limit.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(file, formats=_formats())
 
@@ -294,15 +296,15 @@ def _check_size(image: Image.Image) -> None:
 def _check_bands(image: Image.Image) -> None:
     tags: Any = getattr(image, "tag_v2", {})
     bands = tags.get(_TIFF_SAMPLES, 1)
-    if isinstance(bands, int) and bands > 4:  # Pillow would give the first as a grey image
-        raise ImageError(f"it has {bands} bands; write the three to use as red, green and blue to a file of their own")
+    if isinstance(bands, int) and bands > 4:  # Pillow would read the first band as a grey image
+        raise ImageError(f"it has {bands} bands; write three of them, as red, green and blue, to another file")
 
 
 def _has_more(image: Image.Image) -> bool:
-    """Tell if there are frames or pages behind the first; a camera's MPO holds other views of the same."""
+    """Tell if there are more frames or pages than one; in a camera's MPO they are previews, and do not count."""
     try:
         return image.format in ("GIF", "PNG", "TIFF", "WEBP") and bool(getattr(image, "is_animated", False))
-    except Exception:  # damage behind the first page is no reason to refuse the first
+    except Exception:  # damage after the first page is no reason to refuse the first page
         return False
 
 
@@ -312,9 +314,9 @@ def _warn_of_more(path: str) -> None:
 
 
 def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:
-    """Read the EXIF orientation, 1 to 8; 1 when there is none or when it is damaged, as viewers do, with a log line."""
+    """Read the EXIF orientation, 1 to 8; 1 if there is none or, with a warning, if it is damaged, as viewers do."""
     try:
-        # Not PngImageFile.getexif, which decodes all pixels to look behind them.
+        # PngImageFile.getexif would decode all pixels to find EXIF data after them.
         exif = Image.Image.getexif(image)
         if image.format == "PNG" and _ORIENTATION_TAG not in exif and (late := _late_png_exif(file)):
             exif = Image.Exif()
@@ -327,7 +329,7 @@ def _orientation(image: Image.Image, file: BinaryIO, path: str | Path) -> int:
 
 
 def _late_png_exif(file: BinaryIO) -> bytes | None:
-    """Find the eXIf chunk of a PNG wherever it stands; the standard allows it behind the pixels."""
+    """Find the eXIf chunk of a PNG at any place; the standard allows it after the pixels."""
     position = file.tell()
     try:
         file.seek(8)

@@ -1,8 +1,8 @@
-"""Calls given to actors on a Ray cluster that come and go; the only file that knows Ray.
+"""Distribute calls to actors on a Ray cluster, which may start and die at any time. Only this file uses Ray.
 
-The driver has one thread and no locks: it starts actors, hands calls out, waits for the first one to end, and settles
-it, in a loop (:meth:`Pool.map`). All state lies in the driver's `Pool`; when an actor dies, the driver still has the
-calls that it was given. Inside an actor on a GPU two calls run in two threads of Ray's.
+The driver has one thread and no locks. In a loop (:meth:`Pool.map`) it starts actors, gives them calls, waits for the
+first call to end, and processes its result. All state is in the driver's `Pool`, so when an actor dies, the driver
+still has the calls that it gave to it. Inside an actor on a GPU, two calls run in two of Ray's threads.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dvt.store import Job
 log = logging.getLogger(__name__)
 
 TRIES = 3
-_GREETINGS = 5  # a model is loaded for each
+_GREETINGS = 5  # attempts; each of them loads a model
 _POLL_SECONDS = 2.0
 _LOCAL_OBJECTS = (
     512 << 20
@@ -33,15 +33,15 @@ _LOCAL_OBJECTS = (
 
 @dataclass(frozen=True)
 class Hello:
-    """Hold an actor's greeting: it has made its work.
+    """Hold an actor's greeting, which it sends when its work is ready.
 
     Args:
-        node: of Ray.
-        versions: of dvt and torch.
-        job: of the work.
-        shard_images: images a shard.
-        reduced_images: images of each grid shape that the work's reduction takes; 0 without one.
-        add: adds two parts of that reduction, one of which may be None.
+        node: Ray's id of the node.
+        versions: the versions of dvt and torch.
+        job: the job of the work.
+        shard_images: images per shard.
+        reduced_images: images of each grid shape that the work's reduction takes; 0 without a reduction.
+        add: adds two parts of that reduction, of which one may be None.
     """
 
     node: str
@@ -54,34 +54,34 @@ class Hello:
 
 @dataclass(frozen=True)
 class LostCall:
-    """A call that no worker could do, and why."""
+    """Hold the reason why no worker could complete a call."""
 
     reason: str
 
 
 @dataclass
 class _Call:
-    """A call that is still to be done, and how often it was tried in vain."""
+    """Hold a call that is not done yet, and its failed tries."""
 
     number: int
     arguments: tuple[Any, ...]
-    deaths: int = 0  # of workers that did this call and no other
+    deaths: int = 0  # workers that died while they ran only this call
     errors: int = 0  # exceptions that it raised
-    alone: bool = False  # a worker died during it, so it may be the cause: the next try shares its worker with no other
+    alone: bool = False  # a worker died during this call, which may be the cause: it is retried alone on a worker
 
 
 @dataclass
 class _Worker:
-    """An actor as the driver sees it."""
+    """Hold the driver's record of an actor."""
 
     actor: Any
     greeting: Any  # future of its Hello
-    node: str | None = None  # None until the greeting has come: it gets no calls before that
+    node: str | None = None  # None until the greeting arrives; before, the actor gets no calls
     calls: dict[Any, _Call] = field(default_factory=dict)  # futures of its running and waiting calls
 
 
 class Pool:
-    """Actors that come and go, and the calls that they are given: at most two each, so that none waits for the next."""
+    """Start and replace actors, and give each at most two calls, so that no actor waits for its next one."""
 
     def __init__(
         self,
@@ -95,16 +95,16 @@ class Pool:
         self.ray, self.workers, self.limit, self.threads = ray, list[_Worker](), workers, threads
         self.gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
         # On a GPU two calls run at a time, so that one decodes and solves while the other is in the backbone. Ray must
-        # neither restart actors nor repeat calls: the driver does both, and counts the tries.
+        # neither restart actors nor repeat calls, because the driver does both and counts the tries.
         options = {"num_gpus": 1, "max_concurrency": 2} if self.gpu else {"max_concurrency": 1}
         self.kind = ray.remote(actor).options(
             num_cpus=1 if self.gpu else threads, max_restarts=0, max_task_retries=0, **options
         )
         self.arguments = arguments
         self.hello: Hello | None = None
-        self.failures, self.rest_until = 0, 0.0  # greetings that failed in a row; no new actor is started before
-        self.counted, self.devices = -_POLL_SECONDS, 1  # when the cluster's devices were counted last, and how many
-        self.told = time.monotonic()  # when the user was last told that Ray starts no workers
+        self.failures, self.rest_until = 0, 0.0  # consecutive failed greetings; earliest time of the next new actor
+        self.counted, self.devices = -_POLL_SECONDS, 1  # time and result of the last count of the cluster's devices
+        self.told = time.monotonic()  # time of the last warning that Ray starts no workers
 
     def __enter__(self) -> Pool:
         return self
@@ -114,7 +114,7 @@ class Pool:
             self._end(worker)
 
     def capacity(self) -> int:
-        """Count the actors there should be: all that were asked for, or one a device that the cluster has now."""
+        """Return the number of actors to run: the number asked for, or one per device that the cluster has now."""
         if self.limit is not None:
             return self.limit
         if time.monotonic() - self.counted >= _POLL_SECONDS:
@@ -124,14 +124,14 @@ class Pool:
         return self.devices
 
     def first(self, items: int) -> Hello:
-        """Start actors, at most one an item, and return what the first one that is up says."""
+        """Start actors, at most one per item, and return the first greeting."""
         while self.hello is None:
             self._resize(items, last=False)
             self._wait([])
         return self.hello
 
     def ordered(self, method: str, calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Yield objects of Ray in the order of the calls; None for a call that says that it has nothing."""
+        """Yield references to Ray's objects in the order of the calls; None for a call without a result."""
         early: dict[int, Any] = {}
         wanted = 0
         for number, result in self.map(method, calls, keep=True):
@@ -146,13 +146,14 @@ class Pool:
         """Yield the number and the result of each call, in any order; a :class:`LostCall` after three failed tries.
 
         Args:
-            method: of the actor.
-            calls: its arguments.
-            keep: of the pair that the method returns, leave the second one where it is, if the first one is true.
-            last: actors for which nothing is left are not needed any more.
+            method: name of the actor's method.
+            calls: the arguments of each call.
+            keep: the method returns a pair; fetch the first value only and, if it is true, yield a reference to the
+                second, which stays on its node.
+            last: no calls follow these, so idle actors may be ended.
 
         Raises:
-            Exception: what the method raised, in three tries unless it is what `strict` asks for.
+            Exception: the method raised it in three tries; for an error that `strict` reports, in one.
         """
         queue = deque(_Call(number, arguments) for number, arguments in enumerate(calls))
         again: deque[_Call] = deque()
@@ -163,12 +164,12 @@ class Pool:
                 for worker, ref in self._wait([ref for one in self.workers for ref in one.calls]):
                     yield from self._settled(worker, ref, keep, again)
         finally:
-            # After an early end the actors may still be busy; what they return is ignored.
+            # After an early end the actors may still be busy; their results are ignored.
             for worker in self.workers:
                 worker.calls.clear()
 
     def _settled(self, worker: _Worker, ref: Any, keep: bool, again: deque[_Call]) -> Iterator[tuple[int, Any]]:
-        """Return the number and result of a call that is over, unless it must be done again."""
+        """Yield the number and result of an ended call, unless it must be retried."""
         try:
             result = self._result(ref[0] if keep else ref)
         except _Died as death:
@@ -180,14 +181,14 @@ class Pool:
             return
         except ConfigError as error:
             result = LostCall(str(error))
-        except (ImageError, NonFiniteError):  # only where the work is strict
+        except (ImageError, NonFiniteError):  # only raised if the work is strict
             raise
         except Exception as error:
             call = worker.calls.pop(ref)
             call.errors += 1
             if call.errors >= TRIES:
                 raise
-            log.warning("tried again: %s", brief(error))
+            log.warning("retrying a call: %s", brief(error))
             again.append(call)
             return
         call = worker.calls.pop(ref)
@@ -207,7 +208,7 @@ class Pool:
     def _hand_out(self, method: str, queue: deque[_Call], again: deque[_Call], keep: bool) -> None:
         """Give each worker one call, then a second one.
 
-        A call that may have killed a worker is done alone, so that no other is blamed if it does so again.
+        A call that may have killed a worker is run alone, so that no other call is blamed if it kills one again.
         """
         up = sorted((worker for worker in self.workers if worker.node is not None), key=lambda w: len(w.calls))
         for depth in (1, 2):
@@ -217,7 +218,7 @@ class Pool:
                     continue
                 if again and not worker.calls:
                     self._call(worker, method, again.popleft(), keep)
-                elif worker.calls and reserved:  # no second call: the worker will be free for one of `again` sooner
+                elif worker.calls and reserved:  # no second call, so that this worker is free for one of `again` sooner
                     reserved -= 1
                 elif queue and (depth == 1 or len(queue) >= len(up)):
                     self._call(worker, method, queue.popleft(), keep)
@@ -228,7 +229,7 @@ class Pool:
         worker.calls[tuple(refs) if keep else refs] = call
 
     def _wait(self, calls: Sequence[Any]) -> list[tuple[_Worker, Any]]:
-        """Return the calls that are over, one at most; greet new actors on the way."""
+        """Wait for a call to end and return it, in a list of at most one; admit new actors meanwhile."""
         waiting = {worker.greeting: worker for worker in self.workers if worker.node is None}
         firsts = {ref[0] if isinstance(ref, tuple) else ref: ref for ref in calls}
         if not waiting and not firsts:
@@ -249,10 +250,10 @@ class Pool:
         return ", ".join(f"{found.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
 
     def _greet(self, worker: _Worker) -> None:
-        """Take a new actor in, if it does the same work; one that does not come up is tried again later.
+        """Admit a new actor if it does the same work; replace one that fails to start, later.
 
         Raises:
-            DvtError: the work cannot be made there, or is another one.
+            DvtError: the work cannot be made on the actor, or differs from that of the others.
         """
         try:
             hello: Hello = self._result(worker.greeting)
@@ -262,22 +263,23 @@ class Pool:
             self._end(worker)
             self.workers.remove(worker)
             self.failures += 1
-            # What the caller's function raises by itself is its own; a worker that dies may have met a bad node.
+            # An exception comes from the caller's function and will recur; a death may be the fault of one bad node.
             tries = _GREETINGS if isinstance(error, _Died) else 2
             if self.failures >= tries and not any(other.node for other in self.workers):
                 if isinstance(error, _Died):
                     raise ConfigError(
-                        f"workers die while they make their work ready, {self.failures} in a row: {error.reason}"
+                        f"{self.failures} workers in a row died while they prepared their work: {error.reason}"
                     ) from error
                 raise
-            log.warning("a worker did not come up and is tried again: %s", brief(error))
+            log.warning("a worker failed to start and is replaced: %s", brief(error))
             self.rest_until = time.monotonic() + min(60.0, 2.0**self.failures)
             return
         self.failures = 0
         first = self.hello = self.hello or hello
         if hello.versions[0] != dvt.__version__:
             raise ConfigError(
-                f"a worker has dvt {hello.versions[0]}, this command has {dvt.__version__}; install one on all nodes"
+                f"a worker has dvt {hello.versions[0]}, this command has {dvt.__version__}; install one version on all "
+                "nodes"
             )
         if hello.versions[1] != first.versions[1]:
             log.warning("workers have torch %s and %s: last bits may differ", hello.versions[1], first.versions[1])
@@ -299,7 +301,7 @@ class Pool:
             self.workers.remove(worker)
 
     def _bury(self, worker: _Worker, reason: str) -> list[_Call]:
-        """Return its calls. A death is a call's own only if nothing else was there and the node lives."""
+        """Remove a dead worker and return its calls; blame a call only if it ran alone and the node is alive."""
         log.warning("a worker died: %s", reason)
         self._end(worker)
         self.workers.remove(worker)
@@ -311,12 +313,12 @@ class Pool:
         return calls
 
     def _end(self, worker: _Worker) -> None:
-        with suppress(Exception):  # it may be dead, or the whole cluster
+        with suppress(Exception):  # the actor or the whole cluster may be dead
             self.ray.kill(worker.actor)
 
 
 class _Died(Exception):
-    """A worker died under a call."""
+    """Say that a worker died during a call."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -324,7 +326,7 @@ class _Died(Exception):
 
 
 def brief(error: BaseException) -> str:
-    """Shorten one of Ray's long messages to the part that says what happened."""
+    """Shorten one of Ray's long messages to its informative part."""
     text = " ".join(str(error).split())
     found = text.find("The actor ", 1)
     text = text[max(found, 0) :] or type(error).__name__
@@ -333,7 +335,7 @@ def brief(error: BaseException) -> str:
 
 @contextmanager
 def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
-    """Connect to Ray and lend its module; see :func:`dvt.jobs.cluster.run`.
+    """Connect to Ray and yield its module; see :func:`dvt.jobs.cluster.run`.
 
     Raises:
         ConfigError: Ray is missing, or no cluster answers.
@@ -365,18 +367,18 @@ def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
 
 
 _ADDRESSES = (
-    "give 'local', 'auto' on a node of a cluster, HOST:PORT or ray://HOST:PORT; if the cluster asks for a token, set "
-    "RAY_AUTH_MODE=token here too"
+    "give 'local', 'auto' on a node of a cluster, HOST:PORT or ray://HOST:PORT; if the cluster asks for a token, also "
+    "set RAY_AUTH_MODE=token here"
 )
 
 
 def _knock(address: str) -> None:
-    """Try the port: Ray itself takes minutes to give up."""
+    """Try to connect to the port first, because Ray itself gives up only after minutes."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise ConfigError(f"{address!r} is no address of a Ray cluster; {_ADDRESSES}")
+        raise ConfigError(f"{address!r} is not an address of a Ray cluster; {_ADDRESSES}")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Whole chunks of a shard's datasets, read past HDF5 and held against the checksums that it wrote beside them.
+"""Read whole chunks of a shard's datasets without HDF5, and check them against the checksums that it wrote.
 
-HDF5 tells once where the chunks of a shard lie. After that a chunk is one read of the file, and its Fletcher-32 sum is
-two products of matrices, a third of the time that HDF5's own loop takes; nothing is handed out unchecked.
+HDF5 is asked once for the places of a shard's chunks. Then each chunk is one read of the file, and its Fletcher-32 sum
+takes two matrix products, a third of the time of HDF5's own loop. No chunk is returned unchecked.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor
 
 from dvt.store.index import damage, opened
 
-_OPEN_FILES = 64  # a thread; a process may have 256 on some systems
-_KEPT_BYTES = 16 << 20  # of chunks that hold several images, a thread
-_WORDS = 256  # in a row of words: the sum of 256 numbers below 2^16 is exact in single precision
+_OPEN_FILES = 64  # per thread; on some systems a process may open only 256
+_KEPT_BYTES = 16 << 20  # per thread, of chunks that hold several images
+_WORDS = 256  # per row: the sum of 256 numbers below 2^16 is exact in single precision
 
 
 class ChunkReader(threading.local):
-    """Reads rows of datasets; each thread has files and memory of its own.
+    """Read rows of datasets; each thread has its own open files and buffers, so no lock is needed.
 
-    A read names its place (``preadv``), so that a forked process may use the files it inherits.
+    Reads give their offset (``preadv``) instead of moving a shared file position, so a forked process may use the files
+    that it inherits.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class ChunkReader(threading.local):
         self._sums = _Fletcher()
 
     def read(self, file: Path, name: str, start: int, out: Tensor) -> None:
-        """Fill `out` (rows, ...) with the rows of a dataset from `start` on, converted to its type.
+        """Fill `out` (rows, ...) with the rows of a dataset from `start`, converted to the type of `out`.
 
         Raises:
             StoreError: the shard is damaged, or cannot be read.
@@ -57,7 +58,7 @@ class ChunkReader(threading.local):
                 out[low - start : high - start].copy_(chunk[low - first : high - first])
 
     def _held(self, file: Path, name: str, places: _Places, number: int) -> Tensor:
-        """Keep a chunk of which other images will want their part too."""
+        """Read a chunk and keep it, because it also holds rows of other images."""
         key = (file, name, number)
         if key not in self._kept:
             self._kept[key] = self._fresh(file, places, number).clone()
@@ -67,7 +68,7 @@ class ChunkReader(threading.local):
         return self._kept[key]
 
     def _fresh(self, file: Path, places: _Places, number: int) -> Tensor:
-        """Read a chunk into this thread's buffer, where the next one takes its place."""
+        """Read a chunk into this thread's buffer, which the next chunk overwrites."""
         size = places.bytes + 4
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
@@ -95,14 +96,14 @@ class ChunkReader(threading.local):
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the chunks of a dataset lie.
+    """Hold the places of a dataset's chunks in its file.
 
     Args:
-        starts: bytes from the start of the file, chunk by chunk.
-        shape: of a chunk, (rows, ...); the last one is stored as long as the others.
-        rows: of the dataset.
-        dtype: of its values.
-        bytes: of a chunk, without its checksum.
+        starts: offset of each chunk in bytes.
+        shape: shape of a chunk, (rows, ...); the last chunk is stored at full length.
+        rows: number of rows of the dataset.
+        dtype: type of the values.
+        bytes: size of a chunk without its checksum.
     """
 
     starts: list[int]
@@ -124,7 +125,7 @@ class _Places:
 
 
 class _OpenFile:
-    """A file that is closed when nobody holds it any more, like h5py's."""
+    """Hold a file descriptor, and close it when the object is deleted, as h5py does."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = -1
@@ -136,11 +137,11 @@ class _OpenFile:
 
 
 class _Fletcher:
-    """HDF5's Fletcher-32 (H5_checksum_fletcher32): sums modulo 65535 of 16-bit words w, and of their running sums.
+    """Compute HDF5's Fletcher-32 (H5_checksum_fletcher32): sums modulo 65535 of 16-bit words w, and of running sums.
 
-    The second is the sum of (n - i) w[i]. With i = 256 r + c the sums over rows and over columns of words give both,
-    and those are exact in single precision as long as no more than 256 words are added. HDF5 takes the words' high
-    byte first; swapped words are 256 times these, modulo 65535.
+    The sum of the running sums is that of (n - i) w[i]. With i = 256 r + c, both follow from the sums over rows and
+    over columns of words, which are exact in single precision if at most 256 words are added. HDF5 reads words with
+    the high byte first; a word with swapped bytes is 256 times the word, modulo 65535.
     """
 
     def __init__(self) -> None:
@@ -157,7 +158,7 @@ class _Fletcher:
         self._words[:count] = words
         self._words[count:] = 0
         table = self._words.reshape(rows, _WORDS)
-        by_row = (table @ self._ones).astype(np.float64)  # exact too: below 2^53, as what follows
+        by_row = (table @ self._ones).astype(np.float64)  # exact, as all that follows: below 2^53
         by_column = np.zeros(_WORDS)
         for first in range(0, rows, _WORDS):
             block = table[first : first + _WORDS]
@@ -173,5 +174,5 @@ def fletcher32(words: np.ndarray) -> int:
 
 
 def _folded(total: int) -> int:
-    """Sum swapped words modulo 65535; 65535 instead of 0 unless all are 0, as added carries leave it."""
+    """Swap the bytes of a sum modulo 65535; like HDF5's added carries, give 65535 instead of 0 unless the sum is 0."""
     return (total * 256 - 1) % 65535 + 1 if total else 0

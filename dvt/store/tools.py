@@ -1,4 +1,4 @@
-"""Feature stores put together, and written in the formats of other tools."""
+"""Merge feature stores, and export them to the formats of other tools."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def merge_stores(
 ) -> dict[str, int]:
     """Merge stores that the same job made, for example on several machines, into one.
 
-    Shards stay as they are, each with its shared artifact; of an image that several hold under one path, the first
-    store's tokens are taken. The same call again does what is left.
+    Shards are copied with their shared artifacts. If several stores hold an image under one path, the first store's
+    tokens are taken. Repeating the call continues an interrupted merge.
 
     Args:
         stores: folders or shards.
         out: the new store's folder; it may be one of `stores`, or hold some of the images already.
-        wait: wait for another writer of `out`, instead of refusing.
+        wait: wait for another writer of `out`, instead of raising.
         progress: called with (what, done, total) after every shard.
 
     Returns:
-        Numbers of images and shards written now, and of images that were there already.
+        The numbers of images and shards written, and of images that were already there.
 
     Raises:
         ConfigError: there is nothing to merge.
@@ -84,12 +84,12 @@ def _shards_of(path: Path) -> list[Path]:
 
 
 def _copy(file: Path, writer: StoreWriter, present: set[tuple[str, str]]) -> tuple[int, int]:
-    """Write what a shard holds beyond `present`, and adds it there; (images written, images known already)."""
+    """Write the images of a shard that are not in `present`, and add them; return how many were written and known."""
     shard = FeatureStore(file)
     listed = [ImageEntry(*each) for each in zip(shard.images, shard.sha256s, shard.grids, strict=True)]
     new = [i for i, (path, sha256, _) in enumerate(listed) if (path, sha256) not in present]
     if new:
-        # One shard from one, whose name is a function of what it holds: the same merge again writes the same names.
+        # One new shard per shard, named by its content, so that a repeated merge writes the same names.
         name = plan([listed[i] for i in new], len(new), writer.job)[0].name
         records = [shard.record(i) for i in new]
         writer.write(name, records, shard.artifact(new[0]), dtype=shard.summary()["dtypes"][0])
@@ -108,7 +108,7 @@ def export_store(
     *,
     progress: Progress | None = None,
 ) -> int:
-    """Write a store in a format that needs nothing of dvt.
+    """Write a store in a format that can be read without dvt.
 
     - "npy": a folder with TERM/NUMBER.npy, (h, w, C) of each image, prefix/NUMBER.npy, (P, C), and index.json: the job
       and, for each image in order, its path, sha256, size and grid.
@@ -118,11 +118,11 @@ def export_store(
     - "safetensors": a folder with files of about 256 MB, whose tensors are TERM/NUMBER, (h, w, C), and prefix/NUMBER,
       (P, C), and the same index.json, which names the file of each image.
 
-    Values keep their type, float16 or float32. Every token that is read goes through its checksum.
+    Values keep their type, float16 or float32. The checksum of every token is checked.
 
     Args:
         store: a folder or a shard.
-        out: a new folder, or one of an earlier export that did not finish.
+        out: a new folder, or the folder of an interrupted export.
         form: "npy", "zarr" or "safetensors".
         terms: which terms; all by default.
         progress: called with (what, done, total) after every image.
@@ -131,9 +131,8 @@ def export_store(
         The number of images.
 
     Raises:
-        ConfigError: another form; or "zarr", and zarr is not installed.
-        StoreError: not a store, a term that it does not hold, damage, or `out` holds something else or cannot be
-            written.
+        ConfigError: the form is unknown, or is "zarr" and zarr is not installed.
+        StoreError: `store` is not a store, lacks a term or is damaged, or `out` holds other files or cannot be written.
     """
     writers: dict[str, Callable[..., None]] = {
         "npy": _export_npy,
@@ -156,15 +155,19 @@ def export_store(
 
 
 _UNFINISHED = "unfinished-export"
-_TENSOR_FILE_BYTES = 256 << 20  # they are held in memory until their file is written
+_TENSOR_FILE_BYTES = 256 << 20  # tensors are held in memory until their file is written
 
 
 @contextmanager
 def _started(out: Path) -> Iterator[Path]:
-    """Make the folder, with a file in it that says so until the export is whole, and that one process can lock."""
+    """Make the folder and a marker file in it, which shows until the end that the export is unfinished.
+
+    One process at a time can lock the marker. After locking it, check that it is still the folder's: a process that
+    finished meanwhile removed it, and the lock on a removed file excludes nobody.
+    """
     marker = out / _UNFINISHED
     if os.path.lexists(out) and not (out.is_dir() and (os.path.lexists(marker) or not any(out.iterdir()))):
-        raise StoreError(f"{str(out)!r} exists and is no unfinished export; choose a new folder")
+        raise StoreError(f"{str(out)!r} exists and is not an unfinished export; choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     fd = open_lock(marker)
     try:
@@ -172,7 +175,7 @@ def _started(out: Path) -> Iterator[Path]:
         if not mine or not marker.exists() or not os.path.samestat(os.fstat(fd), marker.stat()):
             raise StoreError(f"another process exports to {str(out)!r}; wait for it, or choose another folder")
         if linked := next((path for path in out.rglob("*") if _linked(path)), None):
-            raise StoreError(f"{str(linked)!r} is a link, which no export makes; choose a new folder")
+            raise StoreError(f"{str(linked)!r} is a link, which an export never makes; choose a new folder")
         yield marker
     finally:
         os.close(fd)
@@ -189,7 +192,7 @@ def _export_npy(store: FeatureStore, out: Path, terms: Sequence[str], progress: 
         (out / name).mkdir(exist_ok=True)
     images = []
     for i, entry in enumerate(_entries(store)):
-        file = f"{i:08d}.npy"  # not the image's own name, which may lead anywhere
+        file = f"{i:08d}.npy"  # not the image's own name, which could lead out of the folder
         for term in terms:
             np.save(out / term / file, store.read(i, term))
         if prefixed:
@@ -250,7 +253,7 @@ def _export_zarr(store: FeatureStore, out: Path, terms: Sequence[str], progress:
     tokens = {}
     for name, shape in shapes.items():
         most = max(1, CHUNK_BYTES // (np.dtype(kind).itemsize * int(np.prod(shape[1:]))))
-        # Whole images where they fit, so that writing one after the other touches few chunks twice.
+        # Chunks of whole images if they fit, so that writing images one by one rewrites few chunks.
         chunks = (min(shape[0], int(rows.max()) if len(shape) == 2 else most, most), *shape[1:])
         tokens[name] = root.create_array(name, shape=shape, dtype=kind, chunks=chunks, overwrite=True)
     for i in range(len(store)):
@@ -263,7 +266,7 @@ def _export_zarr(store: FeatureStore, out: Path, terms: Sequence[str], progress:
 
 
 def _zarr_index(root: Any, store: FeatureStore, offset: np.ndarray) -> None:
-    # File names are bytes on Linux; those that are no text are written with escapes.
+    # File names are bytes on Linux; those that are not text are written with escapes.
     paths = [os.fsencode(path).decode(errors="backslashreplace") for path in store.images]
     numbers = {"size": store.sizes, "grid": store.grids, "offset": offset}
     for name, values in numbers.items():

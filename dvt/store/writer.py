@@ -1,4 +1,4 @@
-"""The one writer of a store: its lock, and shards that are whole or absent."""
+"""Write a store: one writer at a time, held by a lock, and shards that are whole or absent."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 class StoreWriter:
-    """The one writer of a store, as a context manager; the lock dies with the process.
+    """Write shards to a store, as a context manager that holds the store's lock; the lock dies with the process.
 
     Args:
-        folder: made if it is missing.
-        job: what the tokens are; a folder that holds another job's shards is refused.
-        wait: wait for another writer to finish, instead of refusing.
+        folder: the store; it is created if it is missing.
+        job: the job of the tokens; a folder with another job's shards is refused.
+        wait: wait for another writer to finish, instead of raising.
 
     Attributes:
         done: SHA-256 of each image whose shard is committed.
-        images: path and SHA-256 of each of them.
+        images: path and SHA-256 of each of these images.
 
     Raises:
-        StoreError: on entry when the folder cannot be written, is locked, or holds something else or damaged shards.
+        StoreError: on entry, if the folder cannot be written, is locked, or holds another job's or damaged shards.
     """
 
     def __init__(self, folder: str | Path, job: Job, wait: bool = True) -> None:
@@ -50,8 +50,8 @@ class StoreWriter:
             reason = "it is a file, not a folder" if self.folder.is_file() else error.strerror or error
             raise StoreError(f"cannot write to the store {str(self.folder)!r}: {reason}") from error
         try:
-            # Only now that the lock is held: whoever was writing these is dead, so none is still in use. Shards are
-            # listed after that too, or one that another writer had just committed would be computed again.
+            # The order matters. With the lock held, any writer of these partial files is dead, so none is in use. And
+            # shards are listed only after the lock, or one that another writer just committed would be computed again.
             remove_parts(self.folder, "*.h5")
             self.images = {image for shard in self._shards() for image in shard.images()}
             self.done = {sha256 for _, sha256 in self.images}
@@ -72,17 +72,18 @@ class StoreWriter:
         artifact: np.ndarray | Tensor | None = None,
         dtype: str = "float16",
     ) -> Path:
-        """Commit a shard: afterwards it survives a crash. Writing the same name again replaces it whole.
+        """Commit a shard, which then survives a crash. Writing the same name again replaces the whole shard.
 
         Args:
-            name: of the shard, as :func:`plan` gives it.
-            records: its images, in order.
-            artifact: (h, w, C) that all of them share, if any.
+            name: name of the shard, from :func:`plan`.
+            records: the shard's images, in order.
+            artifact: (h, w, C) the artifact that all of them share, if any.
             dtype: "float16", which becomes float32 when a value of this shard would overflow, or "float32".
 
         Raises:
-            StoreError: used outside its ``with`` block, a bad name, a hash or size that is none, or a full disk.
-            ShapeError: shapes or terms that do not fit together.
+            StoreError: the writer is not in its ``with`` block, the name, a hash or a size is invalid, or the disk is
+                full.
+            ShapeError: shapes or terms do not fit together.
             NonFiniteError: a value is NaN or infinite.
         """
         if self._lock is None:
@@ -105,13 +106,13 @@ class StoreWriter:
 
 
 def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], None] = lambda: None) -> Path:
-    """Write a shard's bytes into a folder, whole or not at all; the caller holds the store's lock, or is its helper.
+    """Write a shard's bytes into a folder, whole or not at all; the caller, or the driver of its job, holds the lock.
 
     Args:
-        folder: of the store.
-        name: of the shard.
-        image: from :func:`shard_file`.
-        allowed: called before the shard takes its name; an OSError leaves it out.
+        folder: the store's folder.
+        name: name of the shard.
+        image: the bytes, from :func:`shard_file`.
+        allowed: called before the shard is renamed to its name; if it raises an OSError, no shard is written.
 
     Raises:
         StoreError: the folder cannot be written, or the disk is full.
@@ -128,20 +129,20 @@ def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], No
 
 
 class _Lock:
-    """An advisory lock on a file of the folder, which the kernel gives back when its process dies.
+    """Hold an advisory lock on a file of the folder, which the kernel releases when its process dies.
 
     A POSIX lock belongs to a process, not to a descriptor: it does not keep the same process (or another of its
     threads) from taking it again, and is lost when the process closes *any* descriptor of the file. So `_held` refuses
-    a second writer of this process before the file is opened. A child inherits the dictionary by fork but not the lock:
-    therefore the id of the process that holds it is kept, not a mere True.
+    a second writer of this process before the file is opened. A forked child inherits the dictionary but not the lock,
+    so the dictionary holds the id of the process that has the lock, not just True.
     """
 
-    _held: dict[str, int] = {}  # noqa: RUF012  one for all instances: real path of the folder to the holder's id
+    _held: dict[str, int] = {}  # noqa: RUF012  shared by all instances: real path of the folder to the holder's id
 
     def __init__(self, folder: Path, wait: bool) -> None:
         self.key = os.path.realpath(folder)
         if self._held.get(self.key) == os.getpid():
-            # Opening the file again and closing it would even release the lock that is held.
+            # Opening and closing the file again would release the lock.
             raise StoreError(f"this process is already writing to the store {str(folder)!r}; use that writer")
         self.fd = open_lock(folder / "writer.lock")
         try:
@@ -156,7 +157,7 @@ class _Lock:
     def _take(self, folder: Path, wait: bool) -> None:
         if take_lock(self.fd):
             return
-        # The holder wrote its id after it took the lock, so for a moment there may be none, or its predecessor's.
+        # The holder writes its id after taking the lock, so for a moment there may be no id, or its predecessor's.
         holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip() or "unknown"
         if not wait:
             raise StoreError(
@@ -166,9 +167,9 @@ class _Lock:
         take_lock(self.fd, wait=True)
 
     def check(self) -> None:
-        """Check that the lock is still the folder's: one that was moved or made anew may have another writer by now."""
+        """Check that the lock file is still the folder's; a moved or recreated folder may have another writer now."""
         if not os.path.samestat(os.fstat(self.fd), os.stat(os.path.join(self.key, "writer.lock"))):
-            raise OSError(errno.ESTALE, "the folder was moved or made anew while it was written to")
+            raise OSError(errno.ESTALE, "the folder was moved or recreated while it was written to")
 
     def release(self) -> None:
         del self._held[self.key]

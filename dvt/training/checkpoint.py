@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that only the same run continues."""
+"""Write and check checkpoints, which are whole or absent and which only the same run continues."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from dvt.schema import read_json, typed
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
-# Changing these changes no weight, so a run may be continued with others.
+# These settings do not change the weights, so a run may be continued with other values.
 _FREE = ("checkpoint_every", "log_every", "validate_every", "keep", "trackers")
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Let one run at a time use a folder, and remove what a killed run left half written.
+    """Let one run at a time use a folder, and remove files that a killed run left half written.
 
     The lock is POSIX's (fcntl), which the kernel releases when its process dies; it does not exclude threads of the
-    same process.
+    same process. Partial files are removed only with the lock held, so they cannot be those of a living run.
 
     Raises:
-        ConfigError: another process holds the lock, nothing can be written there, or its name is no text.
+        ConfigError: another process holds the lock, nothing can be written there, or the folder's name is not UTF-8.
     """
     try:
         os.fspath(folder).encode()
-    except UnicodeError as error:  # safetensors would write such files, and not read them
-        raise ConfigError(f"the name of the folder {str(folder)!r} is no UTF-8; choose another") from error
+    except UnicodeError as error:  # safetensors would write files to such a folder, but could not read them
+        raise ConfigError(f"the name of the folder {str(folder)!r} is not UTF-8; choose another") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = open_lock(folder / "run.lock")
@@ -53,12 +53,12 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def run_identity(config: TrainingConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """List as JSON values what changes the weights of a run: a checkpoint is continued only where this is equal.
+    """List all settings that change a run's weights, as JSON values; a checkpoint continues only if they are equal.
 
     Its keys and values are part of the format of checkpoints, so that runs of earlier versions can be continued.
 
     Raises:
-        ConfigError: a setting is no JSON value.
+        ConfigError: a setting is not a JSON value.
     """
     plain = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in _FREE}
     plain["learning_rate"] = config.peak_rate
@@ -104,7 +104,7 @@ def check_identity(about: Mapping[str, Any], identity: Mapping[str, Any], checkp
     """Refuse a checkpoint of a run with other settings.
 
     Raises:
-        ConfigError: they differ; the message names each difference.
+        ConfigError: the settings differ; the message names each difference.
     """
     theirs, mine = ({**a.get("config", {}), **a.get("settings", {})} for a in (about, identity))
     names = sorted(theirs.keys() | mine.keys())
@@ -121,16 +121,16 @@ def check_identity(about: Mapping[str, Any], identity: Mapping[str, Any], checkp
 
 
 def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Write an identity as trackers take it: plain values by name."""
+    """Flatten an identity for trackers: plain values by name."""
     values = {**identity["config"], **identity["settings"]}
     return {k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in values.items()}
 
 
 def write_checkpoint(target: Path, tensors: Mapping[str, Mapping[str, Tensor]], about: Mapping[str, Any]) -> None:
-    """Write a checkpoint's folder; it has its name only when all of it is on the disk."""
+    """Write a checkpoint's folder, which gets its name only when all of it is on the disk."""
     with replaced_folder(target) as part:
         for name, values in tensors.items():
-            # Copies, because safetensors refuses tensors that share memory.
+            # Copy, because safetensors refuses tensors that share memory.
             copies = {k: v.detach().cpu().clone().contiguous() for k, v in values.items()}
             save_file(copies, part / f"{name}.safetensors")
         (part / "state.json").write_text(json.dumps(about, indent=1))
@@ -147,16 +147,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ones."""
+    """Remove all checkpoints except the newest ones."""
     for old in checkpoints_in(folder)[:-keep]:
         remove(renamed_away(old))
 
 
 def check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that lack the names, shapes and types of others, or are not finite.
+    """Check that tensors have the same names, shapes and types as others, and are finite.
 
     Raises:
-        ValueError: the message says what differs.
+        ValueError: they differ; the message says in what.
     """
     if values.keys() != like.keys():
         raise ValueError(f"it holds {sorted(values)[:4]} instead of {sorted(like)[:4]}")
@@ -170,6 +170,6 @@ def check_same(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None
 def damaged(checkpoint: Path, error: Exception) -> str:
     """Word the message for a checkpoint that cannot be used."""
     return (
-        f"the checkpoint {str(checkpoint)!r} is damaged, or of another model ({error}); delete it to go on from the "
-        "one before"
+        f"the checkpoint {str(checkpoint)!r} is damaged, or belongs to another model ({error}); delete it to continue "
+        "from the previous one"
     )

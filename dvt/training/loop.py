@@ -1,6 +1,6 @@
-"""The training loop: one optimizer step after the other, with rows of the log and checkpoints in between.
+"""Run the training loop: optimizer steps, with rows of the log and checkpoints in between.
 
-What a run promises is written in :mod:`dvt.training`.
+:mod:`dvt.training` describes the guarantees of a run.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: (step, rank, world) to this process's share of that step's global batch.
+#: A function of (step, rank, world) that returns this process's share of the step's global batch.
 Batches = Callable[[int, int, int], Any]
-#: (model, batch) to scalars by name, of which "loss" is minimised.
+#: A function of (model, batch) that returns scalars by name, of which "loss" is minimised.
 LossFunction = Callable[[nn.Module, Any], Mapping[str, Tensor]]
 
-_BATCHES_AHEAD = 2  # batches made while the model works on another
+_BATCHES_AHEAD = 2  # batches prepared while the model works on another
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Tell how a run ended.
+    """Hold the end of a run.
 
     Args:
         step: steps done, over all continuations.
         history: the rows of log.csv.
-        checkpoint: the last one's folder.
-        stopped: `on_checkpoint` ended the run before its last step.
+        checkpoint: folder of the last checkpoint.
+        stopped: True if `on_checkpoint` ended the run before its last step.
     """
 
     step: int
@@ -86,28 +86,28 @@ def train(
 ) -> Trained:
     """Train a model in place, or continue the run that the folder holds; afterwards the model is in eval mode.
 
-    With one process it runs on the device of the model's parameters; with several, on those that accelerate gives.
+    A single process uses the device of the model's parameters; with several, accelerate assigns the devices.
 
     Args:
-        model: afterwards it holds the averaged weights if ``config.ema`` is above 0, else the last ones.
-        loss: (model, batch) to scalars by name, each a mean over the batch, the same names every time; the one
-            called "loss" is minimised. Any method of the model may be called.
-        batches: (step, rank, world) to this process's equal share of that step's global batch: nested dicts,
-            lists and tuples of tensors, or anything with a ``to`` method. A pure function, called in a thread.
-        config: how to train.
-        folder: made if it is missing; with several machines, one that all of them see.
-        groups: dicts of "params" and, if wanted, "lr_scale" (a factor on the learning rate) and "weight_decay";
-            together they hold each parameter that wants a gradient once. None for all of them at 1.
-        validate: model in eval mode, without gradients or autocast, with the averaged weights, to numbers by name; it
-            runs in the main process.
-        on_checkpoint: called in the main process with each new checkpoint's folder; True ends the run there.
+        model: the model; at the end it holds the averaged weights if ``config.ema`` is above 0, else the last ones.
+        loss: a function of (model, batch) that returns scalars by name, each a mean over the batch, with the same names
+            every time; the one called "loss" is minimised. It may call any method of the model.
+        batches: a pure function of (step, rank, world) that returns this process's equal share of the step's global
+            batch: nested dicts, lists and tuples of tensors, or anything with a ``to`` method. A thread calls it.
+        config: settings of the training.
+        folder: the run's folder, created if it is missing; several machines must share it.
+        groups: dicts of "params" and, optionally, "lr_scale" (a factor of the learning rate) and "weight_decay";
+            together they hold each parameter that requires a gradient once. None for one group with scale 1.
+        validate: a function of the model that returns numbers by name; called in the main process with the averaged
+            weights, in eval mode, without gradients or autocast.
+        on_checkpoint: called in the main process with each new checkpoint's folder; if it returns True, the run ends.
         progress: called with ("train", steps done, steps).
-        settings: whatever else changes the numbers (data, loss, ...), as plain JSON values; a run is only continued
-            with equal ones.
+        settings: all other settings that change the numbers (data, loss, ...), as plain JSON values; a run only
+            continues if they are equal.
 
     Raises:
-        ConfigError: a folder with a run of another configuration, in use, or not writable; a batch size that the
-            processes cannot share; parameters missing from the groups.
+        ConfigError: the folder holds a run of another configuration, is in use, or cannot be written; the processes
+            cannot share the batch size equally; or parameters are missing from the groups.
         NonFiniteError: a loss or gradient is NaN or infinite; the message names the step and the last checkpoint.
         WeightsError: a checkpoint is damaged or belongs to another model, or cannot be written.
     """
@@ -116,16 +116,16 @@ def train(
         if accelerator.is_main_process:
             stack.enter_context(locked_folder(Path(folder)))
         accelerator.wait_for_everyone()
-        # accelerate's own end_training would also end the group of processes.
+        # Not accelerate's end_training, which would also end the process group.
         stack.callback(lambda: [tracker.finish() for tracker in accelerator.trackers])
         run = TrainingRun(accelerator, model, loss, config, Path(folder), groups, settings or {})
         cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))  # each step seeds torch's generators: give them back
+        stack.enter_context(torch.random.fork_rng(cuda))  # each step seeds torch's generators; restore them at the end
         return run.run(batches, validate, on_checkpoint, progress or silent)
 
 
 class TrainingRun:
-    """Hold the state of one run, and advance it step by step."""
+    """Hold the state of one run, and advance it by steps."""
 
     def __init__(
         self,
@@ -164,7 +164,7 @@ class TrainingRun:
         """Advance to the last step, or until `on_checkpoint` ends the run."""
         config, main, stopped = self.config, self.accelerator.is_main_process, False
         if main:
-            prune_checkpoints(self.folder, config.keep)  # a process that was killed may have left one too many
+            prune_checkpoints(self.folder, config.keep)  # a killed process may have left one more
         self.model.train()
         with self._prefetch(batches) as next_batch:
             while self.step < config.steps and not stopped:
@@ -202,13 +202,13 @@ class TrainingRun:
         self.optimizer.zero_grad()
         self.average.update(self.model, self.step)
         values = {name: value.detach().float() for name, value in losses.items()}
-        if self.accelerator.scaler is None:  # a scaler meets infinite gradients while it looks for its scale
+        if self.accelerator.scaler is None:  # with a scaler, gradients may be infinite while it finds its scale
             values["grad_norm"] = norm.detach().float()
         self.pending.append(values)
         self.step += 1
 
     def _summary(self) -> LogRow:
-        """Average the losses since the last row, and refuse those that are not finite.
+        """Average the losses since the last row, and raise if one is not finite.
 
         The losses of a step stay on the GPU until here, because reading one would make each step wait for the GPU.
         """
@@ -250,17 +250,17 @@ class TrainingRun:
         return self._agreed(measured)
 
     def _agreed(self, value: Any) -> Any:
-        """Give the main process's value in every process; all of them must call this at the same place."""
+        """Return the main process's value in every process; all processes must call this at the same point."""
         from accelerate.utils import broadcast_object_list
 
         return broadcast_object_list([value])[0]
 
     @contextmanager
     def _prefetch(self, batches: Batches) -> Iterator[Callable[[], Any]]:
-        """Give a function that returns one batch after the other, while a thread makes the next ones.
+        """Yield a function that returns one batch after the other, while a thread prepares the next ones.
 
-        There is one thread, so batches are made in the order of their steps; it copies them to the GPU without waiting,
-        and the main thread takes a batch only after its future is done. The queue is touched by the main thread alone.
+        There is one thread, so batches are made in the order of their steps. It copies them to the GPU without waiting,
+        and the main thread takes a batch only when its future is done. Only the main thread uses the queue.
         """
         rank, world, device = self.accelerator.process_index, self.accelerator.num_processes, self.accelerator.device
         steps = iter(range(self.step, self.config.steps))
@@ -279,16 +279,16 @@ class TrainingRun:
                 queue.extend(thread.submit(make, step) for step in islice(steps, _BATCHES_AHEAD))
                 yield following
             finally:
-                # After an error batches that have not begun are dropped; leaving the block waits for the one in hand.
+                # After an error, batches not begun are dropped; leaving the block waits for the one being made.
                 thread.shutdown(wait=False, cancel_futures=True)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def _save(self) -> Path:
-        """Write a checkpoint, which only the main process does; the others wait for it."""
+        """Write a checkpoint in the main process, while the others wait."""
         target = self.folder / f"step-{self.step:08}"
         if self.accelerator.is_main_process:
-            self.log.sync()  # rows up to this step must be on the disk before the checkpoint that follows them
+            self.log.sync()  # first the log's rows, so that a checkpoint on the disk never lacks its rows
             state = self.optimizer.state_dict()["state"]
             moments = {f"{i}.{name}": value for i, values in state.items() for name, value in values.items()}
             scaler = self.accelerator.scaler
@@ -299,10 +299,10 @@ class TrainingRun:
                 prune_checkpoints(self.folder, self.config.keep)
             except (OSError, SafetensorError) as error:
                 raise WeightsError(
-                    f"cannot write the checkpoint {str(target)!r}: {error}; the ones before it are whole. Make room "
+                    f"cannot write the checkpoint {str(target)!r}: {error}; earlier checkpoints are whole. Make room "
                     "and run the same command again"
                 ) from error
-        self.accelerator.wait_for_everyone()  # no process goes on from a checkpoint that is not written
+        self.accelerator.wait_for_everyone()  # no process continues before the checkpoint is written
         self.last = target
         return target
 
@@ -328,7 +328,7 @@ class TrainingRun:
 
 
 class _LossModule(nn.Module):
-    """Join model and loss in one module: what accelerate adds (autocast, gradient averaging) then holds for both."""
+    """Join model and loss in one module, so that accelerate's autocast and gradient averaging cover both."""
 
     def __init__(self, model: nn.Module, loss: LossFunction) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""AdamW's parameter groups, and its moments as a checkpoint holds them."""
+"""Make AdamW's parameter groups, and load its moments from a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from dvt.training.config import TrainingConfig
 def parameter_groups(
     model: nn.Module, groups: Sequence[Mapping[str, Any]] | None, config: TrainingConfig
 ) -> list[dict[str, Any]]:
-    """Split each group into parameters that decay and those that do not (fewer than two dimensions).
+    """Split each group into parameters with weight decay and those without (fewer than two dimensions).
 
     Args:
-        model: whose parameters are trained.
+        model: the model to train.
         groups: as :func:`dvt.training.train` takes them.
-        config: the weight decay of groups that name none.
+        config: gives the weight decay of groups that have none.
 
     Raises:
-        ConfigError: a parameter that wants a gradient is in no group or in two, or none wants one.
+        ConfigError: no parameter requires a gradient, or one that does is in no group or in two.
     """
     trainable = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     given = groups if groups is not None else [{"params": [p for p in model.parameters() if p.requires_grad]}]
@@ -40,24 +40,24 @@ def parameter_groups(
                 found.append({"params": chosen, "weight_decay": value, "lr_scale": scale})
     held = [id(p) for group in found for p in group["params"]]
     if missing := [name for key, name in trainable.items() if key not in held]:
-        raise ConfigError(f"{len(missing)} parameters want a gradient but are in no group: {', '.join(missing[:4])}")
+        raise ConfigError(f"{len(missing)} parameters require a gradient but are in no group: {', '.join(missing[:4])}")
     if not held or len(set(held)) < len(held):
-        raise ConfigError("no parameter wants a gradient" if not held else "a parameter is in two groups")
+        raise ConfigError("no parameter requires a gradient" if not held else "a parameter is in two groups")
     return found
 
 
 def load_moments(optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor]) -> None:
-    """Put moments back, from tensors named NUMBER.NAME as a checkpoint holds them.
+    """Load the optimizer's moments from a checkpoint's tensors, which are named NUMBER.NAME.
 
     Raises:
-        ValueError: they are of another model.
+        ValueError: the tensors come from another model.
     """
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in flat.items():
         number, _, name = key.partition(".")
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
-    # Numbered as torch does it; some have no moments, because they never had a gradient.
+    # In torch's numbering of parameters. Those that never had a gradient have no moments.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state.items():
         parameter, step = parameters[index], torch.zeros(())

@@ -345,7 +345,7 @@ def test_a_direction_can_be_given_with_either_sign():
         torch.testing.assert_close(denoiser.body.direction, direction)
     with pytest.raises(ShapeError, match=r"must be \(32,\)"):
         fit_defect(maps, direction=torch.ones(5))
-    with pytest.raises(BackboneError, match="does not tell the outliers"):
+    with pytest.raises(BackboneError, match="does not separate the outliers"):
         fit_defect(maps, direction=torch.linalg.qr(torch.stack((direction, noise(32)), 1))[0][:, 1])
 
 

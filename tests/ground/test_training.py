@@ -407,7 +407,7 @@ def test_the_checkpoint_of_another_model_is_refused(whole):
             super().__init__()
             self.last = nn.Linear(16, 9)
 
-    with pytest.raises(WeightsError, match=r"step-00000040.*of another model"):
+    with pytest.raises(WeightsError, match=r"step-00000040.*belongs to another model"):
         train(Other(), loss, batches, config(), whole[0])
 
 

@@ -1,1 +1,1 @@
-"""Options of the commands: dataclasses that tyro reads. None imports torch, so that help is there at once."""
+"""Define the commands' options as dataclasses that tyro reads; none imports torch, so that --help is fast."""

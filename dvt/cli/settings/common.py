@@ -1,4 +1,4 @@
-"""Options that commands share: of a backbone, of a denoiser, of the device."""
+"""Define the options that commands share: of the backbone, the denoiser and the device."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_BACKBONE = "vit_small_patch14_dinov2.lvd142m"
-DEMO_BACKBONE = "vit_tiny_patch16_224"  # of the weights that come with dvt
+DEMO_BACKBONE = "vit_tiny_patch16_224"  # the model of the weights that come with dvt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of every command that computes; the seed is among the settings of each."""
+    """Hold the options of every command that computes; the seed is among the command's own settings."""
 
     device: str = "auto"
-    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one."""
+    """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one."""
     json: bool = False
     """Print one JSON object on standard output, everything else on standard error."""
     dry_run: bool = False
-    """Print the resolved settings, and the images where the command takes some, and stop."""
+    """Print the resolved settings and, if the command takes images, their paths; then stop."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions(Options):
-    """Options of every command that runs a backbone."""
+    """Hold the options of every command that runs a backbone."""
 
     backbone: str = DEFAULT_BACKBONE
-    """Name of a single-scale timm model, or what others call it (dinov2_vits14, facebook/dinov2-small);
+    """Name of a single-scale timm model, or its name elsewhere (dinov2_vits14, facebook/dinov2-small);
     hf:NAME_OR_FOLDER for a model of transformers; or a folder that timm or transformers saved."""
     weights: str | None = None
-    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt, which
-    also names the backbone."""
+    """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt, and
+    then --backbone is not needed."""
     layer: int = -1
     """Block whose tokens are read; -1 is the last, after the final norm."""
     stride: int | None = None
-    """Pixels between patches; smaller than the patch they overlap."""
+    """Pixels between patches; patches overlap if it is smaller than their size."""
     size: int | None = None
-    """Shorter side of the model's input in pixels; the model's own if not given."""
+    """Shorter side of the model's input in pixels; by default the model's own."""
 
     def __post_init__(self) -> None:
         if self.weights == "demo" and self.backbone == DEFAULT_BACKBONE:
             object.__setattr__(self, "backbone", DEMO_BACKBONE)
 
     def load(self, other: str | None = None) -> Backbone:
-        """Load the backbone onto its device; or `other`, with the hub's weights and otherwise the same options."""
+        """Load the backbone onto its device, or instead the backbone `other` with the hub's weights."""
         from dvt.backbones import load_backbone
         from dvt.devices import find_device
 
@@ -76,15 +76,15 @@ class BackboneOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserOptions(BackboneOptions):
-    """Options of every command that may put a denoiser behind the backbone."""
+    """Hold the options of every command that may apply a denoiser to the backbone's tokens."""
 
     denoiser: str | None = None
     """File, folder or hub repository of a denoiser."""
     force: bool = False
-    """Take a denoiser that was made for another backbone, layer or weights."""
+    """Accept a denoiser that was made for another backbone, layer or weights."""
 
     def load_denoiser(self, backbone: Backbone) -> Denoiser | None:
-        """Load the denoiser onto the backbone's device and check that it belongs to it; None if none was asked for."""
+        """Load the denoiser onto the backbone's device and check that it fits the backbone; None without --denoiser."""
         from dvt.denoiser import Denoiser
 
         if self.denoiser is None:
@@ -94,12 +94,12 @@ class DenoiserOptions(BackboneOptions):
         return denoiser.to(backbone.device).eval()
 
     def variant(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | Backbone | None:
-        """Load it as analyses take it: a function of Tokens or, for test-time registers, a backbone with them."""
+        """Load the denoiser for analyses: as a function of Tokens or, for test-time registers, a backbone with them."""
         denoiser = self.load_denoiser(backbone)
         return None if denoiser is None else variant_of(denoiser, backbone, self.force)
 
     def token_function(self, backbone: Backbone) -> Callable[[Tokens], Tokens] | None:
-        """Load it as a function of Tokens alone.
+        """Load the denoiser as a function of Tokens.
 
         Raises:
             ConfigError: the denoiser acts inside the backbone.
@@ -110,13 +110,13 @@ class DenoiserOptions(BackboneOptions):
         if isinstance(found, Inside):
             raise ConfigError(
                 f"{self.denoiser} holds test-time registers, which act inside the backbone; this command takes "
-                "denoisers of tokens only. export, doctor, analyze and probe take registers, and attach in Python"
+                "denoisers of tokens only. Use registers with export, doctor, analyze or probe, or by attach in Python"
             )
         return found
 
 
 def variant_of(denoiser: Denoiser, backbone: Backbone, force: bool = False) -> Callable[[Tokens], Tokens] | Backbone:
-    """Adapt a denoiser to what analyses take: a function of Tokens or a backbone with test-time registers."""
+    """Adapt a denoiser for analyses: as a function of Tokens or, for test-time registers, a backbone with them."""
     import torch
 
     from dvt.denoiser import denoised_backbone

@@ -1,4 +1,4 @@
-"""Settings of `dvt train`, `dvt distill` and `dvt export`."""
+"""Hold the settings of `dvt train`, `dvt distill` and `dvt export`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class DenoiserFlags(DenoiserTraining):
     """Name the flags of the training loop without a prefix: --steps, not --training.loop.steps."""
 
     loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = DenoiserTraining.loop
-    """How the training loop runs."""
+    """Settings of the training loop."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,15 @@ class BackboneFlags(BackboneTraining):
     """Name the flags of the training loop without a prefix, as :class:`DenoiserFlags` does."""
 
     loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = BackboneTraining.loop
-    """How the training loop runs."""
+    """Settings of the training loop."""
 
 
 @dataclass(frozen=True)
 class Train(Options):
-    """Distil a store of `dvt denoise` into one small denoiser that runs online.
+    """Train one small denoiser, which runs online, from a store of `dvt denoise`.
 
-    The same command goes on where it was stopped. `accelerate launch --module dvt.cli train ...` uses several GPUs.
+    Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli train ...` uses
+    several GPUs.
     """
 
     store: tyro.conf.Positional[Path]
@@ -42,14 +43,15 @@ class Train(Options):
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
     training: Annotated[DenoiserFlags, tyro.conf.arg(name="")] = field(default_factory=DenoiserFlags)
-    """How the denoiser is made."""
+    """Settings of the denoiser and its training."""
 
 
 @dataclass(frozen=True)
 class Distill(DenoiserOptions):
     """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean.
 
-    The same command goes on where it was stopped. `accelerate launch --module dvt.cli distill ...` uses several GPUs.
+    Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli distill ...` uses
+    several GPUs.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -57,7 +59,7 @@ class Distill(DenoiserOptions):
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
     training: Annotated[BackboneFlags, tyro.conf.arg(name="")] = field(default_factory=BackboneFlags)
-    """How the backbone is trained."""
+    """Settings of the training."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,8 @@ class Export(DenoiserOptions):
     out: Path
     """The file to write: .onnx, or .pt2 for torch.export.load."""
     strength: float | None = None
-    """How much of the denoiser's change is made, from 0 to 1; its own if not given."""
+    """Share of the denoiser's change to apply, from 0 to 1; by default the denoiser's own strength."""
     grid: Literal["auto", "dynamic", "fixed"] = "auto"
-    """"dynamic" takes every size in whole patches, "fixed" one size, "auto" is dynamic where the model can be."""
+    """"dynamic" takes every size in whole patches, "fixed" one size, "auto" is dynamic if the model can be."""
     opset: int | None = None
-    """ONNX operator set; the one that this torch writes best if not given."""
+    """ONNX operator set; by default the one recommended for this version of torch."""

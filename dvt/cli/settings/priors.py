@@ -1,4 +1,4 @@
-"""Settings of `dvt prior train|sample|evaluate|loop|compare`."""
+"""Hold the settings of `dvt prior train|sample|evaluate|loop|compare`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class PriorFlags(PriorTraining):
     """Name the flags of the training loop without a prefix, as for the denoiser: --steps, not --prior.loop.steps."""
 
     loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = PriorTraining.loop
-    """How the training loop runs."""
+    """Settings of the training loop."""
 
 
 @dataclass(frozen=True)
 class PriorTrain(DenoiserOptions):
-    """Train a generative prior on images and the tokens that a backbone sees in them, raw or denoised.
+    """Train a generative prior on images and their tokens, raw or denoised.
 
-    The same command goes on where it was stopped. `accelerate launch --module dvt.cli prior train ...` uses several
-    GPUs.
+    Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli prior train ...` uses
+    several GPUs.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -34,82 +34,84 @@ class PriorTrain(DenoiserOptions):
     out: Path = Path("run")
     """The run's folder."""
     store: Path | None = None
-    """A feature store whose tokens are taken, instead of images and a backbone."""
+    """A feature store whose tokens are used, instead of images and a backbone."""
     term: str = "raw"
     """Which of the store's terms: raw, semantic, artifact, residual or denoised."""
     start: Path | None = None
-    """Folder of another run whose weights this one starts from: to train it further, or on another condition."""
+    """Folder of another run whose weights this run starts from, to train longer or with another condition."""
     prior: Annotated[PriorFlags, tyro.conf.arg(name="")] = field(default_factory=PriorFlags)
-    """What is trained, and how."""
+    """Settings of the prior and its training."""
 
 
 @dataclass(frozen=True)
 class PriorSample(DenoiserOptions):
-    """Draw samples: a sheet beside the held-out images, or files for what you say."""
+    """Draw samples: a sheet of samples beside the held-out images, or files for given images or labels."""
 
     run: tyro.conf.Positional[Path]
     """A folder of `dvt prior train`."""
     out: Path | None = None
-    """A .png file for a sheet, samples.png in the run's folder if not given; or a folder, for files and arrays."""
+    """A .png file for a sheet, by default samples.png in the run's folder; or a folder, for files and arrays."""
     condition: tuple[Path, ...] = ()
     """Images whose tokens condition the samples; give the backbone and the denoiser of the training."""
     label: tuple[str, ...] = ()
-    """Names of classes, of a prior that was trained with labels."""
+    """Names of classes that condition the samples, for a prior that was trained with labels."""
     images: int = 8
-    """Rows of a sheet at most, one a held-out image."""
+    """The largest number of rows of a sheet, each with one held-out image."""
     count: int = 4
-    """Samples of each condition."""
+    """Samples per condition."""
     sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
     """How samples are drawn."""
 
 
 @dataclass(frozen=True)
 class PriorEvaluate(Options):
-    """Measure priors on their held-out images by one yardstick: round trip, distances, memorisation, beside nulls."""
+    """Measure priors on their held-out images with common yardsticks: round trip, distances and memorisation."""
 
     run: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of `dvt prior train`, of the same images."""
     yardstick: str | None = None
-    """A timm model that looks, beside pixels and random filters; best one that no run was conditioned on."""
+    """A timm model whose features are compared, in addition to pixels and random filters; choose one that conditioned
+    none of the runs."""
     yardstick_weights: str | None = None
-    """Its weights, a file; "demo" means the small ViT that comes with dvt."""
+    """A file with the yardstick's weights; "demo" means the small ViT that comes with dvt."""
     yardstick_size: int | None = None
-    """Shorter side of its input in pixels."""
+    """Shorter side of the yardstick's input in pixels."""
     count: int = 2000
-    """Samples of each run at least."""
+    """The smallest number of samples per run."""
     sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
     """How samples are drawn."""
 
 
 @dataclass(frozen=True)
 class PriorCompare(DenoiserOptions):
-    """Compare priors conditioned on raw and on cleaned tokens, with the same seeds, split and budget, against steps.
+    """Compare priors conditioned on raw and on clean tokens, with the same seeds, split and budget, over steps.
 
-    The same command goes on with the runs that are missing.
+    Run the same command again to continue with the missing runs.
     """
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (searched recursively), globs, or a .txt list of paths."""
     out: Path
-    """The folder: compare.json, page.html and the runs."""
+    """The folder for compare.json, page.html and the runs."""
     decompose: bool = False
-    """Also compare raw - G (one artifact for all images) and each image's own decomposition, removed and ensembled."""
+    """Also compare raw - G (one artifact for all images), and the products removed and ensembled of each image's own
+    decomposition."""
     comparison: Annotated[Comparison, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
         default_factory=Comparison
     )
-    """What is compared, and the budget."""
+    """Settings of the comparison and its budget."""
 
 
 @dataclass(frozen=True)
 class PriorLoop(Options):
-    """Refit a prior without a condition on its own samples, round after round, and measure what becomes of it."""
+    """Refit a prior without a condition on its own samples, round after round, and measure how it changes."""
 
     run: tyro.conf.Positional[Path]
     """A folder of `dvt prior train --condition None`."""
     out: Path
     """A folder for the rounds and loop.json."""
     loop: Annotated[Loop, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Loop)
-    """The loop."""
+    """Settings of the loop."""
     sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
     """How samples are drawn."""
 
