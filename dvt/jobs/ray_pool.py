@@ -250,7 +250,7 @@ class Pool:
         return ", ".join(f"{found.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
 
     def _greet(self, worker: _Worker) -> None:
-        """Admit a new actor if it does the same work; replace one that fails to start, later.
+        """Add a new actor to the pool if it does the same work; if it failed to start, replace it later.
 
         Raises:
             DvtError: the work cannot be made on the actor, or differs from that of the others.
