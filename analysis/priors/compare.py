@@ -27,9 +27,6 @@ from dvt.images import load_image, readable, size_and_sha256
 from dvt.progress import Progress, silent
 from dvt.views import resize
 
-#: Kinds of patch tokens that need only a backbone; other kinds come from treatments.
-PLAIN_KINDS = ("raw", "raw - mean map", "position only", "shuffled", "learned centring")
-
 Treatment = Callable[[Tensor], Tensor]
 """A function from an image (3, H, W) in [0, 1] at the backbone's size to patch tokens (h, w, C)."""
 

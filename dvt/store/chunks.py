@@ -36,7 +36,7 @@ class ChunkReader(threading.local):
         self._places: dict[tuple[Path, str], _Places] = {}
         self._kept: OrderedDict[tuple[Path, str, int], Tensor] = OrderedDict()
         self._buffer = np.empty(0, np.uint8)
-        self._sums = _Fletcher()
+        self._sums = Fletcher32()
 
     def read(self, file: Path, name: str, start: int, out: Tensor) -> None:
         """Fill `out` (rows, ...) with the rows of a dataset from `start`, converted to the type of `out`.
@@ -136,8 +136,11 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-class _Fletcher:
-    """Compute HDF5's Fletcher-32 (H5_checksum_fletcher32): sums modulo 65535 of 16-bit words w, and of running sums.
+class Fletcher32:
+    """Compute HDF5's Fletcher-32 (H5_checksum_fletcher32) of little-endian 16-bit words w.
+
+    It joins two sums modulo 65535: that of the words, and that of their running sums.
+
 
     The sum of the running sums is that of (n - i) w[i]. With i = 256 r + c, both follow from the sums over rows and
     over columns of words, which are exact in single precision if at most 256 words are added. HDF5 reads words with
@@ -166,11 +169,6 @@ class _Fletcher:
         total = int(by_row.sum())
         places = _WORDS * int(by_row @ self._numbers) + int(by_column @ self._columns)
         return _folded(count * total - places) << 16 | _folded(total)
-
-
-def fletcher32(words: np.ndarray) -> int:
-    """Compute HDF5's Fletcher-32 checksum of little-endian 16-bit words."""
-    return _Fletcher()(words)
 
 
 def _folded(total: int) -> int:

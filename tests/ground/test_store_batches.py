@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from dvt.errors import ConfigError, StoreError
 from dvt.store import FeatureStore, Job, Record, StoreWriter, batches, collate_tokens
-from dvt.store.chunks import fletcher32
+from dvt.store.chunks import Fletcher32
 from dvt.store.tools import export_store
 
 JOB = Job("vit_tiny", "ab" * 32)
@@ -70,7 +70,7 @@ def test_checksums_are_those_of_hdf5(count, seed, kind):
         dataset = file.create_dataset("x", data=words, chunks=(count,), fletcher32=True)
         dataset.file.flush()
         _, content = dataset.id.read_direct_chunk((0,))
-    assert fletcher32(words) == int.from_bytes(content[-4:], "little")
+    assert Fletcher32()(words) == int.from_bytes(content[-4:], "little")
 
 
 def test_numbers_slices_lists_arrays_and_paths(even):
