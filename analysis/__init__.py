@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# The names stand in __init__.pyi. They are loaded when first used.
+# The names are in __init__.pyi. They are loaded when first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,4 +1,4 @@
-"""Search a feature store for what looks like an image, or like a part of one."""
+"""Search a feature store for images that look like a given image, or like a part of it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Found:
     """Hold one image of a store that looks like the query.
 
     Args:
-        path: of the image, as the store has it.
-        cosine: of the two mean tokens or, of a region, of the best place, in [-1, 1].
-        box: (x0, y0, x1, y1) in [0, 1] of the place; None where whole images were compared.
+        path: path of the image, as in the store.
+        cosine: cosine of the two mean tokens or, for a region, that of the best window, in [-1, 1].
+        box: (x0, y0, x1, y1) in [0, 1] of the best window; None if whole images were compared.
     """
 
     path: str
@@ -45,21 +45,21 @@ def search(
     count: int = 10,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Found]:
-    """Find the images of a store that look most like a query; exact, one image after the other.
+    """Find the images of a store that look most like a query, by an exact search.
 
-    The store's mean token is removed from both sides: denoised features are known up to a constant vector. Whole
-    images are compared by the cosine of their mean tokens; a region by the cosine of its mean token and that of every
-    window of as many patches, the best of which is the image's place.
+    The store's mean token is subtracted from both, because denoised features are known only up to a constant vector.
+    Whole images are compared by the cosine of their mean tokens. A region is compared with every window of as many
+    patches of an image, by the cosine of mean tokens; the best window counts.
 
     Args:
-        store: read at its own term.
+        store: the store, opened with the term to compare.
         query: (h, w, C) tokens of the same term, backbone and layer.
-        box: (x0, y0, x1, y1) in [0, 1] of the query that is looked for; None compares whole images.
-        count: images at most.
+        box: (x0, y0, x1, y1) in [0, 1] of the query's region; None compares whole images.
+        count: the largest number of images to return.
         progress: called with (what, done, total).
 
     Returns:
-        The best first.
+        The images found, the best first.
 
     Raises:
         ShapeError: the query's tokens have other channels than the store's.
@@ -94,7 +94,7 @@ def search(
 
 
 def _place(tokens: Tensor, wanted: Tensor, window: grids.Size, path: str) -> Found:
-    """Find the window of an image whose mean token is most like another."""
+    """Find the window of an image whose mean token is most similar to a given one."""
     size = (min(window[0], tokens.shape[0]), min(window[1], tokens.shape[1]))
     means = nnf.avg_pool2d(tokens.movedim(-1, 0)[None], size, stride=1)[0]
     values = nnf.cosine_similarity(means, wanted[:, None, None], dim=0)
@@ -105,10 +105,10 @@ def _place(tokens: Tensor, wanted: Tensor, window: grids.Size, path: str) -> Fou
 
 
 def search_figure(query: Tensor, box: Box | None, found: dict[str, list[Found]], load: Callable[[str], Any]) -> Any:
-    """Draw a query (3, H, W) and what was found, a row a term, with the places as boxes.
+    """Draw a query (3, H, W) and the images found, one row per term, with boxes around the windows found.
 
     Args:
-        load: gives the (3, H, W) pixels of a path, or None where the photograph is not at hand.
+        load: loads the (3, H, W) pixels of a path, or returns None if the photograph is not available.
     """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -122,7 +122,7 @@ def search_figure(query: Tensor, box: Box | None, found: dict[str, list[Found]],
         for axis, (pixels, title, place) in zip(axes, shown, strict=False):
             axis.set_title(title, fontsize=10, loc="left")
             if pixels is None:
-                axis.text(0.5, 0.5, "photograph\nnot at hand", ha="center")
+                axis.text(0.5, 0.5, "photograph\nnot available", ha="center")
                 continue
             aspect = pixels.shape[1] / pixels.shape[2]
             axis.imshow(pixels.cpu().clamp(0, 1).movedim(0, -1).numpy(), extent=(0, 1, 1, 0), aspect=aspect)

@@ -1,8 +1,8 @@
-"""Put a denoiser inside a model, or behind any other backbone.
+"""Put a denoiser inside a model, or after any other backbone.
 
 The result is a copy of the model that shares its modules, of a class derived from the model's own: a plain
-``nn.Module`` that its library's tools, ``torch.compile``, ``torch.export`` and ``isinstance`` see as the model that it
-was.
+``nn.Module`` that its library's tools, ``torch.compile``, ``torch.export`` and ``isinstance`` treat as the original
+model.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ def attach(denoiser: PretrainedDenoiser, model: M, layer: int = -1, force: bool 
 
 
 def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, force: bool = False) -> nn.Module:
-    """Put a denoiser inside a model, whose patch tokens of one layer are then denoised.
+    """Put a denoiser inside a model, so that its patch tokens of one layer are denoised.
 
-    Of timm and of the libraries that :func:`dvt.wrap` reads by itself. Of the latter only the last layer: clean are
-    `last_hidden_state` in transformers (and what is pooled from it, and the last feature map of its backbones),
-    `x_norm_patchtokens` and the last of `get_intermediate_layers` in DINOv2 and DINOv3, the tokens of an open_clip
-    tower, and what comes out of `encoder` in torchvision. The rest is about timm's models.
+    The model may be one of timm or of the libraries that :func:`dvt.wrap` knows. In the latter only the last layer can
+    be denoised: `last_hidden_state` in transformers (also what is pooled from it, and the last feature map of its
+    backbones), `x_norm_patchtokens` and the last entry of `get_intermediate_layers` in DINOv2 and DINOv3, the tokens of
+    an open_clip tower, and the output of `encoder` in torchvision. The following is about timm's models.
 
-    What `model` answers stays: ``forward``, ``forward_features``, ``forward_intermediates`` with every flag,
+    The interface of `model` is kept: ``forward``, ``forward_features``, ``forward_intermediates`` with every flag,
     ``forward_head``, ``feature_info``, ``set_grad_checkpointing``, ``reset_classifier``, ``state_dict`` (its own names,
-    and the denoiser's under ``denoiser.``). Weights are shared with `model`, which itself still answers raw tokens;
+    and the denoiser's under ``denoiser.``). Weights are shared with `model`, which still returns raw tokens itself;
     parameters keep their ``requires_grad``, so either part can be trained.
 
-    With layer -1 the tokens that ``forward_features`` returns are denoised, and with them what a classifier pools and
-    the last entry of ``forward_intermediates(norm=True)``. The last block without the final norm (``norm=False``,
-    timm's default) is another space, which the denoiser does not know: these tokens stay raw, and a warning says so
-    once. Models without a final norm have them denoised either way, and XCiT's, whose class attention changes patches
-    too, are the final ones. With an earlier layer the tokens of that block are replaced in what
-    ``forward_intermediates`` returns, not in what later blocks read; ``norm=True`` norms the denoised ones. Test-time
-    registers (the kind "registers") act inside the model and change all of its layers.
+    With layer -1, the tokens that ``forward_features`` returns are denoised, and so are the tokens that a classifier
+    pools and the last entry of ``forward_intermediates(norm=True)``. Tokens of the last block without the final norm
+    (``norm=False``, timm's default) lie in another space, for which the denoiser was not made: they stay raw, with a
+    warning once. Models without a final norm have them denoised in both cases; for XCiT, whose class attention also
+    changes patches, they are the final tokens. With an earlier layer, the tokens of that block are replaced in the
+    output of ``forward_intermediates``, not in the input of later blocks; ``norm=True`` normalises the denoised tokens.
+    Test-time registers (the kind "registers") act inside the model and change all of its layers.
 
     Args:
-        denoiser: made for this model and layer; it is not copied.
-        model: a single-scale timm model, a model of the other libraries, or a backbone, of which the model is taken.
-        layer: the block whose tokens are denoised, -1 for the last one after the final norm. A backbone's own layer
-            is taken where this is -1.
-        force: attach a denoiser whose card names another model, layer or weights.
+        denoiser: a denoiser made for this model and layer; it is not copied.
+        model: a single-scale timm model, a model of the other libraries, or a backbone, whose model is used.
+        layer: the block whose tokens are denoised; -1 for the last one, after the final norm, or for a backbone's own
+            layer.
+        force: attach a denoiser even if its card names another model, layer or weights.
 
     Returns:
-        A module of the model's class; it takes what the model took.
+        A module of the model's class, with the same inputs.
 
     Raises:
-        BackboneError: the model is of no known library, or the denoiser was made for another one.
+        BackboneError: the model is of no known library, or the denoiser was made for another model.
 
     >>> import timm, torch
     >>> from dvt.denoiser import Denoiser, DenoiserConfig, FeatureMaps
@@ -118,7 +118,7 @@ def _attach_outside(denoiser: PretrainedDenoiser, model: nn.Module, layer: int, 
 
 
 def _check_outside(denoiser: PretrainedDenoiser, found: outside.Outside, force: bool) -> None:
-    """Refuse a model that a denoiser was not made for: its weights are compared or, where none are stated, its name."""
+    """Refuse a model for which the denoiser was not made, by the hash of its weights or, without one, by its name."""
     if found.feature_dim != denoiser.feature_dim:
         raise BackboneError(
             f"this denoiser takes tokens of {denoiser.feature_dim} channels, {found.name} gives {found.feature_dim}; "
@@ -131,14 +131,14 @@ def _check_outside(denoiser: PretrainedDenoiser, found: outside.Outside, force: 
         raise BackboneError(
             f"this denoiser was made for layer {layer} of {made_for}, weights {str(expected)[:12]}, and is to be "
             f"attached to layer -1 of {found.name} with other weights (or the same in another precision): train one "
-            "for it, or force it (force=True) where you know that they agree"
+            "for it, or pass force=True if you know that they agree"
         )
 
 
 def denoised_backbone(denoiser: PretrainedDenoiser, backbone: Backbone, force: bool = False) -> Backbone:
-    """Make a backbone that gives denoised tokens, from one of :func:`dvt.load_backbone` or of :func:`dvt.wrap`.
+    """Make a backbone with denoised tokens from one made by :func:`dvt.load_backbone` or :func:`dvt.wrap`.
 
-    The denoiser is copied, and frozen like every backbone: training goes on with the one given.
+    The denoiser is copied, and the copy is frozen like every backbone; the given denoiser can still be trained.
 
     Raises:
         BackboneError: the denoiser was made for another backbone, layer or feature size.
@@ -159,7 +159,7 @@ def denoised_backbone(denoiser: PretrainedDenoiser, backbone: Backbone, force: b
 
 
 class _Pair(nn.Module):
-    """Hold a model and the denoiser of its tokens."""
+    """Hold a model and a denoiser of its tokens."""
 
     def __init__(self, model: nn.Module, denoiser: nn.Module) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class _Pair(nn.Module):
 
 
 class _PairTokens:
-    """Read the tokens of a model, denoised; a class and not a closure, so that it can be copied and pickled."""
+    """Read the denoised tokens of a model; a class, because a closure cannot be copied or pickled."""
 
     def __init__(self, read: Callable[[nn.Module, Tensor], Tokens]) -> None:
         self.read = read
@@ -208,24 +208,24 @@ def _check_card(denoiser: PretrainedDenoiser, model: Any, inner: Any, layer: int
     if not force and (own_layer != layer or (name and made_for != name)):
         raise BackboneError(
             f"this denoiser was made for layer {own_layer} of {made_for}, and is to be attached at layer {layer} of "
-            f"{name}: train one for it, or force it (force=True) where you know that they agree"
+            f"{name}: train one for it, or pass force=True if you know that they agree"
         )
 
 
 def _warn_weights(denoiser: PretrainedDenoiser, model: Any, inner: Any) -> None:
-    """Warn where a card states that a denoiser was made for other weights of the same architecture."""
+    """Warn if the denoiser's card says that it was made for other weights of the same architecture."""
     name, made_for = _names(denoiser, model)
     expected = denoiser.card.get("weights_sha256")
     if expected and name == made_for and weights_sha256(model) != expected:
         logger.warning(
             "the weights of this %s are not those that the denoiser was made for (a position embedding resampled to "
-            "another size is enough to differ); untrained or fine-tuned weights need a denoiser of their own",
+            "another size also changes them); untrained or fine-tuned weights need their own denoiser",
             type(inner).__name__,
         )
 
 
 def _names(denoiser: PretrainedDenoiser, model: Any) -> tuple[str, str]:
-    """Name the architecture of a timm model, and the one that the card of a denoiser states."""
+    """Return the name of a timm model's architecture, and of the one in the denoiser's card."""
     name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or "")
     return name, str(denoiser.card.get("backbone") or name).partition(".")[0]
 
@@ -235,14 +235,14 @@ def _check_name(denoiser: PretrainedDenoiser, model: Any, force: bool) -> None:
     if name and made_for != name and not force:
         raise BackboneError(
             f"these registers are neurons of {made_for}, and are to be attached to {name}: find those of this model, "
-            "or force it (force=True) where you know that they agree"
+            "or pass force=True if you know that they agree"
         )
 
 
 def _check_pooling(inner: Any) -> None:
-    """Refuse encoders whose own forward pools the patches: what comes out are no patch tokens."""
+    """Refuse encoders whose forward pools the patches, because their outputs are not patch tokens."""
     if type(inner).__name__ == "Gemma4VitEncoder" and inner.global_pool not in ("", "none"):
         raise BackboneError(
-            f"Gemma4VitEncoder pools its patches ({inner.global_pool!r}) past every place where they can be denoised; "
-            "make it with global_pool='', or load it with dvt.load_backbone, which does"
+            f"Gemma4VitEncoder pools its patches ({inner.global_pool!r}) before they can be denoised; create it with "
+            "global_pool='', or load it with dvt.load_backbone, which does so"
         )

@@ -1,4 +1,4 @@
-"""The distance of denoised tokens from their target: loss of training and scores of validation."""
+"""Measure the distance of denoised tokens from their target, for the training loss and validation scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def evaluate(
     """Average :func:`reconstruction` over images, for several ways to denoise.
 
     Args:
-        ways: by name, a batch of one image, in float32, to its denoised tokens (1, h, w, C).
+        ways: by name, functions from a batch of one image, in float32, to denoised tokens (1, h, w, C).
         items: images of :class:`Pairs`, read once.
     """
 
@@ -51,7 +51,7 @@ def evaluate(
 
 
 def mean_scores(found: Iterable[Mapping[str, Mapping[str, Tensor]]]) -> dict[str, dict[str, float]]:
-    """Average scores by the names of what is scored and of the score; each image or batch counts the same."""
+    """Average scores, given by variant and score for each image or batch; each counts the same."""
     totals: dict[str, Counter[str]] = {}
     count = 0
     for count, scores in enumerate(found, 1):  # noqa: B007

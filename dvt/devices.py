@@ -1,4 +1,4 @@
-"""Where numbers are computed: devices by name, copies to them, and memory that is too small."""
+"""Find devices by name, copy to them, choose their precision, and recognise that their memory is too small."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dvt.errors import ConfigError
 
 
 def find_device(name: str) -> torch.device:
-    """Find the device of a name and try it out; "auto" is a GPU where there is one.
+    """Find a device by name and try it; "auto" is a GPU if there is one.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: the device cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,13 +23,16 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); --device auto or cpu can"
+            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use --device auto or cpu"
         ) from error
     return device
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy values to a device, from pinned memory: any other copy waits for all that the GPU has still to do."""
+    """Copy values to a device without waiting for it.
+
+    The values are pinned first, because a copy from other memory would wait for all work that the GPU has queued.
+    """
     from_host = device.type == "cuda" and not values.is_cuda
     return values.pin_memory().to(device, non_blocking=True) if from_host else values.to(device)
 

@@ -1,11 +1,11 @@
-"""The normal equations of raw = A f + P g: accumulated view by view, solved by block elimination, many images at once.
+"""Accumulate the normal equations of raw = A f + P g view by view, and solve them for many images at once.
 
-A interpolates the field's R_y x R_x bilinear nodes f at the tokens' coordinates (4 weights a token); P selects the
-patch position's artifact g. Nodes of one row only meet those of the same and the neighbouring rows, so A'A + lambda L
-is block tridiagonal with one block a row: its Cholesky factor is exact, made of dense blocks of R_x x R_x, the same
-code on the CPU and on a GPU. The rows follow one another, so on a GPU the time is that of starting many small kernels:
-images of one grid shape are eliminated together, row by row, at the price of one. (Ours; science: the closed-form
-decomposition in docs/method.md.)
+A interpolates the field's R_y x R_x bilinear nodes f at the tokens' coordinates (4 weights per token); P selects the
+patch position's artifact g. Nodes of a row are coupled only to those of the same and the neighbouring rows, so
+A'A + lambda L is block tridiagonal with one block per row. Its exact Cholesky factor consists of dense blocks of
+R_x x R_x, with the same code on the CPU and on a GPU. Rows are eliminated one after the other, so on a GPU the time is
+mostly that of starting many small kernels; images of one grid shape are therefore eliminated together, in the time of
+one. (Ours; docs/method.md derives the closed-form decomposition.)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from dvt import grids
 from dvt.grids import Size
 
-# Numbers in a block from which several threads pay.
+# Size of a block, in numbers, above which several threads are faster than one.
 SMALL_BLOCK = 65_536
 # A'A is symmetric: the products of a token's four weights (corners a b / c d) lie on five of its diagonals. For each,
 # the first and second corners of its products: aa bb cc dd, then ab cd, bc, ac bd, ad.
@@ -34,10 +34,10 @@ PRODUCTS = (
 
 
 class NormalEquations:
-    """A'WA, A'WP, P'WP, A'WY and P'WY of the tokens added so far, for a weight W on each token; one set an image.
+    """Hold A'WA, A'WP, P'WP, A'WY and P'WY of the tokens Y added so far, with weights W; one set per image.
 
     Args:
-        images: B, how many.
+        images: B, the number of images.
         resolution: (rows, columns) of the fields' nodes.
         positions: n, the number of patch positions of a view.
         channels: C.
@@ -55,7 +55,7 @@ class NormalEquations:
         self.artifact_rhs = like.new_zeros(images, positions, channels)
 
     def image(self, number: int) -> NormalEquations:
-        """Select the equations of one image, to add its views to; they share their memory with these."""
+        """Select the equations of one image, to add its views; they share their memory with these equations."""
         part = copy(self)
         for name in ("stencil", "cross", "field_rhs", "count", "artifact_rhs"):
             setattr(part, name, getattr(self, name)[number : number + 1])
@@ -71,7 +71,7 @@ class NormalEquations:
         weighted = corner * weights.reshape(-1, 1)
         image = torch.arange(images, device=tokens.device).repeat_interleave(views * positions)
         self._add_stencil(index, corner, weighted, image)
-        # From here on, nodes are numbered through all images.
+        # From here on, node indices run through all images.
         index = index + nodes * image[:, None]
         position = torch.arange(positions, device=tokens.device).repeat(images * views)
         flat = (index * positions + position[:, None]).reshape(-1)
@@ -98,11 +98,11 @@ class NormalEquations:
         """Compute A'WA + smoothness L, where f'Lf is the sum of squared differences of neighbouring nodes.
 
         Args:
-            smoothness: (..., B), one for each image, or several, each of which gives systems of their own.
+            smoothness: (..., B) one value per image; leading dimensions give several systems per image.
         """
         stencil = self.stencil.unflatten(-1, self.resolution).expand(*smoothness.shape, -1, -1, -1).clone()
         smoothness = smoothness[..., None, None]
-        # A trace of identity keeps the system definite where no token and no neighbour fixes a node.
+        # A small multiple of the identity keeps the system definite if neither tokens nor neighbours determine a node.
         own, right, _, below, _ = stencil.unbind(-3)
         own += 1e-10 * (own.mean((-2, -1), keepdim=True) + smoothness)
         horizontal, vertical = (torch.zeros_like(own) for _ in range(2))
@@ -119,10 +119,10 @@ class NormalEquations:
         """Minimise |A f + P g - Y|_W^2 + smoothness |grad f|^2 + ridge |g|^2, with mean(g) = 0, for every image.
 
         Args:
-            smoothness: lambda, in units of tokens a node difference: one for all, one an image (B,) or, with a known
-                artifact, several an image (..., B).
-            artifact: (B, n, C) or (n, C) a known g; only f is solved for then.
-            ridge: gamma relative to the mean number of tokens a position.
+            smoothness: lambda, in units of tokens per node difference: one for all images, one per image (B,) or, with
+                a known artifact, several per image (..., B).
+            artifact: (B, n, C) or (n, C) a known g; then only f is solved for.
+            ridge: gamma relative to the mean number of tokens per position.
 
         Returns:
             f (..., B, rows * columns, C) and g (B, n, C), float64.
@@ -138,7 +138,7 @@ class NormalEquations:
         return self.system(smoothness).solve(rhs), artifact
 
     def artifact_equations(self, smoothness: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
-        """Compute each image's share (B, n, n) and (B, n, C) of the equations of a shared artifact; they add up."""
+        """Compute each image's part of the equations of a shared artifact, (B, n, n) and (B, n, C); parts add up."""
         return self._eliminate(self._for_each(smoothness))[2:]
 
     def _for_each(self, smoothness: Tensor | Sequence[float] | float) -> Tensor:
@@ -146,9 +146,11 @@ class NormalEquations:
         return zeros + torch.as_tensor(smoothness, dtype=zeros.dtype, device=zeros.device)
 
     def _eliminate(self, smoothness: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eliminate f = field - coupling g: returns both, (B, nodes, C) and (B, nodes, n), and the system left for g.
+        """Eliminate f = field - coupling g.
 
-        That is its n x n Schur complement and its right side (n, C).
+        Returns:
+            field (B, nodes, C), coupling (B, nodes, n), and the remaining system for g: its Schur complement (B, n, n)
+            and right-hand side (B, n, C).
         """
         cross = self.cross.double()
         solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=-1))
@@ -160,7 +162,7 @@ class NormalEquations:
 def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
     """Solve schur g = rhs for g (..., n, C), mean zero over positions, with a ridge relative to schur's mean diagonal.
 
-    Constants are schur's null space (F and G share them): a rank-one term fixes the mean at 0 and changes nothing else.
+    Constants are schur's null space (F and G share them): a rank-one term fixes the mean at 0 without other effects.
     """
     artifact = torch.cholesky_solve(rhs, factor_artifact(schur, ridge))
     return artifact - artifact.mean(-2, keepdim=True)
@@ -175,11 +177,11 @@ def factor_artifact(schur: Tensor, ridge: float) -> Tensor:
 
 
 class BlockTridiagonal:
-    """Cholesky factors of symmetric positive definite nine-point stencils.
+    """Factorise symmetric positive definite nine-point stencils by Cholesky, and solve with the factors.
 
     Args:
-        stencil: (..., 5, rows, columns) the diagonals to the node itself, its right, lower left, lower and lower right
-            neighbour.
+        stencil: (..., 5, rows, columns) each node's coupling to itself and to its right, lower left, lower and lower
+            right neighbours.
 
     Raises:
         torch.linalg.LinAlgError: a matrix is not positive definite.
@@ -192,8 +194,8 @@ class BlockTridiagonal:
 
     def _factorise(self, stencil: Tensor) -> None:
         own, right, lower_left, lower, lower_right = stencil.permute(1, 2, 0, 3)  # each (rows, systems, columns)
-        # LAPACK wants columns in one piece. factors[i] starts as the lower triangle of the block of row i, and
-        # links[i][c, a] as what couples node a of row i with node c of row i + 1.
+        # LAPACK needs contiguous columns. factors[i] starts as the lower triangle of the block of row i, and
+        # links[i][c, a] as the coupling of node a of row i with node c of row i + 1.
         blocks = stencil.new_zeros(2, self.rows, len(stencil), self.columns, self.columns).mT
         self.factors, self.links = blocks
         _diagonal(self.factors, 0).copy_(own)
@@ -215,7 +217,7 @@ class BlockTridiagonal:
             raise torch.linalg.LinAlgError("the normal equations are not positive definite; are the weights finite?")
 
     def solve(self, rhs: Tensor) -> Tensor:
-        """Solve K x = rhs for x (..., rows * columns, M); rhs, contiguous, is overwritten."""
+        """Solve K x = rhs for x (..., rows * columns, M); rhs must be contiguous and is overwritten."""
         with _threads_for(self.columns * rhs.shape[-1]):
             self._substitute(rhs.view(-1, self.rows, self.columns, rhs.shape[-1]).unbind(1))
         return rhs
@@ -237,7 +239,7 @@ def _diagonal(blocks: Tensor, offset: int) -> Tensor:
 
 @contextmanager
 def _threads_for(block: int) -> Iterator[None]:
-    """Use one CPU thread for small blocks: several cost more than they save, and far more on a busy machine."""
+    """Use one CPU thread for small blocks, where several are slower, especially on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(threads if block > SMALL_BLOCK else 1)
     try:

@@ -1,4 +1,4 @@
-"""Stage one of one image: its views through the backbone, and a solver."""
+"""Decompose one image (stage one): run its views through the backbone, and solve."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ from dvt.tokens import Tokens
 from dvt.upsampling import upsample
 from dvt.views import Shifts, ViewConfig, Views
 
-#: Smoothness of the field over scales: labels like it smoother than held-out tokens do (benchmarks/products.py).
+#: Smoothness of the field over scales: labelled tasks score best with a smoother field than held-out tokens choose
+#: (benchmarks/products.py).
 ENSEMBLED_SMOOTHNESS = 1.0
 
 
 class TokenViews:
-    """The views of one image after the backbone: batches of (tokens (V, h, w, C), coords (V, h, w, 2)), float32.
+    """Yield the tokens of one image's views, in batches of (tokens (V, h, w, C), coords (V, h, w, 2)), float32.
 
     Attributes:
-        coords: (h, w, 2) of the whole image's patches.
-        timer: of "views", in which they are cut, and "backbone".
+        coords: (h, w, 2) coordinates of the whole image's patches.
+        timer: times "views", the cutting, and "backbone".
     """
 
     def __init__(self, backbone: Backbone, image: Tensor, config: ViewConfig, dtype: str = "float32"):
@@ -61,7 +62,7 @@ class TokenViews:
 
     @property
     def seconds(self) -> float:
-        """The seconds in cutting views and the backbone so far; on a GPU its own seconds, which this waits for."""
+        """The seconds of cutting views and of the backbone so far; on a GPU, wait for it and return its time."""
         return sum(self.timer.seconds().values())
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -73,7 +74,7 @@ class TokenViews:
             images, coords = batch
             self.timer.mark("views")
             tokens = self._forward(images)
-            if self._whole is None:  # of its own, not to hold the whole batch
+            if self._whole is None:  # a copy, because a slice would keep the whole batch in memory
                 self._whole = Tokens(tokens.patches[:1].clone(), tokens.prefix[:1].clone())
             self.timer.mark("backbone")
             yield tokens.patches, coords
@@ -92,7 +93,7 @@ def _drawn(image: Tensor, size: Size, backbone: Backbone, config: ViewConfig) ->
     """Draw the views of an image (3, H, W).
 
     Raises:
-        ImageError: patches of the mirrored image do not meet those of the image.
+        ImageError: patches of the mirrored image do not coincide with those of the image.
     """
     if config.kind == "crops":
         return Views(image, size, backbone.centres(size), config)
@@ -101,23 +102,23 @@ def _drawn(image: Tensor, size: Size, backbone: Backbone, config: ViewConfig) ->
     except ConfigError as error:
         patch = backbone.patch_size[0]
         raise ImageError(
-            f"patches of {patch} pixels at a stride of {backbone.stride[0]} do not meet their mirror images in an "
-            f"input of {size[0]} x {size[1]}, which the product 'removed' needs: choose --stride {patch} or "
+            f"patches of {patch} pixels at a stride of {backbone.stride[0]} do not coincide with their mirror images "
+            f"in an input of {size[0]} x {size[1]}, which the product 'removed' needs: choose --stride {patch} or "
             f"{patch // 2}, another --size, or --product ensembled"
         ) from error
 
 
 @dataclass(frozen=True)
 class DecomposedImage:
-    """One image after stage one.
+    """Hold one image after stage one.
 
     Args:
-        decomposition: its terms on the whole image's patch grid.
+        decomposition: the terms on the whole image's patch grid.
         prefix: (P, C) prefix tokens of the whole image.
         coords: (h, w, 2) centres of its patches.
-        fit: the solver's fit; evaluates F anywhere.
-        extraction_seconds: in views and the backbone.
-        fitting_seconds: in the solver.
+        fit: the solver's fit, which evaluates F at any point.
+        extraction_seconds: seconds in views and the backbone.
+        fitting_seconds: seconds in the solver.
     """
 
     decomposition: Decomposition
@@ -128,8 +129,10 @@ class DecomposedImage:
     fitting_seconds: float
 
     def upsampled(self, image: Tensor, factor: int) -> Tensor:
-        """Upsample the semantic features to (factor h, factor w, C), guided by the image (3, H, W): its edges are
-        kept. See :func:`dvt.upsample`."""
+        """Upsample the semantic features to (factor h, factor w, C), guided by the image (3, H, W).
+
+        See :func:`dvt.upsample`.
+        """
         return upsample(self.decomposition.semantic, image, factor, centres=self.coords)
 
 
@@ -156,7 +159,7 @@ def denoise(
 def denoise_image(
     backbone: Backbone, image: ImageLike, config: DenoiseConfig, artifact: Tensor | None = None
 ) -> DecomposedImage:
-    """Denoise as :func:`denoise` does; return the fit, the prefix tokens and the seconds beside the decomposition."""
+    """Denoise as :func:`denoise` does, and also return the fit, the prefix tokens and the seconds."""
     views = TokenViews(backbone, read_image(image), config.views, config.dtype)
     start = time.perf_counter()
     fit = make_solver(config).fit(views, artifact)
@@ -168,12 +171,12 @@ def denoise_image(
 
 
 def make_solver(config: DenoiseConfig) -> LinearSolver | NeuralSolver | ShiftSolver:
-    """Make the solver that settings describe."""
+    """Make the solver for the settings."""
     return NeuralSolver(config.neural) if config.solver == "neural" else closed_form(config)
 
 
 def closed_form(config: DenoiseConfig) -> LinearSolver | ShiftSolver:
-    """Make the closed-form solver of a product's views, which also finds shared artifacts."""
+    """Make the closed-form solver for the product's views, which also solves for shared artifacts."""
     if config.product == "removed":
         return ShiftSolver(config.shifts)
     if config.product == "ensembled":

@@ -1,4 +1,4 @@
-"""Measure image by image what a diagnosis needs, and turn the numbers into an answer."""
+"""Measure images one by one for a diagnosis, and conclude from the numbers."""
 
 from __future__ import annotations
 
@@ -178,10 +178,10 @@ def _remedy(kind: str, share: PositionShare, config: DoctorConfig) -> str:
 
 
 def _strength(kind: str, share: PositionShare, config: DoctorConfig) -> float:
-    """Find the least strength s, in steps of .05, that leaves (1 - s)^2 of G's variance below the threshold."""
+    """Find the smallest strength s, in steps of .05, at which the rest (1 - s)^2 of G's variance is below the limit."""
     if kind != "position":
         return 0.0 if kind == "none" else 1.0
-    # The upper end of the interval: enough also where the share was underestimated.
+    # Use the upper end of the interval, so that the strength is enough even if the share was underestimated.
     size = min(share.own_interval[1] if share.own_interval else share.own.value, 0.999)
     if size <= config.share:
         return 1.0
@@ -190,7 +190,7 @@ def _strength(kind: str, share: PositionShare, config: DoctorConfig) -> float:
 
 
 def _best(treated: Sequence[Treated], config: DoctorConfig) -> str | None:
-    """Name the denoiser that resembles the content most, of those that leave no artifact."""
+    """Choose, among the denoisers that leave no artifact, the one that keeps the content best."""
     enough = [each for each in treated if each.share < config.share and each.outliers < config.outliers]
     return max(enough, key=lambda each: each.kept).name if enough else None
 

@@ -14,19 +14,19 @@ _FEATURES_AT_ONCE = 64
 def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int = 15) -> Tensor:
     """Compute the maximal information coefficient (MIC) of each feature with one position axis.
 
-    MIC is the largest mutual information that any grid of a x b cells with a b <= B = n^exponent finds between
-    the two variables, over log min(a, b), so that any noiseless relation scores 1 and independence tends to 0.
-    As in ApproxMaxMI, one axis is cut into parts of equal counts and a dynamic program finds the best cuts of the
-    other; both orders are tried. Equal values are never parted: they share their middle rank. A position axis
-    offers every cut between its distinct values; a feature axis that is to be cut into at most m parts offers
-    ``clumps * m`` cuts, evenly spread over those that part tokens of different rows.
+    MIC is the largest mutual information between the two variables over all grids of a x b cells with
+    a b <= B = n^exponent, divided by log min(a, b), so that any noiseless relation scores 1 and independence tends to
+    0. As in ApproxMaxMI, one axis is cut into parts of equal counts and a dynamic program finds the best cuts of the
+    other; both orders are tried. Equal values are never separated: they share their middle rank. All cuts between the
+    distinct values of a position axis are candidates; for a feature axis that is cut into at most m parts, there are
+    ``clumps * m`` candidates, evenly spread over those that separate tokens of different rows.
 
     Args:
-        features: (n, C) one row a token.
+        features: (n, C) one row per token.
         position: (n,) the coordinate of each token; few distinct values are expected (the grid's columns or rows).
-        exponent: of the bound B on the number of cells; .6 in both papers.
-        clumps: how many cuts are offered for each part wanted; 15 as in the original program. A third of it takes
-            a third of the time, but misses cuts, which lowers small values by up to .07 at 294 tokens.
+        exponent: exponent of the bound B on the number of cells; .6 in both papers.
+        clumps: number of candidate cuts per part; 15 as in the original program. A third of that takes a third of the
+            time, but misses cuts, which lowers small values by up to .07 at 294 tokens.
 
     Returns:
         (C,) values in [0, 1]; 0 for a constant feature or position.
@@ -54,18 +54,18 @@ def mic(features: Tensor, position: Tensor, exponent: float = 0.6, clumps: int =
 
 
 def most_informative(features: Tensor, position: Tensor, count: int, exponent: float = 0.6) -> Tensor:
-    """Choose the features that most likely have the largest MIC: those with most information on fixed cuts.
+    """Choose the features that most likely have the largest MIC, by their information with fixed cuts.
 
-    Both axes are cut into parts of equal counts, on every grid that :func:`mic` would search, which takes a
-    fiftieth of its time.
+    Both axes are cut into parts of equal counts, for every grid shape that :func:`mic` would search. This takes a
+    fiftieth of the time of :func:`mic`.
 
     Args:
-        features: (n, C) one row a token.
+        features: (n, C) one row per token.
         position: (n,) the coordinate of each token.
-        count: how many features are wanted.
+        count: number of features to choose.
 
     Returns:
-        (count,) indices of features, best first; all C of them when there are fewer.
+        (count,) indices of features, best first; all C indices if there are fewer features.
     """
     _, codes = position.unique(return_inverse=True)
     columns = features.detach().float().T.contiguous()
@@ -109,7 +109,7 @@ def _mic_chunk(features: Tensor, codes: Tensor, exponent: float, clumps: int) ->
 
         row_of_token = _equal_parts(position_rank, rows, count)[order]
         inside = torch.nn.functional.one_hot(row_of_token, rows).float()
-        # No best cut parts two neighbours of one row, unless one of them stands for several tokens of equal value.
+        # A best cut never separates two neighbours of one row, unless one of them is several tokens of equal value.
         useful = parted & ((row_of_token[:, 1:] != row_of_token[:, :-1]) | tied[:, 1:] | tied[:, :-1])
         cuts = _spread_cuts(torch.cat((useful, edge), 1), clumps * columns)
         ends = _from_zero(inside).gather(1, cuts[..., None].expand(-1, -1, rows))
@@ -127,11 +127,11 @@ def _equal_parts(rank: Tensor, parts: int, count: int) -> Tensor:
 
 
 def _spread_cuts(useful: Tensor, most: int) -> Tensor:
-    """Place at most ``most`` useful cuts of each row, evenly, the end included: (C, k + 1) with 0 first.
+    """Choose at most ``most`` evenly spread cuts per row, including the end: (C, k + 1) with 0 first.
 
     Args:
-        useful: (C, n) whether a cut may come after each token; the last is true.
-        most: k at most; rows with fewer useful cuts repeat some.
+        useful: (C, n) True if a cut may come after the token; the last is true.
+        most: the largest k; rows with fewer useful cuts repeat some.
     """
     seen = useful.long().cumsum(1)
     available = seen[:, -1:]
@@ -150,8 +150,9 @@ def _best_cuts(cumulative: Tensor, columns: int) -> Tensor:
     """Find the best normalised mutual information of 2 .. ``columns`` columns with the given rows: (C,).
 
     Args:
-        cumulative: (C, k + 1, rows) tokens of each row left of each of k + 1 possible cuts, ends included.
-        columns: how many columns may be made.
+        cumulative: (C, k + 1, rows) number of tokens of each row left of each of k + 1 possible cuts, including both
+            ends.
+        columns: the largest number of columns.
 
     n times the conditional entropy H(row | column) is a sum over columns, so the best m columns that end at a cut
     follow from the best m - 1 columns that end at an earlier one.

@@ -1,6 +1,6 @@
-"""Write the parts of a report's page that need no script: words, tables, charts and galleries, as HTML.
+"""Write the parts of a report's page that need no script: text, tables, charts and galleries, as HTML.
 
-Whatever comes from a report is escaped here: names of files and denoisers may hold anything.
+Everything from a report is escaped here, because names of files and denoisers may hold any characters.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def label(variant: str) -> str:
 
 
 def image_names(report: Findings) -> list[str]:
-    """List file names without their folders, which stay private; numbered where two are the same."""
+    """List file names without their folders, which stay private; equal names get numbers."""
     names = [PurePath(each).name or each for each in report.images]
     return [f"{name} ({i + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def variants_of(report: Findings, backbone: str) -> list[str]:
-    """List the variants that a backbone has numbers or maps of: raw first, then denoisers, then terms."""
+    """List the variants for which a backbone has numbers or maps: raw first, then denoisers, then terms."""
     found = [row.variant for row in report.rows if row.backbone == backbone]
     found += [each["variant"] for each in matching(report.index["maps"], backbone=backbone)]
     rank = {"raw": 0, "semantic": 2, "artifact": 3, "residual": 4}
@@ -47,7 +47,7 @@ def variants_of(report: Findings, backbone: str) -> list[str]:
 
 
 def summary(report: Findings) -> str:
-    """Write in sentences what was measured and what was found."""
+    """Write sentences about the measurement and its main findings."""
     names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
     lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
@@ -176,7 +176,7 @@ def _spoken(row: Row) -> str:
 
 
 def layer_charts(report: Findings) -> str:
-    """Draw each metric of the raw tokens over layers; nothing if no backbone has several."""
+    """Draw each metric of the raw tokens over layers; empty if no backbone has several layers."""
     lines = {each["label"]: _layer_rows(report, each["label"]) for each in report.backbones}
     lines = {name: rows for name, rows in lines.items() if len({row.layer for row in rows}) > 1}
     if not lines:
@@ -218,7 +218,7 @@ def _point(row: Row, last: int) -> charts.Point:
 
 
 def position_maps(report: Findings) -> str:
-    """Draw what stays at each position, for all variants and some layers."""
+    """Draw the part due to position, for all variants and some layers."""
     figures = []
     for about in report.backbones:
         entries = matching(report.index["positions"], backbone=about["label"])
@@ -307,7 +307,7 @@ def _strip(report: Findings, entries: Sequence[dict[str, Any]], order: Sequence[
     maps = {entry["variant"]: torch.from_numpy(report.arrays[entry["array"]].astype(np.float32)) for entry in entries}
     together = [each for each in order if each in maps and each not in SUBTRACTED]
     colours = dict(zip(together, pca_colours([maps[each] for each in together]), strict=True)) if together else {}
-    # What is subtracted has colours of its own: it would grey the others if it decided theirs.
+    # Artifact and residual get colours of their own: in one range with the others, they would make those grey.
     colours |= {each: pca_colours(maps[each])[0] for each in maps if each in SUBTRACTED}
     cells = [f'<img data-photo="{int(image)}" alt="{escape(name)}">']
     for variant in order:

@@ -1,7 +1,7 @@
-"""Measure whether a token finds the same image point again in a turned or cropped view, under known warps.
+"""Measure whether a token is matched to the same image point in a turned or cropped view, under known warps.
 
-No labels are needed and the truth is exact, but a view keeps much of the picture's layout: tokens that know nothing
-but their position find some points too. :class:`Matches` puts chance and position alone beside every score.
+No labels are needed and the truth is exact. But a view keeps much of the picture's layout, so tokens that encode only
+their position also match some points. :class:`Matches` reports the scores of chance and of position alone.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from dvt.tokens import Tokens
 from dvt.views import resize
 
 WARP_KINDS = ("crop", "rotation", "scale")
-"""Kinds of warps: a part cut out anywhere, a turn about the centre, a part about the centre."""
+"""Kinds of warps: a crop at a random place, a rotation about the centre, an enlargement about the centre."""
 
-# Cosines that rounding alone tells apart count as equal.
+# Cosines that differ by less count as equal, because the difference may be rounding.
 _TIE = 1e-9
 
 
 @dataclass(frozen=True)
 class WarpConfig:
-    """Choose which warped views of an image are made; all lie wholly inside it and keep its aspect ratio.
+    """Hold the settings of an image's warped views; all lie inside the image and keep its aspect ratio.
 
     Args:
-        crops: views cut out anywhere.
+        crops: number of crops at random places.
         crop_zoom: smallest and largest side of a crop, as a share of the image's.
-        rotations: views turned about the image's centre, as large as fits.
-        degrees: smallest and largest turn, to either side.
-        scales: enlarged views about the image's centre.
+        rotations: number of views rotated about the image's centre, as large as fits.
+        degrees: smallest and largest angle, in either direction.
+        scales: number of enlarged views about the image's centre.
         scale_zoom: smallest and largest side that such a view shows, as a share of the image's.
         seed: seed of the generator; the same seed draws the same warps.
     """
@@ -63,9 +63,9 @@ class WarpConfig:
 
 
 def draw_warps(size: Size, config: WarpConfig, generator: torch.Generator) -> Tensor:
-    """Draw maps (V, 2, 3) from a view's coordinates to the image's: random warps of an image of (H, W) pixels.
+    """Draw random warps of an image of (H, W) pixels: affine maps (V, 2, 3) from a view's coordinates to the image's.
 
-    Drawn on the CPU, in the order crops, rotations, scales; see :func:`dvt.grids.rotated_view`.
+    They are drawn on the CPU, in the order crops, rotations, scales; see :func:`dvt.grids.rotated_view`.
     """
     kinds = ("crop",) * config.crops + ("rotation",) * config.rotations + ("scale",) * config.scales
     return torch.stack([_draw(kind, size, config, generator) for kind in kinds])
@@ -101,7 +101,7 @@ def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
 
     Args:
         image: (3, H, W) in [0, 1].
-        warps: (V, 2, 3), of an image of that aspect ratio.
+        warps: (V, 2, 3) warps drawn for an image of the same aspect ratio.
         size: (H', W') of the model input.
     """
     if image.ndim != 3:
@@ -109,7 +109,7 @@ def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
     pixels = grids.grid_centres(size, device=image.device).double()
     views = []
     for matrix in warps:
-        # Points of the view then lie about one pixel of the source apart, so that nothing aliases.
+        # Shrink the source so that points of the view lie about one pixel of it apart, which avoids aliasing.
         zoom = float(torch.linalg.det(matrix[:, :2]).abs().sqrt())
         useful = [min(have, math.ceil(side / zoom)) for have, side in zip(image.shape[1:], size, strict=True)]
         views.append(grids.sample_pixels(resize(image, (useful[0], useful[1])), grids.move(pixels, matrix)))
@@ -118,16 +118,17 @@ def warped_images(image: Tensor, warps: Tensor, size: Size) -> Tensor:
 
 @dataclass(frozen=True)
 class Matches:
-    """Hold how well the patches of a view find their place in the image; all are shares in [0, 1].
+    """Hold how well the patches of a view are matched to their place in the image; all are shares in [0, 1].
 
     Args:
-        pck: matches whose patch is centred near enough to the true place.
-        mutual: matches that also hold backwards. Noise has n / (2n - 1) of n, about a half, and enlarged views cannot
-            reach 1, since several of their patches share one of the image: compare it between features only.
-        mutual_right: matches that do both.
-        chance: what a random patch scores.
-        position: what the patch at the same place of the grid scores, as tokens do that know only their position.
-        ceiling: what the nearest patch scores; below 1 only if patches are large beside the threshold.
+        pck: share of matches whose patch is centred near enough to the true place.
+        mutual: share of matches that also hold backwards. For noise of n patches it is n / (2n - 1), about a half, and
+            enlarged views cannot reach 1, because several of their patches share one of the image: compare it between
+            features only.
+        mutual_right: share of matches that do both.
+        chance: PCK of a random patch.
+        position: PCK of the patch at the same place of the grid, as for tokens that encode only their position.
+        ceiling: PCK of the nearest patch; below 1 only if patches are large compared with the threshold.
     """
 
     pck: float
@@ -144,15 +145,15 @@ def match(
     """Match each patch of a warped view to the patch of the image whose token has the largest cosine.
 
     A match is right if that patch's centre lies within ``threshold`` times the longer side from the true place,
-    measured in patches. Where several patches are equally similar, the score is what a random choice among them gives
-    on average. Patches of the view whose true place lies outside the image are left out.
+    measured in patches. If several patches are equally similar, the score is the mean over them. Patches of the view
+    whose true place lies outside the image are left out.
 
     Args:
         image: (h, w, C) tokens of the whole image.
         view: (h, w, C) tokens of the warped view.
         matrix: (2, 3) map from the view's coordinates to the image's.
         threshold: share of the longer side, positive.
-        centres: (h, w, 2) patch centres where patches overlap; None means that the grid tiles the image.
+        centres: (h, w, 2) patch centres, if patches overlap; None means that the grid tiles the image.
 
     Raises:
         ShapeError: the maps are empty or differ in shape, or the view shows nothing of the image.
@@ -183,7 +184,7 @@ def match(
 
 
 def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Find which patches of the view lie in the image (n,), and which matches with its patches are right."""
+    """Find which patches of the view lie in the image (n,), and which matches with the image's patches are right."""
     places = grids.grid_centres(grid) if centres is None else centres
     if tuple(places.shape) != (*grid, 2):
         raise ShapeError(f"centres {tuple(places.shape)} do not belong to maps of {grid} patches")
@@ -193,13 +194,13 @@ def _truth(grid: Size, matrix: Tensor, threshold: float, centres: Tensor | None)
     if not bool(inside.any()):
         raise ShapeError("the view shows nothing of the image, so there is nothing to match; check the warp's matrix")
     sides = torch.tensor([grid[1], grid[0]], dtype=torch.float64)
-    # Rounding must not decide about a place exactly at the threshold.
+    # With a tolerance, so that rounding does not decide about places exactly at the threshold.
     near = torch.cdist(truth * sides, places * sides) <= threshold * max(grid) * (1 + 1e-6)
     return inside, near.double()
 
 
 def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute (n, n) probabilities that a view's patch goes to an image's (rows add up to 1), and back (columns do)."""
+    """Compute the probabilities (n, n) of matching a view's patch to an image's (rows sum to 1), and back (columns)."""
     if view.ndim != 3 or view.shape != image.shape or not view.numel():
         raise ShapeError(
             f"image and view need token maps (h, w, C) of one shape, not empty; got {tuple(image.shape)} and "
@@ -216,12 +217,13 @@ def _matches(view: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
 class Correspondence(Probe):
     """Match nearest neighbours, as a probe; nothing is fitted.
 
-    The "map" of an image is (1 + V, h, w, C): the whole image's tokens, then its views'. Its target is the (V, 2, 3)
-    maps of :func:`draw_warps`.
+    The "map" of an image is (1 + V, h, w, C): the whole image's tokens, then its views'. Its target are the warps
+    (V, 2, 3) from :func:`draw_warps`.
 
     Args:
-        threshold: of a right match, as a share of the longer side.
-        centres: (h, w) -> (h, w, 2) patch centres where patches overlap; by default the grid tiles the image.
+        threshold: largest distance of a right match, as a share of the longer side.
+        centres: maps a grid (h, w) to its patch centres (h, w, 2), if patches overlap; by default the grid tiles the
+            image.
     """
 
     metric = "PCK"
@@ -232,13 +234,13 @@ class Correspondence(Probe):
         self.centres = centres
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> Correspondence:
-        """Do nothing: matching has no parameters."""
+        """Do nothing, because matching has no parameters."""
         return self
 
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """Find for each image the coordinates of each view patch's match (V, h, w, 2), the first of equal ones.
+        """Find for each image the coordinates in [0, 1] of each view patch's match (V, h, w, 2), the first in ties.
 
-        They lie in [0, 1]; `sizes` means nothing here.
+        `sizes` is ignored.
         """
         return [self._places(tokens[i]) for i in range(len(tokens))]
 
@@ -248,7 +250,7 @@ class Correspondence(Probe):
         return self.centres(grid).flatten(0, 1)[torch.stack(picks)]
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """Count the views of each image and of each of :data:`WARP_KINDS`, and add up their :class:`Matches`.
+        """Count each image's views of each of :data:`WARP_KINDS`, and add up their :class:`Matches`.
 
         Returns:
             (N, 3, 7): the number of views, then the sums in the order of the fields.
@@ -257,7 +259,7 @@ class Correspondence(Probe):
             ShapeError: counts or shapes differ.
         """
         if not len(tokens) or len(tokens) != len(targets):
-            raise ShapeError(f"{len(tokens)} images came with the warps of {len(targets)}; give one of each an image")
+            raise ShapeError(f"{len(tokens)} images came with the warps of {len(targets)}; give one of each per image")
         return torch.stack([self._image_statistics(tokens[i], targets[i]) for i in range(len(tokens))])
 
     def _image_statistics(self, views: Tensor, warps: Tensor) -> Tensor:
@@ -275,9 +277,9 @@ class Correspondence(Probe):
 
     @staticmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Average :class:`Matches` over views; `mutual PCK` is the right share of the mutual matches.
+        """Average :class:`Matches` over views; `mutual PCK` is the share of right ones among the mutual matches.
 
-        Chance, position and ceiling need no tokens. PCK and position are also given for each kind that occurs.
+        Chance, position and ceiling do not depend on tokens. PCK and position are also given for each kind of warp.
         """
         total = statistics.sum(-2)
         pck, mutual, both, chance, position, ceiling = (total[..., 1:] / total[..., :1]).unbind(-1)
@@ -300,19 +302,21 @@ def correspondence(
     probe: Correspondence | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Compare raw features and variants of them on the same warped views; one pass of the backbone serves all.
+    """Compare raw features and variants of them on the same warped views, with one pass of the backbone for all.
 
     Args:
-        backbone: (B, 3, H', W') images in [0, 1] to tokens.
+        backbone: maps (B, 3, H', W') images in [0, 1] to tokens.
         images: each (3, H, W) in [0, 1]; read once, one at a time.
-        input_size: (H, W) of an image to the (H', W') of the model input, :meth:`dvt.backbones.Backbone.input_size`.
-        config: which warps.
-        variants: name -> what it makes of tokens, for example a denoiser; "raw" is always there.
+        input_size: maps an image's (H, W) to the (H', W') of the model input, as
+            :meth:`dvt.backbones.Backbone.input_size`.
+        config: settings of the warps.
+        variants: functions of tokens by name, for example denoisers; "raw" is always included.
         probe: settings of the matching.
-        progress: called with (what, done, total); total is 0 where the number of images is not known.
+        progress: called with (what, done, total); total is 0 if the number of images is not known.
 
     Returns:
-        Variant -> statistics (N, 3, 7) of each image; ``Correspondence.summarise(statistics.sum(0))`` are its scores.
+        For each variant, the statistics (N, 3, 7) of each image; ``Correspondence.summarise(statistics.sum(0))`` gives
+        its scores.
 
     Raises:
         ShapeError: there is no image.

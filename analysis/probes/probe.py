@@ -15,21 +15,21 @@ from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.grids import Size
 
 Maps = Sequence[Tensor] | Tensor
-"""(h, w, C) token maps, one an image: a list, anything that reads them when indexed, or a tensor (B, h, w, C)."""
+"""Token maps (h, w, C), one per image: a list, an object that reads them when indexed, or a tensor (B, h, w, C)."""
 
 SomeProbe = TypeVar("SomeProbe", bound="Probe")
 
 
 class Probe(ABC):
-    """Measure what frozen tokens hold about a target: fit on some images, predict, score on others.
+    """Measure what frozen tokens hold about a target: fit on some images, predict and score on others.
 
-    A score is made from *statistics*: numbers of each image that may be added up over images (counts of pixels, sums of
-    errors). So scores of any resampling of the images need no second prediction.
+    Scores are computed from *statistics*: numbers of each image that can be added over images (counts of pixels, sums
+    of errors). So a bootstrap over images needs no second prediction.
 
     Attributes:
-        metric: the headline among the scores.
-        lower_is_better: whether it is an error.
-        seeded: whether random numbers are drawn, in fitting or for the data that are scored.
+        metric: name of the headline score.
+        lower_is_better: True if it is an error.
+        seeded: True if fitting or the scored data use random numbers.
     """
 
     metric: ClassVar[str]
@@ -48,16 +48,16 @@ class Probe(ABC):
 
     @abstractmethod
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:
-        """Predict the target of each image, at (H, W) of `sizes`, or a value a token where None."""
+        """Predict the target of each image, at (H, W) of `sizes`, or one value per token if `sizes` is None."""
 
     @abstractmethod
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
-        """Compute what the scores need of each image, (N, ...) float64; zeros where all targets are left out."""
+        """Compute the statistics of each image, (N, ...) float64; zeros for an image whose targets are all left out."""
 
     @staticmethod
     @abstractmethod
     def summarise(statistics: Tensor) -> dict[str, Tensor]:
-        """Compute scores of statistics that were added up; leading dimensions are kept, NaN where there is none."""
+        """Compute the scores from added statistics; leading dimensions are kept; NaN for undefined scores."""
 
     def score(self, tokens: Maps, targets: Sequence[Tensor]) -> dict[str, float]:
         """Score the predictions; shares and errors, not per cent.
@@ -75,7 +75,7 @@ HeadLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_head(channels: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
-    """Make BatchNorm and a 1x1 convolution; as the tokens are frozen, BatchNorm keeps a plain mean of its batches."""
+    """Make BatchNorm and a 1x1 convolution; BatchNorm averages all batches equally, because the tokens are frozen."""
     head = nn.Sequential(nn.BatchNorm2d(channels, momentum=None), nn.Conv2d(channels, outputs, 1))
     weights: Any = head[1]
     nn.init.normal_(weights.weight, std=0.01, generator=generator)
@@ -91,14 +91,14 @@ def train_head(
     config: HeadConfig,
     generator: torch.Generator,
 ) -> nn.Module:
-    """Train a head (B, C, h, w) -> (B, K, h, w) so that `loss` of its bilinearly enlarged output is small.
-
-    Args:
-        loss: of (B, K, H, W) and the targets (B, H, W); it must be finite for targets that are all left out.
-        tokens: maps of any grid; a batch holds one grid.
-        targets: (H, W) each, of the image's size or any other.
+    """Train a head (B, C, h, w) -> (B, K, h, w) to minimise `loss` of its bilinearly enlarged output.
 
     Everything runs on the device of the tokens.
+
+    Args:
+        loss: a function of outputs (B, K, H, W) and targets (B, H, W); it must be finite if all targets are left out.
+        tokens: maps of any grid; a batch holds one grid.
+        targets: (H, W) each, of the image's size or any other.
     """
     small = [reduced(target, _target_size(target, grid_of(tokens[i]), config)) for i, target in enumerate(targets)]
     batches = _HeadBatches([(*grid_of(tokens[i]), *small[i].shape) for i in range(len(small))], config.batch)
@@ -151,7 +151,7 @@ def _target_size(target: Tensor, grid: Size, config: HeadConfig) -> Size:
 
 
 def reduced(target: Tensor, size: Size) -> Tensor:
-    """Resize a target (H, W): each pixel takes the nearest value, so that classes and holes stay exact."""
+    """Resize a target (H, W) by nearest neighbours, so that classes and holes stay exact."""
     if tuple(target.shape) == tuple(size):
         return target
     return nnf.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
@@ -175,7 +175,7 @@ def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = N
         NonFiniteError: a token is NaN or infinite.
     """
     if not len(tokens) or len(tokens) != len(targets):
-        raise ShapeError(f"{len(tokens)} token maps and {len(targets)} targets were given; give one of each an image")
+        raise ShapeError(f"{len(tokens)} token maps and {len(targets)} targets were given; give one of each per image")
     for i in range(len(tokens)):
         one = tokens[i]
         channels = one.shape[-1] if channels is None else channels
@@ -189,10 +189,10 @@ def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = N
 
 
 def fitted(value: Any, probe: Probe) -> Any:
-    """Return a value that fit() sets, or say that fit() is missing.
+    """Return a value that fit() sets.
 
     Raises:
-        ConfigError: it is still missing.
+        ConfigError: the value is None, because fit() was not called.
     """
     if value is None:
         raise ConfigError(f"this {type(probe).__name__} has not been fitted; call fit(tokens, targets) first")

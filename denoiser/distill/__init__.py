@@ -1,1 +1,1 @@
-"""Stage three: a backbone's own tokens become clean."""
+"""Fine-tune a backbone so that its own tokens are clean (stage three, distillation)."""

@@ -24,17 +24,17 @@ FAMILIES = ("VisionTransformer", "VisionTransformerDistilled", "Eva")
 
 
 def with_test_time_registers(denoiser: PretrainedDenoiser, model: nn.Module) -> nn.Module:
-    """Copy a timm model, sharing its weights, with an extra token that takes over the register neurons.
+    """Copy a timm model, with shared weights, and add a token to which the activations of register neurons move.
 
-    Outputs have the shapes that they had: the extra token is dropped from all of them. With strength 0 it is never
-    appended, and the model answers as before, bit for bit. The neurons are in its state dict under ``registers.``.
+    Outputs keep their shapes, because the extra token is dropped from them. With strength 0 it is never appended, and
+    outputs are equal to the original model's, bit for bit. The neurons are in the state dict under ``registers.``.
 
     Args:
-        denoiser: of kind "registers"; it is not copied.
+        denoiser: a denoiser of kind "registers"; it is not copied.
         model: a timm model of one of :data:`FAMILIES`.
 
     Raises:
-        BackboneError: the model's blocks have no MLP of single neurons, another width, or it has registers already.
+        BackboneError: the model's blocks have no such MLP or another width, or the model already has registers.
     """
     inner = cast(Any, families.core(model))
     layers, places = mlp_outputs(inner), denoiser.body.places
@@ -64,13 +64,13 @@ def with_test_time_registers(denoiser: PretrainedDenoiser, model: nn.Module) -> 
 
 
 def registered_backbone(denoiser: PretrainedDenoiser, backbone: Backbone) -> Backbone:
-    """Make a backbone with test-time registers, from one of :func:`dvt.load_backbone`; the denoiser is copied.
+    """Make a backbone with test-time registers, from one made by :func:`dvt.load_backbone`; the denoiser is copied.
 
     Raises:
-        BackboneError: the backbone is made by :func:`dvt.wrap`, or its model cannot take registers.
+        BackboneError: the backbone was made by :func:`dvt.wrap`, or its model cannot have registers.
     """
     result = shared_copy(backbone)
-    result.__dict__.pop("weights_sha256", None)  # of a model without registers
+    result.__dict__.pop("weights_sha256", None)  # the cached hash is that of the model without registers
     result.model = with_test_time_registers(copy.deepcopy(denoiser).to(backbone.device), timm_model(backbone))
     return result.eval().requires_grad_(False)
 
@@ -79,7 +79,7 @@ def timm_model(backbone: Backbone) -> nn.Module:
     """Find the timm model inside a backbone.
 
     Raises:
-        BackboneError: it is no timm model, so that nothing is known about its inside.
+        BackboneError: the backbone is a wrapped model, whose modules dvt does not know.
     """
     if backbone.num_layers is None:
         raise BackboneError(
@@ -91,7 +91,7 @@ def timm_model(backbone: Backbone) -> nn.Module:
 
 
 def mlp_outputs(model: nn.Module) -> list[nn.Linear]:
-    """List the last layer of each block's MLP; what enters it are the activations of the block's neurons.
+    """List the last layer of each block's MLP, whose inputs are the activations of the block's neurons.
 
     Raises:
         BackboneError: the model is of another family, or its blocks have no such MLP.
@@ -108,22 +108,22 @@ def mlp_outputs(model: nn.Module) -> list[nn.Linear]:
 
 
 class Registered(nn.Module):
-    """Change a timm model to drop the extra token of test-time registers from all that it answers."""
+    """Change a timm model to drop the extra token of test-time registers from all of its outputs."""
 
     registers: PretrainedDenoiser
     option_names: tuple[str, ...]  # of forward_intermediates, after the images
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Answer as timm's, without the extra token."""
+        """Return the output of timm's method, without the extra token."""
         return self._cut(cast(Any, super()).forward_features(x, *args, **options))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Answer as timm's, without the extra token."""
+        """Return the output of timm's method, without the extra token."""
         asked = dict(zip(self.option_names, args)) | options  # noqa: B905 (most calls give only some)
         take = cast(Any, super()).forward_intermediates
         if not self.registers.strength:
             return take(x, **asked)
-        out = take(x, **asked | {"output_fmt": "NLC"})  # to NCHW timm's own reshape would fail
+        out = take(x, **asked | {"output_fmt": "NLC"})  # timm's reshape to NCHW would fail with the extra token
         entry = partial(self._entry, images=x, maps=asked.get("output_fmt", "NCHW") == "NCHW")
         if isinstance(out, dict):
             changed = {"image_intermediates": [entry(each) for each in out["image_intermediates"]]}
@@ -148,7 +148,7 @@ class Registered(nn.Module):
 
 
 class _Appending:
-    """Hook before a block: append the extra token, zero, before the first one; rotary positions leave it alone."""
+    """Hook before each block: append the extra token (zeros) before the first block, without a rotary position."""
 
     def __init__(self, denoiser: PretrainedDenoiser, first: bool) -> None:
         self.denoiser, self.first = denoiser, first
@@ -157,7 +157,7 @@ class _Appending:
         if not self.denoiser.strength:
             return None
         if options.get("attn_mask") is not None or options.get("is_causal"):
-            raise BackboneError("a model with test-time registers takes no attention mask: its register must be seen")
+            raise BackboneError("test-time registers take no attention mask: all tokens must attend to the register")
         x, *rest = args
         if self.first:
             x = torch.cat((x, torch.zeros_like(x[:, :1])), dim=1)
@@ -179,7 +179,7 @@ class _Moving:
 
 
 def _hooked(blocks: nn.Module, denoiser: PretrainedDenoiser, prefix: int) -> nn.Module:
-    """Copy the blocks, sharing their weights, with hooks of their own."""
+    """Copy the blocks, with shared weights, and give the copies hooks."""
     result = shared_copy(blocks)
     for name, block in blocks.named_children():
         number = int(name)

@@ -1,4 +1,4 @@
-"""Remove position round by round: a linear probe reads it, and what the probe reads is taken away."""
+"""Remove position in rounds: fit a linear probe of position, and remove its directions from the tokens."""
 
 from __future__ import annotations
 
@@ -21,25 +21,26 @@ _NOTHING = 0.02
 
 
 def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Denoiser:
-    """Remove the directions from which linear probes read (x, y), one probe after the other (RASA-like).
+    """Fit a denoiser that removes the directions from which linear probes read (x, y), probe by probe (as RASA).
 
-    Each round fits a ridge probe to what the rounds before have left and removes its two weight directions. It ends
-    early when the probe's R^2, adjusted for the number of channels, falls below .02. The penalty must be large: a probe
-    without one reads position along directions where tokens hardly vary, and many rounds leave the artifact in place
-    (on the bundled ViT 32 directions leave an R^2 of .93 at a ridge of 1e-4, 8 none at a ridge of 1). What is no linear
-    function of (x, y) stays in any case: :func:`~dvt.denoiser.variants.fit_linear` removes waves too. The layout of the
-    photographs (sky above) counts as position.
+    Each round fits a ridge probe to the tokens after the previous rounds, and removes its two weight directions. The
+    rounds end early when the probe's R^2, adjusted for the number of channels, falls below .02. The penalty must be
+    large: without it a probe reads position along directions where tokens hardly vary, and many rounds do not remove
+    the artifact (on the bundled ViT, R^2 is still .93 after 32 directions with a ridge of 1e-4, and 0 after 8 with a
+    ridge of 1). Other functions of position than linear ones of (x, y) remain;
+    :func:`~dvt.denoiser.variants.fit_linear` also removes waves. The layout of the photographs (sky above) counts as
+    position.
 
     Args:
         maps: (h, w, C) raw token maps of several images, of any grids; read once.
-        rounds: at most, each of two directions.
+        rounds: the largest number of rounds, each of two directions.
         ridge: penalty, as a share of the mean variance of a channel.
 
     Returns:
         A denoiser of kind "linear". Its card holds the R^2 before each round and after the last ("r2").
 
     Raises:
-        ShapeError: no maps, maps of several feature sizes, or fewer tokens than channels.
+        ShapeError: there are no maps, they differ in feature size, or there are fewer tokens than channels.
         NonFiniteError: a map holds NaN or infinity.
         ConfigError: rounds or ridge is out of range.
     """
@@ -69,7 +70,7 @@ def fit_rasa(maps: Iterable[Tensor], rounds: int = 8, ridge: float = 1.0) -> Den
 
 
 def _rounds(covariance: Tensor, channels: int, rounds: int, ridge: float, count: int) -> tuple[Tensor, list[float]]:
-    """Find directions (C, n), and the adjusted R^2 before each round and after the last."""
+    """Find the directions (C, n) to remove, and the adjusted R^2 before each round and after the last."""
     within, across, places = (
         covariance[:channels, :channels],
         covariance[:channels, channels:],

@@ -141,7 +141,6 @@ class Fletcher32:
 
     It joins two sums modulo 65535: that of the words, and that of their running sums.
 
-
     The sum of the running sums is that of (n - i) w[i]. With i = 256 r + c, both follow from the sums over rows and
     over columns of words, which are exact in single precision if at most 256 words are added. HDF5 reads words with
     the high byte first; a word with swapped bytes is 256 times the word, modulo 65535.

@@ -1,4 +1,4 @@
-"""The bytes of one shard: checked records in, an HDF5 file in memory out."""
+"""Make the bytes of one shard: check records, and write them to an HDF5 file in memory."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _FLOAT16_LIMIT = 65520.0  # the smallest number that rounds to infinity
 
 @dataclass
 class Record:
-    """One image in a store.
+    """Hold one image of a store.
 
     Args:
-        path: as it was given.
-        sha256: of the file's bytes, 64 hexadecimal digits.
+        path: the path as given.
+        sha256: hash of the file's bytes, 64 hexadecimal digits.
         size: (H, W) of the original image in pixels.
-        terms: names of :data:`TERMS` to (h, w, C) maps, all of one shape.
+        terms: (h, w, C) maps by their names in :data:`TERMS`, all of one shape.
         prefix: (P, C) class token and registers, or None.
     """
 
@@ -53,7 +53,7 @@ def shard_file(
 ) -> bytes:
     """Make the bytes of a shard's file, the same on every machine; see :meth:`StoreWriter.write`."""
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
-        raise StoreError(f"{name!r} is no shard name; use letters, digits, '.', '_' and '-' only")
+        raise StoreError(f"{name!r} is not a valid shard name; use letters, digits, '.', '_' and '-' only")
     return _shard_image(job, records, artifact, dtype)
 
 
@@ -61,9 +61,9 @@ def _array(values: np.ndarray | Tensor, dtype: str = "float32") -> np.ndarray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         if dtype == "float16" and values.dtype == torch.float16:
-            return values.numpy()  # as they are: the two conversions would take a quarter of the writer's time
+            return values.numpy()  # without the two conversions, which would take a quarter of the writer's time
         values = values.float().numpy()
-    # Not left to HDF5, whose conversion to half precision makes infinity of values that round to 65504.
+    # NumPy converts, because HDF5's conversion to half precision turns values that round to 65504 into infinity.
     return np.asarray(values, dtype=np.float32).astype(dtype, copy=False)
 
 
@@ -78,7 +78,7 @@ def _peak(values: np.ndarray, what: str) -> float:
 
 
 def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | None) -> tuple[list[str], int]:
-    """Return the names of the terms and C, once everything fits together."""
+    """Check that all records fit together; return the names of the terms, and C."""
     if not records:
         raise ShapeError("a shard holds at least one image, got none")
     terms, first = list(records[0].terms), records[0]
@@ -109,7 +109,7 @@ def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | No
 def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str) -> bytes:
     """Make the bytes of a shard's file.
 
-    They are made in memory and written by the caller, because HDF5 leaves a broken handle behind when a disk is full.
+    The file is made in memory and written by the caller, because HDF5 leaves a broken handle behind if a disk is full.
     """
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"tokens are stored as float16 or float32, got {dtype!r}")
@@ -139,16 +139,16 @@ def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Ten
 
 
 def _new_file(content: io.BytesIO) -> h5py.File:
-    """Open an empty HDF5 file in memory, whose bytes depend on what is written and not on the time.
+    """Open an empty HDF5 file in memory, whose bytes depend only on its content, not on the time.
 
-    Version 1.10's format has checksums on its metadata too, and older libraries can read it. The bytes are complete
-    once the file is closed: HDF5 1.14's image of an open one (H5Fget_file_image) has a wrong checksum.
+    The format of version 1.10 has checksums also for metadata, and older libraries can read it. The bytes are complete
+    only after the file is closed: the image of an open file (H5Fget_file_image) has a wrong checksum in HDF5 1.14.
     """
     access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
-    access.set_cache(0, 521, 4 * CHUNK_BYTES, 0.75)  # h5py's numbers, except for the size
+    access.set_cache(0, 521, 4 * CHUNK_BYTES, 0.75)  # h5py's defaults, except for the size
     access.set_fileobj_driver(h5py.h5fd.fileobj_driver, content)
-    creation.set_obj_track_times(False)  # h5py's own File has this from 3.15 on
+    creation.set_obj_track_times(False)  # h5py.File has this option only from version 3.15
     return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
 
 
@@ -190,7 +190,7 @@ def _write_index(group: h5py.Group, records: Sequence[Record], grids: np.ndarray
 
 
 def _dataset(group: h5py.Group, name: str, shape: tuple[int, ...], dtype: Any, rows: int) -> h5py.Dataset:
-    """Create an empty dataset in chunks of whole rows, as many as asked for unless that makes more than 4 MB."""
+    """Create an empty dataset in chunks of `rows` whole rows, or of fewer if a chunk would exceed 4 MB."""
     row_bytes = np.dtype(dtype).itemsize * int(np.prod(shape[1:]))
     chunks = (max(1, min(rows, shape[0], CHUNK_BYTES // row_bytes)), *shape[1:])
     return group.create_dataset(name, shape, dtype, chunks=chunks, fletcher32=True)

@@ -308,7 +308,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, change, error
             writer.write("one", [record(0), bad], dtype=dtype)
         assert not writer.done
         for name in ("../out", ".hidden", "a/b", "", "a\n"):
-            with pytest.raises(StoreError, match="no shard name"):
+            with pytest.raises(StoreError, match="not a valid shard name"):
                 writer.write(name, [record(0)])
         with pytest.raises(ShapeError, match="at least one"):
             writer.write("one", [])

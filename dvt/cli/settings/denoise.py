@@ -1,4 +1,4 @@
-"""Settings of `dvt denoise`, `dvt inspect` and `dvt demo`."""
+"""Hold the settings of `dvt denoise`, `dvt inspect` and `dvt demo`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 class Denoise(JobOptions):
     """Split each image's features into a semantic field, an artifact and a residual; write a store and pictures.
 
-    The same command again computes what is missing and nothing else.
+    Run the same command again to compute only what is missing.
     """
 
     seed: int = 0
     """Seed of the views and the solver."""
     product: Product | None = None
-    """removed: each image's own tokens without the artifact; ensembled: the field over scales, which labels like;
-    blend: between the two. If not given, removed, or ensembled with the neural solver."""
+    """removed: each image's own tokens without the artifact; ensembled: the field over scales, best for labelled tasks;
+    blend: between the two. By default removed, or ensembled with the neural solver."""
     views: int | None = None
-    """Views an image, beside the whole image; if not given, 16 where the product is removed, else 48 (paper: 768)."""
+    """Views per image, beside the whole image; by default 16 for the product removed, else 48 (paper: 768)."""
     batch: int = 16
-    """Views a forward pass."""
+    """Views per forward pass."""
     solver: Literal["linear", "neural"] = "linear"
     """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
     linear: LinearConfig = field(default_factory=LinearConfig)
@@ -38,31 +38,31 @@ class Denoise(JobOptions):
     neural: NeuralConfig = field(default_factory=NeuralConfig)
     """Settings of the neural solver."""
     shared_artifact: bool = False
-    """Fit one artifact for all images of a grid shape, instead of one each."""
+    """Fit one artifact to all images of a grid shape, instead of one to each image."""
     shared_images: int = 32
-    """Images that the shared artifact is fitted on."""
+    """Number of images to which the shared artifact is fitted."""
     upsample: int = 1
-    """Also write the semantic features this many times finer, guided by the image, to OUT/upsampled."""
+    """Also write the semantic features upsampled by this factor, guided by the image, to OUT/upsampled."""
     keep_terms: bool = False
     """Also store the artifact and the residual."""
     pictures: bool = True
     """Draw a picture for each image, in OUT/pictures; not with --ray."""
     shard_images: int = 16
-    """Images a shard; a killed run loses at most the shards in hand and the one being written."""
+    """Images per shard; a killed run loses at most the shards being computed and the one being written."""
     solve_images: int | None = None
-    """Images solved together; 8 on a GPU, 1 on a CPU, if not given."""
+    """Number of images solved together; by default 8 on a GPU, 1 on a CPU."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Let the backbone go on with the next images while some are solved; "auto" does so on a GPU."""
+    """Run the backbone on the next images while others are solved; "auto" does so on a GPU."""
 
 
 @dataclass(frozen=True)
 class Inspect:
-    """Show what a feature store holds."""
+    """Show the content of a feature store."""
 
     store: tyro.conf.Positional[str]
     """A folder of shards, or one shard."""
     verify: bool = False
-    """Read everything through its checksums and name damaged shards."""
+    """Check all checksums and name damaged shards."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -74,7 +74,7 @@ class Demo:
     out: Path = Path("dvt-demo")
     """Folder for the store and the pictures."""
     views: int = 48
-    """Random views."""
+    """Number of views."""
     device: str = "auto"
     """"cpu", "cuda" or "auto"."""
     json: bool = False

@@ -1,4 +1,4 @@
-"""Options of the commands that make a feature store of images."""
+"""Define the options of the commands that make a feature store from images."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from dvt.cli.settings.common import BackboneOptions
 
 @dataclass(frozen=True)
 class JobOptions(BackboneOptions):
-    """Options of every command that makes a feature store of images."""
+    """Hold the options of every command that makes a feature store from images."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders (searched recursively), globs, URLs such as s3://bucket/folder, or a .txt list of these."""
     out: str
     """Folder of the feature store; with --ray also a URL."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="auto", kw_only=True)
-    """Precision of the backbone's forward pass. "auto" takes bfloat16 where the device is fast in it and a photograph's
-    tokens change by at most half a percent, else float32; with --ray float32, because workers may differ."""
+    """Precision of the backbone's forward pass. "auto" takes bfloat16 if the device is fast in it and a photograph's
+    tokens change by at most half a percent, else float32; with --ray always float32, because workers may differ."""
     strict: bool = dataclasses.field(default=False, kw_only=True)
     """Stop at the first image that cannot be read."""
     wait: bool = dataclasses.field(default=True, kw_only=True)
-    """Wait for another writer of the same store, instead of refusing."""
+    """Wait for another writer of the same store, instead of stopping with an error."""
     profile: bool = dataclasses.field(default=False, kw_only=True)
-    """Print where the time went."""
+    """Print the time of each stage."""
     ray: str | None = dataclasses.field(default=None, kw_only=True)
     """Run on a Ray cluster: "auto", HOST:PORT or ray://HOST:PORT, or "local" to start one on this machine."""
     ray_workers: int | None = dataclasses.field(default=None, kw_only=True)
-    """Workers on the cluster; one a GPU, or one a CPU core where there are no GPUs, if not given."""
+    """Workers on the cluster; by default one per GPU, or one per CPU core if there are no GPUs."""
     ray_threads: int = dataclasses.field(default=1, kw_only=True)
     """Threads of each worker on CPUs; another number may change the last bits of tokens."""
 
     @property
     def precision(self) -> Literal["auto", "float32", "bfloat16", "float16"]:
-        """Choose the precision to ask for: one that is the same on every worker."""
+        """The precision to ask for, which is the same on every worker."""
         return "float32" if self.dtype == "auto" and self.ray is not None else self.dtype

@@ -1,4 +1,4 @@
-"""Settings of `dvt show`, `dvt match` and `dvt search`, which show raw features beside clean ones."""
+"""Hold the settings of `dvt show`, `dvt match` and `dvt search`, which compare raw and clean features."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class CleanOptions(DenoiserOptions):
-    """Options of commands that clean single photographs, by a denoiser or by stage one."""
+    """Hold the options of commands that clean single photographs, by a denoiser or by stage one."""
 
     views: int | None = None
-    """Views of the decomposition that cleans a photograph where no --denoiser is given; 0 leaves features raw."""
+    """Number of views of the decomposition that cleans a photograph without --denoiser; 0 for raw features only."""
     upsample: int = 1
-    """Cells a patch and side; the maps' edges then follow the photograph's."""
+    """Upsampling factor per side; the maps' edges then follow the photograph's."""
 
     def check_clean(self) -> None:
         """Refuse numbers out of their range."""
@@ -54,34 +54,34 @@ class CleanOptions(DenoiserOptions):
 
 @dataclass(frozen=True)
 class Show(CleanOptions):
-    """Draw features in PCA colours, the same over all images, raw beside clean: a picture each and one page."""
+    """Draw raw and clean features in PCA colours that are common to all images: a picture per image, and one page."""
 
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Photographs (files, folders, globs, a .txt list of paths), or one feature store."""
     out: Path
     """Folder for the pictures and index.html."""
     terms: tuple[str, ...] = ()
-    """Terms to show, such as raw and semantic; if not given, all that a store holds, or raw and clean."""
+    """Terms to show, such as raw and semantic; by default all terms of a store, or raw and clean."""
     foreground: bool = False
-    """Mask the background by the first component and colour the rest by components of its own."""
+    """Mask the background by the first component, and colour the foreground by its own components."""
     count: int = 100
-    """Images at most, evenly spaced."""
+    """The largest number of images, evenly spaced."""
 
 
 @dataclass(frozen=True)
 class MatchCommand(CleanOptions):
-    """Match two photographs by their features, raw beside clean; write a picture and the pairs as JSON."""
+    """Match two photographs by raw and by clean features; write a picture and the pairs as JSON."""
 
     first: tyro.conf.Positional[Path]
     """A photograph."""
     second: tyro.conf.Positional[Path]
-    """Another one."""
+    """Another photograph."""
     out: Path
     """Folder for matches.png and matches.json."""
     points: tuple[tuple[float, float], ...] = ()
-    """Places x y in [0, 1] of the first photograph to find in the second; all mutual neighbours if not given."""
+    """Points x y in [0, 1] of the first photograph to find in the second; by default all mutual neighbours."""
     ratio: float = 1.0
-    """Keep mutual neighbours whose distance is at most so much of the second nearest's; 1 keeps all."""
+    """Keep mutual neighbours whose distance, over that of the second nearest, is at most this; 1 keeps all."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,6 @@ class SearchCommand(CleanOptions):
     out: Path
     """Folder for search.png and search.json."""
     box: tuple[float, float, float, float] | None = None
-    """x0 y0 x1 y1 in [0, 1]: the part of the photograph to look for; whole images if not given."""
+    """x0 y0 x1 y1 in [0, 1]: the part of the photograph to look for; by default whole images are compared."""
     count: int = 5
-    """Images at most."""
+    """The largest number of images to show."""
