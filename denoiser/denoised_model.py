@@ -1,4 +1,4 @@
-"""A timm model with a denoiser inside: what its methods do before and after timm's own."""
+"""Put a denoiser inside a timm model, by a class that extends the model's methods."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class DenoisedModel(nn.Module):
     blocks: nn.Sequential
 
     def forward(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Answer as timm's; the head reads denoised tokens."""
-        if type(self).__name__ == "Gemma4VitEncoder":  # its own goes around forward_features
+        """Return the model's output, computed from denoised tokens."""
+        if type(self).__name__ == "Gemma4VitEncoder":  # its own forward does not call forward_features
             return self.forward_features(x, *args, **options)
         return cast(Any, super()).forward(x, *args, **options)
 
     def forward_features(self, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Answer as timm's, denoised for layer -1."""
+        """Return the output of timm's method, denoised if the layer is -1."""
         self._grid(x)
         features = cast(Any, super()).forward_features(x, *args, **options)
         return self._final(features, x) if self.denoised_layer == -1 else features
 
     def forward_intermediates(self, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Answer as timm's, with the chosen layer denoised."""
+        """Return the output of timm's method, with the chosen layer denoised."""
         self._grid(x)
         asked = self._asked(args, options)
         taken, norm = taken_blocks(len(self.blocks), asked.get("indices")), bool(asked.get("norm"))
@@ -55,7 +55,7 @@ class DenoisedModel(nn.Module):
         if wanted not in taken and (only or self.denoised_layer != -1):
             return cast(Any, super()).forward_intermediates(x, **asked)
 
-        # Read as (B, h, w, C) and without the norm where an earlier block's tokens are denoised before it.
+        # Read maps (B, h, w, C), without the norm if the tokens of an earlier block are to be denoised before it.
         earlier = self.denoised_layer != -1
         final, maps, prefixes, rest = self._read(x, asked | {"norm": norm and not earlier})
         entry = sorted(taken).index(wanted) if wanted in taken else None
@@ -74,18 +74,18 @@ class DenoisedModel(nn.Module):
         return _answer(final, entries, prefixes, rest, asked)
 
     def prune_intermediate_layers(self, indices: Any = 1, prune_norm: bool = False, prune_head: bool = True) -> Any:
-        """Prune as timm's, as long as what the denoiser reads stays."""
+        """Prune as timm's method does, unless this would remove the layer that the denoiser reads."""
         last = self.denoised_layer == -1
         needed = len(self.blocks) - 1 if last else self.denoised_layer
         if max(taken_blocks(len(self.blocks), indices)) < needed or (prune_norm and last and self._has_final_norm()):
             raise BackboneError(
                 f"pruning to the blocks {indices}, norm {'dropped' if prune_norm else 'kept'}, would remove what the "
-                f"denoiser at layer {self.denoised_layer} reads: keep it, or prune first and attach then"
+                f"denoiser at layer {self.denoised_layer} reads: keep it, or prune first and then attach"
             )
         return cast(Any, super()).prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
 
     def no_weight_decay(self) -> set[str]:
-        """Name what timm names, and the denoiser's position embedding."""
+        """Name timm's parameters without weight decay, and the denoiser's position embedding."""
         own = getattr(super(), "no_weight_decay", set)
         extra = (f"denoiser.{name}" for name, _ in self.denoiser.named_parameters() if name.endswith("pos_embed"))
         return {*own(), *extra}
@@ -94,7 +94,7 @@ class DenoisedModel(nn.Module):
         return reduce_derived(self)
 
     def _asked(self, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
-        """Name the options of ``forward_intermediates``; their order differs among timm's models."""
+        """Map the arguments of ``forward_intermediates`` to names, because their order differs among timm's models."""
         return dict(zip(self.option_names, args)) | options  # noqa: B905 (most calls give only some)
 
     def _has_final_norm(self) -> bool:
@@ -108,7 +108,7 @@ class DenoisedModel(nn.Module):
         return cast(Any, self).norm(tokens) if self._has_final_norm() else tokens
 
     def _read(self, x: Tensor, asked: dict[str, Any]) -> tuple[Any, list[Tensor], list[Tensor], dict[str, Any] | None]:
-        """Read final features, maps (B, h, w, C), their prefix tokens where the family gives them, and timm's dict."""
+        """Read final features, maps (B, h, w, C), their prefix tokens if the family gives them, and timm's dict."""
         options = asked | {"intermediates_only": False}
         if type(self).__name__ not in families.CHANNELS_FIRST and options.get("output_fmt", "NCHW") == "NCHW":
             options["output_fmt"] = "NLC"  # timm's reshape to NCHW ignores a changed stride
@@ -155,7 +155,7 @@ class DenoisedModel(nn.Module):
 def _answer(
     final: Any, entries: list[Tensor], prefixes: list[Tensor], rest: dict[str, Any] | None, asked: dict[str, Any]
 ) -> Any:
-    """Put together what ``forward_intermediates`` returns, in the form asked for."""
+    """Assemble the result of ``forward_intermediates`` in the form asked for."""
     only, with_prefix = asked.get("intermediates_only"), asked.get("return_prefix_tokens") and prefixes
     if rest is not None:
         result = rest | {"image_intermediates": entries, "image_features": final}
@@ -194,10 +194,10 @@ def _warn_raw(family: str) -> None:
 
 
 def with_denoiser(model: nn.Module, denoiser: PretrainedDenoiser, layer: int) -> nn.Module:
-    """Copy an encoder of timm, sharing its weights, with a denoiser at a layer (-1 or the index of a block).
+    """Copy an encoder of timm, with shared weights, and put a denoiser at a layer (-1 or the index of a block).
 
     Raises:
-        BackboneError: it has a denoiser already.
+        BackboneError: the encoder already has a denoiser.
     """
     base: Any = type(model)
     if issubclass(base, DenoisedModel):

@@ -1,4 +1,4 @@
-"""The errors a user can cause. Each message says what was given, what is allowed, and what to do."""
+"""Define the errors of bad input. Each message says what was given, what is allowed, and what to do."""
 
 
 class DvtError(ValueError):

@@ -1,4 +1,4 @@
-"""All coordinate arithmetic: patch centres, crops, flips, strides, resizing and bilinear grids.
+"""Do all coordinate arithmetic: patch centres, crops, flips, strides, resizing and bilinear grids.
 
 Sizes are (height, width). Coordinates are (x, y) in [0, 1]^2, where (0, 0) is the top left corner of the
 top left pixel and (1, 1) the bottom right corner of the bottom right one. The centre of patch k of n is
@@ -23,7 +23,7 @@ def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
 
     Args:
         image_size: (H, W) of the image in pixels.
-        shorter_side: the size asked for; the shorter side meets it, up to the patch.
+        shorter_side: the wanted size of the shorter side, which is met up to rounding to the patch.
         patch: (height, width) of a patch in pixels; both sides are rounded to multiples of it.
 
     >>> fit_size((320, 480), 224, (16, 16))
@@ -37,7 +37,7 @@ def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
 
 
 def grid_shape(size: Size, patch: Size, stride: Size | None = None) -> Size:
-    """Count the patches (h, w), one every stride pixels, that fit into an input of (H, W) pixels.
+    """Count the patches (h, w) that fit into an input of (H, W) pixels, with one patch every `stride` pixels.
 
     >>> grid_shape((224, 336), (16, 16)), grid_shape((224, 336), (16, 16), (8, 8))
     ((14, 21), (27, 41))
@@ -81,7 +81,7 @@ def middle_square(grid: Size) -> tuple[int, int, int]:
 
 
 def cells_to_pixels(square: tuple[int, int, int], grid: Size, image_size: Size) -> tuple[int, int, int, int]:
-    """Find the pixels (top, left, bottom, right), ends excluded, under a square of cells of a grid that tiles an image.
+    """Find the pixels (top, left, bottom, right) under a square of cells of a grid that tiles an image; ends excluded.
 
     >>> cells_to_pixels((0, 1, 2), (2, 5), (20, 50))
     (0, 10, 20, 30)
@@ -103,7 +103,7 @@ def view_to_image(coords: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
     Args:
         coords: (..., 2) coordinates in the view, the same for all views.
         boxes: (V, 4) the views' boxes in image coordinates.
-        flips: (V,) bool, whether the view was mirrored left to right after the crop.
+        flips: (V,) bool, True if the view was mirrored left to right after the crop.
 
     Returns:
         (V, ..., 2) coordinates in the image.
@@ -143,14 +143,14 @@ def boxes_to_pixels(boxes: Tensor, image_size: Size) -> Tensor:
 
 
 def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """Make the (2, 3) map from the coordinates of a turned and scaled view of an image to the image's, in float64.
+    """Make the affine map (2, 3) from the coordinates of a rotated and scaled view to the image's, in float64.
 
     The view has the image's aspect ratio. :func:`move` applies the map.
 
     Args:
-        size: (H, W) of the image in pixels; a turn keeps right angles and lengths only there.
-        degrees: clockwise turn of the view's frame on the image; the picture in the view turns the other way.
-        zoom: sides of the view's frame over those of the image; below 1 the view shows a part, enlarged.
+        size: (H, W) of the image in pixels, in which the rotation preserves angles and lengths.
+        degrees: clockwise rotation of the view's frame on the image; the picture in the view rotates the other way.
+        zoom: sides of the view's frame over those of the image; below 1 the view shows an enlarged part.
         centre: (x, y) of the frame's centre in the image.
 
     >>> map = rotated_view((100, 200), degrees=90, zoom=0.5)
@@ -169,10 +169,10 @@ def rotated_view(size: Size, degrees: float, zoom: float, centre: tuple[float, f
 
 
 def frame_reach(size: Size, degrees: float) -> tuple[float, float]:
-    """Turn an image's frame about its centre; return the sides (x, y) of the upright box around it over the image's.
+    """Compute the sides (x, y) of the upright box around an image's rotated frame, over the sides of the image.
 
-    A view of :func:`rotated_view` lies inside the image if zoom times either is at most 1 and its centre keeps half
-    of that from the image's borders.
+    A view of :func:`rotated_view` lies inside the image if zoom times each side is at most 1, and the view's centre is
+    at least half of that away from the image's borders.
 
     >>> [round(each, 9) for each in frame_reach((100, 200), 90)]
     [0.5, 2.0]
@@ -191,8 +191,8 @@ def move(coords: Tensor, matrix: Tensor) -> Tensor:
 def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:
     """Interpolate an image (3, H, W) at coordinates (H', W', 2): (3, H', W'), bicubic, clamped to [0, 1].
 
-    A pixel's own centre gives that pixel; beyond the image its border goes on. Nothing is antialiased: points should
-    lie about a pixel apart or closer.
+    At a pixel's centre the result is that pixel; beyond the image its border is repeated. There is no antialiasing, so
+    points should lie at most about a pixel apart.
     """
     grid = (2 * coords - 1).to(image)
     values = nnf.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)
@@ -236,7 +236,7 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
     """
     if maps.ndim < 3:
         raise ShapeError(f"a map has shape (..., h, w, C), got {tuple(maps.shape)}")
-    # A comparison would fix the sizes in an exported graph; resampling to the same grid changes nothing.
+    # No shortcut for equal grids: comparing sizes would fix them in an exported graph.
     if not torch.compiler.is_compiling() and tuple(maps.shape[-3:-1]) == tuple(grid):
         return maps
     lead = maps.shape[:-3]
@@ -248,14 +248,14 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
 def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generator) -> Tensor:
     """Draw whole-patch offsets (rows, columns) of windows at one scale, (1 + count, 2); the first is (0, 0).
 
-    Rows are spread evenly over -reach h ... reach h and so are columns, each in an order of its own (a Latin
-    hypercube): few windows then already meet every position with many contents.
+    Rows are spread evenly over -reach h ... reach h, and columns over -reach w ... reach w, in independent random
+    orders (a Latin hypercube), so that even few windows show many contents at each position.
 
     Args:
         grid: (h, w) patches of a window.
-        count: windows beside the first.
+        count: number of windows beside the first.
         reach: the largest offset, as a share of the window's sides.
-        generator: on the CPU.
+        generator: draws the orders, on the CPU.
     """
     sides = []
     for side in grid:
@@ -265,7 +265,7 @@ def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generato
 
 
 def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -> Tensor:
-    """Compute the coordinates (V, h, w, 2) of the patches of windows shifted by whole steps; they leave [0, 1].
+    """Compute the coordinates (V, h, w, 2) of the patches of windows shifted by whole steps, also outside of [0, 1].
 
     Args:
         centres: (h, w, 2) of the window at offset 0.
@@ -277,15 +277,15 @@ def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -
 
 
 def lattice(coords: Tensor) -> tuple[Tensor, Size]:
-    """Recover the whole offsets (V, 2) of windows from what :func:`offset_coords` returned, and the period.
+    """Recover the offsets (V, 2) of windows from the result of :func:`offset_coords`, and the period.
 
-    The period (rows, columns), in steps, is that after which an image mirrored at its borders without end repeats.
+    The period (rows, columns), in steps, is the distance after which an image repeats if it is mirrored at its borders.
 
     Args:
         coords: (V, h, w, 2) coordinates of the patches of windows at the image's own scale.
 
     Raises:
-        ConfigError: the grid has one row or column, or a window is no whole-patch shift at the image's own scale.
+        ConfigError: the grid has one row or column, or a window is not a shift by whole patches at the image's scale.
 
     >>> coords = offset_coords(grid_centres((4, 6)), torch.tensor([[0, 0], [2, -3]]), (1 / 4, 1 / 6))
     >>> lattice(coords)
@@ -296,7 +296,7 @@ def lattice(coords: Tensor) -> tuple[Tensor, Size]:
     if height < 2 or width < 2:
         raise ConfigError(f"shifted windows need a grid of at least 2 x 2 patches, got {height} x {width}")
     coords = coords.double().cpu()
-    # As x and y: a step is the distance of neighbours, and the first centre is half of what the steps leave of 1.
+    # For x and y: a step is the distance of neighbours; the first centre is half of the rest of 1 after all steps.
     steps = torch.stack((coords[0, 0, -1, 0] - coords[0, 0, 0, 0], coords[0, -1, 0, 1] - coords[0, 0, 0, 1]))
     count = torch.tensor([width - 1, height - 1])
     steps = steps / count
@@ -313,7 +313,7 @@ def lattice(coords: Tensor) -> tuple[Tensor, Size]:
     )
     if (steps <= 0).any() or (index - whole).abs().max() > 0.01:
         raise ConfigError(
-            "a view is no window of the image's own scale, unmirrored and shifted by whole patches: views of mixed "
+            "a view is not an unmirrored window at the image's own scale, shifted by whole patches: views of mixed "
             "kinds, or crops, cannot be solved as shifts; draw them with ViewConfig(kind='shifts')"
         )
     columns, rows = (int(side) for side in period.round())
@@ -321,7 +321,7 @@ def lattice(coords: Tensor) -> tuple[Tensor, Size]:
 
 
 def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
-    """Find the content patch (V, n), of a period's rows * columns, that each patch of shifted windows shows.
+    """Find the index (V, n), in 0 ... rows * columns of a period, of the content that each window's patches show.
 
     >>> lattice_index((2, 2), torch.tensor([[0, 0], [-1, 1]]), (4, 4)).tolist()
     [[0, 1, 4, 5], [13, 14, 1, 2]]
@@ -332,7 +332,7 @@ def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
 
 
 def mirrored(index: Tensor, length: int) -> Tensor:
-    """Fold whole numbers into 0 ... length - 1: the places they meet in a row mirrored at its ends without end.
+    """Fold integers into 0 ... length - 1, as indices of a row that is mirrored at its ends.
 
     >>> mirrored(torch.arange(-3, 7), 3).tolist()
     [2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
@@ -362,7 +362,7 @@ def window_corners(image_size: Size, window: Size, step: Size) -> Tensor:
 def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
     """Sample a map (h, w, C), given at patch centres (h, w, 2), at coordinates (..., 2), bilinear: (..., C).
 
-    Points beyond the outermost centres take the border's value.
+    Points beyond the outermost centres get the border's value.
     """
     first, last = centres[0, 0].to(maps), centres[-1, -1].to(maps)
     return sample(maps, (coords.to(maps) - first) / (last - first))
@@ -384,9 +384,9 @@ def lattice_centres(grid: Size, period: Size) -> Tensor:
 
 
 def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
-    """Assign each content patch of a mirrored image to a group 0 ... groups - 1 by a fixed draw: (rows * columns,).
+    """Assign each content patch of a mirrored image to a group 0 ... groups - 1, at random: (rows * columns,).
 
-    Patches of one block of side x side go together, and a patch goes with its mirror images.
+    The draw has a fixed seed. Patches of one block of side x side get the same group, as do mirror images of a patch.
     """
     rows, columns = (mirrored(torch.arange(length), length // 2) // side for length in period)
     block = (rows[:, None] * (int(columns.max()) + 1) + columns).flatten()

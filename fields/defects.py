@@ -1,9 +1,9 @@
-"""Outlier tokens that a defect makes: one direction, all or nothing, far longer than what content gives (ours).
+"""Find outlier tokens of a defect: they have one direction, are far longer than other tokens, or normal (ours).
 
-A defect is looked for in the tokens alone, before anything is fitted, because a fit that holds it already no longer
-tells it from content. Long tokens are not enough: real content of high contrast has them too. Two more things set a
-defect apart. Its tokens point one way, and there is nothing between them and the others, while content, seen in views
-of many scales, takes all values between a high and a low one.
+A defect is searched for in the tokens alone, before any fit, because a fit that already contains it cannot distinguish
+it from content. Long tokens are not sufficient, because real content of high contrast also has them. Two more
+properties distinguish a defect: its tokens share one direction, and there are no tokens between them and the others,
+whereas content, seen in views of many scales, takes all values between a high and a low one.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ FEWEST_VIEWS = 5
 
 @dataclass(frozen=True)
 class Gate:
-    """Tells a token of a defect from the token alone.
+    """Recognise the tokens of a defect one by one.
 
     Args:
-        along: (C,) direction over size.
-        middle: its product with an ordinary token.
+        along: (C,) the defect's direction over its size.
+        middle: product of `along` with an ordinary token.
     """
 
     along: Tensor
@@ -58,14 +58,14 @@ class Gate:
 def direction_of_jumps(raw: Tensor, ordinary: Tensor, near: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Find the direction along which tokens of almost one image point differ, all or nothing, in each of B images.
 
-    Content changes little between such tokens, and where it does, some tokens lie between its two values. What is
-    ordinary changes all at once from a position of mostly sky to one of mostly ground, so a jump must be one of the
-    raw tokens too.
+    Content changes little between such tokens, and if it does, some tokens lie between its two values. The ordinary
+    token can change abruptly, from a position of mostly sky to one of mostly ground, so a jump must also be one of the
+    raw tokens.
 
     Args:
         raw: (B, N, S) tokens.
-        ordinary: (B, N, S) what is usual at their position.
-        near: (B, N, k) numbers of each token's nearest ones, the first of them itself.
+        ordinary: (B, N, S) the ordinary tokens of their positions.
+        near: (B, N, k) indices of each token's nearest tokens, itself first.
 
     Returns:
         direction (B, S), size (B,) and found (B,) bool. Nothing here waits for a GPU.
@@ -90,7 +90,7 @@ def direction_of_jumps(raw: Tensor, ordinary: Tensor, near: Tensor) -> tuple[Ten
 
 
 def _trial(tokens: Tensor, raw: Tensor, pair: Tensor, jumps: Tensor, long: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) that is not clear-cut; inf for none."""
+    """Find direction (B, S) and size (B,) of long jumps, and the share (B,) of unclear ones; inf without jumps."""
     direction, member = _aligned(jumps, long)
     size = _median((jumps @ direction[..., None])[..., 0], member)
     low, high = _at((tokens @ direction[..., None])[..., 0], pair)
@@ -110,12 +110,12 @@ def _at(values: Tensor, pair: Tensor) -> Tensor:
 
 
 def _median(values: Tensor, chosen: Tensor) -> Tensor:
-    """Take the median (B,) of the chosen ones of (B, N) values; NaN for none."""
+    """Take the median (B,) of the chosen values among (B, N); NaN if none is chosen."""
     return values.masked_fill(~chosen, float("nan")).nanmedian(-1).values
 
 
 def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
-    """Find the direction (B, C) that most long ones of (B, N, C) share, and those (B, N) that do."""
+    """Find the direction (B, C) that most long vectors of (B, N, C) share, and mark (B, N) those that do."""
     unit = nnf.normalize(vectors, dim=-1)
     chosen = unit * long[..., None]
     direction = torch.linalg.eigh(chosen.mT @ chosen).eigenvectors[..., -1]
@@ -128,13 +128,13 @@ def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Screen:
-    """Weights of 0 for the tokens of a defect, found in the first views of B images, and of 1 for others.
+    """Give weight 0 to the tokens of a defect, which is found in the first views of B images, and 1 to others.
 
-    What is ordinary at a position is the median over the views there: an artifact of the position is no defect.
+    The ordinary token of a position is the median over the views, so an artifact of position is not a defect.
 
     Args:
-        first: (B, V, n, S) the first views' tokens, sketched.
-        near: (B, V n, k) each token's nearest ones.
+        first: (B, V, n, S) the first views' projected tokens.
+        near: (B, V n, k) indices of each token's nearest tokens.
     """
 
     def __init__(self, first: Tensor, near: Tensor):
@@ -148,7 +148,7 @@ class Screen:
         self.middle = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size).flatten(1).median(1).values
 
     def weights(self, image: int, tokens: Tensor) -> Tensor:
-        """Weigh an image's tokens (V, n, S), as in `first`: (V, n)."""
+        """Compute the weights (V, n) of an image's tokens (V, n, S), projected as `first`."""
         return self._of(tokens - self._ordinary[image], self.per_size[image])
 
     @staticmethod

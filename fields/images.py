@@ -1,7 +1,7 @@
-"""Stage one for many images into a feature store.
+"""Decompose many images into a feature store (stage one).
 
-Files are read and decoded ahead, in threads. With overlap another thread runs the backbone, on the views of one image
-after the other, while this one solves: see :mod:`dvt.jobs.overlap`. None of it changes a number.
+Threads read and decode files ahead. With overlap, another thread runs the backbone on the views of one image after the
+other, while this thread solves; see :mod:`dvt.jobs.overlap`. None of this changes a number.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from dvt.store import ImageEntry, Job, Record, Shard
 log = logging.getLogger(__name__)
 
 ALL_TERMS = ("raw", "semantic", "artifact", "residual")
-_GROUP = 8  # images that a GPU solves together: the solver's many small operations then cost little more than one's
+_GROUP = 8  # images that a GPU solves together: many small operations take little more time than for one image
 
 OnImage = Callable[[Path, Tensor, DecomposedImage], None]
 #: (V, h, w, C) tokens, (V, h, w, 2) coordinates, and the event after which a GPU has both.
@@ -62,7 +62,7 @@ def denoise_images(
     progress: Progress | None = None,
     on_image: OnImage | None = None,
 ) -> Summary:
-    """Decompose many images into a feature store; the same call again does what is left.
+    """Decompose many images into a feature store; repeating the call continues an interrupted run.
 
     Args:
         backbone: its device is used.
@@ -70,11 +70,11 @@ def denoise_images(
         out: the store's folder.
         config: settings.
         keep_terms: also store the artifact and the residual.
-        shard_images: images a shard; a killed run loses at most the shards in hand and the one being written.
+        shard_images: images per shard; a killed run loses at most the shards being computed and the one being written.
         strict: raise on the first image that cannot be used, instead of reporting it at the end.
-        wait: wait for another writer of the same store, instead of refusing.
+        wait: wait for another writer of the same store, instead of raising.
         profile: also count the backbone's operations, in the first batch of each grid shape.
-        started: called with the job once the folder is locked and known to hold nothing else.
+        started: called with the job once the folder is locked and known to hold no other job.
         progress: called with (what, done, total) after every image.
         on_image: called with (path, pixels, result) for every image computed, for pictures.
 
@@ -97,14 +97,14 @@ def denoise_images(
 
 
 def denoise_job(backbone: Backbone, config: DenoiseConfig, keep_terms: bool) -> Job:
-    """Describe everything that the tokens of stage one depend on."""
+    """Describe everything that the tokens of stage one depend on, as a Job."""
     terms = list(ALL_TERMS if keep_terms else ALL_TERMS[:2])
     config = replace(config, dtype=choose_precision(backbone, config.dtype))
     return Job.of(backbone, {"verb": "denoise", "terms": terms, **config.job_settings()})
 
 
 class DecomposeWork(Work):
-    """Stage one as the work of a job; see :func:`denoise_images` for the arguments."""
+    """Do the work of a stage one job; see :func:`denoise_images` for the arguments."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class DecomposeWork(Work):
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
     ) -> Generator[ShardResult, None, None]:
-        """Compute each shard; with overlap, while the backbone has begun with the next ones."""
+        """Compute each shard; with overlap, the backbone meanwhile runs on the next ones."""
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and self.overlap else None
         start, waited = time.perf_counter(), 0.0
         with self._feed(shards) as feed:
@@ -165,12 +165,12 @@ class DecomposeWork(Work):
         views = self.config.views
         batches = -(-(1 + views.count) // views.batch)
         pilot = min(batches, -(-self.config.linear.pilot_views // views.batch))
-        # The linear solver reads its pilot's views of all images before the others; the neural one all of an image.
+        # The linear solver reads the pilot's views of all images first; the neural solver reads all views of an image.
         first = pilot if self.config.solver == "linear" else batches
         return Ahead(groups, self._sources, first=first, budget=self.group * pilot)
 
     def _groups(self, shards: Iterable[tuple[Shard, Tensor | None]]) -> Generator[list[_Image], None, None]:
-        """Group images that are solved together: of one shard, and so of one grid shape and artifact."""
+        """Group images to be solved together; they are of one shard, so they have one grid shape and artifact."""
         group: list[_Image] = []
         depth = self.threads if self.device.type == "cuda" else int(self.overlap)  # a large image takes gigabytes
         with reading_threads(self.threads) as readers:
@@ -187,9 +187,9 @@ class DecomposeWork(Work):
 
     def _prepare(self, shared: bool, pixels: Tensor, entry: ImageEntry) -> Tensor:
         if self.reduction is not None and not shared:
-            TokenViews(self.backbone, pixels, self.config.views)  # raises the reason, where it is this image's own
+            TokenViews(self.backbone, pixels, self.config.views)  # raises if the reason is in this image itself
             raise ImageError(
-                f"no artifact that {entry.path!r} could share was fitted: none of the images for it was usable"
+                f"there is no shared artifact for {entry.path!r}: none of the images to fit it to could be used"
             )
         return pixels.pin_memory() if self.device.type == "cuda" else pixels
 
@@ -197,7 +197,7 @@ class DecomposeWork(Work):
         return [_Source(self, image) for image in group if image.intake.used >= 0]
 
     def batches(self, image: _Image) -> Iterator[TimedBatch]:
-        """Put an image's views through the backbone; again from the beginning when called again."""
+        """Run an image's views through the backbone; each call starts from the first view."""
         if image.views is None:
             image.views = TokenViews(self.backbone, image.intake.pixels, self.config.views, self.config.dtype)
             image.intake.pixels = image.intake.pixels if self.on_image else None
@@ -219,7 +219,7 @@ class DecomposeWork(Work):
     # -- in the thread that solves ------------------------------------------------------------------------------------
 
     def _solve(self, images: list[_Image], streams: Sequence[Iterable[TimedBatch]]) -> None:
-        """Return each image's result or error."""
+        """Solve the images, and store each image's result or error in it."""
         if not images:
             return
         made, start = images[0].made, time.perf_counter()
@@ -242,7 +242,7 @@ class DecomposeWork(Work):
             )
 
     def _fits(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None) -> list[Fit | Exception]:
-        """Fit the images; where one cannot be used, or memory is too small for all, each is solved by itself."""
+        """Fit the images together; if one cannot be used or the memory is too small, fit each by itself."""
         solver = make_solver(self.config)
         try:
             return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
@@ -253,11 +253,11 @@ class DecomposeWork(Work):
             if len(views) == 1 or not out_of_memory(error):
                 raise
             log.warning("out of memory with %d images solved together; solving them one by one", len(views))
-        # Not in the handler, whose traceback still holds the tensors of the first try.
+        # Outside of the handler: inside, the exception's traceback would keep the tensors of the first try in memory.
         return [self._fits([each], artifact)[0] for each in views]
 
     def _finished(self, image: _Image, tick: Callable[[], None]) -> Iterator[Record]:
-        """Hand out the records of an image and its copies."""
+        """Yield the records of an image and its copies."""
         made, result, intake = image.made, image.result, image.intake
         terms, prefix = {}, None
         if isinstance(result, DecomposedImage):
@@ -273,7 +273,7 @@ class DecomposeWork(Work):
 
 @dataclass(eq=False)
 class _Image:
-    """An image on its way: its copies, how it was read, and its result or why there is none."""
+    """Hold an image in progress: its copies, the record of its reading, and its result or error."""
 
     made: ShardResult
     copies: list[ImageEntry]
@@ -284,11 +284,11 @@ class _Image:
 
     @property
     def seconds(self) -> float:
-        """Count the seconds in views and the backbone."""
+        """The seconds in views and the backbone."""
         return 0.0 if self.views is None else self.views.seconds
 
     def profile(self, flops: dict[Size, float], readers: int) -> Profile:
-        """Add up everything but what belongs to its group."""
+        """Add up the profile of this image, without the parts that belong to its group."""
         profile = Profile(readers=readers)
         profile.add(self.intake.profile)
         if self.views is not None:
@@ -319,7 +319,7 @@ class _Source:
 
 
 class _Reading:
-    """A stream as the solver reads it, and the seconds that it waits for tokens."""
+    """Read a stream for the solver, and count the seconds of waiting for tokens."""
 
     def __init__(self, stream: Iterable[TimedBatch]):
         self.stream, self.seconds = stream, 0.0
@@ -349,7 +349,10 @@ def _decomposed(image: _Image, fit: Fit | Exception) -> tuple[Decomposition, Ten
 
 
 def _handed_over(values: Tensor) -> Tensor:
-    """Complete values that another CUDA stream has made: their memory is not given away while this one reads it."""
+    """Mark values made on another CUDA stream as used on this one.
+
+    Otherwise PyTorch's allocator could reuse their memory, once they are freed, while this stream still reads it.
+    """
     if values.is_cuda:
         values.record_stream(torch.cuda.current_stream(values.device))
     return values

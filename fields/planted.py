@@ -1,9 +1,9 @@
-"""Planted problems, whose semantic field and artifact are known, which no real ViT can give.
+"""Make planted problems, whose semantic field and artifact are known, unlike those of a real ViT.
 
-:class:`Planted` is a stream of views: its field is a photograph's response to random filters, one value for each point
-whatever the view. :class:`PlantedBackbone` is a model of pixels: like a real network's, its field changes with scale
-and mirroring, so any design of views can be judged on it. Both have an artifact of smooth waves, a wave of the patch
-grid's own frequency and a few large outlier positions. Sizes are relative to the field's root mean square.
+:class:`Planted` is a stream of views: its field is a photograph's response to random filters, with one value per point
+in all views. :class:`PlantedBackbone` is a model of pixels: its field changes with scale and mirroring, like a real
+network's, so any design of views can be evaluated on it. Both have an artifact of smooth waves, a wave at the patch
+grid's frequency and a few large outlier positions. Sizes are relative to the field's root mean square.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from dvt.views import ViewConfig, draw_boxes, resize
 
 @dataclass(frozen=True)
 class PlantedConfig:
-    """The planted problem's sizes; all amplitudes are relative to the field's root mean square of 1.
+    """Hold the sizes of a planted problem; all amplitudes are relative to the field's root mean square of 1.
 
     Args:
         channels: feature size C.
         grid: (h, w) of every view.
-        views: random views beside the whole image.
+        views: number of random views beside the whole image.
         artifact: root mean square of G.
         noise: standard deviation of the noise on every token and channel.
         outliers: share of tokens that carry a content-dependent high-norm h; 0 plants none.
-        outlier_rate: share of the flattest content that carries them; `outliers` / `outlier_rate` of all is flat.
-        outlier_cells: None draws them anew in every view; a number fixes them to content: the image is divided into
-            that many cells along each side, and a cell is an outlier in every view, or in none.
-        outlier_spread: how far an outlier's direction is turned from the common one, as the tangent of the angle; large
-            numbers leave none in common.
+        outlier_rate: share of outliers among flat content; the flattest `outliers` / `outlier_rate` of all tokens are
+            flat.
+        outlier_cells: None draws outliers anew in every view; a number fixes them to content: the image is divided into
+            that many cells along each side, and each cell is an outlier in all views or in none.
+        outlier_spread: tangent of the angle between an outlier's direction and the common one; with large numbers there
+            is no common direction.
         outlier_norm: norm of such an h relative to the mean norm of the field's tokens.
         blur: standard deviation of the field's filters, as a share of the image; about half a patch of a small view.
         seed: seed of filters, artifact, noise and outliers.
@@ -100,7 +101,7 @@ class Planted:
             yield tokens + self._outliers(coords, generator), coords
 
     def _outliers(self, coords: Tensor, generator: torch.Generator) -> Tensor:
-        """Plant h* on some of the tokens whose content is flattest; which of them differs from view to view, or not."""
+        """Plant h* on some of the tokens with the flattest content, drawn anew in each view or fixed to content."""
         norm = self.truth(coords).norm(dim=-1)
         drawn, size = (torch.rand(norm.shape, generator=generator) for _ in range(2))
         chosen = (norm < self._flat_below) & (self._fixed(coords, drawn) < self.config.outlier_rate)
@@ -108,7 +109,7 @@ class Planted:
         return (chosen * size)[..., None] * self._directions(norm.shape, generator)
 
     def _fixed(self, coords: Tensor, drawn: Tensor) -> Tensor:
-        """Draw a number in [0, 1] for each token: its own, or its content's cell's."""
+        """Draw a number in [0, 1] for each token, or one for each cell of content."""
         cells = self.config.outlier_cells
         if cells is None:
             return drawn
@@ -131,7 +132,7 @@ class Planted:
 
     @property
     def _flat_below(self) -> float:
-        """Find the norm below which `outlier_rate` of the tokens gives the share of outliers asked for."""
+        """Find the norm below which tokens are flat, so that `outlier_rate` of them gives the share `outliers`."""
         norms = self._map.norm(dim=-1).flatten()
         return (
             float(norms.quantile(min(1.0, self.config.outliers / self.config.outlier_rate)))
@@ -142,21 +143,21 @@ class Planted:
 
 @dataclass(frozen=True)
 class PlantedBackboneConfig:
-    """Set the terms of a planted backbone; amplitudes are relative to the field's root mean square of 1.
+    """Hold the settings of a planted backbone; amplitudes are relative to the field's root mean square of 1.
 
     Args:
         channels: feature size C.
         patch: pixels of a patch, in both directions.
         size: input size in pixels that images' shorter sides are resized to.
         artifact: root mean square of G; 0 plants none.
-        context: share of F's size that comes from attention over all patches of a view, so that F changes with what
-            else the view shows; 0 lets a patch's own pixels decide alone.
-        noise: root mean square of what neither content nor position tells alone; it is the same for the same pixels
-            at the same position.
+        context: share of F's size that comes from attention over all patches of a view, so that F depends on the rest
+            of the view; with 0, only a patch's own pixels matter.
+        noise: root mean square of noise that depends on content and position together; it is the same for the same
+            pixels at the same position.
         outliers: share of the flattest fifth of the patches that carry a high norm; 0 plants none.
-        flicker: let it depend on the position too which of them do; otherwise content alone decides, in every view.
+        flicker: let outliers depend on the position, too; otherwise only content decides, in every view.
         outlier_norm: norm of an outlier's h relative to the mean norm of the field's tokens.
-        seed: of filters, artifact, noise and outliers.
+        seed: seed of filters, artifact, noise and outliers.
     """
 
     channels: int = 64
@@ -179,11 +180,11 @@ class PlantedBackboneConfig:
 
 
 class PlantedBackbone(Backbone):
-    """A backbone whose tokens are F(pixels of the patch) + G(position) + noise + h(outliers), each of them known.
+    """Compute tokens as F(pixels of the patch) + G(position) + noise + h(outliers), with each term known.
 
     F is two layers of random filters on a patch's own pixels, so it changes with the scale and the mirroring of a
-    view, and not with a shift by whole patches; with `context`, a layer of random attention follows, and a shift
-    changes it through what the view shows besides.
+    view, but not with a shift by whole patches. With `context`, a layer of random attention follows, through which a
+    shift changes F, because the view's other content changes.
 
     Args:
         image: (3, H, W) in [0, 1], the photograph on which amplitudes are measured.
@@ -229,7 +230,7 @@ class _PlantedNet(nn.Module):
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
-        # Smooth random filters, as a trained network's first layer has them: half of them see detail, half do not.
+        # Smooth random filters, like those of a trained network's first layer: half of them respond to detail.
         sides = [min(coarse, config.patch)] * (hidden // 2) + [min(3, config.patch)] * (hidden - hidden // 2)
         filters = [_smooth_filter(side, config.patch, generator) for side in sides]
         self.register_buffer("filters", torch.stack(filters))
@@ -286,7 +287,7 @@ class _PlantedNet(nn.Module):
         return (patches.std(-1) < self.flat_below) & (draw.remainder(1) < self.config.outliers)
 
     def _noise(self, field: Tensor) -> Tensor:
-        """Make waves of content and place together, fast in both: their sum over either alone is about zero."""
+        """Make waves of content and position together, fast in both, so that their mean over either is about zero."""
         turns = 40 * (field @ self.direction)[..., None] + 2 * torch.pi * self._place(field)[..., None] + self.phases
         return self.config.noise * 2**0.5 * torch.sin(turns)
 

@@ -1,11 +1,11 @@
-"""The two-way model of shifted windows, T[v, p] = F[p + offset_v] + G[p]: its sums and their solution (ours).
+"""Sum and solve the two-way model of shifted windows, T[v, p] = F[p + offset_v] + G[p] (ours).
 
 Windows at the image's own scale, shifted by whole patches over the mirrored image, show the same content patches at
-other positions. So F is one vector a content patch and G one a position; nothing is interpolated. F is eliminated
-exactly (its part of the normal equations is diagonal), and what is left for G is an n x n system that depends on the
-offsets and the weights of tokens alone: all channels share it and, without weights, all images of a grid shape. A patch
-beyond the border shows mirrored content, which a network need not answer as it answers the original: it is an unknown
-of its own.
+different positions. So F has one vector per content patch and G one per position, without interpolation. F can be
+eliminated exactly (its part of the normal equations is diagonal). The remaining n x n system for G depends only on
+offsets and token weights: all channels share it and, without weights, so do all images of a grid shape. Beyond the
+border a patch shows mirrored content, for which a network may give other tokens than for the original, so it is a
+separate unknown.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Solution(NamedTuple):
 
 
 class TwoWay:
-    """Sums over the windows of B images that share their offsets.
+    """Sum over the windows of B images that share their offsets, and solve.
 
     Args:
-        images: B, how many.
+        images: B, the number of images.
         grid: (h, w) patches of a window; n = h w.
         period: (rows, columns) after which the mirrored image repeats itself; M = rows * columns content patches.
         channels: C.
@@ -71,9 +71,9 @@ class TwoWay:
             self.weights = torch.cat((known, weights), dim=1)
 
     def score(self) -> Tensor:
-        """Compute the right side of G's equations, (B, n, C): the positions' tokens less the mean of their content.
+        """Compute the right-hand side of G's equations, (B, n, C): the positions' tokens minus their contents' means.
 
-        Without an artifact it is a sum of noise alone.
+        Without an artifact it is a sum of noise only.
         """
         index = self._index(self.offsets)
         weights = self._weights()
@@ -83,16 +83,16 @@ class TwoWay:
         return self.position - (mean[:, index] * weights[..., None]).sum(1)
 
     def equations(self) -> tuple[Tensor, Tensor]:
-        """Compute each image's share (B, n, n) and (B, n, C) of the equations of an artifact that many images share."""
+        """Compute each image's part, (B, n, n) and (B, n, C), of the equations of a shared artifact."""
         system = self._system()
         schur = system.schur.expand(len(self.content), -1, -1)
         return schur, self.position.double() - system.to_positions(self.content.double() * system.inverse)
 
     def solve(self, ridge: float, artifact: Tensor | None = None) -> Solution:
-        """Solve for F and G by least squares, or for F alone beside a known G.
+        """Solve for F and G by least squares, or for F alone if G is known.
 
         Args:
-            ridge: on G, relative to the mean diagonal of its system; it decides what the offsets leave open.
+            ridge: ridge of G, relative to the mean diagonal of its system; it decides what the offsets leave open.
             artifact: (n, C) a known G of all images.
         """
         system = self._system()
@@ -112,7 +112,7 @@ class TwoWay:
         return Solution(field, found, left.clamp_min(0))
 
     def observed(self) -> Tensor:
-        """Sum the weight with which each content patch was seen, (B or 1, M)."""
+        """Sum the weights of each content patch over the windows, (B or 1, M)."""
         return self._system().seen
 
     def _index(self, offsets: Tensor) -> Tensor:
@@ -130,12 +130,12 @@ class TwoWay:
 
 
 class _System:
-    """What the equations hold besides tokens, for windows' content patches (V, n) and weights (B, V, n).
+    """Hold the part of the equations without tokens, for windows' content patches (V, n) and weights (B, V, n).
 
     Attributes:
-        seen, inverse: (B, M) and (B, M, 1) the weight of every content patch, and 1 over it, 0 where there is none.
+        seen, inverse: (B, M) and (B, M, 1) the weight of every content patch, and its reciprocal, or 0 for weight 0.
         count: (B, n) the weight of every position.
-        schur: (B, n, n) what is left for G.
+        schur: (B, n, n) the system of G after eliminating F.
     """
 
     def __init__(self, index: Tensor, weights: Tensor, contents: int):
@@ -147,7 +147,7 @@ class _System:
         seen = weights.new_zeros(self.images * contents).index_add_(0, rows, weights.flatten())
         self.seen, self.count = seen.view(self.images, contents), weights.sum(1)
         self.inverse = torch.where(self.seen > 0, 1 / self.seen.clamp_min(1e-300), 0)[..., None]
-        # A'WP, the weight of every content patch at every position, image after image: hardly anything but zeros.
+        # A'WP, the weight of every content patch at every position, image by image: a sparse matrix.
         self.cross = torch.sparse_coo_tensor(
             torch.stack((rows, columns.flatten())),
             weights.flatten(),
@@ -158,7 +158,7 @@ class _System:
         self._factors: dict[float, Tensor] = {}
 
     def _coupling(self) -> Tensor:
-        """Compute what positions share (B, n, n) through the content that they show: P'WA (A'WA)^-1 A'WP."""
+        """Compute the coupling of positions (B, n, n) through the content that they show: P'WA (A'WA)^-1 A'WP."""
         rows, columns = self.cross.indices()
         shown = self.cross.values().new_zeros(self.images * self.contents, self.positions)
         shown[rows, columns % self.positions] = self.cross.values() * self.inverse.flatten()[rows]
@@ -176,7 +176,7 @@ class _System:
     def _product(self, matrix: Tensor, values: Tensor, rows: int) -> Tensor:
         if self.images > 1:
             return (matrix @ values.flatten(0, 1)).view(self.images, rows, -1)
-        # One system for all images: they stand side by side, as more channels.
+        # One system for all images: they are handled side by side, as more channels.
         side = values.transpose(0, 1).flatten(1)
         return (matrix @ side).view(rows, len(values), -1).transpose(0, 1)
 
@@ -190,7 +190,7 @@ class _System:
 
 @lru_cache(maxsize=8)
 def _shared_system(grid: Size, period: Size, offsets: bytes, device: str) -> _System:
-    """Build the system of unweighted windows, which depends on nothing but the offsets."""
+    """Build the system of unweighted windows, which depends only on the offsets."""
     windows = torch.frombuffer(bytearray(offsets), dtype=torch.long).view(-1, 2)
     index = grids.lattice_index(grid, windows, period).to(device)
     return _System(index, torch.ones(1, *index.shape, dtype=torch.float64, device=device), period[0] * period[1])

@@ -27,7 +27,7 @@ _KEEP_BYTES = 2 << 30
 def choose_sample(
     images: list[ImageLike], config: AnalyzeConfig, backbones: Sequence[Backbone], stores: Sequence[FeatureStore]
 ) -> list[ImageLike]:
-    """Choose evenly spread images of those that all stores hold, as many as 2 GB of tokens allow."""
+    """Choose evenly spread images among those that all stores hold, at most as many as 2 GB of tokens allow."""
     for store in stores:
         made = {each.weights_sha256 for each in backbones}
         if store.job.weights_sha256 not in made:
@@ -35,7 +35,7 @@ def choose_sample(
         held = places_of(store)
         images = [each for each in images if isinstance(each, (str, Path)) and os.path.realpath(str(each)) in held]
         if not images:
-            raise ConfigError(f"the store {str(store.path)!r} holds none of the images; give the images it was made of")
+            raise ConfigError(f"the store {str(store.path)!r} holds none of the images; give those it was made from")
     if not images:
         raise ImageError("no image was given; analyze needs at least one")
     height, width = max((each.grid(each.image_size) for each in backbones), key=lambda grid: grid[0] * grid[1])
@@ -58,7 +58,7 @@ def places_of(store: FeatureStore) -> dict[str, int]:
 
 
 def spread(count: int, wanted: int) -> list[int]:
-    """List the indices of at most `wanted` of `count` things, evenly spread."""
+    """List at most `wanted` of the indices 0 ... count - 1, evenly spread."""
     if wanted >= count:
         return list(range(count))
     return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]

@@ -1,1 +1,1 @@
-"""Show reports to people: tables, charts and one interactive page."""
+"""Present reports: tables, charts and one interactive page."""

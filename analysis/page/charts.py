@@ -13,7 +13,7 @@ import numpy as np
 
 from dvt.analysis.metrics.scores import Row
 
-SERIES = 6  # colours that the style sheet has
+SERIES = 6  # number of colours in the style sheet
 _DASHES = ("", "6 2", "2 2", "8 2 2 2", "4 4", "1 3")
 
 
@@ -22,10 +22,10 @@ class Point:
     """Hold a value at a layer.
 
     Args:
-        place: where on the axis.
-        value: what is drawn.
-        low, high: of its interval.
-        null: what chance gives, if known.
+        place: place on the axis.
+        value: the value to draw.
+        low, high: ends of its interval.
+        null: mean of the null, if known.
     """
 
     place: float
@@ -56,7 +56,7 @@ class _Axis:
 
 
 def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
-    """Write a number with a few decimals, or with four digits where that would be long, and a real minus sign."""
+    """Format a number with a few decimals, or with four digits if that would be long, and with a true minus sign."""
     if value is None:
         return "\N{EN DASH}"
     value = value * times
@@ -65,7 +65,7 @@ def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
 
 
 def png(colours: np.ndarray) -> str:
-    """Make a data address of (h, w, 3) colours in [0, 1]."""
+    """Encode colours (h, w, 3) in [0, 1] as the data URL of a PNG."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -74,19 +74,19 @@ def png(colours: np.ndarray) -> str:
 
 
 def heat(values: np.ndarray, most: float) -> str:
-    """Make a data address of an (h, w) map in viridis, from 0 to `most`, which maps to be compared have in common."""
+    """Encode a map (h, w) in viridis, from 0 to `most`, as a data URL; maps to be compared need the same `most`."""
     return png(viridis()[(np.clip(values / max(most, 1e-12), 0, 1) * 255).round().astype(int)])
 
 
 def viridis() -> np.ndarray:
-    """List 256 colours (256, 3) in [0, 1], even in lightness and distinct for the colour-blind."""
+    """List 256 colours (256, 3) in [0, 1] that are even in lightness and distinct for colour-blind readers."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps["viridis"](np.arange(256)))[:, :3]
 
 
 def marker(series: int, x: float, y: float, size: float = 4.0) -> str:
-    """Draw a circle, square, diamond or triangle: shape and colour both tell the series."""
+    """Draw a circle, square, diamond or triangle; shape and colour both show the series."""
     name, r = f"mark s{series % SERIES}", size
     if series % 4 == 0:
         return f'<circle class="{name}" cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}"/>'
@@ -109,7 +109,7 @@ def key(series: int, label: str, line: bool = False) -> str:
 
 
 def dots(rows: Sequence[Row | None], label: str) -> str:
-    """Draw a line for each variant: its value and interval over the band of its null; None leaves a line empty."""
+    """Draw a row for each variant: value and interval over the band of its null; None leaves a row empty."""
     width, step = 210.0, 18
     known = [row for row in rows if row is not None and row.value is not None]
     fields = ("value", "low", "high", "null", "null_low", "null_high")
@@ -141,12 +141,12 @@ def _dot(row: Row, value: float, series: int, y: float, axis: _Axis) -> list[str
 
 
 def curves(lines: Sequence[tuple[int, Sequence[Point]]], names: dict[float, str], label: str) -> str:
-    """Draw values over layers with the band of their interval; the null dotted.
+    """Draw values over layers with the band of their interval, and the null as a dotted line.
 
     Args:
-        lines: (series, points) each.
-        names: of the places on the axis.
-        label: says the chart in words.
+        lines: (series, points) of each line.
+        names: names of the places on the axis.
+        label: a description of the chart in words.
     """
     width, height = 320.0, 190.0
     points = [point for _, line in lines for point in line]
@@ -236,6 +236,6 @@ def _short(value: float) -> str:
 
 
 def _thinned(places: Sequence[Any], most: int) -> list[Any]:
-    """Keep some, evenly spread, with the last one."""
+    """Keep at most `most` items, evenly spread, including the last."""
     step = -(-len(places) // most)
     return list(reversed(places[::-1][::step]))

@@ -1,4 +1,4 @@
-"""Compute one contrastive loss: the cross-entropy between an assignment of positives and softmaxed cosines."""
+"""Compute a contrastive loss, the cross-entropy between an assignment of positives and softmaxed cosines."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def contrast(
     ======================  ========================================================================
 
     Args:
-        queries: (N, C); they are L2-normalised here.
-        keys: (M, C); None means the queries themselves, of which none meets itself.
+        queries: (N, C); the function L2-normalises them.
+        keys: (M, C); None takes the queries themselves, without the pair of a query with itself.
         temperature: positive; a float, or a tensor if it is learned.
-        positives: (N, M) weights >= 0 or booleans, scaled here so that each row sums to 1; None means that key i
-            belongs to query i. A query without a positive has no loss.
+        positives: (N, M) weights >= 0 or booleans, which are scaled so that each row sums to 1; None means that key i
+            is the positive of query i. A query without a positive has no loss.
         symmetric: average with the loss of the keys against the queries.
 
     Raises:
         ShapeError: shapes disagree.
-        ConfigError: the temperature is not positive, or nobody has a positive.
+        ConfigError: the temperature is not positive, or no query has a positive.
 
     Source:
         Tian et al., StableRep, 2023, section 3; Radford et al., CLIP, 2021; Zhou et al., LAFITE, 2022, section 3.
@@ -63,8 +63,8 @@ def same(labels: Tensor, others: Tensor | None = None) -> Tensor:
     """Mark which samples share a label, such as the images made from one caption: (N, M) booleans.
 
     Args:
-        labels: (N,) of the queries.
-        others: (M,) of the keys; None means the queries' own.
+        labels: (N,) labels of the queries.
+        others: (M,) labels of the keys; None takes `labels`.
     """
     return labels[:, None] == (labels if others is None else others)[None]
 

@@ -1,11 +1,11 @@
-"""Run generative priors as jobs: train one on images and a backbone, sample from its folder, measure it.
+"""Train generative priors on images and a backbone, in a folder that can be continued and sampled from.
 
 A run's folder holds
 
-    prior.safetensors      weights, config, and where it comes from
-    tokens/                tokens and pictures of all images (of a store only the pictures), looked at once
-    held_out.safetensors   held-out images: conditions, small pictures, targets; of features a decoder to pixels
-    samples/step-*.png     samples beside the images that they were conditioned on, one file a checkpoint
+    prior.safetensors      weights, config and card
+    tokens/                tokens and pictures of all images, computed once (for a store, only the pictures)
+    held_out.safetensors   held-out images: conditions, small pictures, targets; for features a decoder to pixels
+    samples/step-*.png     samples beside the images that condition them, one file per checkpoint
     log.csv, step-*/       as :mod:`dvt.training` writes them
 """
 
@@ -65,7 +65,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# The entries of a prior's card that a run's folder must agree with to be continued.
+# The entries of a prior's card that must be equal for a run to be continued.
 _IDENTITY = (
     *("backbone", "weights_sha256", "layer", "stride", "size", "denoiser"),
     *("condition", "target", "data", "start"),
@@ -74,11 +74,11 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class StoreTerm:
-    """Name the tokens of a feature store.
+    """Name a term of a feature store.
 
     Args:
-        path: of the store.
-        term: of its terms.
+        path: path of the store.
+        term: one of its terms.
     """
 
     path: str | Path
@@ -95,28 +95,29 @@ def train_prior(
     device: str | torch.device | None = None,
     start: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Train a prior on images and the tokens that a backbone makes of them, or continue a run.
+    """Train a prior on images and their tokens from a backbone, or continue a run.
 
     Images are cut to their middle square; those that cannot be read are left out. Each goes through the backbone once:
-    its tokens stay in the run's folder, two bytes a value, and are read from there batch by batch. Started by
-    ``accelerate launch`` or ``torchrun`` it uses all of their processes.
+    its tokens are kept in the run's folder as float16, and read from there batch by batch. With ``accelerate launch``
+    or ``torchrun``, all of their processes take part.
 
     Args:
         images: files, folders, globs or lists, as :func:`dvt.images.find_images` takes them, or a store's tokens.
-        backbone: whose tokens are the condition; None with a store.
+        backbone: computes the tokens that are the condition; None with a store.
         out: the run's folder.
-        config: how.
-        denoiser: makes Tokens of Tokens; None for raw ones. An attribute `identity` says what it is.
-        progress: called with (what, done, total), what being "look" or "train".
-        device: where to train; None for a GPU if there is one.
-        start: folder of another run, whose weights this one starts from: to train a finished run further, or, where
-            the condition is another, as the second stage of Lumos.
+        config: settings of the training.
+        denoiser: a function of Tokens, applied to raw tokens; None for raw tokens. Its attribute `identity` describes
+            it.
+        progress: called with (what, done, total), where what is "look" or "train".
+        device: where to train; None takes a GPU if there is one.
+        start: folder of another run whose weights this run starts from, to train a finished run longer or, with another
+            condition, for the second stage of Lumos.
 
     Returns:
         A report ready for JSON: counts, "loss" at the end, "held_out_loss", seconds, paths.
 
     Raises:
-        ConfigError: too few images, a condition that the backbone does not have, or a folder of another run.
+        ConfigError: there are too few images, the backbone lacks the condition, or the folder holds another run.
         NonFiniteError: tokens or the loss are not finite; the latter names the last checkpoint.
     """
     config, out, started = config or PriorTraining(), Path(out), time.perf_counter()
@@ -132,7 +133,7 @@ def train_prior(
     given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
 
     def on_checkpoint(path: Path) -> None:
-        # Not before: a run of other settings is refused by then, and its folder must stay as it is.
+        # Only here, where a run with other settings has been refused: its folder must not change.
         if not (out / "held_out.safetensors").exists():
             decoder = _decoder(maps, tokens.pictures, chosen) if config.target == "features" else None
             names = [tokens.names[i] for i in held]
@@ -164,12 +165,12 @@ def _decoder(maps: Rows, pictures: Rows, rows: list[int]) -> PixelDecoder:
 def _tokens(
     images: Any, backbone: Backbone | None, folder: Path, config: PriorTraining, denoiser: Clean | None, say: Progress
 ) -> tuple[TokenSet, dict[str, Any]]:
-    """Read the tokens of images or of a store, and what they come from."""
+    """Read the tokens of images or of a store, and a description of their origin."""
     asked = None if config.condition == "label" else config.condition
     wanted = Wanted(asked, config.target == "features", config.side, config.flips)
     if isinstance(images, StoreTerm):
         if denoiser is not None or backbone is not None:
-            raise ConfigError("a store's tokens are there already: give neither a backbone nor a denoiser with it")
+            raise ConfigError("a store already holds tokens: give neither a backbone nor a denoiser with it")
         seen = kept_store(folder, images.path, images.term, wanted, say)
         return seen, store_identity(images.path, images.term)
     if backbone is None:
@@ -179,7 +180,7 @@ def _tokens(
 
 
 def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int]]:
-    """Divide the rows into those to learn from, of which a share may be used, and those held out, never mirrored."""
+    """Split the rows into training rows, of which a share may be used, and held-out rows, which are never mirrored."""
     chosen, held = split(tokens.sha256s, config.held_out, config.loop.seed)
     plain = len(tokens) - tokens.mirrored
     if config.pairs < 1:
@@ -190,7 +191,7 @@ def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int
 
 
 def _conditions(config: PriorTraining, tokens: TokenSet) -> tuple[Rows | None, list[str] | None]:
-    """Make the condition of each image, and the names of the classes where that is a label."""
+    """Make the condition of each image and, if it is a label, the names of the classes."""
     if config.condition != "label":
         return tokens.conditions, None
     named = [Path(name).parent.name for name in tokens.names]
@@ -202,7 +203,7 @@ def _conditions(config: PriorTraining, tokens: TokenSet) -> tuple[Rows | None, l
 
 
 def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:
-    """List what `train_prior` reports."""
+    """Make the report of `train_prior`."""
     last = done.history[-1]
     return {
         "images": training + held_out,
@@ -219,7 +220,7 @@ def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: in
 
 
 def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) -> str:
-    """Hash the images of a run: with others it is another run."""
+    """Hash the images of a run; with other images it is another run."""
     text = "/".join(",".join(sorted(sha256s[i] for i in side)) for side in (chosen, held))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -227,7 +228,7 @@ def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) 
 def _initial(
     config: PriorTraining, maps: Rows, conditions: Rows | None, tokens: TokenSet, start: str | Path | None
 ) -> Prior:
-    """Make an untrained prior, or load that of another run, with a new condition layer where the condition differs."""
+    """Make an untrained prior, or load another run's, with a new condition embedder if the condition differs."""
     dim = None if conditions is None else int(conditions.shape[-1])
     grid = tokens.grid if config.condition in ("patch", "both") else None
     about = config.prior((int(maps.shape[1]), int(maps.shape[2])), int(maps.shape[3]), dim, grid)
@@ -252,10 +253,10 @@ def _initial(
 
 
 def _standardised(config: PriorTraining, tokens: TokenSet, chosen: list[int]) -> tuple[PriorTarget, Rows]:
-    """Fit the target to the training images, and give the standardised maps of all images as they are asked for."""
+    """Fit the target to the training images; return it, and the standardised maps of all images."""
     target = PriorTarget(config.target, config.patch, config.vae)
     source = tokens.pictures if tokens.patches is None else tokens.patches
-    if config.target == "latents":  # a VAE takes long: once for all
+    if config.target == "latents":  # encode once, because a VAE is slow
         batches = range(0, len(tokens), BATCH)
         parts = [target.encode(x := source[list(range(i, min(i + BATCH, len(tokens))))].float(), x) for i in batches]
         source = torch.cat(parts).half()
@@ -274,7 +275,7 @@ def _standard(target: PriorTarget, encode: Any, some: Tensor) -> Tensor:
 
 
 def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) -> None:
-    """Write the checkpoint as a prior that `sample_prior` reads, and a picture of what it makes."""
+    """Write the checkpoint as a prior that `sample_prior` reads, and a picture of its samples."""
     copy = Prior(prior.config, torch.Generator().manual_seed(0)).to(next(prior.parameters()).device)
     copy.load_state_dict(read_tensors(checkpoint, "ema" if averaged else "model"))
     copy.card = prior.card

@@ -22,7 +22,7 @@ from dvt.analysis.priors.token_set import BATCH, Rows
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 
-_NOISE_DRAWS = 8  # of noise for each held-out image in a validation
+_NOISE_DRAWS = 8  # draws of noise per held-out image in a validation
 _SAMPLED = 64  # maps at a time
 _TILE, _GAP = 96, 4  # pixels of a picture of samples
 
@@ -35,7 +35,7 @@ _SAMPLERS: dict[str, Sampler] = {
 
 
 def draw_maps(sampling: Sampling, prior: Prior, conditions: Tensor | None, count: int) -> Sampled:
-    """Draw `count` maps, one for each condition (count, M, C), batch by batch; and the calls of the network."""
+    """Draw `count` maps, one per condition (count, M, C), in batches; also return the number of network calls."""
     device = next(prior.parameters()).device
     generator = torch.Generator(device).manual_seed(sampling.seed)
     parts, calls = [], 0
@@ -69,12 +69,12 @@ def sample_prior(
     """Draw samples for held-out images, each shown beside the image that its condition comes from.
 
     Args:
-        run_dir: of :func:`train_prior`; nothing else is needed.
+        run_dir: a run's folder, from :func:`train_prior`.
         out: the .png file to write; None for samples.png in the run's folder.
-        images: rows at most, held-out images.
-        samples: columns, samples of each.
-        sampling: how they are drawn.
-        device: None for a GPU if there is one.
+        images: the largest number of rows, each with one held-out image.
+        samples: number of samples per row.
+        sampling: settings for drawing samples.
+        device: None takes a GPU if there is one.
 
     Returns:
         A report ready for JSON: path, counts, calls of the network.
@@ -102,12 +102,12 @@ def write_samples(
     """Draw samples and write them as files: NNNN-SS.png each, and samples.npz with all maps and pictures.
 
     Args:
-        run_dir: of :func:`train_prior`.
-        out: a folder, which is made.
+        run_dir: a run's folder, from :func:`train_prior`.
+        out: a folder, which is created.
         conditions: (n, M, C), each sampled `count` times; None for a prior without a condition.
-        count: samples of each condition.
-        sampling: how they are drawn.
-        device: None for a GPU if there is one.
+        count: samples per condition.
+        sampling: settings for drawing samples.
+        device: None takes a GPU if there is one.
 
     Returns:
         A report ready for JSON: folder, files, calls of the network.
@@ -131,7 +131,7 @@ def write_samples(
 
 
 def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
-    """Draw rows of held-out images, their samples to the right of them; features in the colours of the real ones."""
+    """Draw rows of held-out images with their samples; features are coloured like the real ones."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
@@ -164,13 +164,13 @@ def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
 
 
 def _tile(picture: Tensor, side: int) -> Tensor:
-    """Enlarge (h, w, 3) to (3, side, side), pixels as squares."""
+    """Enlarge (h, w, 3) to (3, side, side), with pixels as squares."""
     return functional.interpolate(picture.clamp(0, 1).permute(2, 0, 1)[None].float(), (side, side), mode="nearest")[0]
 
 
 @torch.no_grad()
 def held_out_loss(prior: Prior, maps: Rows, conditions: Rows | None, draws: int = _NOISE_DRAWS) -> float:
-    """Average the loss of images that were not trained on, over images and over `draws` of fixed noise for each."""
+    """Average the loss of held-out images, over images and over `draws` fixed draws of noise for each."""
     device, total, count = next(prior.parameters()).device, 0.0, 0
     generator = torch.Generator(device).manual_seed(0)
     for _ in range(draws):

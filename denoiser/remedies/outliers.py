@@ -19,20 +19,20 @@ from dvt.views import resize
 
 #: An outlier's norm is at least RATIO times the median, and its logarithm SIGMAS robust sigmas above that.
 RATIO, SIGMAS = 2.0, 5.0
-#: The least share of tokens that counts as a defect of the model: a tenth of what Darcet et al. count in DINOv2-g.
+#: The smallest share of outliers that counts as a defect of the model: a tenth of that in DINOv2-g (Darcet et al.).
 DEFECT_SHARE = 0.0025
 
 
 @dataclass(frozen=True)
 class OutlierTokens:
-    """Mark the tokens of several images that are outliers, at the block where most are.
+    """Mark the outlier tokens of several images, at the block with the most outliers.
 
     Args:
-        masks: (n,) bool of each image's patches, row by row.
-        block: index of the block after which they were looked for, or -1 for a backbone's own tokens.
-        bound: the norm beyond which a token counted.
-        rising: the first block after which nine tenths of them are outliers.
-        share: of all tokens.
+        masks: (n,) bool for each image's patches, row by row.
+        block: index of the block after which norms were measured, or -1 for a backbone's own tokens.
+        bound: the norm beyond which a token is an outlier.
+        rising: the first block after which nine tenths of these tokens are outliers.
+        share: share of outliers among all tokens.
     """
 
     masks: tuple[Tensor, ...]
@@ -46,11 +46,11 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> OutlierTokens
     """Find outliers from the norms of tokens.
 
     Args:
-        norms: of each image, the (n,) norms of its patches after each block.
-        name: of the backbone, for the message.
+        norms: for each image, the norms (n,) of its patches after each block.
+        name: name of the backbone, for the message.
 
     Raises:
-        BackboneError: after no block there are enough of them.
+        BackboneError: there are too few outliers after every block.
     """
     blocks = [torch.cat(each) for each in zip(*norms, strict=True)]
     bounds = [float(norm_bound(each.double(), SIGMAS, RATIO)) for each in blocks]
@@ -61,7 +61,7 @@ def find_outliers(norms: Sequence[Sequence[Tensor]], name: str) -> OutlierTokens
         raise BackboneError(
             f"{name} has no norm outliers to remove: at most {shares[block]:.3%} of its tokens, over {len(norms)} "
             f"images, have a norm of {RATIO:g} times the median and {SIGMAS:g} sigmas; a defect is {DEFECT_SHARE:.2%} "
-            "and more. Nothing was changed; against artifacts of position take noise, insid3 or rasa, or dvt denoise"
+            "and more. Nothing was changed; against artifacts of position use noise, insid3 or rasa, or dvt denoise"
         )
     own = found[block]
     rising = next(i for i, each in enumerate(found) if (each & own).sum() >= 0.9 * own.sum())
@@ -74,7 +74,7 @@ def block_norms(
 ) -> list[list[Tensor]]:
     """Compute the norms (n,) of each image's patch tokens after each block up to the backbone's layer.
 
-    A wrapped model has its own tokens only.
+    For a wrapped model there are only the norms of its own tokens.
     """
     if backbone.num_layers is None:
         return [[norms] for norms in _own_norms(backbone, images, progress)]
@@ -97,7 +97,7 @@ def inputs(
         ImageError: there is no image, or one cannot be read.
     """
     if not len(images):
-        raise ImageError("no image was given; this remedy is found over images, ten or more are better")
+        raise ImageError("no image was given; this remedy is fitted to images, ten or more are better")
     for number, image in enumerate(images):
         pixels = read_image(image)
         size = backbone.input_size((pixels.shape[1], pixels.shape[2]))
@@ -108,7 +108,7 @@ def inputs(
 
 @contextmanager
 def entering(layers: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
-    """Record what enters some layers during a forward pass, by their number."""
+    """Record the inputs of some layers during a forward pass, by the layers' indices."""
     seen: dict[int, Tensor] = {}
 
     def keep(number: int) -> Callable[..., None]:

@@ -1,8 +1,8 @@
-"""A backbone, with or without a denoiser, as one file that needs neither dvt nor timm: ONNX or torch.export.
+"""Export a backbone, with or without a denoiser, to one file that needs neither dvt nor timm: ONNX or torch.export.
 
-timm's position embeddings and the denoiser's are resampled inside the graph, so that one file takes any batch and, for
-models that take any size, any grid. ONNX has the antialiased bicubic resize that this needs since opset 18. Models
-whose Python depends on the grid (the rotary embedding of timm's DINOv3) come out with a fixed one, which is reported.
+Position embeddings, timm's and the denoiser's, are resampled inside the graph, so one file takes any batch and, for
+models that take any size, any grid. This needs the antialiased bicubic resize of ONNX opset 18. Models whose Python
+code depends on the grid (the rotary embedding of timm's DINOv3) are exported with a fixed grid, which is reported.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ ExportedForward = Callable[[Tensor], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Set how a backbone is exported.
+    """Hold the settings of an export.
 
     Args:
         size: (H, W) in pixels of a file of fixed grid; None takes the backbone's own.
         grid: "dynamic" for a file that takes every size in whole patches, "fixed" for one size, "auto" for dynamic
-            where the model allows it.
-        opset: ONNX operator set; None takes the one that this torch writes best.
+            if the model allows it.
+        opset: ONNX operator set; None takes the one recommended for this version of torch.
 
     Raises:
         ConfigError: a setting is outside its range.
@@ -74,11 +74,11 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Exported:
-    """Describe the file that was written.
+    """Describe an exported file.
 
     Attributes:
         path: the file.
-        dynamic_grid: whether it takes every size in whole patches; otherwise only `size`.
+        dynamic_grid: True if it takes every size in whole patches, otherwise only `size`.
         size: (H, W) in pixels of a fixed grid, the backbone's own size otherwise.
         opset: the ONNX operator set; None for .pt2.
         deviation: largest difference from the module over the inputs tried, relative for tokens beyond 1.
@@ -94,7 +94,7 @@ class Exported:
 
 
 class _Exportable(nn.Module):
-    """(B, 3, H, W) images in [0, 1] -> patches (B, h, w, C) and, where there are any, prefix (B, P, C)."""
+    """Map images (B, 3, H, W) in [0, 1] to patches (B, h, w, C) and, if there are any, prefix tokens (B, P, C)."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
@@ -106,21 +106,21 @@ class _Exportable(nn.Module):
 
 
 def export(backbone: Backbone, path: str | Path, config: ExportConfig | None = None) -> Exported:
-    """Write a backbone to one file, and compare what the file computes with what the backbone does.
+    """Write a backbone to one file, and compare the file's outputs with the backbone's.
 
     The file takes ``images`` (B, 3, H, W), float32 RGB in [0, 1], normalises them itself, and gives ``patches``
-    (B, h, w, C) and, for models with class or register tokens, ``prefix`` (B, P, C). Where it comes from is in its
-    metadata, as JSON by the keys ``dvt.backbone``, ``dvt.denoiser`` and so on (for .pt2, the extra file ``dvt.json``).
-    It is written whole or not at all.
+    (B, h, w, C) and, for models with class or register tokens, ``prefix`` (B, P, C). Its metadata describe its origin,
+    as JSON under the keys ``dvt.backbone``, ``dvt.denoiser`` and so on (for .pt2, in the extra file ``dvt.json``). The
+    file is whole or absent.
 
     Args:
         backbone: from :func:`dvt.load_backbone`, :func:`dvt.wrap` or
             :func:`dvt.denoiser.attach.denoised_backbone`; exported in float32, from a copy where it is something else.
-        path: ends in .onnx or .pt2 (which :func:`torch.export.load` reads).
+        path: a name that ends in .onnx or .pt2 (which :func:`torch.export.load` reads).
         config: the grid, the size and, for ONNX, the opset; by default those of :class:`ExportConfig`.
 
     Raises:
-        ConfigError: another suffix, a size that the model does not take, or ONNX's packages are missing.
+        ConfigError: the suffix is another, the model does not take the size, or ONNX's packages are missing.
         BackboneError: the model cannot be exported as asked, or the file deviates from it.
     """
     config, path = config or ExportConfig(), Path(path)
@@ -171,15 +171,15 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
     size = tuple(config.size or backbone.image_size)
     program = _traced(module, (size[0], size[1]), dynamic)
     described = {"backbone": description(backbone), "dynamic_grid": dynamic, "size": size}
-    with whole_file(path, suffix=path.suffix) as part:  # torch.onnx and torch.export look at the suffix
+    with whole_file(path, suffix=path.suffix) as part:  # torch.onnx and torch.export need the suffix
         opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
         inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
         deviation = max(_deviation(module, run, images) for images in inputs)
         if not deviation <= TOLERANCE:
             raise BackboneError(
-                f"what was exported of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or "
-                f"deviates from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. "
-                "Try grid='fixed', or the other of .onnx and .pt2"
+                f"the export of {backbone.name} with a {'dynamic' if dynamic else 'fixed'} grid fails, or deviates "
+                f"from the module by {deviation:.1e} (allowed: {TOLERANCE:.0e}); nothing was written. Try grid='fixed' "
+                "or the other format of .onnx and .pt2"
             )
     return Exported(path, dynamic, (size[0], size[1]), opset, deviation, tuple(tuple(i.shape) for i in inputs))
 
@@ -201,11 +201,11 @@ def description(backbone: Backbone) -> dict[str, Any]:
 
 
 def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
-    """Trace the module's graph, its batch free, and its grid where `dynamic`."""
+    """Trace the module's graph with a free batch size and, if `dynamic`, a free grid."""
     patch = module.backbone.patch_size
     shapes: dict[int, Any] = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if dynamic:
-        # An oblong grid that is unlikely to be a stored one: what is equal when traced is taken to be equal always.
+        # An oblong grid that differs from stored ones, because torch.export assumes that equal sizes are always equal.
         size = (11 * patch[0], 13 * patch[1])
         for axis, name, step in ((2, "rows", patch[0]), (3, "columns", patch[1])):
             shapes[axis] = step * Dim(name, min=MIN_SIDE, max=MAX_SIDE)
@@ -222,7 +222,7 @@ def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
 def _pt2(
     program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig
 ) -> tuple[None, ExportedForward]:
-    # Into memory first: on a full disk torch's writer would end the process.
+    # Write to memory first, because on a full disk torch's writer would end the process.
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"dvt.json": json.dumps(described)})
     part.write_bytes(content.getbuffer())
@@ -270,7 +270,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _trials(backbone: Backbone, size: Size, dynamic: bool) -> Iterator[Tensor]:
-    """Make images of two batch sizes and, where the grid is dynamic, two sizes, neither of them the traced one."""
+    """Make images of two batch sizes and, if the grid is dynamic, of two sizes, all different from the traced ones."""
     generator = torch.Generator().manual_seed(0)
     height, width = backbone.patch_size
     yield torch.rand(1, 3, *size, generator=generator)
@@ -283,7 +283,7 @@ def _deviation(module: nn.Module, run: ExportedForward, images: Tensor) -> float
         expected = module(images)
         try:
             found = run(images)
-        except Exception as error:  # onnxruntime raises kinds of its own
+        except Exception as error:  # onnxruntime has its own exceptions
             logger.info("the exported file fails on images %s: %s", tuple(images.shape), error)
             return float("inf")
     if [tuple(e.shape) for e in expected] != [tuple(f.shape) for f in found]:

@@ -1,4 +1,4 @@
-"""Models of other libraries than timm: where their tokens are, found out from the modules themselves.
+"""Find the tokens of models of other libraries than timm, from the modules themselves.
 
 Known are transformers' single-scale vision models (and the vision towers inside its larger ones), open_clip's visual
 towers, torchvision's ``vit_*``, and modules of the DINOv2 and DINOv3 repositories (torch.hub). None of these libraries
@@ -34,7 +34,7 @@ CLIP_MEAN: Vector = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Vector = (0.26862954, 0.26130258, 0.27577711)
 HALF: Vector = (0.5, 0.5, 0.5)
 
-#: Normalisation of transformers' families by `config.model_type`, where no processor says it.
+#: Normalisation of transformers' families by `config.model_type`, if there is no processor.
 NORMALISATION: dict[str, tuple[Vector, Vector]] = {
     "clip": (CLIP_MEAN, CLIP_STD),
     "siglip": (HALF, HALF),
@@ -56,18 +56,18 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Outside:
-    """Describe where the tokens of a model of another library are.
+    """Describe how to read the tokens of a model of another library.
 
     Attributes:
         library: "transformers", "open_clip", "torchvision" or "torch.hub".
         path: dotted name of the encoder inside the model; "" for the model itself.
-        encoder: the module that gives the tokens; it takes normalised images.
+        encoder: the module that computes the tokens from normalised images.
         read: function of (encoder, normalised images) that returns (B, P + N, C), the prefix first.
-        name: what to call the model.
-        patch_size, image_size: in pixels.
-        num_prefix_tokens: P.
-        feature_dim: C.
-        mean, std: normalisation of RGB in [0, 1]; for transformers :func:`normalisation` says it.
+        name: the model's name.
+        patch_size, image_size: sizes in pixels.
+        num_prefix_tokens: P, the number of prefix tokens.
+        feature_dim: C, the number of channels.
+        mean, std: normalisation of RGB in [0, 1]; for transformers, use :func:`normalisation`.
     """
 
     library: str
@@ -84,16 +84,16 @@ class Outside:
 
 
 def recognise(model: nn.Module) -> Outside | None:
-    """Find the encoder of a model of a known library; None where it is of none of them.
+    """Find the encoder of a model of a known library; None for a model of another library.
 
     Raises:
-        BackboneError: the library is known and the model cannot be read.
+        BackboneError: the library is known, but this model cannot be read.
     """
     return _transformers(model) or _open_clip(model) or _torchvision(model) or _hub(model)
 
 
 def inner_timm(model: nn.Module) -> str | None:
-    """Name the attribute under which a wrapper of another library keeps a timm model; None where there is none."""
+    """Find the path of a timm model inside a wrapper of another library; None if there is none."""
     tower = "visual." if hasattr(getattr(model, "visual", None), "trunk") else ""
     for name in ("timm_model", f"{tower}trunk"):
         with_path = _submodule(model, name)
@@ -103,7 +103,7 @@ def inner_timm(model: nn.Module) -> str | None:
 
 
 def shared_copy(model: nn.Module, kind: type[nn.Module] | None = None) -> Any:
-    """Copy a module, perhaps to another class, with the same submodules and parameters; later changes stay its own."""
+    """Copy a module, optionally to another class, with shared submodules and parameters; later changes are separate."""
     kind = kind or type(model)
     result = kind.__new__(kind)
     containers = (dict, list, set)
@@ -114,8 +114,8 @@ def shared_copy(model: nn.Module, kind: type[nn.Module] | None = None) -> Any:
 def shared_tree(model: nn.Module, made: dict[int, nn.Module] | None = None) -> Any:
     """Copy a module and all modules inside it, with the same parameters and buffers.
 
-    What is set on either afterwards (an input size, a mode, a new head) stays its own; values changed in place are
-    those of both.
+    Attributes set later on one of them (an input size, a mode, a new head) do not affect the other; values changed in
+    place change in both.
     """
     made = {} if made is None else made
     if id(model) not in made:
@@ -126,7 +126,7 @@ def shared_tree(model: nn.Module, made: dict[int, nn.Module] | None = None) -> A
 
 
 def unmasked(encoder: nn.Module) -> Any:
-    """Copy a transformers ViTMAE encoder, sharing its weights, that masks no patch."""
+    """Copy a transformers ViTMAE encoder, with shared weights, so that it masks no patch."""
     result = shared_copy(encoder)
     result.embeddings = shared_copy(result.embeddings)
     result.embeddings.config = copy.copy(result.embeddings.config)
@@ -135,7 +135,7 @@ def unmasked(encoder: nn.Module) -> Any:
 
 
 def patch_order(images: Tensor, patch: Size) -> Tensor:
-    """Make the noise (B, h w) by which ViTMAE orders its patches such that none is moved."""
+    """Make the noise (B, h w), by which ViTMAE orders its patches, so that their order does not change."""
     rows, columns = grids.grid_shape((images.shape[2], images.shape[3]), patch)
     order = torch.arange(rows * columns, device=images.device, dtype=torch.float32)
     return order.expand(images.shape[0], -1)
@@ -222,7 +222,7 @@ def _hub_name(*configs: Any) -> str:
 
 
 def normalisation(model: Any, found: Outside) -> tuple[Vector, Vector]:
-    """Find mean and deviation for RGB in [0, 1]: a processor's where transformers has one, or the family's."""
+    """Find mean and deviation for RGB in [0, 1]: those of the model's processor if there is one, or the family's."""
     if found.library != "transformers":
         return found.mean, found.std
     source = getattr(model.config, "_name_or_path", "")
@@ -238,8 +238,8 @@ def normalisation(model: Any, found: Outside) -> tuple[Vector, Vector]:
     mean, std = NORMALISATION.get(kind, (IMAGENET_MEAN, IMAGENET_STD))
     if kind not in NORMALISATION or kind == "vit":  # the family's weights do not agree: DINO's ViT takes ImageNet's
         logger.warning(
-            "no processor says how this %s normalises images: mean %s and deviation %s are taken; give processor=, or "
-            "mean= and std=",
+            "there is no processor with the normalisation of this %s: mean %s and deviation %s are used; give "
+            "processor=, or mean= and std=",
             type(model).__name__,
             mean,
             std,
@@ -251,7 +251,7 @@ def processor_normalisation(processor: Any) -> tuple[Vector, Vector]:
     """Read mean and deviation, for RGB in [0, 1], from a processor of transformers.
 
     Raises:
-        BackboneError: it has none.
+        BackboneError: the processor has no mean or deviation.
     """
     processor = getattr(processor, "image_processor", processor)
     mean, std = getattr(processor, "image_mean", None), getattr(processor, "image_std", None)

@@ -1,4 +1,4 @@
-"""Weights read from a file: never unpickled, unwrapped, compared with the model, finite."""
+"""Read weights from a file without unpickling, unwrap them, and check them against the model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 #: Names under which training scripts store the state dict, tried in this order.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "teacher", "target_encoder", "student", "encoder")
-#: Prefixes that data-parallel, compiled and wrapped models leave before every name.
+#: Prefixes that data-parallel, compiled and wrapped models add to every name.
 PREFIXES = ("module.", "model.", "_orig_mod.", "backbone.")
 #: The classifier: dvt builds models without one.
 HEAD = re.compile(r"^(head|head_dist|fc|classifier)\.")
@@ -74,13 +74,13 @@ def read_described(path: str | Path, key: str, what: str, *, tensors: bool = Tru
     """Read what a .safetensors file's metadata describes as JSON, and its tensors.
 
     Args:
-        path: of the file.
-        key: of the metadata; without it the description is an empty dict.
-        what: the file should hold, for the message.
-        tensors: whether to read them.
+        path: path of the file.
+        key: key of the metadata; if it is missing, the description is an empty dict.
+        what: the expected content, for the message.
+        tensors: also read the tensors.
 
     Raises:
-        WeightsError: the file is missing, not a regular one, or damaged.
+        WeightsError: the file is missing, not a regular file, or damaged.
     """
     try:
         check_regular(path)
@@ -96,10 +96,10 @@ def read_described(path: str | Path, key: str, what: str, *, tensors: bool = Tru
 def folder_weights(folder: Path) -> Path:
     """Find the weights in a folder that timm saved.
 
-    timm would choose among all its files and, before 1.0.23, unpickle them.
+    timm itself would choose among all files of the folder and, before version 1.0.23, unpickle them.
 
     Raises:
-        WeightsError: there are none.
+        WeightsError: the folder holds no weights.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
@@ -118,8 +118,8 @@ def _load_tensors(path: Path) -> object:
 def _check_form(path: Path) -> None:
     """Refuse forms that torch.save does not write.
 
-    A compressed zip can unfold to any size; and for TorchScript and the tar files of 2016, ``weights_only`` is not kept
-    before torch 2.6 (CVE-2025-32434).
+    A compressed zip can expand to any size; and before torch 2.6, ``weights_only`` has no effect on TorchScript files
+    and on the tar files of 2016 (CVE-2025-32434).
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\3\4"  # how torch tells
@@ -138,8 +138,8 @@ def _require_form(right: bool, path: Path, form: str) -> None:
 
 
 def _unwrap(content: object, path: Path) -> State:
-    """Find the encoder's state dict inside a checkpoint: wrappers opened, prefixes and heads removed."""
-    for _ in WRAPPERS:  # not for ever: a dict can hold itself
+    """Find the encoder's state dict inside a checkpoint: open wrappers, and remove prefixes and heads."""
+    for _ in WRAPPERS:  # a bounded loop, because a dict can contain itself
         if isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if _is_dict(content.get(w))), None)):
             content = content[inner]
     held = content.items() if isinstance(content, Mapping) else ()
@@ -156,7 +156,7 @@ def _is_dict(value: object) -> bool:
 
 
 def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file whole or not at all, with the permissions that the user's other files get.
+    """Write a .safetensors file, which is whole or absent, with the permissions of the user's other files.
 
     Raises:
         WeightsError: the file cannot be written.
@@ -176,7 +176,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     Args:
         model: keeps its own dtype; the values are cast to it.
         state: tensors by the model's names.
-        source: what to call the weights in errors.
+        source: the name of the weights in errors.
 
     Raises:
         WeightsError: names are missing, shapes differ, or values are NaN or infinite; the first few are named.
@@ -184,7 +184,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     check_state(model, state, source)
     own = model.state_dict()
     used = {name: state[name].to(own[name].dtype) for name in own}
-    # Checked after the cast, because a value may leave the range of the model's dtype.
+    # Check after the cast, which may exceed the range of the model's dtype.
     bad = [name for name, value in used.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise WeightsError(f"{source} holds NaN or infinity in {len(bad)} tensors: {_first(bad)}")
@@ -222,7 +222,7 @@ def check_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
 
 def _is_plain(value: Tensor) -> bool:
     dense = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-    # Not a view that repeats a few values over any shape.
+    # Views that repeat a few values over any shape are not plain.
     return dense and not value.is_complex() and value.nbytes <= value.untyped_storage().nbytes()
 
 

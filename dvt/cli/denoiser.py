@@ -1,4 +1,4 @@
-"""`dvt train`, `dvt distill` and `dvt export`: the online denoiser."""
+"""Run `dvt train`, `dvt distill` and `dvt export`, the commands of the online denoiser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dvt.images import find_images
 
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt train`: 0 when the denoiser is written."""
+    """Run `dvt train`; the exit code is 0 when the denoiser is written."""
     settings = resolved(command, command="train")
     console = quiet_unless_first(console)
     with progress_bar(console) as progress:
@@ -30,7 +30,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt distill`: 0 when the backbone is written."""
+    """Run `dvt distill`; the exit code is 0 when the backbone is written."""
     from dvt.denoiser.distill.job import distill_backbone
 
     paths = find_images(command.images)
@@ -45,7 +45,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt export`: 0 when the file is written and computes what the backbone does."""
+    """Run `dvt export`; the exit code is 0 when the file is written and its outputs equal the backbone's."""
     from dvt.backbones.export import ExportConfig
     from dvt.backbones.export import export as write
     from dvt.denoiser.attach import denoised_backbone
@@ -58,7 +58,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
         denoiser.strength = denoiser.strength if command.strength is None else command.strength
         backbone = denoised_backbone(denoiser, backbone, command.force)
     elif command.strength is not None:
-        raise ConfigError("--strength is that of a denoiser; give --denoiser FILE too")
+        raise ConfigError("--strength is the strength of a denoiser; also give --denoiser FILE")
     with console.status("exporting and comparing"):
         written = write(backbone, writable(command.out), config)
     sizes = "every size in whole patches" if written.dynamic_grid else f"images of {written.size} only"
@@ -75,7 +75,7 @@ def _print_distillation(console: Console, report: dict[str, Any], backbone: str)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
     out = shown(report["out"])
-    console.print(f"backbone: {out}; every command takes it by --backbone {shown(backbone)} --weights {out}")
+    console.print(f"backbone: {out}; give it to any command with --backbone {shown(backbone)} --weights {out}")
 
 
 _SCORES = ("loss", "mse", "cosine", "prefix_cosine")

@@ -1,4 +1,4 @@
-"""`dvt extract` and `dvt store merge|export`: tokens of many images on disk, and what can be done with them there."""
+"""Run `dvt extract`, which writes the tokens of many images to a store, and `dvt store merge|export`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt extract`: 0 when every image is in the store, 2 when some could not be read."""
+    """Run `dvt extract`; the exit code is 0 if every image is in the store, 2 if some could not be read."""
     config = ExtractConfig(command.precision, command.batch, command.shard_images, command.workers)
     check_upsample(command.upsample, command.ray)
     paths = find_sources(command.images)
@@ -47,7 +47,7 @@ def _extraction(command: Extract, config: ExtractConfig, names: dict[Path, str])
 
 
 class _Fine:
-    """Writes an image's finer features next to the store."""
+    """Write each image's upsampled features next to the store."""
 
     def __init__(self, command: Extract, names: dict[Path, str], backbone: Backbone):
         self.factor, self.folder = command.upsample, Path(command.out) / "upsampled"
@@ -63,7 +63,7 @@ class _Fine:
 
 
 def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt store`: 0 when the action is done."""
+    """Run `dvt store`; the exit code is 0 when the action is done."""
     action = command.action
     return _merge(action, console) if isinstance(action, StoreMerge) else _export(action, console)
 

@@ -1,4 +1,4 @@
-"""Run `dvt search`: the images of a store that look like a photograph, or like a part of it."""
+"""Run `dvt search`: find images of a store that look like a photograph, or like a part of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dvt.files import writable
 
 
 def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt search`: exit code 0 when picture and list are written."""
+    """Run `dvt search`; the exit code is 0 when picture and list are written."""
     from dvt.analysis.pictures import save
     from dvt.analysis.search import search as found_in
     from dvt.analysis.search import search_figure

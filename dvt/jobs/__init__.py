@@ -1,1 +1,1 @@
-"""The common part of jobs over many images, in one process or on a cluster; nothing here knows a stage."""
+"""Run jobs over many images, in one process or on a cluster; this is the part that all stages share."""

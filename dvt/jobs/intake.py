@@ -1,4 +1,4 @@
-"""The one way in: distinct bytes of a shard, each read from the first of its copies that can be read."""
+"""Read a shard's images: each distinct file once, from the first of its copies that can be read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from dvt.store import ImageEntry, Shard
 
 
 def distinct(shard: Shard) -> list[list[ImageEntry]]:
-    """Group a shard's images by their bytes, which lie next to each other: the copies of each."""
+    """Group a shard's images into copies of equal bytes, which are next to each other."""
     return [list(copies) for _, copies in groupby(shard.images, key=attrgetter("sha256"))]
 
 
 @dataclass
 class Intake:
-    """An image that was read, or why none of its copies could be.
+    """Hold an image that was read, or the reasons why none of its copies could be read.
 
     Args:
         copies: the entries whose files have equal bytes.
-        pixels: (3, H, W) RGB in [0, 1], or what `prepare` made of it; None where no copy could be read.
+        pixels: (3, H, W) RGB in [0, 1], or the result of `prepare`; None if no copy could be read.
         size: (H, W) of the image in pixels.
-        used: the number of the copy that was read, -1 for none.
-        errors: by number, why copies before it could not be read.
+        used: index of the copy that was read, -1 for none.
+        errors: by index, the reasons why earlier copies could not be read.
         profile: seconds and bytes of reading.
     """
 
@@ -44,7 +44,7 @@ class Intake:
     profile: Profile = field(default_factory=Profile)
 
     def outcomes(self, error: Exception | None = None) -> Iterator[tuple[ImageEntry, Exception | None]]:
-        """Yield each copy with the error that it is to be reported with: its own, else the one that all share."""
+        """Yield each copy with the error to report: its own, otherwise the common one."""
         for number, entry in enumerate(self.copies):
             yield entry, self.errors.get(number, error)
 
@@ -59,7 +59,7 @@ def read_copies(
 
     Args:
         copies: entries of equal bytes.
-        prepare: makes of (3, H, W) pixels what is kept; what it raises as ImageError counts against the copy.
+        prepare: converts (3, H, W) pixels to the kept form; an ImageError that it raises is the copy's error.
     """
     found = Intake(copies, profile=Profile(images=1))
     with found.profile.timed("read"):

@@ -1,12 +1,13 @@
-"""Iterators that a thread advances ahead of their reader: so the backbone goes on while the solver works.
+"""Advance iterators in a thread ahead of their reader, so that the backbone runs while the solver works.
 
-There are two threads. The *reader* (the caller's) takes items and solves; the *worker* (started here) makes items: that
-is where the backbone runs. The worker advances one stream after the other, in an order that is known beforehand. With
-several workers that competed for the backbone, all of them would reach the solver together and leave it idle.
+There are two threads. The *reader* (the caller's) takes items and solves; the *worker* (started here) makes items, that
+is, it runs the backbone. The worker advances one stream after the other, in a fixed order. Several workers would
+compete for the backbone, reach the solver at the same time, and leave the backbone idle.
 
-All that both threads touch is read and written under one condition, `Ahead._changed`; each change notifies the other
-side. Items are made and solved outside it, so neither thread holds it for long, and with one lock there is no deadlock
-by order of locks. On a GPU both threads may launch kernels; which stream they use is the caller's affair.
+All state that both threads use is read and written under one condition, `Ahead._changed`; each change notifies the
+other thread. Items are made and solved outside of it, so neither thread holds it for long; and since there is only one
+lock, no order of locks can cause a deadlock. On a GPU both threads may launch kernels; the caller chooses their
+streams.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ _END: Any = object()
 
 
 class Stream(Generic[Item]):
-    """The items of a source, made by the worker. Iterating again reads the source again, from its beginning.
+    """Yield the items of a source, which the worker makes. Iterating again reads the source again from its beginning.
 
     Attributes:
-        items: made and not yet taken.
-        iterator: of the source; None before the first item and after :meth:`Ahead.clear`. The worker compares it to
-            recognise that an item which it has just made belongs to a reading that was given up meanwhile.
-        error: what the source raised; the reader raises it once it has taken all items.
-        made: items made so far, over all readings.
-        ended: the worker makes no more.
-        was_read: the reader has begun, so that iterating means to begin again.
+        items: items made and not yet taken.
+        iterator: iterator of the source; None before the first item and after :meth:`Ahead.clear`. The worker compares
+            it before and after making an item, to discard an item of a reading that was abandoned meanwhile.
+        error: the source's exception; the reader raises it after taking all items.
+        made: number of items made so far, over all readings.
+        ended: True if the worker makes no more items.
+        was_read: True if the reader has begun, so that iterating starts again.
     """
 
     def __init__(self, source: Iterable[Item], ahead: Ahead[Any, Item]):
@@ -55,20 +56,18 @@ class Stream(Generic[Item]):
 
 
 class Ahead(Generic[Group, Item]):
-    """Groups of streams, in order, while a worker thread makes items ahead of the reader.
+    """Yield groups of streams in order, while a worker thread makes items ahead of the reader.
 
-    The worker reads the first items of each stream of a group, then the rest of each, then the next group. It pauses
-    while `budget` items wait to be taken, except for the stream that the reader waits for: so the two never wait for
-    each other, in whatever order the reader reads. What a source or `groups` raises is raised in the reader's thread.
+    The worker makes the first items of each stream of a group, then the rest of each, then goes to the next group. It
+    pauses while `budget` items wait to be taken, except for the stream that the reader waits for; so the two threads
+    never wait for each other, whatever the order in which the reader reads. An exception of a source or of `groups` is
+    raised in the reader's thread.
 
     Args:
-        groups: run and closed in the worker; it must not wait for what the reader does.
-        sources: the sources of a group's streams.
-        first: how many items of each stream are read before its neighbours'.
-        budget: items that may wait.
-
-    Attributes:
-        waited: seconds in which the worker waited for the reader.
+        groups: a generator, run and closed in the worker; it must not wait for the reader.
+        sources: makes the sources of a group's streams.
+        first: number of items of each stream that are made before those of its neighbours.
+        budget: the largest number of items that wait.
     """
 
     def __init__(
@@ -81,15 +80,15 @@ class Ahead(Generic[Group, Item]):
     ):
         self.groups, self.sources, self.first, self.budget = groups, sources, first, budget
         self.waited = 0.0
-        self._changed = Condition()  # guards all below and the streams; only `waited` is the worker's alone
-        self._ready: deque[tuple[Group, list[Stream[Item]]]] = deque()  # groups that the reader has not asked for yet
+        self._changed = Condition()  # guards all state below and the streams; `waited` is only the worker's
+        self._ready: deque[tuple[Group, list[Stream[Item]]]] = deque()  # groups that the reader has not yet taken
         self._wanted: Stream[Item] | None = None  # the empty stream that the reader waits for, if it waits
-        self._queued = 0  # items of all streams that are made and not taken
-        self._error: BaseException | None = None  # of `groups`; the reader raises it after the last group
-        self._listed = False  # set by the worker: `groups` has ended, its last group is ready
-        self._stopped = False  # set by the reader: it has left the block, nothing more is needed
-        # The worker gets the reader's number of torch threads: the order of an operation's sums depends on it, and the
-        # same job must give the same bits with and without a worker. A daemon: it must not keep a dying process alive.
+        self._queued = 0  # items made and not taken, over all streams
+        self._error: BaseException | None = None  # exception of `groups`; the reader raises it after the last group
+        self._listed = False  # set by the worker when `groups` has ended and its last group is ready
+        self._stopped = False  # set by the reader when it has left the block, so nothing more is needed
+        # The worker gets the reader's number of torch threads: the order of sums depends on it, and a job must give the
+        # same bits with and without a worker. It is a daemon, so that it does not keep a dying process alive.
         self._thread = Thread(target=self._run, args=(torch.get_num_threads(),), name="dvt-ahead", daemon=True)
 
     def __enter__(self) -> Ahead[Group, Item]:
@@ -100,10 +99,10 @@ class Ahead(Generic[Group, Item]):
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
-        self._thread.join()  # without the lock, which the worker needs to see that it is to stop
+        self._thread.join()  # without the lock, which the worker needs to see `_stopped`
 
     def __iter__(self) -> Iterator[tuple[Group, Sequence[Iterable[Item]]]]:
-        """Yield each group with its streams, which are given up when the next group is asked for."""
+        """Yield each group with its streams, which are abandoned when the next group is taken."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ready or self._listed)
@@ -117,10 +116,10 @@ class Ahead(Generic[Group, Item]):
             raise self._error
 
     def take(self, stream: Stream[Item]) -> Item:
-        """Wait for the stream's next item and take it; `_END` after the last."""
+        """Wait for the stream's next item and take it; return `_END` after the last."""
         with self._changed:
             if not stream.items and not stream.ended:
-                self._wanted = stream  # the worker goes on with this one next, even if its budget is spent
+                self._wanted = stream  # the worker advances this stream next, even if the budget is spent
                 self._changed.notify_all()
             self._changed.wait_for(lambda: stream.items or stream.ended)
             if stream.items:
@@ -132,9 +131,9 @@ class Ahead(Generic[Group, Item]):
         return _END
 
     def clear(self, stream: Stream[Item], *, ended: bool) -> None:
-        """Forget what a stream has made, and end it or let it begin again.
+        """Discard the items of a stream, and end it or let it begin again.
 
-        The worker may be making an item of it right now; as `iterator` changes, that item is thrown away.
+        The worker may be making an item of it at this moment; because `iterator` changes, that item is discarded, too.
         """
         with self._changed:
             self._queued -= len(stream.items)
@@ -145,17 +144,17 @@ class Ahead(Generic[Group, Item]):
     # -- in the worker ------------------------------------------------------------------------------------------------
 
     def _run(self, threads: int) -> None:
-        torch.set_num_threads(threads)  # of this thread alone
+        torch.set_num_threads(threads)  # for this thread only
         with closing(self.groups):  # a generator must be closed by the thread that runs it
             order = self._order()
             while (stream := self._wanted_or_next(order)) is not None:
                 self._advance(stream)
 
     def _order(self) -> Iterator[Stream[Item]]:
-        """Yield the stream to advance next, as long as the reader waits for none.
+        """Yield the stream to advance next, unless the reader waits for one.
 
-        `made` and `ended` are read without the lock: the worker alone makes items, and a stream that the reader ends
-        meanwhile is noticed under the lock, in :meth:`_advance`.
+        `made` and `ended` are read without the lock: only the worker makes items, and if the reader ends a stream
+        meanwhile, :meth:`_advance` sees it under the lock.
         """
         for group in self.groups:
             streams = [Stream(source, self) for source in self.sources(group)]
@@ -195,7 +194,7 @@ class Ahead(Generic[Group, Item]):
         return self._stopped or self._wanted is not None or (self._queued < self.budget and not self._listed)
 
     def _advance(self, stream: Stream[Item]) -> None:
-        """Make one item of a stream: choose the iterator under the lock, run it without, hand over under the lock."""
+        """Make one item of a stream: get the iterator under the lock, run it without the lock, store under the lock."""
         with self._changed:
             if stream.iterator is None and not stream.ended:
                 stream.iterator = iter(stream.source)
@@ -208,7 +207,7 @@ class Ahead(Generic[Group, Item]):
         except BaseException as caught:  # it is the reader's to raise
             error = caught
         with self._changed:
-            if stream.iterator is iterator:  # the reader may have given it up, or begun again
+            if stream.iterator is iterator:  # otherwise the reader has abandoned it, or begun again
                 if self._wanted is stream:
                     self._wanted = None
                 if item is _END:
@@ -221,7 +220,7 @@ class Ahead(Generic[Group, Item]):
 
 
 class InTurn(Generic[Group, Item]):
-    """The same groups without a thread: each item is made when it is read."""
+    """Yield the same groups without a thread; each item is made when it is read."""
 
     waited = 0.0
 

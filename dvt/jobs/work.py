@@ -1,4 +1,4 @@
-"""The work of a job over many images: shards of the plan become records, in an order that no worker changes."""
+"""Define the work of a job over many images: it turns the plan's shards into records, in a fixed order."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ Failure = tuple[str, str]  # path, reason
 
 @dataclass
 class Summary:
-    """Count what a run over many images did.
+    """Count the results of a run over many images.
 
     Args:
         done: images computed now.
         skipped: images that the store held already.
         failed: (path, reason) of images that could not be used.
-        extraction_seconds: in views and the backbone.
-        fitting_seconds: in the solver.
+        extraction_seconds: seconds in views and the backbone.
+        fitting_seconds: seconds in the solver.
         shards: shards written now.
-        profile: where the time went.
+        profile: the time of each stage.
     """
 
     done: int = 0
@@ -50,7 +50,7 @@ class Summary:
     profile: Profile = field(default_factory=Profile)
 
     def add(self, made: ShardResult) -> None:
-        """Count a shard."""
+        """Add the counts of a shard."""
         self.done += len(made.records)
         self.failed += made.failed
         self.extraction_seconds += made.extraction_seconds
@@ -61,14 +61,14 @@ class Summary:
 
 @dataclass
 class ShardResult:
-    """A shard of the plan, computed.
+    """Hold a computed shard of the plan.
 
     Args:
-        shard: of the plan.
-        records: of its images that could be used.
-        failed: (path, reason) of the others.
-        artifact: (h, w, C) that its images share, if any.
-        profile: where the time went; `wall` since the shard before was handed out.
+        shard: the plan's entry.
+        records: records of the images that could be used.
+        failed: (path, reason) of the other images.
+        artifact: (h, w, C) the artifact that its images share, if any.
+        profile: the time of each stage; `wall` is that since the previous shard was yielded.
     """
 
     shard: Shard
@@ -94,10 +94,10 @@ class Work(ABC):
     Args:
         backbone: its device is used.
         job: everything that the tokens depend on.
-        shard_images: images a shard.
-        threads: for reading files.
+        shard_images: images per shard.
+        threads: number of threads that read files.
         strict: raise on an image that cannot be used, instead of reporting it.
-        reduction: what the images of a grid shape share, if anything; shards come with it.
+        reduction: computes the array that images of a grid shape share, if any; `make` gets it with each shard.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Work(ABC):
         """Find an image's hash and grid shape from its file's bytes and header.
 
         Raises:
-            ImageError: it cannot be read, or is too large.
+            ImageError: the image cannot be read, or is too large.
         """
         size, sha256 = size_and_sha256(path)
         return ImageEntry(str(path), sha256, self.backbone.grid(self.backbone.input_size(size)))
@@ -129,8 +129,8 @@ class Work(ABC):
     ) -> Generator[ShardResult, None, None]:
         """Compute shards, each of which comes with the array that its images share, if any; tick after every image.
 
-        Shards may be taken from another thread, and before those in front of them are handed out: they must not wait
-        for these. A caller that does not read to the end closes the iterator, or its threads live on.
+        `shards` may be advanced in another thread, and before earlier results are yielded, so it must not wait for
+        them. A caller that does not read to the end must close the iterator, or its threads keep running.
 
         Raises:
             ConfigError: the memory is too small.
@@ -139,7 +139,7 @@ class Work(ABC):
 
     @contextmanager
     def reported(self, path: str | Path, failed: list[Failure]) -> Iterator[None]:
-        """Turn an image that cannot be used into a line of the summary, unless strict."""
+        """Record an image that cannot be used in `failed`, or raise if the work is strict."""
         try:
             yield
         except (ImageError, NonFiniteError) as error:
@@ -157,14 +157,14 @@ class Work(ABC):
         failed: list[Failure],
         tick: Callable[[], None],
     ) -> Iterator[Record]:
-        """Yield a record for each copy of an image; a copy that cannot be used is reported under its own path.
+        """Yield a record for each copy of an image; report a copy that cannot be used under its own path.
 
         Args:
-            intake: how the image was read.
+            intake: the result of reading the image.
             terms: its maps (h, w, C) by name.
             prefix: (P, C), if any.
-            error: why it could not be used although it was read, None where it could.
-            failed: where copies that cannot be used are added.
+            error: the reason if the image was read but cannot be used, else None.
+            failed: list to which copies that cannot be used are added.
             tick: called for every copy.
         """
         for entry, problem in intake.outcomes(error):

@@ -1,4 +1,4 @@
-"""Where finished shards go from the workers of a cluster: a folder that all nodes share, or a URL that fsspec knows."""
+"""Store the finished shards of a cluster's workers: in a folder that all nodes share, or at a URL that fsspec knows."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from dvt.store.index import ShardIndex, read_index
 from dvt.store.writer import commit_shard
 
 _INDEX_BLOCK = 256 << 10
-# Of these a put appears whole or not at all, and a move would be a second copy.
+# Object stores, in which a put appears whole or not at all, and a move would be a second copy.
 _ATOMIC_PUT = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci", "memory"}
 
 
 @dataclass(frozen=True)
 class ShardTarget:
-    """Where shards go.
+    """Hold the place of a cluster's shards, and write and read them there.
 
     Args:
         place: the absolute path of a folder that all nodes share, or a URL.
@@ -90,14 +90,14 @@ class ShardTarget:
         """Read the index of a shard behind the URL and, if asked for, the artifact that its images share.
 
         Raises:
-            StoreError: it is damaged or cannot be read.
+            StoreError: the shard is damaged or cannot be read.
         """
         place = f"{self.place.rstrip('/')}/{name}.h5"
         with self._files("read") as (files, root):
             try:
                 with files.open(f"{root}/{name}.h5", "rb", cache_type="blockcache", block_size=_INDEX_BLOCK) as file:
                     return read_index(file, place, artifact)
-            except StoreError:  # HDF5 does not tell damage from a connection that broke; this does
+            except StoreError:  # HDF5 cannot distinguish damage from a broken connection; reading the whole file can
                 return read_index(io.BytesIO(files.cat_file(f"{root}/{name}.h5")), place, artifact)
 
     @contextmanager
@@ -119,7 +119,7 @@ class ShardTarget:
 def _move(files: Any, part: str, place: str, size: int) -> None:
     try:
         files.mv(part, place)
-    except Exception:  # some file systems do not move over a file; one of this name and size is the same shard
+    except Exception:  # some file systems do not overwrite by a move; a file of this name and size is the same shard
         if not files.exists(place) or files.size(place) != size:
             raise
         files.rm_file(part)

@@ -1,4 +1,4 @@
-"""Settings of `dvt extract` and `dvt store merge|export`."""
+"""Hold the settings of `dvt extract` and `dvt store merge|export`."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dvt.cli.settings.jobs import JobOptions
 class Extract(JobOptions, DenoiserOptions):
     """Write the tokens of images, raw and with --denoiser also denoised, to a feature store.
 
-    The same command again computes what is missing and nothing else.
+    Run the same command again to compute only what is missing.
     """
 
     batch: int = 32
-    """Images a forward pass."""
+    """Images per forward pass."""
     shard_images: int = 64
-    """Images a shard; a killed run loses at most the shard in hand and the one being written."""
+    """Images per shard; a killed run loses at most the shard being computed and the one being written."""
     workers: int | None = None
-    """Threads that read and decode images; the processor's cores, at most 16, if not given."""
+    """Threads that read and decode images; by default the number of the processor's cores, at most 16."""
     upsample: int = 1
-    """Also write the denoised features, or the raw ones, this many times finer, guided by the image, to
-    OUT/upsampled."""
+    """Also write the denoised features, or without a denoiser the raw ones, upsampled by this factor, guided by the
+    image, to OUT/upsampled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,31 +40,31 @@ class _StoreOptions:
 
 @dataclass(frozen=True)
 class StoreMerge(_StoreOptions):
-    """Put stores that the same job made, for example on several machines, into one.
+    """Merge stores of the same job, for example from several machines, into one.
 
-    The same command again does what is left. Stores of different jobs are refused.
+    Run the same command again to continue an interrupted merge. Stores of different jobs are refused.
     """
 
     stores: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of shards, or shards."""
     out: Path
-    """Folder of the store that holds all of them."""
+    """Folder of the merged store."""
     wait: bool = True
     """Wait for another writer of the same store, instead of refusing."""
 
 
 @dataclass(frozen=True)
 class StoreExport(_StoreOptions):
-    """Write a store as .npy files, one an image and term, as one zarr group, or as safetensors files of many images."""
+    """Write a store as .npy files (one per image and term), as one zarr group, or as safetensors files."""
 
     store: tyro.conf.Positional[Path]
     """A folder of shards, or one shard."""
     out: Path
     """A new folder."""
     form: Annotated[Literal["npy", "zarr", "safetensors"], tyro.conf.arg(name="format")] = "npy"
-    """What to write; zarr needs the package of that name."""
+    """The format to write; zarr needs the package of that name."""
     terms: tuple[str, ...] = ()
-    """Terms to export, such as raw or denoised; all if not given."""
+    """Terms to export, such as raw or denoised; by default all."""
 
 
 @dataclass(frozen=True)
