@@ -155,7 +155,7 @@ class DenoisedModel(nn.Module):
 def _answer(
     final: Any, entries: list[Tensor], prefixes: list[Tensor], rest: dict[str, Any] | None, asked: dict[str, Any]
 ) -> Any:
-    """Assemble the result of ``forward_intermediates`` in the form asked for."""
+    """Build the result of ``forward_intermediates`` in the form asked for."""
     only, with_prefix = asked.get("intermediates_only"), asked.get("return_prefix_tokens") and prefixes
     if rest is not None:
         result = rest | {"image_intermediates": entries, "image_features": final}

@@ -56,7 +56,7 @@ class _Axis:
 
 
 def number(value: float | None, decimals: int = 3, times: float = 1) -> str:
-    """Format a number with a few decimals, or with four digits if that would be long, and with a true minus sign."""
+    """Write a number with a few decimals, or with four digits if that would be long, and with a true minus sign."""
     if value is None:
         return "\N{EN DASH}"
     value = value * times

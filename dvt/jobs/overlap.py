@@ -131,7 +131,7 @@ class Ahead(Generic[Group, Item]):
         return _END
 
     def clear(self, stream: Stream[Item], *, ended: bool) -> None:
-        """Discard the items of a stream, and end it or let it begin again.
+        """Remove the items of a stream, and end it or let it begin again.
 
         The worker may be making an item of it at this moment; because `iterator` changes, that item is discarded, too.
         """
