@@ -28,21 +28,22 @@ class AnalyzeConfig:
     """Choose what an analysis computes.
 
     Args:
-        images: size of the sample at most, evenly spread over the images given.
-        layers: "all", or block indices with -1 for the final one, beside the backbone's own layer, which is always
+        images: largest size of the sample, which is evenly spread over the given images.
+        layers: "all", or block indices (-1 is the final block). The backbone's own layer is always
             measured. All layers come from one forward pass.
         layer_images: images of the sample that other layers are measured on; their position share and shift
             stability come from half of the images below.
         share_images: images that the position share and the map of the artifact come from.
-        windows: torus windows of each of them, an even number.
-        shift_images: images that shift stability comes from, six windows each.
+        windows: torus windows per image, an even number.
+        shift_images: images that shift stability is measured on, six windows per image.
         mic_images: images that MIC is computed on (a quarter of them for other layers).
-        mic_channels: channels that MIC scores for each axis, those with most information on fixed cuts; None all.
-        draws: of the nulls of position R2, position share, grid peak and blank correlation, at least 2; the others
-            have one an image.
+        mic_channels: number of channels that MIC scores per axis: those with most information on fixed cuts; None
+            scores all.
+        draws: random draws for the nulls of position R2, position share, grid peak and blank correlation, at least 2;
+            other nulls have one draw per image.
         shown: images whose token maps are kept for pictures.
         batch: images per forward pass.
-        seed: of windows, nulls and bootstraps.
+        seed: seed of windows, nulls and bootstraps.
     """
 
     images: int = 120
@@ -78,8 +79,8 @@ class DoctorConfig:
     """Set what counts as an artifact, and how many images are measured.
 
     Args:
-        images: number of images at most, evenly spread over those given.
-        windows: torus windows of each, an even number.
+        images: largest number of images, evenly spread over the given ones.
+        windows: torus windows per image, an even number.
         product_images, product_windows: images, and windows of each, that products of stage one are compared on; each
             takes dozens of passes of the backbone.
         share: least share of the variance that stays at the position for a position artifact. Two patches of equal
@@ -87,11 +88,11 @@ class DoctorConfig:
             quantising or resizing does; a random ViT has .01, trained ones with the artifact .2 and more.
         outliers: least share of tokens for a norm artifact, a tenth of the 2.37 % that Darcet et al. count in
             DINOv2-g.
-        ratio: how many times the median norm an outlier has at least.
-        layout: R^2 of position read from photographs without the artifact, from which position counts as a cue
-            that the content has too.
-        draws: of the nulls.
-        seed: of windows and nulls.
+        ratio: least norm of an outlier, as a multiple of the median norm.
+        layout: R^2 of position predicted from photographs without the artifact; from this value on, the content
+            itself counts as a cue of position.
+        draws: random draws for the nulls.
+        seed: seed of windows and nulls.
     """
 
     images: int = 16
@@ -126,12 +127,12 @@ class HeadConfig:
 
     Args:
         epochs: passes over the training images.
-        batch: images a step.
-        learning_rate: highest, of AdamW, under one cycle.
-        weight_decay: of AdamW.
-        labels_per_patch: training targets are reduced (nearest) to this many a patch and side; 0 keeps every pixel.
-            Scores are always taken at every pixel.
-        seed: of the head's first weights and of the order of the images.
+        batch: images per step.
+        learning_rate: peak learning rate of AdamW, in a one-cycle schedule.
+        weight_decay: weight decay of AdamW.
+        labels_per_patch: training targets are reduced (nearest) to this many per patch side; 0 keeps every pixel.
+            Scores are always computed at every pixel.
+        seed: seed of the head's initial weights and of the order of the images.
     """
 
     epochs: int = 25
@@ -161,22 +162,22 @@ class ProbeConfig:
 
     Args:
         task: "segmentation" (linear head), "knn" (segmentation by nearest centroids), "depth", "classification"
-            (linear, whole images), "knn-classification", "discovery" (one box an image, nothing is learnt) or
+            (linear, whole images), "knn-classification", "discovery" (one box per image, nothing is learnt) or
             "correspondence" (matches between an image and warped views of it, nothing is learnt).
         data: folder of the labelled data; any images for correspondence.
         layout: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto" recognises it.
-        ignore: label ids that do not count, besides those of the layout.
-        classes: number of classes; None finds it.
-        protocol: "frames" takes whole images; "crops" takes one random square of each, .5 to .65 of its height, in
-            training and test, so that layout is less of a cue.
-        evaluate: the split that is scored; None means test, or val where there is no test.
-        train_images, test_images: number of images at most, evenly spaced; None takes all.
-        seeds: how often a probe that draws random numbers is trained, or the warps of correspondence are drawn.
-        head: how a linear head is trained.
-        bins: of depth, even in its logarithm or in depth.
-        neighbours: votes of the probes without training.
-        method: of discovery.
-        centred: of discovery: subtract each image's mean token first [ours]. Denoised tokens are known only up to a
+        ignore: further label ids to ignore, besides those of the layout.
+        classes: number of classes; None finds it in the labels.
+        protocol: "frames" takes whole images; "crops" takes one random square of each image, .5 to .65 of its height,
+            in training and test, so that layout is less of a cue.
+        evaluate: the split to score; None means test, or val if there is no test.
+        train_images, test_images: largest number of images, evenly spaced; None takes all.
+        seeds: number of runs of a probe that draws random numbers, or of draws of the warps of correspondence.
+        head: training settings of a linear head.
+        bins: spacing of depth bins, even in the logarithm of depth or in depth.
+        neighbours: number of neighbours that vote in the probes without training.
+        method: method of discovery.
+        centred: for discovery, subtract each image's mean token first [ours]. Denoised tokens are known only up to a
             constant vector, and both methods depend on the origin; False takes tokens as the papers take keys.
         position: put the position back into all features: "none", "concatenate" or "add".
         baselines: rows beside raw: "position-only" (coordinates alone), "random" (noise), "subtract" (less the
@@ -186,8 +187,8 @@ class ProbeConfig:
         upsample: also score each row's features this many times finer, guided by the images (:func:`dvt.upsample`), in
             a row of its own; without it only the scores of classes are enlarged, bilinearly. For label and depth maps.
         transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
-        views: of view averaging, besides the whole image.
-        seed: of the crops, the views and the first probe.
+        views: number of views for view averaging, besides the whole image.
+        seed: seed of the crops, the views and the first probe.
         cache: folder for features and crops; None is the user's cache folder.
     """
 

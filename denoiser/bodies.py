@@ -1,6 +1,6 @@
-"""Bodies of denoisers other than a transformer block: trained baselines, and removals fitted in closed form.
+"""Implement the bodies of denoisers other than a transformer block: trained baselines, and closed-form removals.
 
-Each is a module of (patches (B, h, w, C), prefix) -> patches with a `reset` that makes it the identity.
+Each is a module (patches (B, h, w, C), prefix) -> patches; its `reset` makes it the identity.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dvt.denoiser.remedies.bodies import DefectRemoval, RegisterNeurons
 
 
 class Convolution(nn.Module):
-    """Compute x + Conv(x), the convolution 1 x 1 or 3 x 3 over the token map, zero beyond its border."""
+    """Compute x + Conv(x), a 1 x 1 or 3 x 3 convolution over the token map with zero padding."""
 
     def __init__(self, config: DenoiserConfig) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Convolution(nn.Module):
 
 
 class Linear(nn.Module):
-    """Compute x - (x - mean) W W': along W (C, rank), orthonormal or zero, tokens are set to the mean."""
+    """Compute x - (x - mean) W W': set tokens to the mean along the columns of W (C, rank), orthonormal or zero."""
 
     mean: Tensor
     directions: Tensor
@@ -70,7 +70,7 @@ class Subtract(nn.Module):
         return patches - grids.resample(self.artifact, (patches.shape[1], patches.shape[2]))
 
 
-#: The body of each kind of denoiser but "block", which is in :mod:`dvt.denoiser.model`.
+#: The body of each kind of denoiser except "block", which is in :mod:`dvt.denoiser.model`.
 BODIES: dict[str, Callable[[DenoiserConfig], Any]] = {
     "conv1x1": Convolution,
     "conv3x3": Convolution,

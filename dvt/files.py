@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, and locks that die with their process.
 
-Whatever dvt writes under a user's name is written beside it first, to a file that is created anew: nothing that lies
-there is overwritten, and no symbolic link is followed.
+A file with a name given by the user is first written beside that name, to a newly created file: no existing file is
+overwritten, and no symbolic link is followed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from dvt.errors import ConfigError
 
 MOST_BYTES = 64 << 20
-"""The most that is read of a file that describes others: settings, lists, tables."""
+"""Most bytes that are read of a file that describes other files: settings, lists, tables."""
 
 PART = ".part"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -33,8 +33,8 @@ def read_plain(path: str | Path, most: int = MOST_BYTES) -> bytes:
     """Read a file that anybody may have written: of a bounded size, and no pipe or device, which may never end.
 
     Args:
-        path: of the file; links are followed.
-        most: bytes that it may have.
+        path: path of the file; links are followed.
+        most: most bytes that the file may have.
 
     Raises:
         OSError: it is missing, unreadable, larger, or not a regular file.
@@ -59,16 +59,16 @@ def check_regular(file: int | str | Path, path: str | Path = "") -> int:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe that nobody writes to would be waited for
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe without a writer would block
 
 
 @contextmanager
 def whole_file(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
-    """Give a file to write to, in a folder that is made; at the end of the block it takes the name `path`.
+    """Yield a new file to write to; at the end of the block it is renamed to `path`.
 
     Args:
-        path: of the file, whose folder is made if it is missing.
-        suffix: that the unfinished file's name ends with, for writers that look at it.
+        path: final path of the file; its folder is made if it is missing.
+        suffix: suffix of the unfinished file's name, for writers that depend on it.
 
     Raises:
         ConfigError: something cannot be written; nothing is left of it.
@@ -88,12 +88,12 @@ def whole_file(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
 def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda: None) -> None:
     """Write a file's bytes, synced, beside it, which then take the name `path`.
 
-    What processes that were killed have left of it stays: whoever holds the folder's lock calls :func:`remove_parts`.
+    Unfinished files of killed processes stay; the holder of the folder's lock removes them by :func:`remove_parts`.
 
     Args:
-        path: in a folder that exists.
-        content: of the file.
-        allowed: called before the file takes its name; an OSError keeps it from that.
+        path: path in an existing folder.
+        content: content of the file.
+        allowed: called before the file is renamed; if it raises an OSError, the file is not renamed.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
@@ -118,12 +118,12 @@ def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda
 def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Path]:
     """Give a new file to write to, which takes the name `path` at the end of the block, with the umask's permissions.
 
-    Until then it has a name that nobody has; what dead processes left of this file is removed.
+    Until then it has an unused name. Unfinished versions left by dead processes are removed.
 
     Args:
-        path: in a folder that exists.
-        sync: put the file and its name on the disk before the block ends.
-        suffix: that the unfinished file's name ends with, for writers that look at it.
+        path: path in an existing folder.
+        sync: sync the file and its folder to the disk before the block ends.
+        suffix: suffix of the unfinished file's name, for writers that depend on it.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
@@ -137,7 +137,7 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
     os.close(fd)
     try:
         yield part
-        part.chmod(mode)  # some writers make a file of their own, for its owner alone
+        part.chmod(mode)  # some writers replace the file by one that only its owner can read
         if sync:
             sync_path(part)
         os.replace(part, path)
@@ -152,8 +152,8 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to write files to, which takes the name `path`, synced, at the end of the block.
 
-    Until then it has a name that nobody has; its files get the umask's permissions. What processes that were killed
-    have left of it stays: whoever holds the lock calls :func:`remove_parts`.
+    Until then it has an unused name; its files get the umask's permissions. Unfinished folders of killed processes
+    stay; the holder of the lock removes them by :func:`remove_parts`.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
@@ -165,7 +165,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
         yield part
         for each in part.iterdir():
             if each.is_file():
-                each.chmod(mode)  # some writers make a file of their own, for its owner alone
+                each.chmod(mode)  # some writers replace the file by one that only its owner can read
             sync_path(each)
         sync_path(part)
         os.replace(part, path)
@@ -176,7 +176,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 
 def renamed_away(path: Path) -> Path:
-    """Give a folder that is to be removed the name of an unfinished one: half of it must not look like the whole."""
+    """Rename a folder before its removal to an unfinished name: a half-removed folder must not look complete."""
     part = _part_name(path)
     os.replace(path, part)
     return part
@@ -194,11 +194,11 @@ def new_part(path: Path) -> Path:
 
 
 def remove_parts(folder: Path, pattern: str) -> None:
-    """Remove unfinished files and folders, which dvt alone names like this; a user's own NAME.part stays.
+    """Remove unfinished files and folders, recognised by dvt's own naming; a user's own NAME.part stays.
 
     Args:
-        folder: where they lie; the caller holds its lock, so whoever was writing them is dead.
-        pattern: of the names that they were to take, as glob has it.
+        folder: their folder. The caller holds its lock, so no living process is writing them.
+        pattern: glob pattern of their final names.
     """
     for part, name, _ in _parts(folder):
         if fnmatch.fnmatchcase(name, pattern):
@@ -206,7 +206,7 @@ def remove_parts(folder: Path, pattern: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all in it, if it is there; what a link leads to stays."""
+    """Remove a file, a link or a folder with its contents, if it exists; the target of a link stays."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -223,10 +223,10 @@ def sync_path(path: Path) -> None:
 
 
 def writable(path: Path) -> Path:
-    """Make the folder of a file to write, and try it: before hours of work, not after them.
+    """Make the folder of a file and check that it is writable, before hours of work rather than after them.
 
     Raises:
-        ConfigError: nothing can be written there, or weights could not be read back under that name.
+        ConfigError: the place is not writable, or weights could not be read back under that name.
     """
     try:
         str(path if path.suffix == ".safetensors" else "").encode()
@@ -241,22 +241,22 @@ def writable(path: Path) -> Path:
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock's file and make it where it is missing; no link is followed. Returns its descriptor.
+    """Open a lock file, made if it is missing, and return its descriptor; no link is followed.
 
     Raises:
         OSError: it is a link, has another name too, or cannot be written.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    if os.fstat(fd).st_nlink > 1:  # a hard link: what lies there under another name is not ours to write to
+    if os.fstat(fd).st_nlink > 1:  # a hard link: the same file has another name, and is not ours to write to
         os.close(fd)
         raise OSError(errno.EMLINK, "it is a hard link", str(path))
     return fd
 
 
 def take_lock(fd: int, wait: bool = False) -> bool:
-    """Take a lock, which the kernel gives back when its process dies; False where another process holds it.
+    """Take a lock, which the kernel releases when its process dies; return False if another process holds it.
 
-    POSIX locks (fcntl) do not keep a process from itself, and closing any descriptor of the file gives them back.
+    POSIX locks (fcntl) do not exclude their own process, and closing any descriptor of the file releases them.
     """
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -1,4 +1,4 @@
-"""Score a ridge regression on held-out groups, from sums of products alone."""
+"""Score a ridge regression on held-out groups, computed only from sums of products."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Hold squared errors of prediction, held-out group by group, and what they are measured against.
+    """Hold the squared prediction errors of each held-out group, and the target sums that R^2 compares them with.
 
     Args:
         errors: (G, K) sums of squared errors, float64.
         sums: (G, K) sums of the targets.
-        squares: (G, K) sums of their squares.
-        counts: (G,) tokens.
+        squares: (G, K) sums of the squared targets.
+        counts: (G,) numbers of tokens.
     """
 
     errors: Tensor
@@ -33,7 +33,7 @@ class HeldOut:
     counts: Tensor
 
     def r2(self, weights: Tensor | None = None) -> Tensor:
-        """Compute R^2 (..., K) over all groups, or with (..., G) weights of the groups, as a bootstrap has them."""
+        """Compute R^2 (..., K) over all groups, or with group weights (..., G), such as those of a bootstrap."""
         weights = torch.ones_like(self.counts) if weights is None else weights.to(self.counts)
         total = weights @ self.sums
         spread = weights @ self.squares - total.square() / (weights @ self.counts)[..., None]
@@ -41,16 +41,16 @@ class HeldOut:
 
 
 def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: int | None = None) -> HeldOut:
-    """Measure the errors on held-out groups of a ridge whose strength is chosen by folds of whole training groups.
+    """Fit a ridge and measure its errors on held-out groups; cross-validation over training groups picks the strength.
 
     Features are standardised on the training groups. Only sums of products of a group's rows are kept, so the
     tokens are read twice and never joined.
 
     Args:
         train: (features (n, C), targets (n, K)) of two groups or more.
-        test: the same of one group or more.
-        width: targets come in blocks of this width, each with a strength of its own; None is one block. Further blocks
-            (shuffled targets, for a null) cost next to nothing.
+        test: (features, targets) of one group or more.
+        width: number of targets in a block; each block has its own strength. None means one block. Further blocks
+            (shuffled targets, for a null) cost almost nothing.
 
     Raises:
         ShapeError: there are too few groups, or a target is constant in the held-out ones.
@@ -69,7 +69,7 @@ def held_out(train: list[RegressionGroup], test: list[RegressionGroup], width: i
     errors = torch.stack([_squared_errors(fold, _ridge(whole - fold, size, strengths)) for fold in folds])
     by_block = errors.sum(0).unflatten(1, (-1, width or errors.shape[2])).sum(2)
     best = by_block.argmin(0).repeat_interleave(width or errors.shape[2])
-    # Of the weights for each strength, every target keeps those of its own.
+    # Every target keeps the weights of its own strength.
     chosen = _ridge(whole, size, strengths[best.unique()])[torch.searchsorted(best.unique(), best)]
     weights = chosen.diagonal(dim1=0, dim2=2)
     return _held_out_errors(test, mean, deviation, weights)

@@ -1,4 +1,4 @@
-"""Measure the samples of runs by one yardstick that is declared beforehand, so that runs can be compared."""
+"""Measure the samples of several runs by the same features, declared beforehand, so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ See = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Look at pictures with features that no compared run was conditioned on.
+    """Compute features of pictures that no compared run was conditioned on.
 
     Args:
-        name: how reports call it.
-        see: pictures to features.
+        name: its name in reports.
+        see: maps pictures to features.
     """
 
     name: str
     see: See
 
     def __call__(self, pictures: Tensor) -> Tensor:
-        """Look at (N, 3, S, S) pictures: (N, h, w, C)."""
+        """Compute features (N, h, w, C) of pictures (N, 3, S, S)."""
         return torch.cat([self.see(part.float().clamp(0, 1)).float().cpu() for part in pictures.split(BATCH)])
 
 
@@ -89,7 +89,7 @@ def seen_by(backbone: Backbone) -> Yardstick:
 
 
 def pooled(sights: Tensor) -> Tensor:
-    """Make one vector (N, C) of what a yardstick saw (N, h, w, c): all of it where that is little, else its mean."""
+    """Pool a yardstick's features (N, h, w, c) to one vector (N, C): all values if they are few, else their mean."""
     return sights.flatten(1) if sights[0].numel() <= _MOST_CHANNELS else sights.mean((1, 2))
 
 
@@ -100,8 +100,8 @@ def measured(made: Tensor, own: Sequence[int], reals: Tensor, training: Tensor, 
         made: (N, 3, S, S) samples.
         own: for each sample, the number of the real picture that its condition comes from.
         reals: (n, 3, S, S) held-out pictures.
-        training: (M, 3, S, S) pictures that were learnt from.
-        yardstick: what looks.
+        training: (M, 3, S, S) training pictures.
+        yardstick: computes the features.
 
     Returns:
         "matched" and "shuffled" cosines with the own and with other real pictures, and the standard error of their
@@ -153,9 +153,9 @@ def evaluate_priors(
     Args:
         run_dirs: folders of :func:`dvt.analysis.priors.runs.train_prior`, of the same images and held-out images.
         yardsticks: None for pixels and random filters; a third model, which no run was conditioned on, is better.
-        samples: least number for each run, the same number for each held-out image.
-        sampling: how they are drawn.
-        device: None for a GPU if there is one.
+        samples: least number of samples per run; each held-out image gets the same number.
+        sampling: sampling settings.
+        device: None takes a GPU if there is one.
         progress: called with ("evaluate", runs done, runs).
 
     Returns:
@@ -163,7 +163,7 @@ def evaluate_priors(
         :func:`measured` gives.
 
     Raises:
-        ConfigError: runs of different images, or none.
+        ConfigError: there are no runs, or they used different images.
         WeightsError: a run's file is missing or damaged.
     """
     if not run_dirs or samples < 1:

@@ -1,4 +1,4 @@
-"""Cut labelled data once into random squares, so that position tells less: the layout-decorrelated protocol."""
+"""Cut labelled data once into random squares, so that position predicts less: the layout-decorrelated protocol."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def draw_square(
 
     Args:
         size: (H, W) of the image.
-        generator: side and place are uniform in it.
-        share: smallest and largest side over the image's height; a narrow image bounds it by its width.
+        generator: draws side and place uniformly.
+        share: smallest and largest side as a share of the image's height; the side is at most the image's width.
     """
     if not 0 < share[0] <= share[1] <= 1:
         raise ConfigError(f"share must satisfy 0 < smallest <= largest <= 1, got {share}")
@@ -58,12 +58,12 @@ def write_crops(
     The crops are files like any others: `dvt denoise FOLDER/images` makes their stores.
 
     Args:
-        data: labels or depth.
-        folder: must not exist yet, or be empty.
+        data: labelled data with label or depth maps.
+        folder: output folder; it must be missing or empty.
         generator: draws all squares, in the order of splits and names.
 
     Returns:
-        The new data set, its ids being class indices.
+        The new data set, whose label ids are class indices.
     """
     folder = Path(folder)
     if data.target not in _FOLDERS:
@@ -105,7 +105,7 @@ def _stamp(example: Example) -> list[int]:
 
 
 def _opened(data: LabelledData, folder: Path) -> LabelledData:
-    """Open the crops with what is known of the data that they were cut from."""
+    """Open the crops with the classes and settings of the data that they were cut from."""
     crops = open_data(folder, data.target, layout="folder", ignore=(_void(data),) if data.target == "labels" else ())
     return replace(crops, num_classes=data.num_classes, classes=data.classes, notes=data.notes)
 

@@ -1,4 +1,4 @@
-"""Any single-scale timm model as a backbone, with timm's weights or a file of one's own."""
+"""Load any single-scale timm model as a backbone, with timm's weights or with a file of weights."""
 
 from __future__ import annotations
 
@@ -38,21 +38,22 @@ def load_backbone(
 
     Args:
         name: a timm name such as ``vit_small_patch14_dinov2.lvd142m``, or ``hf-hub:organisation/model``; a name that
-            other libraries have for the same weights (``dinov2_vits14``, ``facebook/dinov2-small``); a folder that
+            other libraries use for the same weights (``dinov2_vits14``, ``facebook/dinov2-small``); a folder that
             timm or transformers saved; or ``hf:NAME_OR_FOLDER``, a model of transformers.
         weights: a .safetensors file, a .pth of tensors, or a state dict; None downloads timm's own from the Hugging
             Face hub. It may have the names of transformers or of the DINO repositories, and the prefixes and heads of
-            training code. A classifier in it is left out, position embeddings of another grid are resampled, and
-            where it has another number of register tokens than timm's model of this name, the model gets as many.
+            training code. A classifier in it is left out, and position embeddings of another grid are resampled.
+            The model gets as many register tokens as the file has, even if timm's model of this name has fewer or more.
         pretrained: False gives random weights, for tests.
         layer: -1 is the last block as timm's ``forward_features`` returns it, after the final norm where the model
             has one (models that pool first and norm afterwards have none; SAM's neck and XCiT's class attention
             belong to it). Another index reads the tokens after that block; the last index means -1.
-        stride: pixels between neighbouring patches, from 1 to the patch; smaller than the patch they overlap.
+        stride: pixels between neighbouring patches, from 1 to the patch size; below the patch size, patches overlap.
         size: input size in pixels, one number for a square or (height, width), rounded to the patch.
 
     Raises:
-        BackboneError: unknown name, several scales, no network, or a layer, stride or size it cannot take.
+        BackboneError: the name is unknown, the model has several scales, there is no network, or the model does not
+            support the layer, stride or size.
         WeightsError: the file does not hold finite weights of this model.
 
     >>> backbone = load_backbone("test_vit", pretrained=False)
@@ -66,7 +67,7 @@ def load_backbone(
     if weights is None and pretrained and name.startswith(LOCAL):
         weights = folder_weights(Path(name.removeprefix(LOCAL)))
     state = _given_state(weights)
-    with torch.device("meta"):  # everything that can be refused is refused before gigabytes are downloaded
+    with torch.device("meta"):  # check the arguments before gigabytes are downloaded
         skeleton = _create(name, pretrained=False)
     _check_single_scale(skeleton, name)
     layer = _checked_layer(layer, len(families.core(skeleton).blocks), name)
@@ -102,8 +103,8 @@ def single_scale_models(family: str | None = None) -> Iterator[tuple[str, str, f
     """List (family, architecture, model without weights) of every timm model that dvt takes.
 
     Args:
-        family: one timm module such as "eva"; None goes through all of them, which takes a minute. Families go by
-            their first model: no family of timm mixes single-scale and hierarchical models.
+        family: one timm module such as "eva"; None goes through all of them, which takes a minute. Only the first
+            model of each family is checked: no family of timm mixes single-scale and hierarchical models.
     """
     for module in [family] if family else timm.list_modules():
         for number, name in enumerate(timm.list_models(module=module)):
@@ -181,13 +182,13 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
     own = model.state_dict()
     other_shapes = any(k in own and own[k].shape != v.shape for k, v in state.items())
     if size is not None and other_shapes and getattr(families.embedding(model), "grid_size", None):
-        # A file made for the size asked for is taken as it is, not resampled to the model's own size and back.
+        # A file made for the requested size is loaded unchanged, not resampled to the model's own size and back.
         _regrid(model, size, grids.grid_shape(size, families.patch_size(model)))
     try:
         if is_of_transformers(state):
             state = timm_names(state, model)
         state = _conversion(model)(dict(state))
-    except Exception as error:  # timm's conversions index and reshape what they expect to find
+    except Exception as error:  # timm's conversions index and reshape without checks
         raise WeightsError(
             f"{source} does not fit {type(model).__name__}: timm's conversion failed with {error!r}; "
             "are these the weights of another architecture?"

@@ -1,4 +1,4 @@
-"""The table of commands, and the one that a command line asks for. Only that one's code is ever loaded."""
+"""Hold the table of commands and parse a command line. Only the code of the requested command is loaded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from dvt.errors import ConfigError
 
 CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
 
-#: By group and name: a command's settings, and the function that does it as "module:function", which is loaded only to
-#: be run: (settings, console) -> (exit code, JSON result).
+#: By group and name: the settings class of a command, and its function as "module:function", which is imported only
+#: when it runs: (settings, console) -> (exit code, JSON result).
 GROUPS: dict[str, dict[str, tuple[type, str]]] = {
     "begin here": {
         "demo": (Demo, "dvt.cli.denoise:demo"),
@@ -79,7 +79,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
 
 
 def print_overview(console: Console) -> None:
-    """Print the commands in their groups, a line each."""
+    """Print the commands in their groups, one per line."""
     console.print("usage: dvt COMMAND ... | --help | --version\n", markup=False)
     console.print("Clean dense features from Vision Transformers. Help on one: [bold]dvt COMMAND --help[/]")
     for title, commands in GROUPS.items():

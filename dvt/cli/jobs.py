@@ -1,4 +1,4 @@
-"""The common part of `dvt denoise` and `dvt extract`: images in, a feature store out, in this process or on Ray."""
+"""Run jobs for `dvt denoise` and `dvt extract`: from images to a feature store, in this process or on Ray."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def run_job(
     settings: dict[str, Any],
     bar: Progress,
 ) -> tuple[Summary, float]:
-    """Run a job, on Ray or in this process, and return what it did and its seconds.
+    """Run a job, on Ray or in this process, and return its summary and its seconds.
 
     Args:
-        command: its options.
-        make_work: picklable where the command has --ray.
-        paths: of the images.
-        settings: to save beside the shards as soon as the store is known to be this job's; the precision that was
-            taken replaces "auto".
-        bar: of :func:`dvt.cli.common.progress_bar`.
+        command: the command's options.
+        make_work: makes the work; picklable if the command has --ray.
+        paths: paths of the images.
+        settings: settings to save beside the shards once the store is known to belong to this job; the chosen
+            precision replaces "auto".
+        bar: a progress bar of :func:`dvt.cli.common.progress_bar`.
 
     Raises:
-        ConfigError: a URL as the store without --ray.
+        ConfigError: the store is a URL and --ray is missing.
     """
     start = time.perf_counter()
 
@@ -81,7 +81,7 @@ def save_settings(out: str, content: dict[str, Any]) -> None:
 def print_job(
     console: Console, command: JobOptions, summary: Summary, seconds: float, rows: Sequence[tuple[str, str]] = ()
 ) -> dict[str, Any]:
-    """Print what a job did, and return it for JSON; `rows` are added to the table."""
+    """Print a job's summary and return it for JSON; `rows` are added to the table."""
     result = {**dataclasses.asdict(summary), "seconds": seconds, "store": command.out}
     table = Table("", "", show_header=False)
     table.add_row("images done", str(summary.done))

@@ -1,4 +1,4 @@
-"""Where the time of a job over many images goes: seconds by stage, and which stage bounds the run."""
+"""Measure the seconds of each stage of a job over many images, and find the stage that bounds the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
-#: Stages in the order in which an image meets them; those of `WAITS` are time in which a thread did nothing.
+#: Stages in the order in which an image passes through them; in those of `WAITS`, a thread waits.
 STAGES = (
     "look",
     "artifact",
@@ -37,7 +37,7 @@ _ATTENTION = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_produc
 
 @dataclass
 class Profile:
-    """Seconds by stage, and what they were spent on.
+    """Hold the seconds of each stage, and the numbers of images, views, operations and bytes.
 
     Stages: look (hashes and headers), artifact (the one that images share), read (decoding, in several threads), views
     (cutting), backbone, solve (the solver), fetch (maps to the host), pictures, write; and what waited: wait_images and
@@ -45,14 +45,14 @@ class Profile:
     exceed `wall`. On a GPU, views, backbone and extraction's fetch are its own seconds, by events.
 
     Args:
-        seconds: by stage; a stage that never ran is missing.
-        wall: seconds of the whole, summed over processes.
-        images: computed; copies of the same bytes count once.
-        views: through the backbone, the whole images among them.
+        seconds: seconds by stage; a stage that never ran is missing.
+        wall: wall-clock seconds of the whole run, summed over processes.
+        images: images computed; copies of the same bytes count once.
+        views: views that passed through the backbone, including whole images.
         flops: floating-point operations of the backbone, multiplication and addition counted apart; 0 if not counted.
-        read_bytes: of image files that were decoded.
-        written_bytes: of shards.
-        readers: threads that "read" is spread over.
+        read_bytes: bytes of the image files that were decoded.
+        written_bytes: bytes of the shards written.
+        readers: number of threads that share the stage "read".
 
     >>> profile = Profile(seconds={"views": 1.0, "backbone": 7.0, "solve": 3.0, "wait_solver": 1.0}, wall=10.0)
     >>> profile.rows()[1]
@@ -72,12 +72,12 @@ class Profile:
     readers: int = 1
 
     def spend(self, stage: str, seconds: float) -> None:
-        """Add to a stage."""
+        """Add seconds to a stage."""
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add what a block takes to a stage."""
+        """Add the seconds of a with block to a stage."""
         start = time.perf_counter()
         try:
             yield
@@ -85,7 +85,7 @@ class Profile:
             self.spend(stage, time.perf_counter() - start)
 
     def add(self, other: Profile) -> None:
-        """Add what another part of the work, or another process, took."""
+        """Add the profile of another part of the work or of another process."""
         for stage, seconds in other.seconds.items():
             self.spend(stage, seconds)
         for name in ("wall", "images", "views", "flops", "read_bytes", "written_bytes"):
@@ -102,7 +102,7 @@ class Profile:
         return 0.0 if stage in WAITS or not self.wall else self.of(stage) / (threads * self.wall)
 
     def rows(self) -> list[tuple[str, float, float, float]]:
-        """List stage, seconds, share of wall (above 1 where threads add up) and its threads' busy share."""
+        """List stage, seconds, share of wall (above 1 if several threads add up) and the busy share of its threads."""
         return [
             (stage.replace("_", " "), self.of(stage), self.of(stage) / (self.wall or 1.0), self.busy(stage))
             for stage in STAGES
@@ -144,7 +144,7 @@ def _attention_flops(query: torch.Size, key: torch.Size, value: torch.Size, *_: 
 
 
 class StageTimer:
-    """Seconds between marks in a device's work: by the clock on the CPU, by events in the stream on a GPU.
+    """Measure seconds between marks in a device's work: by the clock on the CPU, by events in the stream on a GPU.
 
     Marking waits for nothing; asking for the seconds waits for the last mark.
     """
@@ -154,7 +154,7 @@ class StageTimer:
         self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
 
     def mark(self, stage: str | None = None) -> None:
-        """End a stage, which began at the mark before; None: the time since that mark is not counted."""
+        """End a stage, which began at the previous mark; None leaves the time since that mark uncounted."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
