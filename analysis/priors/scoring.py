@@ -89,7 +89,7 @@ def seen_by(backbone: Backbone) -> Yardstick:
 
 
 def pooled(sights: Tensor) -> Tensor:
-    """Pool a yardstick's features (N, h, w, c) to one vector (N, C): all values if they are few, else their mean."""
+    """Turn a yardstick's features (N, h, w, c) into one vector (N, C): all values if they are few, else their mean."""
     return sights.flatten(1) if sights[0].numel() <= _MOST_CHANNELS else sights.mean((1, 2))
 
 
