@@ -13,17 +13,17 @@ from torch import Tensor
 from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
-_ROWS = 1024  # compared at once
-_DRAWN = 40  # lines of a picture, of the best
+_ROWS = 1024  # rows compared at once
+_DRAWN = 40  # most lines drawn in a picture: the best matches
 
 
 @dataclass(frozen=True)
 class ImageMatches:
-    """Hold pairs of places that look alike, best first where they were searched for.
+    """Hold pairs of matching places; pairs found by a search are sorted, best first.
 
     Args:
         first: (n, 2) coordinates (x, y) in [0, 1]^2 of the first image.
-        second: (n, 2) of the second.
+        second: (n, 2) coordinates of the second image.
         likeness: (n,) cosines, in [-1, 1].
     """
 
@@ -47,16 +47,16 @@ def match_images(first: Tensor, second: Tensor, points: Tensor | None = None, ra
     compared by their cosine.
 
     Args:
-        first: (h, w, C) of one image, of patches or finer (:func:`dvt.upsample`).
-        second: (h', w', C) of the other.
+        first: (h, w, C) tokens of one image, one per patch or finer (:func:`dvt.upsample`).
+        second: (h', w', C) tokens of the other image.
         points: (n, 2) coordinates (x, y) in [0, 1]^2 of the first image, for each of which the most alike place in
             the second is found; None finds all pairs that are each other's nearest neighbour.
-        ratio: in (0, 1]; of mutual neighbours, those are kept whose distance (1 - cosine) is at most so much of the
-            second nearest's. 1 keeps all.
+        ratio: in (0, 1]; keeps mutual neighbours whose distance (1 - cosine) is at most this fraction of the
+            distance to the second nearest. 1 keeps all.
 
     Raises:
         ShapeError: the maps are not (h, w, C) of equal C, or points are not (n, 2).
-        ConfigError: ratio or a point out of its range.
+        ConfigError: ratio or a point is out of range.
         NonFiniteError: a token is NaN or infinite.
 
     Source: mutual nearest neighbours and the ratio test of Lowe (IJCV 2004).
@@ -101,7 +101,7 @@ def _check_pair(first: Tensor, second: Tensor, points: Tensor | None, ratio: flo
 
 
 def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the largest cosine of each row, where it is, and the second largest; in pieces, so memory stays small."""
+    """Find each row's largest cosine, its index, and the second largest; computed in pieces to bound the memory."""
     best = [(part @ columns.T).topk(2, dim=1) for part in rows.split(_ROWS)]
     values, where = (torch.cat([each[k] for each in best]) for k in (0, 1))
     return values[:, 0], where[:, 0], values[:, 1]
@@ -110,7 +110,7 @@ def _nearest(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def match_figure(pixels: tuple[Tensor, Tensor], matches: dict[str, ImageMatches]) -> Any:
     """Draw matches as lines between two photographs (3, H, W), a row for each kind of features.
 
-    Of many, the best are drawn, evenly spaced in colour over the first image's width.
+    If there are many, only the best are drawn. Colours follow the place in the first image's width.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

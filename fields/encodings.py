@@ -38,7 +38,7 @@ class GridLayout:
         levels: number of grids, at least 1.
         base: nodes along a side of the coarsest grid, at least 2.
         finest: nodes along a side of the finest grid, at least base; those between grow geometrically.
-        channels: values a node; 1, 2, 4 or 8 (what tinycudann takes).
+        channels: values per node; 1, 2, 4 or 8 (those that tinycudann supports).
         hash_entries: most nodes that a level stores, a power of two; finer levels share entries through a hash.
 
     Raises:

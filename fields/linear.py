@@ -21,15 +21,15 @@ from dvt.grids import Size
 
 @dataclass(frozen=True)
 class LinearFit(Fit):
-    """Hold the result of :class:`LinearSolver`; see :class:`~dvt.fields.decomposition.Fit` for the laws.
+    """Hold the result of :class:`LinearSolver`; :class:`~dvt.fields.decomposition.Fit` states the laws.
 
     Args:
         nodes: (rows, columns, C) the field's values.
         artifact: (h, w, C).
         residual_map: (C, C) and residual_mean (C,): h(y) = (y - mean) @ map for tokens of a defect; None without one.
-        gate: tells these tokens; h of all others is zero.
+        gate: selects these tokens; h of all others is zero.
         noise: mean squared norm of the part of a token that other views of the same point do not share.
-        error: mean squared norm of what F and G leave of a token of a view that was not fitted: noise and F's error.
+        error: mean squared norm of the residual of tokens in a view that was not fitted: noise plus F's error.
         config: the settings, with resolution and smoothness as chosen.
     """
 
@@ -55,8 +55,8 @@ class LinearFit(Fit):
     def field_weight(self, raw: Tensor, coords: Tensor) -> Tensor | float:
         """Weigh F by variances, (h, w, 1): noise / (noise + F's error), and 1 for outlier tokens.
 
-        The sum of both is what is left of held-out tokens or of this map's, whichever is more: this map may be seen at
-        another scale than the views.
+        Their sum is the larger of two mean squared residuals: that of held-out tokens, and that of this map, whose
+        scale may differ from that of the views.
         """
         if not self.config.blend:
             return 1.0
@@ -71,7 +71,7 @@ class LinearFit(Fit):
 
 
 class LinearSolver:
-    """Splits the features of one image's views into F, G and h by least squares.
+    """Split the features of one image's views into F, G and h by least squares.
 
     Memory does not depend on the number of views: they are read once and only sums are kept.
 
@@ -88,7 +88,7 @@ class LinearSolver:
         Args:
             views: batches of (tokens (V, h, w, C), coords (V, h, w, 2)); read once.
             artifact: (h, w, C) a known G, for example one that many images share, which is centred first; only F and
-                h are fitted then. With a single view nothing tells F from G, and G is zero.
+                h are fitted then. A single view cannot separate F from G, so G is zero.
 
         Raises:
             ShapeError: batches disagree in grid or channels, or with the artifact.

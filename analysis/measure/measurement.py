@@ -34,14 +34,14 @@ log = logging.getLogger(__name__)
 
 _DESCRIBED = ("name", "weights_sha256", "layer", "patch_size", "image_size", "feature_dim")
 _TERMS = ("semantic", "artifact", "residual")
-# A decomposition of each window takes long: fewer windows of fewer images show how stable F is.
+# Decomposing a window is slow, so the stability of F is measured on fewer windows of fewer images.
 _FIELD_SHIFTS = ((1, 1), (2, 3))
 _FIELD_SHIFT_IMAGES = 2
 
 
 @dataclass
 class _LayerTokens:
-    """Hold what was read at one layer, of one variant."""
+    """Hold the tokens and sums read at one layer for one variant."""
 
     tokens: list[Tokens] = field(default_factory=list)
     means: PositionMeans | None = None
@@ -213,7 +213,7 @@ class BackboneMeasurement:
         return rows + scores.blank_rows(kept.greys, artifact, generator, self.config.draws)
 
     def fill(self, arrays: Arrays) -> None:
-        """Hand over the data of the pictures."""
+        """Write the data of the pictures into the arrays."""
         for (layer, variant), share in self.shares.items():
             arrays.add_position(self.label, layer, variant, share.artifact)
         for layer in self.layers:
@@ -232,7 +232,7 @@ def _layers(backbone: Backbone, config: AnalyzeConfig) -> list[int]:
 
 
 def _covering(pixels: Tensor, size: Size, patch: Size) -> Size:
-    """Find the size to resize an image to, so that windows shifted by up to 4 patches fit into it."""
+    """Compute an image size into which windows shifted by up to 4 patches fit."""
     need = [side + 4 * step for side, step in zip(size, patch, strict=True)]
     scale = max(side / have for side, have in zip(need, pixels.shape[1:], strict=True))
     height, width = (max(side, round(have * scale)) for side, have in zip(need, pixels.shape[1:], strict=True))

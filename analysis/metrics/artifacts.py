@@ -1,8 +1,8 @@
 """Label-free measures of the artifacts in token maps, each a pure function of tokens, and their nulls.
 
-Most metrics are biased or have no natural zero, so no value means much alone: ``with_null`` puts beside it
-what the same metric says of tokens that carry no position (``shuffled``) or no structure at all
-(``matched_noise``). Smooth features please most of these metrics: read them beside a score that needs labels.
+Most metrics are biased or have no natural zero, so a value alone means little: ``with_null`` also computes
+the same metric on tokens that carry no position (``shuffled``) or no structure at all (``matched_noise``).
+Most of these metrics favour smooth features: read them beside a score that needs labels.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def position_mic(tokens: TokenSets, candidates: int | None = None) -> float:
     Args:
         tokens: the tokens of one or more images; grids may differ.
         candidates: how many channels are scored for each axis, those with most information on fixed cuts
-            (:func:`dvt.analysis.metrics.information.most_informative`); None scores all, which takes a second an image.
+            (:func:`dvt.analysis.metrics.information.most_informative`); None scores all, which takes 1 s per image.
             The maximum over fewer can only be lower: use the same number for the null.
 
     Source:

@@ -1,4 +1,4 @@
-"""The response of a backbone to an image without content."""
+"""Measure the response of a backbone to an image without content."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class BlankResponse:
 
     Args:
         energy: share of its mean squared value that varies over positions, in [0, 1].
-        correlation: with an artifact, over positions and channels, in [-1, 1]; None without one.
+        correlation: correlation with an artifact over positions and channels, in [-1, 1]; None without one.
     """
 
     energy: float
@@ -34,13 +34,13 @@ class BlankResponse:
 def blank_response(
     backbone: TokensOfImages, size: Size, artifact: Tensor | None = None, level: float = 0.5
 ) -> BlankResponse:
-    """Measure what a backbone adds to an image that holds nothing: any variation over positions is its own.
+    """Measure a backbone's response to an image without content: any variation over positions is an artifact.
 
     Args:
         backbone: (B, 3, H, W) images in [0, 1] to tokens.
         size: (H, W) of the image in pixels.
         artifact: (h, w, C) to compare with, resampled to the response's grid; a constant vector is ignored.
-        level: the grey, in [0, 1].
+        level: grey level, in [0, 1].
     """
     if not 0 <= level <= 1:
         raise ConfigError(f"level must be in [0, 1], got {level}")

@@ -39,17 +39,17 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Say what a head is to sample, and how; all tensors lie on the generator's device.
+    """Hold the settings and inputs of sampling; all tensors lie on the generator's device.
 
     Args:
         count: B, maps to draw.
         context: (B, M, W) embedded conditions, None for none.
         null: (B, M, W) embedding of no condition, for guidance.
-        generator: draws everything.
-        sampler: of :mod:`dvt.analysis.priors.diffusion`.
-        sigmas: its noise levels.
-        scale: of the guidance; 1 for none.
-        steps: calls of the trunk by a token head in random order.
+        generator: draws all random numbers.
+        sampler: a sampler of :mod:`dvt.analysis.priors.diffusion`.
+        sigmas: noise levels of the sampler.
+        scale: guidance scale; 1 for no guidance.
+        steps: number of calls of the trunk by a token head in random order.
         temperature: the starting noise is scaled by it, and logits of codes are divided by it.
         rising: whether the guidance rises evenly from 1 to its scale: along the logarithm of the noise level, or, with
             a token head, along the share of tokens that are known (MAR).
@@ -72,11 +72,11 @@ class SampleRequest:
         return self.sampler(model, start, self.sigmas, condition, self.generator)
 
     def scale_at(self, done: float) -> float:
-        """Tell the guidance where a share of the work is done."""
+        """Compute the guidance scale when a share of the work is done."""
         return 1 + (self.scale - 1) * done if self.rising else self.scale
 
     def scale_of_noise(self) -> float | Callable[[float], float]:
-        """Tell the guidance by noise level: 1 at the first, the whole scale at the last but zero."""
+        """Compute the guidance scale by noise level: 1 at the first level, the full scale at the last nonzero one."""
         if not self.rising or self.scale == 1:
             return self.scale
         levels = self.sigmas[self.sigmas > 0].double().log()
@@ -119,7 +119,7 @@ class ImageHead(nn.Module):
 
 
 class DenoisingMLP(nn.Module):
-    """Denoise one token: residual MLPs shifted, scaled and gated by time and z; untrained, it answers 0.
+    """Denoise one token: residual MLPs shifted, scaled and gated by time and z; untrained, the output is 0.
 
     Args:
         token_dim: D.
@@ -200,7 +200,7 @@ class TokenHead(nn.Module):
     def loss(self, clean: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
         """Average the loss over dimensions, noise levels and hidden tokens of all images (in raster order, all).
 
-        Of codes it is the cross-entropy over log K, so that an untrained head scores 1 as well.
+        For codes, the loss is the cross-entropy over log K, so that an untrained head scores 1 as well.
         """
         tokens = clean.flatten(1, 2)
         hidden = self.draw_hidden(len(tokens), generator).to(tokens.device)
@@ -229,7 +229,7 @@ class TokenHead(nn.Module):
     def sample(self, request: SampleRequest) -> Sampled:
         """Draw some tokens at a time, given those before: (B, h, w, D), and the number of calls of the small MLP.
 
-        Of codes, the number of calls of the trunk. In raster order keys and values of the tokens before are kept.
+        For codes, it is the number of calls of the trunk. In raster order, keys and values of earlier tokens are kept.
         """
         height, width, channels = self.shape
         count, length = request.count, height * width

@@ -23,13 +23,13 @@ from dvt.analysis.probes.probe import (
 from dvt.errors import ConfigError, DataError, ShapeError
 from dvt.grids import Size
 
-# Shares of the squared mean error that the loss forgives: 1 would leave the scale free (Eigen et al. take .5).
+# Share of the squared mean error that the loss ignores: 1 would leave the scale free (Eigen et al. take .5).
 _FORGIVEN = 0.85
 _DEPTH_BINS = 256
 
 
 class DepthProbe(Probe):
-    """Predict depth by BatchNorm and a 1x1 convolution to 256 bins, as the mean of the bins' centres by their softmax.
+    """Predict depth by BatchNorm and a 1x1 convolution to 256 bins, as the softmax-weighted mean of the bin centres.
 
     The bins lie evenly in depth or in its logarithm, between the extremes of the training images; in the logarithm the
     mean is taken there too. Depth is enlarged bilinearly. The loss is the scale-invariant logarithmic one, over pixels
@@ -37,7 +37,7 @@ class DepthProbe(Probe):
 
     Args:
         bins: "log" or "linear".
-        config: how it is trained.
+        config: training settings.
 
     Source:
         Bins: AdaBins (Bhat et al., 2021) and DINOv2 (section 7.4); loss: Eigen et al., 2014, equation 4.

@@ -1,4 +1,4 @@
-"""Examples to fine-tune a backbone on: random parts of images, and where their shifted views lie."""
+"""Make training examples for fine-tuning a backbone: random parts of images, and the places of their shifted views."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def canvas_batches(
 
 
 def seeded(*entropy: int) -> torch.Generator:
-    """Make a generator from several integers; others of them give independent random numbers."""
+    """Make a generator from several integers; different integers give independent random numbers."""
     seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed) >> 1)
 
 
 def held_out_batches(paths: Sequence[Path], canvas: Canvas, config: BackboneTraining) -> Iterator[TrainingBatch]:
-    """Yield one batch for each image held out, always the same ones."""
+    """Yield one batch per held-out image, the same batches every time."""
     for i, path in enumerate(paths[:_MOST_VALIDATED]):
         generator = seeded(config.loop.seed, _VALIDATION, i)
         image = canvas.read(path, config.scale, generator)

@@ -1,4 +1,4 @@
-"""The table of timm's families: what each can do, tried on its smallest model with random weights."""
+"""Describe what each timm family supports, tried on its smallest model with random weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dvt.grids import Size
 
 logger = logging.getLogger(__name__)
 
-#: The smallest architecture of each family by parameters, at timm 1.0.31; `family_table` finds them anew.
+#: The smallest architecture of each family by parameters, at timm 1.0.31; `family_table` recomputes them.
 SMALLEST = {
     "beit": "beit_base_patch16_224",
     "cait": "cait_xxs24_224",
@@ -52,13 +52,13 @@ class FamilyRow:
 
     Attributes:
         family: timm's module name.
-        architectures: how many single-scale architectures it has.
-        smallest: the one with the fewest parameters, on which the rest was tried.
+        architectures: number of single-scale architectures.
+        smallest: the architecture with the fewest parameters; the other attributes describe it.
         supported: whether the forward passes gave finite tokens of the right shapes.
         prefix: prefix tokens of that architecture, at the last layer / at an earlier one.
         size: which input sizes it takes.
         stride: whether patches can overlap.
-        notes: the reason where it is not supported.
+        notes: the reason if it is not supported.
     """
 
     family: str
@@ -75,7 +75,7 @@ def family_table(names: Iterable[str] | None = None) -> list[FamilyRow]:
     """Describe each timm family with single-scale models in a row, computed by real forward passes.
 
     Args:
-        names: families to try; None means all that this timm has (about two minutes).
+        names: families to try; None means all families of the installed timm (about two minutes).
     """
     found: dict[str, list[tuple[int, str, str]]] = {}
     models = single_scale_models() if names is None else (m for n in names for m in single_scale_models(n))
@@ -100,7 +100,7 @@ def _row(family: str, models: list[tuple[int, str, str]]) -> FamilyRow:
 
 
 def try_size(backbone: Backbone) -> Size:
-    """Choose a small oblong input size where the model takes one, otherwise its own."""
+    """Choose a small oblong input size if the model supports it, otherwise the model's own size."""
     height, width = backbone.patch_size
     return backbone.image_size if backbone.fixed_size else (4 * height, 6 * width)
 

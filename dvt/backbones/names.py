@@ -1,4 +1,4 @@
-"""Names that people type for models of timm: of other libraries' hubs, and misspelt ones."""
+"""Resolve the names that users type for timm models: names of other libraries, and misspelt names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _DINOV3 = {
 
 
 def _aliases() -> dict[str, str]:
-    """List other libraries' names, in small letters, with the timm model of the same weights."""
+    """List other libraries' names, in lower case, with the timm model of the same weights."""
     names: dict[str, str] = {}
     for letter, size in _DINOV2.items():
         plain, registers = (f"vit_{size}_patch14_{kind}.lvd142m" for kind in ("dinov2", "reg4_dinov2"))
@@ -72,18 +72,18 @@ def _aliases() -> dict[str, str]:
     return names
 
 
-#: Names of other libraries to timm's for the same weights.
+#: Maps names of other libraries to timm's names for the same weights.
 ALIASES: dict[str, str] = _aliases()
 
 
 def resolved_name(name: str) -> str:
-    """Turn a name that people type into one that can be loaded.
+    """Turn a name that a user typed into one that can be loaded.
 
     Returns:
         A timm name, ``local-dir:FOLDER`` for a folder that timm saved, or ``hf:NAME_OR_FOLDER`` for transformers.
 
     Raises:
-        BackboneError: a folder of neither kind.
+        BackboneError: the name is a folder that neither library saved.
 
     >>> resolved_name("facebook/dinov2-small"), resolved_name("dinov2_vits14")
     ('vit_small_patch14_dinov2.lvd142m', 'vit_small_patch14_dinov2.lvd142m')
@@ -101,7 +101,7 @@ def resolved_name(name: str) -> str:
         return f"{TRANSFORMERS}{path}"
     if "architecture" in described:
         return f"{LOCAL}{path}"
-    raise BackboneError(f"{path} is a folder without a config.json of timm or transformers: no model is in it")
+    raise BackboneError(f"{path} is a folder without a config.json of timm or transformers, so it holds no model")
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -113,10 +113,10 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def check_timm_name(name: str) -> None:
-    """Refuse a name that timm does not know; names with a source, such as hf-hub:, are checked by their source.
+    """Check that timm knows a name; names with a source, such as hf-hub:, are checked by that source.
 
     Raises:
-        BackboneError: with the names that come closest, of its family first.
+        BackboneError: timm does not know the name; the message lists the closest names, its family's first.
     """
     if ":" in name:
         return
@@ -133,12 +133,12 @@ def check_timm_name(name: str) -> None:
         raise BackboneError(f"timm has no weights {tag!r} of {architecture}; it has: {', '.join(tags) or 'none'}")
 
 
-#: Words that name a family, with what timm calls it.
+#: Words that name a family, with timm's word for it.
 FAMILIES = ("dinov3", "dinov2", "siglip", "clip", "mae", "dino", "deit3", "deit", "beit", "eva02", "sam")
 
 
 def suggestions(name: str) -> list[str]:
-    """List the four names that come closest to one that is not known; those of a family that it names come first."""
+    """List the four names closest to an unknown name; models of a family named in it come first."""
     typed = name.lower().rpartition("/")[2].replace("-", "_")
     family = next((word for word in FAMILIES if word in typed.replace("_", "")), None)
     of_family = [full for full in timm.list_pretrained() if family and family in full] if family else []

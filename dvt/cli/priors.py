@@ -1,4 +1,4 @@
-"""Run `dvt prior train|sample|evaluate|loop|compare`: what can be generated from the tokens shows what they hold."""
+"""Run `dvt prior train|sample|evaluate|loop|compare`: generation from tokens shows which information they hold."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dvt.images import find_images
 
 
 def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt prior`: exit code 0 when the action is done."""
+    """Run `dvt prior` and return exit code 0."""
     action = command.action
     if isinstance(action, PriorTrain):
         return _train(action, console)
@@ -54,7 +54,7 @@ def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def token_map(command: DenoiserOptions, backbone: Any) -> Any:
-    """Load the denoiser as a function of Tokens that says what it is; None for none."""
+    """Load the denoiser as a function of Tokens with its identity; None if no denoiser was named."""
     clean = command.token_function(backbone)
     if clean is None:
         return None
@@ -83,7 +83,7 @@ def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]
 
 
 def _own_conditions(command: PriorSample) -> Any:
-    """Make the conditions that were asked for, or take those of the held-out images."""
+    """Make the requested conditions, or take those of the held-out images."""
     from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
     from dvt.analysis.priors.runs import open_run
 

@@ -1,7 +1,7 @@
-"""Images on disk or behind URLs: finding them, measuring them from the header, and reading them as RGB in [0, 1].
+"""Find images on disk or at URLs, read their sizes from the header, and read them as RGB in [0, 1].
 
-Whatever is wrong with a file ends in an :class:`~dvt.errors.ImageError` that names the file and the reason; nothing
-is replaced, padded or skipped silently.
+Every fault of a file raises an :class:`~dvt.errors.ImageError` that names the file and the reason; nothing is replaced,
+padded or skipped silently.
 """
 
 from dvt.images.find import SUFFIXES, find_images, find_sources

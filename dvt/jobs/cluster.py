@@ -55,7 +55,7 @@ def run(
     started: Callable[[Job], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Run a job on a Ray cluster, as :func:`dvt.jobs.run.run` does here; the same call again does what is left.
+    """Run a job on a Ray cluster, as :func:`dvt.jobs.run.run` does here; repeating the call continues a stopped run.
 
     The store is the one that a run in one process makes whose torch has `threads` threads, bit for bit, on the same
     kind of processor or GPU.
@@ -70,17 +70,17 @@ def run(
             counted again while the cluster grows and shrinks.
         threads: of torch in each actor on a CPU; another number may change last bits.
         device: "cuda" asks Ray for a GPU for each actor, "cpu" for none, "auto" does what the cluster has.
-        wait: wait for another writer of the same folder, instead of refusing. URLs have no lock.
+        wait: wait for another writer of the same folder instead of raising an error. URLs have no lock.
         started: called with the job once the target is locked and known to hold nothing else.
         progress: called with (what, done, total) after every shard.
 
     Returns:
-        As of one process; the seconds are those of the workers, added up.
+        The same summary as in one process; its seconds are summed over the workers.
 
     Raises:
         ConfigError: Ray is missing or cannot be reached, a setting is out of range, or workers differ in their job.
         StoreError: the target cannot be written, or holds another job's tokens.
-        DvtError: what `make_work` raises.
+        DvtError: any error that `make_work` raises.
     """
     for name, value in {"workers": workers, "threads": threads}.items():
         if value is not None and value < 1:
@@ -213,13 +213,13 @@ def _added(add: Callable[[Any, Any], Any], first: Any, second: Any) -> Any:
 
 @dataclass
 class _Held:
-    """Hold what a target has already.
+    """Hold the existing contents of a target.
 
     Args:
-        images: path and SHA-256 of the images in it.
-        committed: names of its shards.
-        artifacts: gives the artifact of each grid shape that is stored.
-        marker: a file in the folder by which workers know that they see the same one.
+        images: path and SHA-256 of the stored images.
+        committed: names of the stored shards.
+        artifacts: reads the stored artifact of each grid shape.
+        marker: a file in the folder by which workers check that they see the same folder.
     """
 
     images: set[tuple[str, str]]
@@ -234,7 +234,7 @@ def _held(pool: Pool, target: ShardTarget, job: Job, wait: bool) -> Iterator[_He
         yield _held_remotely(pool, target, job)
         return
     with StoreWriter(target.place, job, wait=wait) as writer:
-        # What a killed driver leaves, the next writer deletes.
+        # The next writer deletes the marker that a killed driver leaves.
         try:
             marker = new_part(writer.folder / "driver.h5")
         except OSError as error:
@@ -322,12 +322,12 @@ class _Actor:
         return found
 
     def part(self, image: ImageEntry) -> tuple[bool, Any]:
-        """Make an image's part of the reduction: whether there is one, for the driver, and it, for whoever adds."""
+        """Make an image's part of the reduction: whether there is one (for the driver), and the part (for the sum)."""
         part = self._reduction().part(image)
         return part is not None, part
 
     def finish(self, total: Any | None) -> Tensor | None:
-        """Make the array that images share of the sum of their parts."""
+        """Compute the array that images share from the sum of their parts."""
         return None if total is None else as_stored(self._reduction().finish(total)).cpu()
 
     def _reduction(self) -> Reduction:

@@ -1,4 +1,4 @@
-"""A job run in this process, into a feature store; the same call again does what is left."""
+"""Run a job in this process, into a feature store; repeating the call continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def run(
     started: Callable[[Job], None] | None = None,
     progress: Progress | None = None,
 ) -> Summary:
-    """Do a work in this process, into a feature store; the same call again does what is left.
+    """Run a job in this process, into a feature store; repeating the call continues an interrupted run.
 
     Memory does not grow with the number of images beyond their list of paths and hashes.
 
     Args:
-        work: what is to be done.
+        work: the work of the job.
         paths: image files, from :func:`dvt.images.find_images`.
         out: the store's folder.
-        wait: wait for another writer of the same store, instead of refusing.
+        wait: wait for another writer of the same store instead of raising an error.
         started: called with the job once the folder is locked and known to hold nothing else.
         progress: called with (what, done, total) after every image.
 
     Raises:
-        ConfigError: `paths` is one path, or `out` a URL.
+        ConfigError: `paths` is a single path, or `out` is a URL.
         StoreError: the folder cannot be written, or holds another job's tokens.
-        DvtError: what `work` raises.
+        DvtError: any error that `work` raises.
     """
     check_run(paths, out)
     progress, summary = progress or (lambda what, done, total: None), Summary()
@@ -72,10 +72,10 @@ def run(
 
 
 def check_run(paths: Sequence[str | Path], out: str | Path) -> None:
-    """Check that this process can run a job with these.
+    """Check that this process can run a job with these arguments.
 
     Raises:
-        ConfigError: one path instead of several, or a URL as the store.
+        ConfigError: `paths` is a single path, or `out` is a URL.
     """
     if isinstance(paths, (str, Path)):
         raise ConfigError(f"paths is {str(paths)!r}, one path; give a list, such as find_images({str(paths)!r})")
@@ -89,7 +89,7 @@ def check_run(paths: Sequence[str | Path], out: str | Path) -> None:
 def shards_left(
     images: Sequence[ImageEntry], stored: set[tuple[str, str]], committed: set[str], job: Job, shard_images: int
 ) -> list[Shard]:
-    """Plan the shards to make; where an image could not be used in an earlier run, the cuts are still where they were.
+    """Plan the shards still to make. Unusable images of an earlier run do not change how images are cut into shards.
 
     Such an image is missing in its shard, and so not done; among the images left it would move all cuts behind it.
 
@@ -97,11 +97,11 @@ def shards_left(
     shards and some of these are there, a killed run still owes the copies in the others.
 
     Args:
-        images: all of the job.
+        images: all images of the job.
         stored: (path, hash) of the images in the store.
         committed: names of the store's shards.
         job: as :func:`dvt.store.plan` takes it.
-        shard_images: images a shard.
+        shard_images: images per shard.
     """
     whole, done = plan(images, shard_images, job, by_grid=True), {sha256 for _, sha256 in stored}
     tried = {image[:2] for shard in whole if shard.name in committed for image in shard.images}
