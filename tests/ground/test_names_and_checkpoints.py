@@ -81,7 +81,7 @@ def test_folders_of_timm_and_transformers(tmp_path, monkeypatch):
     with pytest.raises(BackboneError, match="cannot load"):
         load_backbone(f"hf:{tmp_path / 'nowhere'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(BackboneError, match="no model is in it"):
+    with pytest.raises(BackboneError, match="it holds no model"):
         load_backbone(str(tmp_path / "empty"))
 
 
