@@ -419,7 +419,7 @@ def test_arrays_that_announce_more_than_they_hold_cost_no_memory(report, saved, 
             for piece in [head.getvalue()] if kind == "a header of terabytes" else [bytes(1 << 20)] * 513:
                 file.write(piece)
     tracemalloc.start()
-    with pytest.raises(ConfigError, match="announces"):
+    with pytest.raises(ConfigError, match="declares"):
         Report.load(folder)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
