@@ -9,10 +9,13 @@ from __future__ import annotations
 import errno
 import fcntl
 import fnmatch
+import functools
+import hashlib
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -25,7 +28,9 @@ MOST_BYTES = 64 << 20
 
 PART = ".part"
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-_PART_NAME = re.compile(r"(?P<name>.+)\.(?P<pid>\d{1,10})\.[0-9a-f]{16}" + re.escape(PART) + r"(\.\w+)?", re.DOTALL)
+_PART_NAME = re.compile(
+    r"(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<host>[0-9a-f]{6})[0-9a-f]{10}" + re.escape(PART) + r"(\.\w+)?", re.DOTALL
+)
 _NAME_BYTES = 160  # of a file's name in that of its unfinished one: file systems take 255 in all
 
 
@@ -128,9 +133,7 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    for dead, name, process in _parts(path.parent):
-        if name == _short(path.name) and not _alive(process):
-            remove(dead)
+    _remove_dead(path)
     part = _part_name(path, suffix)
     fd = os.open(part, _NEW, 0o666)
     mode = os.fstat(fd).st_mode & 0o777
@@ -152,18 +155,19 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
 def replaced_folder(path: Path) -> Iterator[Path]:
     """Give a new folder to write files to, which takes the name `path`, synced, at the end of the block.
 
-    Until then it has an unused name; its files get the umask's permissions. Unfinished folders of killed processes
-    stay; the holder of the lock removes them by :func:`remove_parts`.
+    Until then it has an unused name; its files get the umask's permissions. Unfinished folders of this name that dead
+    processes have left are removed.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
+    _remove_dead(path)
     part = _part_name(path)
     part.mkdir()
     mode = part.stat().st_mode & 0o666
     try:
         yield part
-        for each in part.iterdir():
+        for each in part.rglob("*"):
             if each.is_file():
                 each.chmod(mode)  # some writers replace the file by one that only its owner can read
             sync_path(each)
@@ -200,9 +204,9 @@ def remove_parts(folder: Path, pattern: str) -> None:
         folder: their folder. The caller holds its lock, so no living process is writing them.
         pattern: glob pattern of their final names.
     """
-    for part, name, _ in _parts(folder):
-        if fnmatch.fnmatchcase(name, pattern):
-            remove(part)
+    for each in _parts(folder):
+        if fnmatch.fnmatchcase(each["name"], pattern):
+            remove(folder / each[0])
 
 
 def remove(path: Path) -> None:
@@ -257,28 +261,49 @@ def take_lock(fd: int, wait: bool = False) -> bool:
     """Take a lock, which the kernel releases when its process dies; return False if another process holds it.
 
     POSIX locks (fcntl) do not exclude their own process, and closing any descriptor of the file releases them.
+
+    Raises:
+        OSError: the file system has no locks, like some network file systems.
     """
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # the two that POSIX names for "another holds it"
         return False
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: its file system keeps no locks, without which two writers would spoil each other's "
+            "work; choose a folder on another one, or mount it with locks",
+        ) from error
     return True
 
 
 def _part_name(path: Path, suffix: str = "") -> Path:
     """Make an unused name beside `path` that holds its name and this process's."""
-    return path.with_name(f"{_short(path.name)}.{os.getpid()}.{secrets.token_hex(8)}{PART}{suffix}")
+    return path.with_name(f"{_short(path.name)}.{os.getpid()}.{_host()}{secrets.token_hex(5)}{PART}{suffix}")
+
+
+@functools.cache
+def _host() -> str:
+    """Shorten this machine's name: on a disk that several share, the processes of the others are none of ours."""
+    return hashlib.sha256(os.fsencode(socket.gethostname())).hexdigest()[:6]
+
+
+def _remove_dead(path: Path) -> None:
+    """Remove what processes of this machine that are dead have left of a file or folder."""
+    for each in _parts(path.parent):
+        if each["name"] == _short(path.name) and each["host"] == _host() and not _alive(int(each["pid"])):
+            remove(path.parent / each[0])
 
 
 def _short(name: str) -> str:
     return os.fsdecode(os.fsencode(name)[:_NAME_BYTES])
 
 
-def _parts(folder: Path) -> list[tuple[Path, str, int]]:
+def _parts(folder: Path) -> list[re.Match[str]]:
     """List the unfinished files of a folder, each with its final name and the process that wrote it."""
     with suppress(OSError):
-        found = [_PART_NAME.fullmatch(name) for name in os.listdir(folder)]
-        return [(folder / each[0], each["name"], int(each["pid"])) for each in found if each is not None]
+        return [each for name in os.listdir(folder) if (each := _PART_NAME.fullmatch(name)) is not None]
     return []
 
 

@@ -168,8 +168,10 @@ class _Kept:
             self.parts.setdefault(name, []).append(half)
             return
         if name not in self.files:
-            shape = (self.most, *half.shape[1:])
-            self.files[name] = np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", np.float16, shape)
+            path, shape = self.folder / f"{name}.npy", (self.most, *half.shape[1:])
+            self.files[name] = np.lib.format.open_memmap(path, "w+", np.float16, shape)
+            with open(path, "r+b") as file:  # all of it now: a disk that fills under a map ends the process
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
             self.filled[name] = 0
         start = self.filled[name]
         self.files[name][start : start + len(half)] = half.numpy()

@@ -150,6 +150,8 @@ def train_prior(
         progress=progress,
         settings={**{name: prior.card[name] for name in _IDENTITY}, "prior": asdict(prior.config)},
     )
+    if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
+        on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it
     report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started)
     report["left_out"] = len(tokens.skipped)
     prior.card["metrics"] = {name: report[name] for name in ("steps", "loss", "held_out_loss")}
@@ -215,7 +217,7 @@ def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: in
         "held_out_loss": last["held_out_loss"],
         "seconds": seconds,
         "out": str(out / "prior.safetensors"),
-        "samples": str(out / "samples" / f"{done.checkpoint.name}.png"),
+        "samples": str(_picture(out, done.checkpoint)),
     }
 
 
@@ -274,6 +276,10 @@ def _standard(target: PriorTarget, encode: Any, some: Tensor) -> Tensor:
     return target.standardise(encode(some))
 
 
+def _picture(out: Path, checkpoint: Path) -> Path:
+    return out / "samples" / f"{checkpoint.name}.png"
+
+
 def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) -> None:
     """Write the checkpoint as a prior that `sample_prior` reads, and a picture of its samples."""
     copy = Prior(prior.config, torch.Generator().manual_seed(0)).to(next(prior.parameters()).device)
@@ -281,6 +287,6 @@ def _show_progress(prior: Prior, checkpoint: Path, averaged: bool, out: Path) ->
     copy.card = prior.card
     copy.save(out / "prior.safetensors")
     try:
-        sample_prior(out, out / "samples" / f"{checkpoint.name}.png", device=next(prior.parameters()).device)
+        sample_prior(out, _picture(out, checkpoint), device=next(prior.parameters()).device)
     except NonFiniteError as error:
         log.warning("no picture of samples at %s: %s", checkpoint.name, error)  # the loss decides whether to stop

@@ -92,9 +92,12 @@ def cached_crops(
         try:
             with replaced_folder(folder) as part:
                 write_crops(data, part, torch.Generator().manual_seed(seed), progress=progress)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():  # else another process has made the same crops meanwhile
-                raise
+                reason = error.strerror or error
+                raise ConfigError(
+                    f"cannot keep crops in {str(cache)!r}: {reason}; make room or choose another --cache"
+                ) from error
     return _opened(data, folder)
 
 
@@ -146,4 +149,8 @@ def _plain(data: LabelledData, truth: Tensor) -> np.ndarray:
 
 def _save(values: np.ndarray, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():  # where a.png and A.png are one file
+        raise DataError(
+            f"{str(path)!r} is there already: two examples have names that this file system cannot tell apart"
+        )
     Image.fromarray(values).save(path)

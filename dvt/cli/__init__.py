@@ -17,6 +17,9 @@ from dvt.cli.common import DryRun
 from dvt.errors import ConfigError, DvtError
 from dvt.text import visible, visible_lines
 
+#: What threads, shared libraries and oneDNN say when memory is too small.
+_NO_ROOM = ("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code: 0 all done, 2 bad input, 1 failure, 130 interrupted."""
@@ -35,6 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a path or a disk of the user's, which no function below has explained
         where = "" if error.filename is None else f"{str(error.filename)!r}: "
         errors.print(f"[bold red]error:[/] {escape(visible_lines(where + (error.strerror or str(error))))}")
+        return 2
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if not _out_of_memory(error):
+            raise
+        errors.print(
+            "[bold red]error:[/] there is too little memory for this; close other programs, give the process more, or "
+            "take smaller batches, fewer workers or a smaller size. The same command goes on where it was"
+        )
         return 2
     except KeyboardInterrupt:
         errors.print("stopped; run the same command again to continue")
@@ -65,6 +76,19 @@ def _run(arguments: list[str], errors: Console) -> int:
     if command.json:
         _write(json.dumps(result, default=str) + "\n")
     return code
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error, or what came before it, says that memory is too small."""
+    if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM):
+        return True
+    if error.__context__ is not None and _out_of_memory(error.__context__):
+        return True
+    if "torch" not in sys.modules:  # which takes seconds to import
+        return False
+    from dvt.devices import out_of_memory
+
+    return out_of_memory(error)
 
 
 def _visible_record(record: logging.LogRecord) -> bool:

@@ -158,7 +158,8 @@ class _Lock:
         if take_lock(self.fd):
             return
         # The holder writes its id after taking the lock, so for a moment there may be no id, or its predecessor's.
-        holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip() or "unknown"
+        holder = os.pread(self.fd, 20, 0).decode(errors="replace").strip()
+        holder = holder if holder.isascii() and holder.isdigit() else "unknown"
         if not wait:
             raise StoreError(
                 f"process {holder} is writing to the store {str(folder)!r}; wait for it or choose another folder"

@@ -44,7 +44,11 @@ def locked_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"cannot write to the folder {str(folder)!r}: {error.strerror or error}") from error
     try:
-        if not take_lock(fd):
+        try:
+            mine = take_lock(fd)
+        except OSError as error:
+            raise ConfigError(f"cannot write to the folder {str(folder)!r}: {error.strerror or error}") from error
+        if not mine:
             raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder")
         remove_parts(folder, "step-*")
         yield

@@ -199,6 +199,56 @@ def train_command(denoised_store):
 
 
 @pytest.fixture(scope="session")
+def still_photos(save_photos, tmp_path_factory):
+    """Twelve photographs that nobody changes."""
+    return save_photos(tmp_path_factory.mktemp("few") / "photos", 12)
+
+
+@pytest.fixture(scope="session")
+def distill_command(still_photos, backbone_options, denoiser_file):
+    """A function that makes the arguments of `dvt distill`, with several checkpoints."""
+
+    def arguments(out: Path) -> list[object]:
+        settings = ("--steps", 4, "--batch-size", 2, "--checkpoint-every", 2, "--validate-every", 4, "--log-every", 1)
+        return ["distill", still_photos, *backbone_options, "--denoiser", denoiser_file, *settings, "--out", out]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def prior_command(still_photos, backbone_options):
+    """A function that makes the arguments of `dvt prior train`, with several checkpoints."""
+
+    def arguments(out: Path) -> list[object]:
+        settings = ("--width", 16, "--depth", 1, "--heads", 2, "--side", 32, "--held-out", 0.4, "--target", "pixels")
+        loop = ("--steps", 4, "--batch-size", 2, "--checkpoint-every", 2, "--log-every", 1)
+        return ["prior", "train", still_photos, *backbone_options, *settings, *loop, "--out", out]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def probe_command(save_photos, backbone_options, tmp_path_factory):
+    """A function that makes the arguments of `dvt probe` on labelled photographs, cut into crops that are kept."""
+    data = tmp_path_factory.mktemp("labelled")
+    for number, photo in enumerate(sorted(save_photos(data / "photos", 12).iterdir())):
+        split = ("train", "val")[number % 2]
+        for kind in ("images", "annotations"):
+            (data / kind / split).mkdir(parents=True, exist_ok=True)
+        with Image.open(photo) as image:
+            bright = image.convert("L").point(lambda value: int(value > 100))
+            photo.rename(data / "images" / split / photo.name)
+            bright.save(data / "annotations" / split / photo.name)
+    (data / "photos").rmdir()
+
+    def arguments(out: Path) -> list[object]:
+        settings = ("--protocol", "crops", "--cache", out.parent / "cache", "--seeds", 1, "--head.epochs", 1)
+        return ["probe", "segmentation", data, *backbone_options, *settings, "--out", out]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
 def denoiser_file(dvt_command, train_command, tmp_path_factory):
     """A denoiser of the tiny backbone."""
     path = tmp_path_factory.mktemp("denoiser") / "denoiser.safetensors"

@@ -14,6 +14,7 @@ The faults, each a JSON object with one of these keys:
     space      so many more bytes of address space may be taken
     reads      ["pattern", error number, first]: reads of files whose path matches end with that error, from the
                first-th on (only where tests/faults/failing_reads.c could be compiled)
+    locks      POSIX locks end with this error number, as on network file systems that keep none
     clock      each look at the wall clock shows so many seconds less than the one before
     at         the name (a pattern) of a file that is opened to be written or renamed to; the "nth" time, "do" happens:
                ["move", from, to], ["remove", file or folder], ["append", file] or ["sleep", seconds]
@@ -36,6 +37,7 @@ def _wall() -> float:
 
 time.time = _wall  # before anyone can take the name
 
+import fcntl  # noqa: E402
 import fnmatch  # noqa: E402
 import importlib  # noqa: E402
 import itertools  # noqa: E402
@@ -170,6 +172,12 @@ def _harm(fault: dict, log: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     elif "reads" in fault:
         os.environ["DVT_READS_FAIL"] = ":".join(map(str, fault["reads"]))
+    elif "locks" in fault:
+
+        def refused(*arguments):
+            raise OSError(fault["locks"], os.strerror(fault["locks"]))
+
+        fcntl.lockf = refused
     elif "clock" in fault:
         _clock.update(step=fault["clock"], now=_true_time())
     else:

@@ -32,7 +32,10 @@ def photos(tmp_path, save_photos):
 
 
 @pytest.fixture
-def jobs(extract_command, denoise_command, train_command, denoiser_file, backbone_options, photos):
+def jobs(
+    extract_command, denoise_command, train_command, denoiser_file, backbone_options, photos, prior_command,
+    probe_command,
+):  # fmt: skip
     """The commands that write, by name: a function of the folder that they write to."""
     distill = (
         *("distill", photos, *backbone_options, "--denoiser", denoiser_file, "--steps", 4, "--batch-size", 2),
@@ -47,6 +50,8 @@ def jobs(extract_command, denoise_command, train_command, denoiser_file, backbon
         "train": lambda out: train_command(out / "denoiser.safetensors"),
         "distill": lambda out: [*distill, "--out", out / "backbone.safetensors"],
         "analyze": lambda out: [*analyze, "--out", out / "analysis"],
+        "prior train": lambda out: prior_command(out / "run"),
+        "probe": lambda out: probe_command(out / "probe.json"),
     }
 
 
@@ -61,7 +66,9 @@ def result(contents):
         if (out / "analysis").is_dir():
             report = json.loads((out / "analysis" / "report.json").read_text())
             return report["rows"], sorted(path.name for path in (out / "analysis").iterdir())
-        weights = {path.name: load_file(path) for path in out.glob("*.safetensors")}
+        if (out / "probe.json").exists():
+            return json.loads((out / "probe.json").read_text())["rows"]
+        weights = {path.name: load_file(path) for path in (*out.glob("*.safetensors"), *out.glob("run/*.safetensors"))}
         files = [path for path in out.rglob("*") if path.suffix == ".csv" or path.parent.name.startswith("step-")]
         return {
             **{(name, key): value.numpy().tobytes() for name, state in weights.items() for key, value in state.items()},
@@ -72,7 +79,16 @@ def result(contents):
 
 
 SOME = ("extract", "train")
-ALL = (*SOME, "extract with a denoiser", "denoise", "denoise with pictures", "distill", "analyze")
+ALL = (
+    *SOME,
+    "extract with a denoiser",
+    "denoise",
+    "denoise with pictures",
+    "distill",
+    "analyze",
+    "prior train",
+    "probe",
+)
 QUICK_AND_SLOW = [*SOME, *(pytest.param(name, marks=SLOW) for name in ALL[len(SOME) :])]
 
 
@@ -91,7 +107,7 @@ def test_a_full_disk(name, jobs, tmp_path, dvt_command, result, small_disk, remo
         assert {shard: now.get(shard) for shard in before} == before and len(now) >= len(before)
         assert leftovers(disk) == [], (share, ended)
         before = now
-    assert before or name in ("train", "distill", "analyze")
+    assert before or name in ("train", "distill", "analyze", "prior train", "probe")
     remount(disk, DEFAULT_ROOM)
     dvt_command(jobs[name](disk))
     assert result(disk) == expected and leftovers(disk) == []
@@ -105,7 +121,7 @@ def test_files_that_may_not_grow(name, jobs, tmp_path, dvt_command, result, shar
     dvt_command(jobs[name](tmp_path / "whole"))
     expected = result(tmp_path / "whole")
     sizes = sorted({path.stat().st_size for path in (tmp_path / "whole").rglob("*") if path.is_file()})
-    out = tmp_path / "out"
+    out = tmp_path / "other"  # as long as "whole": shards of crops hold their paths
     out.mkdir()
     for limit in sorted({3, 300, sizes[len(sizes) // 2] - 1, sizes[-1] - 1}):
         before = shards(out / "store")

@@ -50,34 +50,67 @@ class StoreJob:
 
 @dataclass
 class TrainJob:
-    """The same for `dvt train`."""
+    """The same for the commands that train: a folder of checkpoints, and a file of weights at the end."""
 
     make: object
+    out: str = "denoiser.safetensors"
+    run: str = "denoiser.run"
+    weights: str = "denoiser.safetensors"
 
     def arguments(self, folder):
-        return self.make(folder / "denoiser.safetensors")
+        return self.make(folder / self.out)
 
     def check(self, folder, before):
         """Every checkpoint is whole, and the newest one is not older than before. Returns the newest one's step."""
-        checkpoints = sorted((folder / "denoiser.run").glob("step-????????"))
+        checkpoints = sorted((folder / self.run).glob("step-????????"))
         for checkpoint in checkpoints:
             assert json.loads((checkpoint / "state.json").read_text())["step"] == int(checkpoint.name[5:])
             assert all(load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
-        if (folder / "denoiser.safetensors").exists():
-            assert load_file(folder / "denoiser.safetensors")
+        if (folder / self.weights).exists():
+            assert load_file(folder / self.weights)
         step = int(checkpoints[-1].name[5:]) if checkpoints else 0
         assert step >= (before or 0)
         return step
 
     def result(self, folder):
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "run.lock"]
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+        pictures = [path for path in files if path.parent.name == "samples"]
+        for early in pictures[:-1]:  # of a checkpoint that a kill came after, there may be none
+            files.remove(early)
         return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@dataclass
+class FileJob:
+    """The same for commands that write one file at the end, and what they keep on the way."""
+
+    make: object
+    out: str
+
+    def arguments(self, folder):
+        return self.make(folder / self.out)
+
+    def check(self, folder, before):
+        """The file is whole or absent, and stays. Returns whether it is there."""
+        there = (folder / self.out).exists()
+        assert there or not before
+        return there and bool(self.content(folder))
+
+    def content(self, folder):
+        """The file's bytes; of JSON, the scores."""
+        content = (folder / self.out).read_bytes()
+        return json.loads(content)["rows"] if self.out.endswith(".json") else content
+
+    def result(self, folder):
+        """Return the kinds, too, of what is kept beside it: names and bytes there may follow from the folder's."""
+        return self.content(folder), sorted(path.suffix for path in folder.rglob("*") if path.suffix != ".lock")
 
 
 @pytest.fixture
 def jobs(
-    extract_command, denoise_command, train_command, denoiser_file, photos, save_photos, tmp_path, contents, shards
-):
+    extract_command, denoise_command, train_command, denoiser_file, photos, save_photos, tmp_path, contents, shards,
+    distill_command, prior_command, probe_command, backbone_options, request,
+):  # fmt: skip
     """By name, the jobs that are killed."""
     few = save_photos(tmp_path / "few", 6)
     stores = {
@@ -91,11 +124,34 @@ def jobs(
         name: StoreJob(make, few if name in RARE else photos, more, contents, shards)
         for name, (make, more) in stores.items()
     }
-    return {**found, "train": TrainJob(train_command)}
+
+    def sample(out):  # the run is made where it is needed
+        return ["prior", "sample", request.getfixturevalue("finished_run"), "--count", 1, "--images", 1, "--out", out]
+
+    files = {
+        "probe": FileJob(probe_command, "probe.json"),
+        "export": FileJob(lambda out: ["export", *backbone_options, "--grid", "fixed", "--out", out], "tiny.pt2"),
+        "prior sample": FileJob(sample, "samples.png"),
+    }
+    runs = {
+        "train": TrainJob(train_command),
+        "distill": TrainJob(distill_command, "b.safetensors", "b.run", "b.safetensors"),
+        "prior train": TrainJob(prior_command, "run", "run", "run/prior.safetensors"),
+    }
+    return {**found, **files, **runs}
+
+
+@pytest.fixture(scope="session")
+def finished_run(dvt_command, prior_command, tmp_path_factory):
+    """The folder of a prior."""
+    out = tmp_path_factory.mktemp("prior") / "run"
+    dvt_command(prior_command(out))
+    return out
 
 
 NAMES = ("extract", "extract with a denoiser", "denoise", "train")
-RARE = ("denoise with a shared artifact", "denoise with pictures")
+RARE = ("denoise with a shared artifact", "denoise with pictures", "distill", "prior train", "probe", "export")
+RARE += ("prior sample",)
 
 
 def with_counts(few, many, rare):
@@ -126,7 +182,7 @@ def finish(job, folder, dvt_command, expected, leftovers, before):
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), with_counts({"extract with a denoiser": 6, "denoise": 6, "train": 6}, 50, 20)
+    ("name", "kills"), with_counts({"extract with a denoiser": 6, "denoise": 6, "train": 6}, 50, 10)
 )
 def test_kills_at_random_moments(name, kills, jobs, tmp_path, dvt_command, leftovers):
     job, folder = jobs[name], tmp_path / "killed"
@@ -153,14 +209,16 @@ def test_kills_at_random_moments(name, kills, jobs, tmp_path, dvt_command, lefto
     print(f"{killed} kills, {finished + 1} runs got through; reached {reached}")
 
 
-@pytest.mark.parametrize(("name", "most"), with_counts({"extract": 4, "train": 4}, None, None))
+@pytest.mark.parametrize(
+    ("name", "most"), with_counts({"extract": 4, "train": 4, "prior train": 1, "probe": 1}, None, 24)
+)
 def test_kills_at_every_change_of_the_disk(name, most, jobs, tmp_path, dvt_command, leftovers):
     """Before each single opening, sync, renaming, ...: a few of them here, all of them in the slow tests."""
     job, folder = jobs[name], tmp_path / "killed"
     expected, _, moments = undisturbed(job, tmp_path / "whole", dvt_command)
     seed = random.SystemRandom().randrange(10**6)
     chosen = range(1, moments + 1)
-    chosen = chosen if most is None else sorted(random.Random(seed).sample(chosen, most))
+    chosen = chosen if most is None else sorted(random.Random(seed).sample(chosen, min(most, moments)))
     print(f"seed {seed}; {moments} moments, of which {list(chosen)}")
     nothing = {} if isinstance(job, StoreJob) else None
     for moment in chosen:
@@ -171,7 +229,7 @@ def test_kills_at_every_change_of_the_disk(name, most, jobs, tmp_path, dvt_comma
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("name", "times"), with_counts({"extract": 2, "denoise": 1, "train": 2}, 20, 10))
+@pytest.mark.parametrize(("name", "times"), with_counts({"extract": 2, "denoise": 1, "train": 2}, 20, 5))
 def test_deaths_in_the_middle_of_a_write(name, times, jobs, tmp_path, dvt_command, leftovers):
     """The system ends the process inside a write() that would make a file longer than so many bytes."""
     job, folder = jobs[name], tmp_path / "killed"
