@@ -58,7 +58,7 @@ def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, run):
     alone = run("doctor", work / "photos" / "0.png", *WITH, "--windows", 4, "--remedies")
     assert {each["name"] for each in alone["treated"]} == {"noise", "insid3", "removed", "ensembled"}
     assert "about this one image" in alone["text"]
-    assert "over images" in alone["refused"]["rasa"]
+    assert "fitted to images" in alone["refused"]["rasa"]
 
 
 def test_test_time_registers_are_taken_by_doctor_analyze_probe_and_export(work, tmp_path, run):
