@@ -7,6 +7,7 @@ from .datasets import LabelledData as LabelledData
 from .depth import DepthProbe as DepthProbe
 from .discovery import Lost as Lost
 from .discovery import TokenCut as TokenCut
+from .heads import SavedHead as SavedHead
 from .probe import HeadConfig as HeadConfig
 from .probe import Probe as Probe
 from .protocol import ProbeConfig as ProbeConfig

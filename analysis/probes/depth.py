@@ -53,14 +53,22 @@ class DepthProbe(Probe):
         self.bins = bins
         self.config = config or HeadConfig()
         self.head: nn.Module | None = None
+        self.depths: tuple[float, float] | None = None
 
     def fit(self, tokens: Maps, targets: Sequence[Tensor]) -> DepthProbe:
         channels = check_maps(tokens, targets)
-        low, high = _extremes(targets)
+        self.depths = _extremes(targets)
         generator = torch.Generator().manual_seed(self.config.seed)
-        head = nn.Sequential(*linear_head(channels, _DEPTH_BINS, generator), _Expectation(self.bins, low, high))
+        head = self.empty_head(channels, self.depths, generator)
         self.head = train_head(head, _log_loss, tokens, targets, self.config, generator)
         return self
+
+    def empty_head(
+        self, channels: int, depths: tuple[float, float], generator: torch.Generator | None = None
+    ) -> nn.Module:
+        """Make an untrained head for maps of C channels and depths between two bounds in metres."""
+        head = linear_head(channels, _DEPTH_BINS, generator or torch.Generator())
+        return nn.Sequential(*head, _Expectation(self.bins, *depths))
 
     @torch.no_grad()
     def predict(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> list[Tensor]:

@@ -116,7 +116,8 @@ def run_probe(
             progress("probes", number + 1, len(names))
     described: dict[str, Any] = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
     described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
-    return _report(config, probes[RAW][0], statistics, described, notes)
+    report = _report(config, probes[RAW][0], statistics, described, notes)
+    return replace(report, probes={name: each[0] for name, each in probes.items()})
 
 
 def _run_correspondence(

@@ -109,9 +109,13 @@ class LinearSegmentation(SegmentationProbe):
         channels = check_maps(tokens, targets)
         check_labels(targets, self.num_classes)
         generator = torch.Generator().manual_seed(self.config.seed)
-        head = linear_head(channels, self.num_classes, generator)
+        head = self.empty_head(channels, self.num_classes, generator)
         self.head = train_head(head, _cross_entropy, tokens, targets, self.config, generator)
         return self
+
+    def empty_head(self, channels: int, outputs: int, generator: torch.Generator | None = None) -> nn.Module:
+        """Make an untrained head for maps of C channels."""
+        return linear_head(channels, outputs, generator or torch.Generator())
 
     def class_scores(self, tokens: Tensor) -> Tensor:
         head = fitted(self.head, self)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
+from dvt.analysis.probes.probe import Probe
 from dvt.errors import ConfigError, ShapeError
 
 Summarise = Callable[[Tensor], dict[str, Tensor]]
@@ -57,6 +58,7 @@ class ProbeReport:
         config: the settings, ready for JSON.
         notes: warnings for the reader: a split made here, missing classes, images left out.
         compare: a function that computes the rows with another reference; see :meth:`against`.
+        probes: the fitted probe of each variant, of the first seed; empty if the report was read from a file.
     """
 
     task: str
@@ -67,6 +69,7 @@ class ProbeReport:
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     compare: Callable[[str], tuple[ProbeRow, ...]] | None = field(default=None, repr=False, compare=False)
+    probes: Mapping[str, Probe] = field(default_factory=dict, repr=False, compare=False)
 
     def against(self, reference: str) -> ProbeReport:
         """Compute the differences from another row instead, and keep the rest of the table.
@@ -92,8 +95,8 @@ class ProbeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; shares lie in [0, 1]."""
-        values = asdict(replace(self, compare=None))
-        values.pop("compare")
+        values = asdict(replace(self, compare=None, probes={}))
+        del values["compare"], values["probes"]
         return json.loads(json.dumps(values, allow_nan=False))
 
     def table(self) -> str:

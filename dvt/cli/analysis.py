@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dvt.analysis.measure import Decompose
+    from dvt.analysis.probes.heads import SavedHead
+    from dvt.analysis.probes.table import ProbeReport
     from dvt.backbones import Backbone
 
 
@@ -91,11 +93,18 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
 
 def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt probe`; the exit code is 0 when all rows are scored."""
+    from dvt.analysis.probes.heads import check_head_path, check_keeps_head
     from dvt.analysis.probes.protocol import run_probe
 
     settings = resolved(command, command="probe")
     if command.out is not None:
         writable(command.out)
+    if command.save is not None:
+        check_keeps_head(command.probe)
+        check_head_path(command.save)
+        writable(command.save)
+    elif command.names:
+        raise ConfigError("--names are kept with a head: give --save head.safetensors too")
     backbone = command.load()
     variants: dict[str, Any] = _variants(command, backbone)
     if command.store is not None:
@@ -106,7 +115,22 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
     result = {**report.to_dict(), "settings": settings}
     if command.out is not None:
         save_json(command.out, result)
+    if command.save is not None:
+        _keep_head(command, backbone, report).save(command.save)
+        console.print(f"head: {shown(str(command.save))}; `dvt predict` takes it")
     return 0, result
+
+
+def _keep_head(command: ProbeCommand, backbone: Backbone, report: ProbeReport) -> SavedHead:
+    """Make the head of the features that the command asks for: denoised, upsampled, of several layers."""
+    from dvt.analysis.probes.heads import kept_head
+    from dvt.analysis.probes.variants import RAW, UPSAMPLED
+
+    denoiser = command.load_denoiser(backbone)
+    row = (RAW if denoiser is None else "denoised") + (UPSAMPLED if command.probe.upsample > 1 else "")
+    identity = None if denoiser is None else denoiser.identity
+    layers, channels = [backbone.layer], backbone.feature_dim
+    return kept_head(command.probe, report.probes[row], backbone, layers, channels, identity, command.names)
 
 
 def report(command: ReportCommand, console: Console) -> tuple[int, dict[str, Any]]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.settings.analysis import Analyze, Doctor, ProbeCommand, ReportCommand
+from dvt.cli.settings.analysis import Analyze, Doctor, Predict, ProbeCommand, ReportCommand
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.cli.settings.denoiser import Distill, Export, Train
 from dvt.cli.settings.extract import Extract, Store
@@ -50,6 +50,7 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "analyze": (Analyze, "dvt.cli.analysis:analyze"),
         "report": (ReportCommand, "dvt.cli.analysis:report"),
         "probe": (ProbeCommand, "dvt.cli.analysis:probe"),
+        "predict": (Predict, "dvt.cli.predict:predict"),
         "prior": (PriorCommand, "dvt.cli.priors:prior"),
     },
 }

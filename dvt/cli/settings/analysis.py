@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dvt.analysis.config import AnalyzeConfig, DoctorConfig, ProbeConfig
-from dvt.cli.settings.common import DenoiserOptions
+from dvt.cli.settings.common import DenoiserOptions, Options
 from dvt.fields.config import Product
 
 
@@ -56,6 +56,31 @@ class ProbeCommand(DenoiserOptions):
     """A store of `dvt denoise` with these images; its semantic tokens are a row of their own."""
     out: Path | None = None
     """A JSON file to write the results to."""
+    save: Path | None = None
+    """A .safetensors file for the trained head, which `dvt predict` takes: of the denoised features with --denoiser,
+    of the upsampled ones with --upsample."""
+    names: tuple[str, ...] = ()
+    """Names of the classes in order, kept with the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predict(Options):
+    """Predict label maps, depth maps or boxes of photographs with the head that `dvt probe --save` kept."""
+
+    head: tyro.conf.Positional[Path]
+    """The head's file; it knows its backbone, denoiser and classes, and refuses others."""
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths."""
+    out: Path
+    """Folder for the predictions (labels/, depth/ or boxes.json) and overlays/, a picture for each photograph."""
+    backbone: str | None = None
+    """Name of the backbone, if it is loaded by another name than the head knows."""
+    weights: str | None = None
+    """A file instead of the hub's weights, or "demo"; they must be those that the head was trained with."""
+    denoiser: str | None = None
+    """File, folder or hub repository of the denoiser that the head was trained with."""
+    size: int | None = None
+    """Shorter side of the model's input in pixels; by default as in training."""
 
 
 @dataclass(frozen=True)
