@@ -15,12 +15,13 @@ EncodingKind = Literal["auto", "torch", "tinycudann"]
 #: The views that give each product the best scores, at an equal number of forward passes (benchmarks/products.py).
 PRODUCT_VIEWS: dict[str, ViewConfig] = {
     "removed": ViewConfig(count=16, kind="shifts"),
-    "ensembled": ViewConfig(count=48, scale=(0.05, 0.3)),
+    "ensembled": ViewConfig(count=48, scale=(0.05, 0.9)),
     "blend": ViewConfig(count=48),
 }
 
-#: Raised with each change of the estimators' numbers, so that no store mixes two versions; 2: outliers are screened.
-ESTIMATOR = 2
+#: Raised with each change of the estimators' numbers, so that no store mixes two versions; 3: ensembled sees most of the
+#: image, too, and its field has two nodes a patch.
+ESTIMATOR = 3
 
 
 def check_grid(levels: int, base: int, finest: int, channels: int, hash_entries: int) -> None:
@@ -40,7 +41,8 @@ class LinearConfig:
     """Hold the settings of the linear solver.
 
     Args:
-        resolution: nodes of the field along the grid's shorter side; None chooses from the data.
+        resolution: nodes of the field along the grid's shorter side; None chooses from the data, or takes two a patch
+            where smoothness is given and 1 or more.
         smoothness: lambda on the squared differences of neighbouring nodes, in tokens; None chooses from the data.
         ridge: gamma on the artifact, relative to the number of tokens per position.
         robust: give outlier tokens less weight (Geman-McClure weights of their residual in a pilot fit).

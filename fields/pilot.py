@@ -154,7 +154,8 @@ class Pilot:
         """
         config = self.config
         images, views, positions = self.tokens.shape[:3]
-        sizes = _candidates(grid, views * positions) if config.resolution is None else [config.resolution]
+        sizes = _candidates(grid, views * positions, config.smoothness)
+        sizes = sizes if config.resolution is None else [config.resolution]
         choices = SMOOTHNESS if config.smoothness is None else (config.smoothness,)
         resolutions = [node_resolution(grid, size) for size in sizes]
         middle, *others = resolutions
@@ -188,6 +189,7 @@ class Pilot:
 
         The loss is bounded, so that outliers among the held-out tokens count the same for both. In images without
         outliers, weights only remove tokens where the field has most detail; with few views, F would be lost there.
+        Each round has to win, so the first one to lose ends it.
 
         Returns:
             The equations of the fitted views with the chosen weights, and the artifact (B, n, S) that they give.
@@ -198,19 +200,26 @@ class Pilot:
         if not self.config.robust:
             return plain, plain_fit[1]
         weighted, fit = plain, plain_fit
+        plain_left = self._held_out(plain_fit, held, resolution)
+        scale = 2 * _median(plain_left)[:, None, None].clamp_min(torch.finfo(plain_left.dtype).tiny)
+        plain_loss = self._loss(plain_left / scale, held)
+        self.weighted = torch.ones_like(self.weighted)
         for _ in range(REWEIGHTS):
             self._reweigh(fit, resolution)
             weighted = self._equations(fitted, resolution)
             fit = weighted.solve(MIDDLE, artifact, ridge)
-        left, plain_left = (self._held_out(each, held, resolution) for each in (fit, plain_fit))
-        scale = 2 * _median(plain_left)[:, None, None].clamp_min(torch.finfo(left.dtype).tiny)
-        loss, plain_loss = (_bounded(each / scale) * self._screened[:, held] for each in (left, plain_left))
-        self.weighted = loss.sum((1, 2)) < plain_loss.sum((1, 2))
+            self.weighted &= self._loss(self._held_out(fit, held, resolution) / scale, held) < plain_loss
+            if not self.weighted.any():
+                break
         self._token_weights = torch.where(self.weighted[:, None, None], self._token_weights, self._screened)
         artifact = torch.where(self.weighted[:, None, None], fit[1], plain_fit[1])
         if self.weighted.all() or not self.weighted.any():
             return (weighted if self.weighted.any() else plain), artifact
         return self._equations(fitted, resolution), artifact
+
+    def _loss(self, ratio: Tensor, held: Tensor) -> Tensor:
+        """Add up the bounded losses of held-out tokens (B, V, n), given over their scale: (B,)."""
+        return (_bounded(ratio) * self._screened[:, held]).sum((1, 2))
 
     def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
         """Compute the norms (B, V, n) of the residuals of held-out tokens."""
@@ -253,13 +262,15 @@ def node_resolution(grid: Size, shorter: int) -> Size:
     return rows, columns
 
 
-def _candidates(grid: Size, tokens: int) -> list[int]:
+def _candidates(grid: Size, tokens: int, smoothness: float | None) -> list[int]:
     """List the numbers of nodes along the shorter side to try; smoothness is chosen at the first.
 
     These are four per patch, or as many as are affordable; then two; and six if there are two tokens per node. The
     nodes are spread from border to border, so that these numbers of them do not fall on the whole image's patch
-    centres, where a bilinear fit is worst.
+    centres, where a bilinear fit is worst. A field of the largest smoothness has no detail that needs more than two.
     """
+    if smoothness is not None and smoothness >= SMOOTHNESS[-1]:
+        return [2 * min(grid)]
     first = next((multiple for multiple in (4, 3) if multiple * min(grid) <= FINEST), 2)
     rows, columns = node_resolution(grid, 6 * min(grid))
     fine = [6] if min(rows, columns) <= FINEST and 2 * rows * columns <= tokens else []
