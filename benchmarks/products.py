@@ -1,11 +1,12 @@
 """The products of stage one: is `removed` faithful and harmless, does `ensembled` serve labels, and at what cost.
 
-python benchmarks/products.py planted faithful labels --natural DIR --segments DIR
+python benchmarks/products.py planted faithful labels seconds --natural DIR --segments DIR
 python benchmarks/products.py pictures --natural DIR --sheet docs/products.png
 
 planted   relative error on a backbone of pixels whose F and G are known, ten photographs and seeds
 faithful  cosine to the mean of real windows shifted by whole patches (docs/method.md), the image's own window left out
 labels    same-segment AUC: does the cosine of two tokens tell pairs of one human segment, at equal distance
+seconds   of each product as `dvt denoise` makes it, over those of the blend in float32, photograph by photograph
 pictures  a sheet of photographs, raw tokens, both products and the artifact, in joint colours
 
 Each section prints a table with 95 % t intervals over images; the last line of the output is one JSON object.
@@ -31,7 +32,7 @@ from torch import Tensor
 
 import dvt
 from dvt import grids
-from dvt.backbones import Backbone, load_backbone
+from dvt.backbones import Backbone, choose_precision, load_backbone
 from dvt.fields.config import DenoiseConfig, ShiftConfig
 from dvt.fields.equations import solve_artifact
 from dvt.fields.image import TokenViews, denoise_image
@@ -251,6 +252,7 @@ def labels(options: argparse.Namespace) -> dict[str, Any]:
         "ensembled, 97": DenoiseConfig(product="ensembled", views=96),
         "ensembled, 49, unmirrored": replace(small, views=replace(small.views, flip=0.0)),
     }
+    designs = {name: design for name, design in designs.items() if name in (options.designs or designs)}
     scores, files = defaultdict(list), pick(sorted(options.segments.glob("*.png")), options.segmented)
     for path in files:
         segments = torch.from_numpy(np.array(Image.open(path)).astype(np.int64))
@@ -303,6 +305,41 @@ def majority(segments: Tensor, grid: grids.Size) -> Tensor:
     return counts.view(-1, kinds).argmax(1)
 
 
+# -- seconds ----------------------------------------------------------------------------------------------------------
+
+
+def seconds(options: argparse.Namespace) -> dict[str, Any]:
+    """Processor and clock seconds of each product at its defaults, over the blend's in float32 on the same photograph."""
+    backbone = load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights())
+    designs = {
+        "blend, float32": DenoiseConfig(product="blend"),
+        "removed": DenoiseConfig(product="removed", dtype="auto"),
+        "ensembled": DenoiseConfig(product="ensembled", dtype="auto"),
+        "ensembled, float32": DenoiseConfig(product="ensembled"),
+    }
+    spent: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    # Asked once for a job, not for each image.
+    designs = {name: replace(each, dtype=choose_precision(backbone, each.dtype)) for name, each in designs.items()}
+    for path in [None, *pick(sorted(options.natural.glob("*.jpg")), options.timed)]:  # the first is a warm-up
+        pixels = load_image(path or sorted(options.natural.glob("*.jpg"))[0])
+        for name, config in designs.items():
+            start = time.process_time(), time.perf_counter()
+            denoise_image(backbone, pixels, config)
+            if path is not None:
+                spent[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    rows = []
+    for name, times in spent.items():
+        base = spent["blend, float32"]
+        processor, clock = (
+            interval([each[k] / other[k] for each, other in zip(times, base, strict=True)]) for k in (0, 1)
+        )
+        row: dict[str, Any] = {"product": name, "dtype": designs[name].dtype}
+        row |= {"processor seconds": float(np.median([each[0] for each in times])), "over blend": processor["mean"]}
+        rows.append(row | {"+-": processor["half"], "by the clock": clock["mean"], "clock +-": clock["half"]})
+    table(f"Seconds an image, {options.timed} photographs, each beside the blend", rows)
+    return {"rows": rows}
+
+
 # -- pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -338,7 +375,14 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
-SECTIONS = {"planted": planted, "outliers": outliers, "faithful": faithful, "labels": labels, "pictures": pictures}
+SECTIONS = {
+    "planted": planted,
+    "outliers": outliers,
+    "faithful": faithful,
+    "labels": labels,
+    "seconds": seconds,
+    "pictures": pictures,
+}
 
 
 def main() -> None:
@@ -349,6 +393,8 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=10, help="photographs and seeds of the planted backbone")
     parser.add_argument("--images", type=int, default=24, help="photographs of the shift target")
     parser.add_argument("--segmented", type=int, default=40, help="segmented photographs")
+    parser.add_argument("--designs", nargs="*", help="of `labels`; all of them if not given")
+    parser.add_argument("--timed", type=int, default=10, help="photographs of `seconds`")
     parser.add_argument("--pictures", type=int, default=8, help="photographs of the sheet")
     parser.add_argument("--sheet", type=Path, default=Path("products.png"), help="where the sheet is written")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"), help="of forward passes")
