@@ -232,8 +232,8 @@ def linear(channels: int, grid: Size, views: int, batch: int = 1) -> dict[str, W
         points=looked,
         link=looked * (2 * 4 + NEIGHBOURS * 8),
     )
-    # The second moment of all tokens (for h), another sketch (for weights), 4 corners a token and P'Y.
-    single = 2.0 * tokens * channels * (channels + sketch + 4 + 1)
+    # A second sketch (for weights), 4 corners a token and P'Y. Tokens of a defect, whose moments h needs, are few.
+    single = 2.0 * tokens * channels * (sketch + 4 + 1)
     last = Solve(solves[0].nodes, channels, n, True).work
     parts = {
         "pilot": sum((solve.work for solve in solves), pilot),

@@ -309,7 +309,7 @@ def majority(segments: Tensor, grid: grids.Size) -> Tensor:
 
 
 def seconds(options: argparse.Namespace) -> dict[str, Any]:
-    """Processor and clock seconds of each product at its defaults, over the blend's in float32 on the same photograph."""
+    """Processor and clock seconds of each product at its defaults, over those of the blend in float32."""
     backbone = load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights())
     designs = {
         "blend, float32": DenoiseConfig(product="blend"),

@@ -19,8 +19,8 @@ PRODUCT_VIEWS: dict[str, ViewConfig] = {
     "blend": ViewConfig(count=48),
 }
 
-#: Raised with each change of the estimators' numbers, so that no store mixes two versions; 3: ensembled sees most of the
-#: image, too, and its field has two nodes a patch.
+#: Raised with each change of the estimators' numbers, so that no store mixes two versions; 3: ensembled's crops show
+#: up to nine tenths of the image, and its field has two nodes a patch.
 ESTIMATOR = 3
 
 

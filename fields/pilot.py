@@ -189,7 +189,6 @@ class Pilot:
 
         The loss is bounded, so that outliers among the held-out tokens count the same for both. In images without
         outliers, weights only remove tokens where the field has most detail; with few views, F would be lost there.
-        Each round has to win, so the first one to lose ends it.
 
         Returns:
             The equations of the fitted views with the chosen weights, and the artifact (B, n, S) that they give.
@@ -200,26 +199,19 @@ class Pilot:
         if not self.config.robust:
             return plain, plain_fit[1]
         weighted, fit = plain, plain_fit
-        plain_left = self._held_out(plain_fit, held, resolution)
-        scale = 2 * _median(plain_left)[:, None, None].clamp_min(torch.finfo(plain_left.dtype).tiny)
-        plain_loss = self._loss(plain_left / scale, held)
-        self.weighted = torch.ones_like(self.weighted)
         for _ in range(REWEIGHTS):
             self._reweigh(fit, resolution)
             weighted = self._equations(fitted, resolution)
             fit = weighted.solve(MIDDLE, artifact, ridge)
-            self.weighted &= self._loss(self._held_out(fit, held, resolution) / scale, held) < plain_loss
-            if not self.weighted.any():
-                break
+        left, plain_left = (self._held_out(each, held, resolution) for each in (fit, plain_fit))
+        scale = 2 * _median(plain_left)[:, None, None].clamp_min(torch.finfo(left.dtype).tiny)
+        loss, plain_loss = (_bounded(each / scale) * self._screened[:, held] for each in (left, plain_left))
+        self.weighted = loss.sum((1, 2)) < plain_loss.sum((1, 2))
         self._token_weights = torch.where(self.weighted[:, None, None], self._token_weights, self._screened)
         artifact = torch.where(self.weighted[:, None, None], fit[1], plain_fit[1])
         if self.weighted.all() or not self.weighted.any():
             return (weighted if self.weighted.any() else plain), artifact
         return self._equations(fitted, resolution), artifact
-
-    def _loss(self, ratio: Tensor, held: Tensor) -> Tensor:
-        """Add up the bounded losses of held-out tokens (B, V, n), given over their scale: (B,)."""
-        return (_bounded(ratio) * self._screened[:, held]).sum((1, 2))
 
     def _held_out(self, fit: tuple[Tensor, Tensor], held: Tensor, resolution: Size) -> Tensor:
         """Compute the norms (B, V, n) of the residuals of held-out tokens."""
