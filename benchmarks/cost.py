@@ -120,7 +120,7 @@ def closed_linear(channels: int, grid: Size, views: int) -> float:
     looked = min(views, model.PILOT_VIEWS) * grid[0] * grid[1]
     solves = model.pilot_solves(grid, looked)
     solves.append(model.Solve(solves[0].nodes, channels, grid[0] * grid[1], True))
-    dense = views * grid[0] * grid[1] * 2 * channels * (channels + 2 * model.SKETCH + 1)
+    dense = views * grid[0] * grid[1] * 2 * channels * (2 * model.SKETCH + 1)
     return sum(solve.products for solve in solves) + dense + model.screen_products(looked)
 
 
