@@ -159,19 +159,21 @@ def summary(runs: Sequence[Run], kind: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=10, help="how many")
+    parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--natural", type=Path, help="folder of photographs (.jpg); its first three are used")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     images = photographs(options.natural)
-    runs = [run for seed in range(options.seeds) for run in runs_of(seed, images, options.kinds)]
+    seeds = range(options.first, options.first + options.seeds)
+    runs = [run for seed in seeds for run in runs_of(seed, images, options.kinds)]
     rows = [row for kind in ("clean", *options.kinds) for row in summary(runs, kind)]
     for kind in ("clean", *options.kinds):
         title = f"{kind}: {options.seeds} seeds x {len(images)} photographs; clean is the fit that is not robust"
         table(title, [row for row in rows if row["kind"] == kind])
-    print(json.dumps({"photographs": list(images), "seeds": options.seeds, "rows": rows}))
+    print(json.dumps({"photographs": list(images), "seeds": list(seeds), "rows": rows}))
 
 
 if __name__ == "__main__":
