@@ -15,12 +15,12 @@ EncodingKind = Literal["auto", "torch", "tinycudann"]
 #: The views that give each product the best scores, at an equal number of forward passes (benchmarks/products.py).
 PRODUCT_VIEWS: dict[str, ViewConfig] = {
     "removed": ViewConfig(count=16, kind="shifts"),
-    "ensembled": ViewConfig(count=48, scale=(0.05, 0.9)),
+    "ensembled": ViewConfig(count=48, scale=(0.05, 0.5)),
     "blend": ViewConfig(count=48),
 }
 
 #: Raised with each change of the estimators' numbers, so that no store mixes two versions; 3: ensembled's crops show
-#: up to nine tenths of the image, and its field has two nodes a patch.
+#: up to half of the image, and its field has two nodes a patch.
 ESTIMATOR = 3
 
 
