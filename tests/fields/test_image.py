@@ -410,6 +410,21 @@ def test_removed_keeps_an_image_without_artifact_to_the_bit_and_ensembled_is_the
     assert torch.equal(parts.semantic, parts.field)
 
 
+def test_the_field_of_ensembled_has_two_nodes_a_patch_and_hides_no_detail_that_more_would_show(photo):
+    """At that smoothness, twice as many nodes change the field by less than the views do."""
+    backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, noise=0.1))
+    config = DenoiseConfig(product="ensembled")
+    fit = denoise_image(backbone, photo, config).fit
+    assert fit.config.resolution == 16 and fit.config.smoothness == 1
+    finer, other = (
+        denoise_image(backbone, photo, replace(config, **change)).fit
+        for change in ({"linear": LinearConfig(resolution=32)}, {"views": replace(config.views, seed=1)})
+    )
+    coords = TokenViews(backbone, photo, config.views).coords
+    field, finer, other = (each.semantic(coords) for each in (fit, finer, other))
+    assert relative_error(finer, field) < relative_error(other, field)
+
+
 def test_a_shared_artifact_of_shifts_is_the_planted_one(photo):
     backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, noise=0.1))
     config = DenoiseConfig(product="removed")
