@@ -13,6 +13,7 @@ import numpy as np
 
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.errors import ConfigError
+from dvt.text import WIDTH, aligned, wrapped
 
 
 @dataclass
@@ -102,17 +103,32 @@ class Findings:
                     found.setdefault(f"{title}, {count}: {row.note}", []).append(row.variant)
         return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
 
-    def to_text(self) -> str:
-        """Write all tables as text for a terminal, followed by the notes."""
-        parts = []
-        for title, header, lines in self.tables():
-            widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-            body = [
-                "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                for line in [header, ["-" * width for width in widths], *lines]
-            ]
-            parts.append("\n".join([title, "", *body]))
-        return "\n\n".join([*parts, "\n".join(self._closing())])
+    def to_text(self, nulls: bool = True) -> str:
+        """Write everything for a terminal of 80 columns: a block a metric, layers in a table, notes below.
+
+        Args:
+            nulls: write what chance gives beside each value; without it a value is only marked where chance gives it.
+        """
+        first = f"Artifacts, {len(self.images)} images: value [95 % interval over images]"
+        parts = [first + (" chance [its interval]" if nulls else "")]
+        parts += [block for name in METRICS if (block := self._block(name, nulls))]
+        parts += [f"{title}\n\n{aligned(head, lines)}" for title, head, lines in self.tables()[1:]]
+        return "\n\n".join([*parts, wrapped("\n".join(self._closing()))])
+
+    def _block(self, name: str, nulls: bool) -> str:
+        """Write a metric's title and a line for each variant; "" if it was not asked for."""
+        own = {each["label"]: each["layer"] for each in self.backbones}
+        rows = [row for row in self.rows if row.metric == name and row.layer == own.get(row.backbone)]
+        if not any(row.value is not None for row in rows):
+            return ""
+        labels = [f"{row.backbone}, {row.variant}" if len(own) > 1 else row.variant for row in rows]
+        width = max(map(len, labels))
+        lines = [f"{METRICS[name].title} ({METRICS[name].better} is better)"]
+        for label, row in zip(labels, rows, strict=True):
+            value, chance = _value(row), _chance(row) if nulls else _verdict(row)
+            line = f"  {label:<{width}}  {value:<22}  {chance}".rstrip()
+            lines += [line] if len(line) <= WIDTH else [f"  {label}", f"      {value:<22}  {chance}".rstrip()]
+        return "\n".join(lines)
 
     def _closing(self) -> list[str]:
         seconds = self.seconds
@@ -171,6 +187,26 @@ def position_top(report: Findings, entry: dict[str, Any]) -> float:
 
 def _layer(layer: int) -> str:
     return "final" if layer == -1 else str(layer)
+
+
+def _value(row: Row) -> str:
+    if row.value is None:
+        return "-"
+    return f"{row.value:.3f}" + ("" if row.low is None or row.high is None else f" [{row.low:.3f}, {row.high:.3f}]")
+
+
+def _chance(row: Row) -> str:
+    if row.value is None or row.null is None:
+        return ""
+    interval = "" if row.null_low is None or row.null_high is None else f" [{row.null_low:.3f}, {row.null_high:.3f}]"
+    return f"chance {row.null:.3f}{interval}"
+
+
+def _verdict(row: Row) -> str:
+    """Say of a value that it is no more than chance gives."""
+    if row.value is None or row.null_low is None or row.null_high is None:
+        return ""
+    return "as chance gives" if row.null_low <= row.value <= row.null_high else ""
 
 
 def _cell(row: Row) -> str:

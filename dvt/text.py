@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
+from collections.abc import Sequence
+
+#: Characters of a line of a terminal that nobody has widened.
+WIDTH = 80
 
 
 def visible(name: str | os.PathLike[str]) -> str:
@@ -29,6 +34,70 @@ def markdown(name: str) -> str:
     a\|b\`c\`\<i\>
     """
     return re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", visible(name))
+
+
+def wrapped(text: str, width: int = WIDTH) -> str:
+    """Break lines that are longer than a terminal between words; what follows keeps the line's indentation.
+
+    >>> print(wrapped("  one two three", 10))
+      one two
+      three
+    """
+    return "\n".join(_broken(line, width) for line in text.split("\n"))
+
+
+def _broken(line: str, width: int, end: str = "") -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    after = indent + "  " * (line.lstrip().startswith("- ") or bool(end))
+    broken = textwrap.wrap(
+        line.strip(),
+        width - len(end),
+        initial_indent=indent,
+        subsequent_indent=after,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    return f"{end}\n".join(broken)
+
+
+def shell_lines(command: str, indent: int = 4, width: int = WIDTH) -> str:
+    r"""Break a command of the shell over lines that can be pasted as they are.
+
+    >>> print(shell_lines("dvt inspect store --verify", 2, 20))
+      dvt inspect store \\
+        --verify
+    """
+    return _broken(" " * indent + command, width, " \\")
+
+
+def aligned(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """Write a table in columns; columns that a terminal has no room for follow in tables of their own.
+
+    Args:
+        head: the titles of the columns.
+        lines: the cells of each line; the first names it, and is repeated in each table.
+        width: of the terminal in characters.
+
+    >>> print(aligned(["row", "first", "second"], [["a", "1", "2"]], 12))
+    row  first
+    a    1
+    <BLANKLINE>
+    row  second
+    a    2
+    """
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head))]
+    groups: list[list[int]] = [[0]]
+    for column in range(1, len(head)):
+        taken = sum(widths[i] + 2 for i in groups[-1]) + widths[column]
+        if taken > width and len(groups[-1]) > 1:
+            groups.append([0])
+        groups[-1].append(column)
+    return "\n\n".join(
+        "\n".join("  ".join(line[i].ljust(widths[i]) for i in group).rstrip() for line in [head, *lines])
+        for group in groups
+    )
 
 
 def _escaped(character: str) -> str:

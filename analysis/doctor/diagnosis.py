@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
 from dvt.analysis.config import DoctorConfig
 from dvt.analysis.metrics.nulls import Score
+from dvt.text import shell_lines, wrapped
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Diagnosis:
     def to_text(self) -> str:
         """Write the page as text."""
         parts = [self._answer(), self._evidence(), self._what_to_do(), self._costs(), self._harms()]
-        return "\n\n".join(part for part in parts if part)
+        return wrapped("\n\n".join(part for part in parts if part))
 
     __str__ = to_text
 
@@ -113,15 +113,15 @@ class Diagnosis:
 
     def _evidence(self) -> str:
         limit, lines = self.config, ["What was measured"]
-        lines.append(f"  position share, within an image        {_told(self.own)}, artifact from {limit.share:g}")
+        lines.append(f"  position share, within an image     {_told(self.own)}, limit {limit.share:g}")
         if self.shared is not None:
-            lines.append(f"  position share, same in all images     {_told(self.shared)}")
-        outliers = f"tokens of {limit.ratio:g} times the median norm".ljust(37)
-        lines.append(f"  {outliers}  {_told(self.outliers, 4)}, artifact from {limit.outliers:g}")
+            lines.append(f"  position share, same in all images  {_told(self.shared)}")
+        outliers = f"tokens of {limit.ratio:g} times the median norm".ljust(34)
+        lines.append(f"  {outliers}  {_told(self.outliers, 4)}, limit {limit.outliers:g}")
         if self.images > 1:
-            lines.append(f"  images that have such tokens           {self.outlier_images:.0%}")
+            lines.append(f"  images that have such tokens        {self.outlier_images:.0%}")
         if self.layout is not None:
-            lines.append(f"  position R2 with the artifact removed  {_told(self.layout)}: their layout")
+            lines.append(f"  position R2 without the artifact    {_told(self.layout)}: their layout")
         return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
 
     def _what_to_do(self) -> str:
@@ -150,7 +150,7 @@ class Diagnosis:
             )
         lines = [
             "What to do",
-            *(textwrap.fill(each, 96, initial_indent="  ", subsequent_indent="  ") for each in advice),
+            *(f"  {each}" for each in advice),
         ]
         return "\n".join([*lines, *self._compared()])
 
@@ -167,9 +167,11 @@ class Diagnosis:
             least = f" {self.nearest} leaves least." if self.nearest else ""
             lines.append(f"  None of those given removes enough.{least}")
         if self.command is not None:
-            lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}: {self.command}")
+            lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}:")
+            lines.append(shell_lines(self.command))
         if self.one_pass_command is not None and self.one_pass != self.best:
-            lines.append(f"  In one pass an image, {self.one_pass}: {self.one_pass_command}")
+            lines.append(f"  In one pass an image, {self.one_pass}:")
+            lines.append(shell_lines(self.one_pass_command))
         if self.images == 1:
             lines.append("  All of this is about this one image; ten or more would tell about others.")
         return lines
@@ -190,8 +192,8 @@ class Diagnosis:
             return ""
         lines = [
             "What it may hurt",
-            "  Tasks that need to know where a patch is: detection, pose, and scenes of one layout. Compare raw and",
-            "  denoised features on your labels (`dvt probe`), whole frames and crops, before you settle the strength.",
+            "  Tasks that need to know where a patch is: detection, pose, and scenes of one layout. Compare raw and "
+            "denoised features on your labels (`dvt probe`), whole frames and crops, before you settle the strength.",
         ]
         if self.layout is not None and self.layout.value >= self.config.layout and self.layout.beyond_chance:
             lines.append("  Here position is a cue: these photos share a layout, so start from a lower strength.")
@@ -209,5 +211,4 @@ def left_share(own: Score, shared: Score) -> float:
 
 
 def _told(score: Score, digits: int = 3) -> str:
-    null = f"null {score.null:.{digits}f}, at most {score.high:.{digits}f}"
-    return f"{score.value:.{digits}f} ({null})"
+    return f"{score.value:.{digits}f} (chance up to {score.high:.{digits}f})"

@@ -14,6 +14,7 @@ from torch import Tensor
 from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample_counts
 from dvt.analysis.probes.probe import Probe
 from dvt.errors import ConfigError, ShapeError
+from dvt.text import aligned, wrapped
 
 Summarise = Callable[[Tensor], dict[str, Tensor]]
 Interval = tuple[float, float]
@@ -111,16 +112,12 @@ class ProbeReport:
             f"{self.metric} less {self.reference}'s",
             "",
         ]
-        lines = [head, *(self._line(row, names) for row in self.rows)]
-        widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
+        lines = [self._line(row, names) for row in self.rows]
         notes = [*self.notes, *(f"{row.variant}: {note}" for row in self.rows for note in row.notes)]
         if same:
             values = (f"{_title(name)} {_number(name, self.rows[0].scores[name])}" for name in same)
             notes.append(f"the same in all rows: {', '.join(values)}")
-        return "\n".join([*text, *(f"note: {note}" for note in notes)])
+        return "\n".join([aligned(head, lines), *(wrapped(f"note: {note}") for note in notes)])
 
     def _same(self) -> list[str]:
         """List scores, other than the headline, that are equal in all rows, such as those of trivial guesses."""

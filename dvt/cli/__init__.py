@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # file names are bytes on Linux, and need not be text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    errors = Console(stderr=True, soft_wrap=True, emoji=False)
+    errors = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), emoji=False)  # a file's lines are not broken
     try:
         return _run(arguments, errors)
     except DvtError as error:
@@ -64,7 +64,8 @@ def _run(arguments: list[str], errors: Console) -> int:
     command, function = parse(arguments)
     from rich.logging import RichHandler  # slow to import, and not needed for help
 
-    console = Console(stderr=command.json, soft_wrap=True, emoji=False)
+    stream = sys.stderr if command.json else sys.stdout
+    console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False)
     handler = RichHandler(console=errors, show_path=False, show_time=False)
     handler.addFilter(_visible_record)
     logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])

@@ -53,7 +53,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     report.save(command.out)
-    console.print(visible_lines(report.to_text()), markup=False, highlight=False)
+    console.print(visible_lines(report.to_text(command.nulls)), markup=False, highlight=False)
     console.print(f"report: {shown(str(command.out))}; `dvt report {shown(str(command.out))}` makes a page from it")
     return 0, {**report.to_json(), "settings": settings, "out": str(command.out)}
 

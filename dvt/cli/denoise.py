@@ -56,8 +56,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     known = summary.done + summary.skipped > 0 and not is_url(command.out)
     position = _position(Path(command.out)) if known else {}
     for term, score in position.items():
-        text = f"{score['value']:.3f}   (shuffled positions {score['low']:.3f} to {score['high']:.3f})"
-        rows.append((f"position decodability R², {term}", text))
+        text = f"{score['value']:.3f} (chance {score['low']:.3f} to {score['high']:.3f})"
+        rows.append((f"position R², {term}", text))
     result = print_job(console, command, summary, seconds, rows)
     if each is not None:
         each.finish(console)

@@ -30,6 +30,8 @@ class Analyze(DenoiserOptions):
     needs; 0 for no decomposition."""
     compare: tuple[str, ...] = ()
     """Further backbones, by timm name, to measure beside the first; raw features only."""
+    nulls: bool = False
+    """Print what chance gives beside each number; the report holds it anyway."""
     analysis: Annotated[AnalyzeConfig, tyro.conf.arg(name="")] = field(default_factory=AnalyzeConfig)
     """Settings of the measurement."""
 
