@@ -37,7 +37,7 @@ def markdown(name: str) -> str:
 
 
 def wrapped(text: str, width: int = WIDTH) -> str:
-    """Break lines that are longer than a terminal between words; what follows keeps the line's indentation.
+    """Write lines that are longer than a terminal as several, which keep the indentation.
 
     >>> print(wrapped("  one two three", 10))
       one two
@@ -63,7 +63,7 @@ def _broken(line: str, width: int, end: str = "") -> str:
 
 
 def shell_lines(command: str, indent: int = 4, width: int = WIDTH) -> str:
-    r"""Break a command of the shell over lines that can be pasted as they are.
+    r"""Write a command of the shell on several lines that can be pasted as they are.
 
     >>> print(shell_lines("dvt inspect store --verify", 2, 20))
       dvt inspect store \\
