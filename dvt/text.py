@@ -65,8 +65,8 @@ def _broken(line: str, width: int, end: str = "") -> str:
 def shell_lines(command: str, indent: int = 4, width: int = WIDTH) -> str:
     r"""Write a command of the shell on several lines that can be pasted as they are.
 
-    >>> print(shell_lines("dvt inspect store --verify", 2, 20))
-      dvt inspect store \\
+    >>> print(shell_lines("dvt inspect --verify", 2, 18))
+      dvt inspect \
         --verify
     """
     return _broken(" " * indent + command, width, " \\")
