@@ -69,8 +69,21 @@ def write_report(folder: str | Path, out: str | Path) -> Path:
     return out
 
 
-def render(report: Report) -> str:
-    """Write the page as HTML.
+@dataclass(frozen=True)
+class PageWords:
+    """Hold the words of a page on which nothing was measured.
+
+    Args:
+        title: plain text.
+        lead: HTML, what the page shows.
+    """
+
+    title: str
+    lead: str
+
+
+def render(report: Report, words: PageWords | None = None) -> str:
+    """Write the page as HTML; with `words`, without the numbers and how they were measured.
 
     Raises:
         ConfigError: arrays or entries are not as :mod:`dvt.analysis.results` describes them.
@@ -79,12 +92,13 @@ def render(report: Report) -> str:
         _check(report)
         report, zeros = _without_zeros(report)
         fit = fitting(report)
+        left_out = [*_reduced(report, fit), *zeros]
         body = {
-            "summary": sections.summary(report),
-            "tables": sections.tables(report),
+            "summary": words.lead if words else sections.summary(report),
+            "tables": "" if words else f"<section><h2>The numbers</h2>{sections.tables(report)}</section>",
             "figures": sections.layer_charts(report) + sections.position_maps(report) + sections.norm_charts(report),
             "gallery": sections.gallery(report, fit.images),
-            "method": sections.method(report, [*_reduced(report, fit), *zeros]),
+            "method": f"<p>{escape(' '.join(left_out))}</p>" if words else sections.method(report, left_out),
         }
         data = json.dumps(_data(report, fit), allow_nan=False, separators=(",", ":"))
     except ConfigError:
@@ -95,7 +109,7 @@ def render(report: Report) -> str:
             "`dvt analyze IMAGES... --out DIR`"
         ) from error
     style, script = ((_ASSETS / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    title = "Artifacts in " + ", ".join(each["label"] for each in report.backbones)
+    title = words.title if words else "Artifacts in " + ", ".join(each["label"] for each in report.backbones)
     return Template((_ASSETS / "report.html").read_text(encoding="utf-8")).substitute(
         body,
         title=escape(title),

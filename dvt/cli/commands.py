@@ -18,7 +18,7 @@ from dvt.cli.settings.denoiser import Distill, Export, Train
 from dvt.cli.settings.extract import Extract, Store
 from dvt.cli.settings.priors import PriorCommand
 from dvt.cli.settings.remedies import FindRemedy
-from dvt.cli.settings.show import MatchCommand, SearchCommand, Show
+from dvt.cli.settings.show import MatchCommand, SearchCommand, Show, View
 from dvt.cli.values import REGISTRY
 from dvt.errors import ConfigError
 
@@ -45,6 +45,7 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
     },
     "what features hold": {
         "show": (Show, "dvt.cli.show:show"),
+        "view": (View, "dvt.cli.view:view"),
         "match": (MatchCommand, "dvt.cli.match:match"),
         "search": (SearchCommand, "dvt.cli.search:search"),
         "analyze": (Analyze, "dvt.cli.analysis:analyze"),

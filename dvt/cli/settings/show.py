@@ -98,3 +98,23 @@ class SearchCommand(CleanOptions):
     """x0 y0 x1 y1 in [0, 1]: the part of the photograph to look for; by default whole images are compared."""
     count: int = 5
     """The largest number of images to show."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Show a store as an interactive page: tap a patch, see what is similar to it in raw and in clean features."""
+
+    store: tyro.conf.Positional[Path]
+    """A folder of shards, or one shard, of `dvt denoise` or `dvt extract`."""
+    out: Path | None = None
+    """Write the page to this .html file; without it, the page is served to browsers on this machine."""
+    images: int = 12
+    """Images at most, evenly spaced over the store."""
+    port: int = 0
+    """Port of this machine's own address to serve on; 0 takes a free one."""
+    browser: bool = True
+    """Open the page in the browser."""
+    json: bool = False
+    """Print one JSON object on standard output, everything else on standard error."""
+    dry_run: bool = False
+    """Print the resolved settings and stop."""

@@ -1,0 +1,78 @@
+"""Make the interactive page of a feature store: its photographs and terms to point at, and nothing measured."""
+
+from __future__ import annotations
+
+import logging
+from html import escape
+from pathlib import Path
+
+import torch
+
+from dvt.analysis.measure.sample import spread
+from dvt.analysis.page import sections
+from dvt.analysis.page.report import PageWords, render
+from dvt.analysis.page.viewer import Arrays, Shown
+from dvt.analysis.results import Report
+from dvt.errors import ConfigError, ImageError
+from dvt.images import load_image
+from dvt.progress import Progress, silent
+from dvt.store import FeatureStore
+from dvt.tokens import Tokens
+
+log = logging.getLogger(__name__)
+
+
+def store_page(path: str | Path, images: int = 12, progress: Progress | None = None) -> str:
+    """Write the page of a store as HTML: similarity to any patch, PCA colours, norms, a strength, several images.
+
+    Args:
+        path: a folder of shards, or one shard.
+        images: number of images at most, evenly spread. The page stays below 8 MB and says what it left out.
+        progress: called with (what, done, total) after every image.
+
+    Raises:
+        StoreError: it is not a store, or damaged.
+        ConfigError: `images` is less than 1.
+    """
+    if images < 1:
+        raise ConfigError(f"images is {images}; it must be 1 or more")
+    store, arrays = FeatureStore(path), Arrays()
+    chosen, shown, held = spread(len(store), images), [], {name: [] for name in store.terms}
+    label, layer, missing = store.job.backbone, store.job.layer, 0
+    for number, index in enumerate(chosen):
+        for name in store.terms:
+            tokens = torch.from_numpy(store.read(index, name)).float()
+            held[name].append(Tokens.of(tokens))
+            shown.append(Shown(number, label, layer, name, tokens))
+        pixels = _photograph(store.images[index])
+        missing += pixels is None
+        arrays.add_jpeg(number, _grey(store, index) if pixels is None else pixels)
+        (progress or silent)("images", number + 1, len(chosen))
+    if missing:
+        log.warning("%d of %d photographs are not where the store says; they are shown grey", missing, len(chosen))
+    arrays.add_maps(shown)
+    arrays.add_norms(label, layer, held)
+    about = {"label": label, "layer": layer, "feature_dim": int(held[store.terms[0]][0].feature_dim)}
+    names = [store.images[index] for index in chosen]
+    report = Report([], names, [about], {}, {}, arrays.index, arrays.arrays)
+    return render(report, _words(store, len(chosen)))
+
+
+def _words(store: FeatureStore, shown: int) -> PageWords:
+    terms = ", ".join(map(sections.label, store.terms))
+    lead = f"{shown} of the {len(store)} images of a feature store, with {terms}. Nothing is measured here."
+    return PageWords("Features of " + store.job.backbone, f'<p class="lead">{escape(lead)}</p>')
+
+
+def _photograph(path: str) -> torch.Tensor | None:
+    try:
+        return load_image(path)
+    except ImageError:
+        return None
+
+
+def _grey(store: FeatureStore, index: int) -> torch.Tensor:
+    """Make a grey picture in the proportions of an image whose file is gone."""
+    height, width = store.sizes[index]
+    scale = 240 / max(height, width)
+    return torch.full((3, max(1, round(height * scale)), max(1, round(width * scale))), 0.5)

@@ -1,0 +1,97 @@
+"""`dvt view`: the page of a real store, in Chromium where there is one, and its server, for this machine alone."""
+
+import http.client
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dvt.analysis.page.store_page import store_page
+from dvt.cli import main
+from dvt.cli.view import page_server
+from dvt.store import FeatureStore
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with two photographs, one of them deleted later, and their store."""
+    folder = tmp_path_factory.mktemp("view")
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        coarse = Image.fromarray(rng.integers(0, 255, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((120, 90), Image.Resampling.BICUBIC).save(folder / f"{name}.png")
+    images = [str(folder / "a.png"), str(folder / "b.png")]
+    options = ["--weights", "demo", "--size", "96", "--views", "4", "--no-pictures", "--out", str(folder / "store")]
+    assert main(["denoise", *images, *options]) == 0
+    (folder / "b.png").unlink()
+    return folder
+
+
+def test_the_page_of_a_store_is_one_file_and_measures_nothing(work, capsys, caplog):
+    assert main(["view", str(work / "store"), "--out", str(work / "page.html")]) == 0
+    text = (work / "page.html").read_text()
+    assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
+    assert "The numbers" not in text and "2 of the 2 images" in text and str(work) not in text
+    assert "1 of 2 photographs" in caplog.text
+    assert main(["view", str(work / "store"), "--out", str(work / "page.pdf")]) == 2
+    assert main(["view", str(work / "store"), "--images", "0", "--out", str(work / "page.html")]) == 2
+    assert main(["view", str(work), "--out", str(work / "page.html")]) == 2
+    assert "not a feature store" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_patch_is_compared_as_the_store_says_by_tap_and_by_key(work):
+    sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    (work / "tap.html").write_text(store_page(work / "store"))
+    tokens = FeatureStore(work / "store").read(0, "semantic").astype(np.float64)
+    centred = tokens - tokens.mean((0, 1))
+    unit = centred / np.linalg.norm(centred, axis=-1, keepdims=True)
+    said = []
+    with sync.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        tab = browser.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True).new_page()
+        tab.on("console", lambda message: said.append(message.text))
+        tab.on("pageerror", lambda error: said.append(str(error)))
+        tab.goto((work / "tap.html").as_uri())
+        stage = tab.locator("#right .stage")
+        stage.scroll_into_view_if_needed()
+        box = stage.bounding_box()
+        tab.touchscreen.tap(box["x"] + box["width"] * 0.99, box["y"] + box["height"] * 0.01)
+        found = tab.evaluate("dvtReport.panels()")[1]
+        assert tab.evaluate("dvtReport.patch()") == {"row": 0, "column": tokens.shape[1] - 1}
+        assert found["variant"] == "semantic"
+        values = np.array(found["values"]).reshape(found["height"], found["width"])
+        assert np.abs(values - unit @ unit[0, -1]).max() < 0.05  # of 48 directions in 8 bits
+        tab.locator("#photo .stage").focus()
+        tab.keyboard.press("ArrowDown")
+        assert tab.evaluate("dvtReport.patch()")["row"] == 1
+        assert tab.locator("#images input").count() == 2 and not tab.locator("#right .strength input").is_disabled()
+        assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+        browser.close()
+    assert not said
+
+
+def test_the_server_answers_this_machine_by_its_name_only():
+    server = page_server(b"<p>page</p>", 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        assert server.server_address[0] == "127.0.0.1"
+
+        def ask(path, host):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=10)
+            connection.request("GET", path, headers={"Host": host})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+        assert ask("/", f"localhost:{server.server_port}") == (200, b"<p>page</p>")
+        assert ask("/", f"evil.example:{server.server_port}")[0] == 403
+        assert ask("/etc/passwd", f"127.0.0.1:{server.server_port}")[0] == 404
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
