@@ -256,6 +256,11 @@ def test_a_folder_of_the_users_cannot_shadow_ours(tmp_path):
     run_python("import dvt.analysis, dvt.fields", tmp_path)
 
 
+def test_a_clone_named_dvt_does_not_shadow_the_package(tmp_path):
+    (tmp_path / "dvt").symlink_to(ROOT)
+    run_python("import dvt, dvt.fields, dvt.cli; dvt.Denoiser; dvt.demo_weights().stat()", tmp_path)
+
+
 @pytest.mark.parametrize("module", [name for name, path in MODULES.items() if ">>>" in path.read_text()])
 def test_docstring_examples_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
