@@ -96,7 +96,7 @@ def read_described(path: str | Path, key: str, what: str, *, tensors: bool = Tru
 def folder_weights(folder: Path) -> Path:
     """Find the weights in a folder that timm saved.
 
-    timm itself would choose among all files of the folder and, before version 1.0.23, unpickle them.
+    timm itself would choose among all files of the folder, and some of its versions (1.0.20) unpickle them.
 
     Raises:
         WeightsError: the folder holds no weights.

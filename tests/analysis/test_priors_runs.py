@@ -504,7 +504,7 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
         ({"codes": 8}, "codes"),
         ({"pseudo": "fixed"}, "pseudo"),
         ({"pairs": 0.0}, "pairs"),
-        ({"condition": "cls", "centred": True}, "centring"),
+        ({"condition": "cls", "centred": True}, "centred=True needs"),
     ],
 )
 def test_settings_out_of_range_are_refused(changes, message):
@@ -606,7 +606,7 @@ def test_comparisons_out_of_range_are_refused(images, backbone):
         Comparison(kinds=("shuffled",))
     with pytest.raises(ConfigError, match="2 seeds"):
         Comparison(seeds=1)
-    with pytest.raises(ConfigError, match="no tokens of kind 'clean'; here there are raw"):
+    with pytest.raises(ConfigError, match="no tokens of kind 'clean'; choose from raw"):
         look(sorted(images.iterdir()), backbone, replace(comparison(), kinds=("raw", "clean")))
 
 

@@ -1,5 +1,6 @@
 """How commands end: interrupted, without streams, without docstrings, with names that are commands to a terminal."""
 
+import json
 import os
 import random
 import shutil
@@ -7,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -90,3 +93,42 @@ def test_weights_are_not_written_under_a_name_that_cannot_be_read(tmp_path):
     path = os.fsdecode(b"caf\xe9.safetensors")
     done = run([*DVT, "remedy", "noise", "--out", path, *EXTRACT, "--noise-images", "2"], tmp_path)
     assert done.returncode == 2 and b"UTF-8" in done.stderr and not list(tmp_path.iterdir())
+
+
+def session(number):
+    """The processes of a session that have not ended."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+            found += [stat.parent.name] if int(sid) == number and state != "Z" else []
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_driver_of_ray_leaves_no_process(number, tmp_path):
+    """Its workers end at once; Ray's own agents look for their cluster for some minutes before they do."""
+    pytest.importorskip("ray")
+    shutil.copytree(os.path.join(os.path.dirname(dvt.__file__), "data", "photos"), tmp_path / "photos")
+    for copy in range(40):  # other bytes behind the picture: other images
+        for photo in sorted((tmp_path / "photos").glob("[a-z]*.jpg")):
+            (tmp_path / "photos" / f"0{copy}{photo.name}").write_bytes(photo.read_bytes() + bytes([copy]))
+    options = ("--ray", "local", "--ray-workers", "1", "--batch", "2", "--shard-images", "2")
+    command = [*DVT, "extract", "photos", "--out", "store", *EXTRACT, *options]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    end = time.monotonic() + 120
+    while not list(tmp_path.glob("store/*.h5")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) in (-number, 128 + number, number)  # Ray ends its driver on SIGTERM by itself
+    end = time.monotonic() + 300
+    while session(process.pid):
+        assert time.monotonic() < end, session(process.pid)
+        time.sleep(1)
+    done = run([*command, "--json"], tmp_path)
+    assert done.returncode == 0 and json.loads(done.stdout)["done"] > 0
+    assert not list(tmp_path.rglob("*.part"))

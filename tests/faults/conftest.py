@@ -1,6 +1,7 @@
 """What the fault tests share: photographs, weights and commands that run in a process of their own and can be harmed.
 
-`tests/faults/driver.py` says what the faults are.
+`tests/faults/driver.py` says what the faults are. With ``DVT_ATTACKS=FILE`` each test adds a JSON line to that file,
+how it ended and how often it ran which command; ``benchmarks/attacks.py FILE`` makes a table of them.
 """
 
 import itertools
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +24,32 @@ from safetensors.torch import save_file
 from dvt.store import FeatureStore, damaged_shards
 
 BACKBONE = ("--backbone", "test_vit", "--size", "96")
+
+
+RUNS: Counter[str] = Counter()
+"""How often the test at hand has run each command, or another reader of files."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    outcome = yield
+    if call.when == "setup":
+        RUNS.clear()
+    elif call.when == "call" and (target := os.environ.get("DVT_ATTACKS")):
+        about = {
+            "file": item.path.stem,
+            "attack": item.originalname,
+            "ended": outcome.get_result().outcome,
+            "runs": RUNS,
+        }
+        with open(target, "a") as file:
+            file.write(json.dumps(about) + "\n")
+
+
+@pytest.fixture
+def attacks():
+    """The counts of the test at hand, for what runs no command."""
+    return RUNS
 
 
 @dataclass
@@ -61,9 +89,9 @@ class Commands:
     def __init__(self, folder: Path):
         self.folder, self.numbers = folder, itertools.count()
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
-        self.can_fail_reads = _compiled(folder / "failing_reads.so")
-        if self.can_fail_reads:
-            environment["LD_PRELOAD"] = str(folder / "failing_reads.so")
+        self.preloaded = _compiled(folder / "preloaded.so")
+        if self.preloaded:
+            environment["LD_PRELOAD"] = str(folder / "preloaded.so")
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("driver.py"))],
             stdin=subprocess.PIPE,
@@ -77,6 +105,7 @@ class Commands:
 
     def start(self, arguments: Sequence[object], *faults: dict) -> Running:
         """Start a command; every one that is started must be waited for. What it says goes to a pipe: no disk fills."""
+        RUNS[" ".join(map(str, arguments[: 2 if arguments[0] in ("prior", "store") else 1]))] += 1
         log = self.folder / f"{next(self.numbers)}.log"
         os.mkfifo(log)
         output = os.open(log, os.O_RDWR | os.O_NONBLOCK)
@@ -108,10 +137,10 @@ class Commands:
 
 
 def _compiled(library: Path) -> bool:
-    """Make the library that makes reads fail, where there is a compiler."""
-    source = Path(__file__).with_name("failing_reads.c")
+    """Make the library that makes reads fail and folds capitals, where there is a compiler."""
+    sources = [Path(__file__).with_name(name) for name in ("failing_reads.c", "one_case.c")]
     compiler = shutil.which("cc")
-    command = [compiler, "-shared", "-fPIC", "-o", library, source, "-ldl"]
+    command = [compiler, "-fno-builtin", "-w", "-shared", "-fPIC", "-o", library, *sources, "-ldl"]
     return compiler is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 

@@ -15,6 +15,7 @@ The faults, each a JSON object with one of these keys:
     reads      ["pattern", error number, first]: reads of files whose path matches end with that error, from the
                first-th on (only where tests/faults/failing_reads.c could be compiled)
     locks      POSIX locks end with this error number, as on network file systems that keep none
+    one_case   below that folder, which exists, capitals are small letters (only where one_case.c could be compiled)
     clock      each look at the wall clock shows so many seconds less than the one before
     at         the name (a pattern) of a file that is opened to be written or renamed to; the "nth" time, "do" happens:
                ["move", from, to], ["remove", file or folder], ["append", file] or ["sleep", seconds]
@@ -172,6 +173,8 @@ def _harm(fault: dict, log: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     elif "reads" in fault:
         os.environ["DVT_READS_FAIL"] = ":".join(map(str, fault["reads"]))
+    elif "one_case" in fault:
+        os.environ["DVT_ONE_CASE"] = fault["one_case"]
     elif "locks" in fault:
 
         def refused(*arguments):

@@ -998,14 +998,17 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_some_hostile_files_of_each_kind(few: dict[str, dict[str, Any]], kind: str) -> None:
+def test_some_hostile_files_of_each_kind(few: dict[str, dict[str, Any]], kind: str, attacks: Counter[str]) -> None:
     check_line(few[kind], OUTCOMES[kind])
+    attacks[kind] += sum(few[kind]["counts"].values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_thousands_of_hostile_files(tmp_path: Path, kind: str) -> None:
-    check_line(fuzzed({kind: MANY[kind]}, tmp_path)[kind], OUTCOMES[kind])
+def test_thousands_of_hostile_files(tmp_path: Path, kind: str, attacks: Counter[str]) -> None:
+    line = fuzzed({kind: MANY[kind]}, tmp_path)[kind]
+    check_line(line, OUTCOMES[kind])
+    attacks[kind] += sum(line["counts"].values())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Too little memory, no locks, and clocks that jump: an error in words, or the same result."""
+"""Too little memory, no locks, no capitals, and clocks that jump: an error in words, or the same result."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 from dvt import files
 from dvt.store import damaged_shards
@@ -68,12 +69,12 @@ def test_with_ever_less_address_space(name, commands, tmp_path, dvt_command, lef
 # -- locks ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-@pytest.mark.parametrize("name", ["extract", "train", "prior train", "store export", "store merge", "distill"])
+LOCKING = ("extract", "train", "prior train", "store export", "store merge", "distill")
+
+
+@pytest.mark.parametrize(("name", "number"), [("extract", errno.ENOSYS), *((name, errno.ENOLCK) for name in LOCKING)])
 def test_a_file_system_without_locks_is_named(name, number, commands, tmp_path, dvt_command):
     """As some that lie on a network: two writers would spoil each other's work, so none begins."""
-    if number == errno.ENOSYS and name != "extract":
-        pytest.skip("one command for each is enough")
     ended = dvt_command(commands[name](tmp_path / "out"), {"locks": number}, expect=2)
     assert str(tmp_path / "out") in ended.text and "keeps no locks" in ended.text, ended
     assert not [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".h5", ".safetensors", ".npy")]
@@ -112,6 +113,55 @@ def test_a_clock_that_jumps_changes_nothing(name, step, commands, tmp_path, dvt_
         for folder in (tmp_path / "whole", tmp_path / "out")
     )
     assert whole == out and whole
+
+
+# -- names without capitals -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_case(dvt_command, tmp_path):
+    """A folder in which A and a are one name, and the fault that makes it so for a command."""
+    if not dvt_command.preloaded:
+        pytest.skip("there is no C compiler to fold names with")
+    (tmp_path / "one-case").mkdir()
+    return tmp_path / "one-case", {"one_case": str(tmp_path / "one-case")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "extract",
+        *(pytest.param(name, marks=SLOW) for name in ("denoise", "analyze", "store merge")),
+    ],
+)
+def test_a_disk_that_knows_no_capitals(name, one_case, commands, tmp_path, dvt_command):
+    """The results are those of any disk, and are found again by another spelling; nothing is done twice.
+
+    Training is not among them: safetensors renames its files past the C library, where nothing can fold their names.
+    """
+    folder, fault = one_case
+    dvt_command(commands[name](tmp_path / "elsewhere"))
+    for out in ("Results", "RESULTS", "results"):
+        dvt_command(commands[name](folder / out), fault)
+    kinds = (".h5", ".safetensors", ".npy", ".csv")
+    wanted, found = (
+        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.suffix in kinds}
+        for top in (tmp_path / "elsewhere", folder / "results")
+    )
+    assert found == wanted and found
+    assert [path.name for path in folder.iterdir()] == ["results"]
+
+
+def test_crops_that_a_disk_cannot_tell_apart_are_refused(one_case, backbone_options, tmp_path, dvt_command):
+    folder, fault = one_case
+    for kind, mode in (("images", "RGB"), ("annotations", "L")):
+        for name in ("train/a", "train/A", "val/b"):
+            path = tmp_path / "data" / kind / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((64, 64), 9).point(lambda value: value > 128).convert(mode).save(path)
+    command = ["probe", "segmentation", tmp_path / "data", *backbone_options, "--protocol", "crops"]
+    ended = dvt_command([*command, "--cache", folder / "cache"], fault, expect=2)
+    assert "cannot tell apart" in ended.text, ended
 
 
 # -- killed for memory ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Pipes are not waited for, devices and sparse files of a terabyte take no memory,
 import json
 import os
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.runs import open_run
 from dvt.analysis.probes.datasets import open_data
 from dvt.backbones.names import resolved_name
+from dvt.backbones.weights import read_state
 from dvt.denoiser import Denoiser
 from dvt.denoiser.distill.job import read_card
 from dvt.errors import DvtError
@@ -138,7 +140,8 @@ SWAPS = {
 
 @pytest.mark.parametrize("swap", SWAPS)
 @pytest.mark.parametrize("reader", READERS)
-def test_a_file_exchanged_for_what_nobody_should_read(reader, swap, tmp_path):
+def test_a_file_exchanged_for_what_nobody_should_read(reader, swap, tmp_path, attacks):
+    attacks["readers"] += 1
     make, name, read = READERS[reader]
     make(tmp_path)
     read(tmp_path)  # whole, it is read
@@ -180,7 +183,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("reader", PLACES)
-def test_values_of_other_types_and_ranges(reader, tmp_path):
+def test_values_of_other_types_and_ranges(reader, tmp_path, attacks):
     """Refused in words, or of no consequence; never an error of Python's."""
     make, name, read = READERS[reader]
     refused = 0
@@ -193,6 +196,7 @@ def test_values_of_other_types_and_ranges(reader, tmp_path):
             read(folder)
         except DvtError:
             refused += 1
+    attacks["readers"] += len(ODD) * len(PLACES[reader])
     assert refused > len(ODD) * len(PLACES[reader]) // 2 or reader == "a model's folder", refused
 
 
@@ -225,6 +229,31 @@ def test_a_folder_of_timm_is_read_by_dvt_alone(tmp_path, make_tiny_backbone):
     save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "model.safetensors")
     loaded = dvt.load_backbone(str(tmp_path)).model.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in state.items() if name != "pos_embed")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_exported_models_are_no_weights(tmp_path, attacks):
+    """ONNX and .pt2 of strangers, under any name: refused, whatever pickles lie in them."""
+    program = torch.export.export(torch.nn.Linear(3, 2), (torch.ones(1, 3),))
+    torch.export.save(program, tmp_path / "plain.pt2")
+    evil = b"cos\nmkdir\n(V" + str(tmp_path / "canary").encode() + b"\ntR."
+    with zipfile.ZipFile(tmp_path / "plain.pt2") as plain, zipfile.ZipFile(tmp_path / "evil.pt2", "w") as archive:
+        root = plain.namelist()[0].split("/")[0]
+        for name in plain.namelist():
+            archive.writestr(name, evil if name.endswith(".pt") else plain.read(name))
+        for name in ("data.pkl", "byteorder", "version", "data/0"):
+            if f"{root}/{name}" not in plain.namelist():
+                archive.writestr(f"{root}/{name}", evil if name == "data.pkl" else b"3")
+    (tmp_path / "external.onnx").write_bytes(b"\x08\x0a:0\n.B\x01wj\x11\n\x08location\x12\x05/etcx" * 3)
+    sources = [(tmp_path / name).read_bytes() for name in ("plain.pt2", "evil.pt2", "external.onnx")]
+    for number, content in enumerate(sources):
+        for suffix in (".onnx", ".pt2", ".pth", ".pt", ".bin", ".safetensors"):
+            path = tmp_path / f"given{number}{suffix}"
+            path.write_bytes(content)
+            for read in (read_state, Denoiser.from_pretrained, read_card, Prior.load):
+                attacks["readers"] += 1
+                with pytest.raises(DvtError):
+                    read(path)
     assert not (tmp_path / "canary").exists()
 
 
