@@ -84,6 +84,11 @@ DESIGNS = {
 }
 
 
+def chosen_designs(designs: dict[str, DenoiseConfig], options: argparse.Namespace) -> dict[str, DenoiseConfig]:
+    """Those that were asked for, and the blend, which the others are compared with."""
+    return {k: v for k, v in designs.items() if not options.designs or k in options.designs or k == "blend, 49"}
+
+
 # -- planted ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,7 +192,7 @@ def faithful(options: argparse.Namespace) -> dict[str, Any]:
         corner = [(side - WINDOW) // 32 * 16 for side in pixels.shape[1:]]
         target = shift_target(backbone, pixels, corner, shared, options.dtype)
         window = pixels[:, corner[0] : corner[0] + WINDOW, corner[1] : corner[1] + WINDOW].contiguous()
-        for name, each, spent in estimates(backbone, window, options.dtype, DESIGNS):
+        for name, each, spent in estimates(backbone, window, options.dtype, chosen_designs(DESIGNS, options)):
             scores[name].append(centred_cosine(each, target))
             seconds[name].append(spent)
             if name == "raw":
@@ -252,7 +257,7 @@ def labels(options: argparse.Namespace) -> dict[str, Any]:
         "ensembled, 97": DenoiseConfig(product="ensembled", views=96),
         "ensembled, 49, unmirrored": replace(small, views=replace(small.views, flip=0.0)),
     }
-    designs = {name: design for name, design in designs.items() if name in (options.designs or designs)}
+    designs = chosen_designs(designs, options)
     scores, files = defaultdict(list), pick(sorted(options.segments.glob("*.png")), options.segmented)
     for path in files:
         segments = torch.from_numpy(np.array(Image.open(path)).astype(np.int64))
@@ -393,7 +398,7 @@ def main() -> None:
     parser.add_argument("--planted", type=int, default=10, help="photographs and seeds of the planted backbone")
     parser.add_argument("--images", type=int, default=24, help="photographs of the shift target")
     parser.add_argument("--segmented", type=int, default=40, help="segmented photographs")
-    parser.add_argument("--designs", nargs="*", help="of `labels`; all of them if not given")
+    parser.add_argument("--designs", nargs="*", help="of `faithful` and `labels`; all of them if not given")
     parser.add_argument("--timed", type=int, default=10, help="photographs of `seconds`")
     parser.add_argument("--pictures", type=int, default=8, help="photographs of the sheet")
     parser.add_argument("--sheet", type=Path, default=Path("products.png"), help="where the sheet is written")
