@@ -134,11 +134,13 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
         OSError: something cannot be written; nothing is left of it.
     """
     _remove_dead(path)
-    part = _part_name(path, suffix)
-    fd = os.open(part, _NEW, 0o666)
-    mode = os.fstat(fd).st_mode & 0o777
-    os.close(fd)
+    folder = _part_name(path)  # of its own: some writers make files beside the one that they were given
+    folder.mkdir()
+    part = folder / f"{_short(path.name)}{suffix}"
     try:
+        fd = os.open(part, _NEW, 0o666)
+        mode = os.fstat(fd).st_mode & 0o777
+        os.close(fd)
         yield part
         part.chmod(mode)  # some writers replace the file by one that only its owner can read
         if sync:
@@ -147,8 +149,7 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
         if sync:
             sync_path(path.parent)
     finally:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -278,9 +279,9 @@ def take_lock(fd: int, wait: bool = False) -> bool:
     return True
 
 
-def _part_name(path: Path, suffix: str = "") -> Path:
+def _part_name(path: Path) -> Path:
     """Make an unused name beside `path` that holds its name and this process's."""
-    return path.with_name(f"{_short(path.name)}.{os.getpid()}.{_host()}{secrets.token_hex(5)}{PART}{suffix}")
+    return path.with_name(f"{_short(path.name)}.{os.getpid()}.{_host()}{secrets.token_hex(5)}{PART}")
 
 
 @functools.cache

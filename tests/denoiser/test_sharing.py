@@ -380,7 +380,7 @@ def test_a_published_denoiser_comes_from_the_hubs_cache(tmp_path):
     assert Denoiser.from_pretrained(published_file(name, **options)).card["backbone"] == name
     with pytest.raises(WeightsError, match=r"imgnet_denoised/vit_base.*\n.*is the network reachable"):
         Denoiser.from_published(name, "imgnet_denoised", **options)
-    with pytest.raises(WeightsError, match=r"known to be published are voc_denoised: deit3_base"):
+    with pytest.raises(WeightsError, match=r"known published files are voc_denoised: deit3_base"):
         Denoiser.from_published("resnet50.a1_in1k", **options)
     with pytest.raises(WeightsError, match=r"whole distilled backbones; .*published_file\('vit_base"):
         Denoiser.from_published(name, "voc_distilled", **options)

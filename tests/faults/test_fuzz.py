@@ -424,6 +424,8 @@ def _filtered(file: h5py.File, tmp: Path, name: str, value: int) -> None:
 
 def _valued(file: h5py.File, tmp: Path, name: str, value: int) -> None:
     """An extreme number, or text that leads elsewhere, in one element."""
+    if file[name].size > 1 << 20:  # announced by an action before: HDF5 would look for the place for ever
+        return
     data, texts = file[name], (b"../../etc/passwd", b"/etc/passwd", b"a\0b", b"\xff\xfe", b"", b"\x1b[2J", b"0" * 64)
     at = tuple(value // 7 % length for length in data.shape)
     number = (EXTREMES[value % len(EXTREMES)] + (1 << 63)) % (1 << 64) - (1 << 63)

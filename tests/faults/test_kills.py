@@ -77,7 +77,13 @@ class TrainJob:
         pictures = [path for path in files if path.parent.name == "samples"]
         for early in pictures[:-1]:  # of a checkpoint that a kill came after, there may be none
             files.remove(early)
-        return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+        return {str(path.relative_to(folder)): self.content(path) for path in files}
+
+    def content(self, path):
+        """Read a file's bytes; of weights the tensors, as some metadata are written in any order."""
+        if path.suffix != ".safetensors":
+            return path.read_bytes()
+        return {name: value.numpy().tobytes() for name, value in load_file(path).items()}
 
 
 @dataclass

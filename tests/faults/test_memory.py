@@ -84,7 +84,7 @@ def test_what_other_machines_write_to_a_shared_folder_stays(tmp_path):
     """Only processes of this machine are known to be dead."""
     dead, elsewhere, alive = (f"f.txt.{pid}.{{}}0123456789.part" for pid in (4194303, 4194303, os.getpid()))
     with files.replaced(tmp_path / "f.txt") as part:
-        host = part.name.split(".")[-2][:6]
+        host = part.parent.name.split(".")[-2][:6]
         other = "000000" if host != "000000" else "111111"
         names = [dead.format(host), elsewhere.format(other), alive.format(host)]
         for name in names:
