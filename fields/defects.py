@@ -35,6 +35,8 @@ TOPS = (0.003, 0.01, 0.03, 0.1)
 CONCERTED = 0.5
 # Views from which a median over them stands for what a position holds.
 FEWEST_VIEWS = 5
+# Views without the defect from which what is usual at a position is theirs.
+FEWEST_LOW = 3
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def _aligned(vectors: Tensor, long: Tensor) -> tuple[Tensor, Tensor]:
 class Screen:
     """Give weight 0 to the tokens of a defect, which is found in the first views of B images, and 1 to others.
 
-    The ordinary token of a position is the median over the views, so an artifact of position is not a defect.
+    The ordinary token of a position is the median over the views, so an artifact of position is not a defect. Once the
+    direction is known, it is the median over views without the defect: where many views of a position show a flat
+    region, defects would raise it.
 
     Args:
         first: (B, V, n, S) the first views' projected tokens.
@@ -144,13 +148,21 @@ class Screen:
         direction, size, found = direction_of_jumps(first.flatten(1, 2), ordinary.flatten(1, 2), near)
         # Where there is none, no token lies along nothing.
         self.per_size = torch.where(found[:, None], direction / size[:, None], 0)
-        self.first = self._of(first - self._ordinary, self.per_size[:, None])
-        self.middle = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size).flatten(1).median(1).values
+        usual = torch.einsum("bpns,bs->bpn", self._ordinary, self.per_size)
+        self.middle = usual.flatten(1).median(1).values
+        along = torch.einsum("bvns,bs->bvn", first, self.per_size)
+        self._level = self._without_defects(usual, along)
+        self.first = (along - self._level < CUT).to(first)
+
+    def _without_defects(self, usual: Tensor, along: Tensor) -> Tensor:
+        """Find what is usual (B, 1, n) along the direction in views that do not show the defect at a position.
+
+        A position that is far along in nearly every view has an artifact, and keeps it.
+        """
+        low = along < self.middle[:, None, None] + CUT
+        of_low = along.masked_fill(~low, float("nan")).nanmedian(1, keepdim=True).values
+        return torch.where(low.sum(1, keepdim=True) >= FEWEST_LOW, of_low, usual)
 
     def weights(self, image: int, tokens: Tensor) -> Tensor:
         """Compute the weights (V, n) of an image's tokens (V, n, S), projected as `first`."""
-        return self._of(tokens - self._ordinary[image], self.per_size[image])
-
-    @staticmethod
-    def _of(tokens: Tensor, per_size: Tensor) -> Tensor:
-        return ((tokens * per_size[..., None, :]).sum(-1) < CUT).to(tokens)
+        return (tokens @ self.per_size[image] - self._level[image] < CUT).to(tokens)

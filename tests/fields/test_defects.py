@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dvt.fields import LinearConfig, LinearSolver
+from dvt.fields.defects import Screen
 from dvt.fields.planted import Planted, PlantedConfig, relative_error
 
 CLEAN = PlantedConfig(channels=32, views=64)
@@ -92,3 +93,20 @@ def test_a_large_token_at_one_position_is_an_artifact_and_no_defect(photo):
     fit = LinearSolver(BENCHMARK).fit([(tokens + spike, coords) for tokens, coords in planted])
     assert fit.gate is None
     assert relative_error(fit.artifact, planted.artifact + spike) < 0.02
+
+
+def test_defects_in_many_views_of_a_position_are_told_from_what_is_ordinary_there():
+    """A flat region at one place of many views: the median over them is raised by the defects, or is one."""
+    views, positions, size = 60, 30, 10.0
+    direction = torch.nn.functional.normalize(noise(16, seed=3), dim=0)
+    defect = torch.zeros(views, positions, dtype=torch.bool)
+    for position, share in enumerate((0.2, 0.3, 0.3, 0.4, 0.48, 0.6)):
+        order = torch.randperm(views, generator=torch.Generator().manual_seed(position))
+        defect[order[: round(share * views)], position] = True
+    tokens = 0.7 * noise(views, positions, 16) + 1.5 * noise(1, positions, 16, seed=1)
+    tokens = tokens + size * defect[..., None] * direction
+    number = torch.arange(views * positions)
+    near = torch.stack([(number + step * positions) % len(number) for step in range(4)], dim=-1)
+    screen = Screen(tokens[None], near[None])
+    assert torch.equal(screen.first[0] == 0, defect)
+    assert torch.equal(screen.weights(0, tokens) == 0, defect)
