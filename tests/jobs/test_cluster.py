@@ -425,7 +425,7 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from cluster_slow_work import make
-from dvt import cluster
+from dvt.jobs import cluster
 from dvt.images import find_images
 
 folder, out, notes, what = sys.argv[1:]
