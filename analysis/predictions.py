@@ -106,5 +106,5 @@ def _draw_labels(axis: Any, photograph: Tensor, labels: Tensor, card: HeadCard) 
     axis.imshow((_SHARE * colours[labels] + (1 - _SHARE) * grey).numpy())
     counts = torch.bincount(labels.flatten(), minlength=card.num_classes)
     largest = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]][:_LISTED]
-    handles = [Patch(color=colours[k].tolist(), label=card.name_of(k)) for k in largest]
+    handles = [Patch(facecolor=tuple(colours[k].tolist()), label=card.name_of(k)) for k in largest]
     axis.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9)

@@ -16,6 +16,7 @@ from dvt import grids
 from dvt.analysis.probes.layouts import some
 from dvt.analysis.probes.probe import grid_of
 from dvt.backbones import Backbone
+from dvt.backbones.layers import joined_tokens
 from dvt.errors import ConfigError, DataError, ImageError, ShapeError
 from dvt.grids import Size
 from dvt.images import file_sha256, load_image
@@ -76,6 +77,7 @@ def cached_tokens(
     cache: Path,
     views: ViewConfig | None = None,
     progress: Progress | None = None,
+    layers: Sequence[int] = (),
 ) -> Sequence[Tokens]:
     """Read the raw tokens of image files, or their average over views; compute what the cache lacks first.
 
@@ -85,11 +87,16 @@ def cached_tokens(
         cache: folder of feature stores, one per backbone and settings; it may be deleted at any time.
         views: None for one pass over the whole image; otherwise tokens are averaged as :func:`averaged_tokens` does.
         progress: called with (what, done, total).
+        layers: whose tokens to read in one forward pass, side by side; none for the backbone's own alone.
 
     Returns:
         Tokens (a batch of one) of each image, read when indexed.
     """
-    settings = {"verb": "extract"} if views is None else {"verb": "average views", "views": _numbers(views)}
+    settings: dict[str, Any] = {"verb": "extract"}
+    if views is not None:
+        settings = {"verb": "average views", "views": _numbers(views)}
+    if len(layers) > 1:
+        settings |= {"layers": list(layers)}
     job = Job.of(backbone, settings)
     what = "features" if views is None else "view averages"
     folder = cache / f"{what.replace(' ', '-')}-{job.digest[:16]}"
@@ -101,7 +108,7 @@ def cached_tokens(
         for shard in plan(listed, _SHARD_IMAGES, job):
             records = []
             for path, sha256, _ in shard.images:
-                records.append(_record(backbone, path, sha256, views))
+                records.append(_record(backbone, path, sha256, views, layers or [backbone.layer]))
                 done += 1
                 if progress:
                     progress(what, done, len(todo))
@@ -114,12 +121,12 @@ def _numbers(views: ViewConfig) -> dict[str, object]:
 
 
 @torch.no_grad()
-def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None) -> Record:
+def _record(backbone: Backbone, path: str, sha256: str, views: ViewConfig | None, layers: Sequence[int]) -> Record:
     pixels = load_image(path).to(backbone.device)
     size: Size = (pixels.shape[1], pixels.shape[2])
     resized = fitting_size(backbone, size, path)
     if views is None:
-        tokens = backbone(resize(pixels, resized)[None])
+        tokens = joined_tokens(backbone, resize(pixels, resized)[None], layers)
     else:
         tokens = averaged_tokens(backbone, pixels, views)
     return Record(path, sha256, size, {"raw": tokens.patches[0]}, tokens.prefix[0])

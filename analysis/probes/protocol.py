@@ -24,8 +24,9 @@ from dvt.analysis.probes.layouts import IGNORE, Example, some
 from dvt.analysis.probes.probe import Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, row_names
+from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, joined_row, row_names
 from dvt.backbones import Backbone
+from dvt.backbones.layers import layer_term
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
 from dvt.images import find_images, image_size, load_image
@@ -68,6 +69,7 @@ def run_probe(
     backbone: Backbone,
     variants: Mapping[str, Variant] | None = None,
     progress: Progress | None = None,
+    layers: Sequence[int] = (),
 ) -> ProbeReport:
     """Train and score one probe on each variant of the features.
 
@@ -76,14 +78,20 @@ def run_probe(
         backbone: computes the raw features, once; they are kept in the cache.
         variants: further rows by name: a denoiser as a function of tokens, a store, another backbone.
         progress: called with (what, done, total).
+        layers: several layers, the backbone's own last, read in one forward pass: each other one is a row, and all of
+            them side by side, as one head of several layers takes them, another.
 
     Raises:
         DataError: the data are incomplete or contradict themselves, or a store lacks an image.
         ConfigError: two rows have one name, or a row is not possible for this task.
     """
     variants = variants or {}
-    names = row_names(config.baselines, variants)
+    further = [layer_term(backbone, layer) for layer in layers[:-1]]
+    further += [joined_row(backbone, layers)] if further else []
+    names = row_names((*further, *config.baselines), variants)
     if config.task == "correspondence":
+        if further:
+            raise ConfigError("correspondence compares the tokens of one layer; give one --layer")
         return _run_correspondence(config, backbone, names, variants, progress)
     data = prepare(config, progress)
     examples = [*data.splits["train"], *data.splits["test"]]
@@ -91,7 +99,7 @@ def run_probe(
     truth = held(Lazy(len(examples), lambda i: _target(data, examples[i])))
     train, test = _parts(truth, count)
     notes = [*data.notes, *_notes(train, test, data)]
-    source = _row_features(config, backbone, [example.image for example in examples], count, progress)
+    source = _row_features(config, backbone, [example.image for example in examples], count, progress, layers)
 
     probes: dict[str, list[Probe]] = {}
     maps: dict[str, Sequence[Tensor]] = {}
@@ -170,10 +178,15 @@ def _report(
 
 
 def _row_features(
-    config: ProbeConfig, backbone: Backbone, images: Sequence[Path], train: int, progress: Progress | None
+    config: ProbeConfig,
+    backbone: Backbone,
+    images: Sequence[Path],
+    train: int,
+    progress: Progress | None,
+    layers: Sequence[int] = (),
 ) -> RowFeatures:
     views = ViewConfig(count=config.views, seed=config.seed)
-    return RowFeatures(backbone, images, train, _cache(config), views, config.position, config.seed, progress)
+    return RowFeatures(backbone, images, train, _cache(config), views, config.position, config.seed, progress, layers)
 
 
 def _target(data: LabelledData, example: Example) -> Tensor:

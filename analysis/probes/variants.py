@@ -12,6 +12,7 @@ from torch import Tensor
 from dvt.analysis.probes import features
 from dvt.analysis.probes.features import Lazy, cached_tokens, held, stored_tokens
 from dvt.backbones import Backbone
+from dvt.backbones.layers import layer_term
 from dvt.errors import ConfigError, ShapeError
 from dvt.images import load_image
 from dvt.progress import Progress
@@ -40,6 +41,34 @@ def row_names(baselines: Sequence[str], variants: Mapping[str, Variant]) -> list
     return names
 
 
+def joined_row(backbone: Backbone, layers: Sequence[int]) -> str:
+    """Name the row of several layers side by side."""
+    return " + ".join(layer_term(backbone, layer) for layer in layers)
+
+
+def layer_rows(backbone: Backbone, layers: Sequence[int], joined: Sequence[Tokens]) -> dict[str, Sequence[Tokens]]:
+    """Part the tokens of several layers, side by side, into the rows of a table; raw is the last layer's.
+
+    Args:
+        backbone: of the layers.
+        layers: in the order of the tokens; with fewer than two there are no rows.
+        joined: tokens of each image.
+    """
+    if len(layers) < 2:
+        return {}
+
+    def part(k: int) -> Sequence[Tokens]:
+        def make(i: int) -> Tokens:
+            one = joined[i]
+            width = one.feature_dim // len(layers)
+            return Tokens(one.patches[..., k * width : (k + 1) * width], one.prefix[..., k * width : (k + 1) * width])
+
+        return Lazy(len(joined), make)
+
+    names = [*(layer_term(backbone, layer) for layer in layers[:-1]), RAW]
+    return {name: part(k) for k, name in enumerate(names)} | {joined_row(backbone, layers): joined}
+
+
 class RowFeatures:
     """Make token maps of images by the name of a row.
 
@@ -52,6 +81,7 @@ class RowFeatures:
         position: how :func:`~dvt.analysis.probes.features.with_position` changes each map.
         seed: seed of the noise.
         progress: called with (what, done, total).
+        layers: further layers, the backbone's own last, each of which is a row, and all of them side by side another.
     """
 
     def __init__(
@@ -64,12 +94,15 @@ class RowFeatures:
         position: str,
         seed: int,
         progress: Progress | None,
+        layers: Sequence[int] = (),
     ) -> None:
         self.backbone, self.images, self.cache, self.progress = backbone, images, cache, progress
         self.views, self.position, self.seed = views, position, seed
         self.train = train or len(images)
         self.device = backbone.device
-        self.raw = cached_tokens(backbone, images, cache, progress=progress)
+        joined = cached_tokens(backbone, images, cache, progress=progress, layers=layers)
+        self.layered = layer_rows(backbone, layers, joined)
+        self.raw = self.layered.pop(RAW, joined)
 
     def maps(self, name: str, variant: Variant | None, factor: int = 1) -> Sequence[Tensor]:
         """Make the map (h, w, C) of each image, with position features if `position` asks for them.
@@ -112,6 +145,8 @@ class RowFeatures:
     def _tokens(self, name: str, variant: Variant | None) -> Sequence[Tokens]:
         if name == RAW:
             return self.raw
+        if name in self.layered and variant is None:
+            return self.layered[name]
         if isinstance(variant, FeatureStore):
             return stored_tokens(variant, self.images)
         if isinstance(variant, Backbone):

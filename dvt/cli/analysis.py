@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -40,6 +41,9 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
     if command.views is not None and command.views < 0:
         raise ConfigError(f"views is {command.views}; it must be 0, for no decomposition, or more")
     backbone = command.load()
+    analysis = command.analysis
+    if analysis.layers != "all":
+        analysis = replace(analysis, layers=(*analysis.layers, *command.layers_of(backbone)[:-1]))
     backbones = [backbone, *(command.load(name) for name in command.compare)]
     source = FeatureStore(command.store) if command.store else _decompose(backbone, command.product, command.views)
     none: list[None] = [None] * len(command.compare)
@@ -47,7 +51,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
         report = measure(
             backbones,
             paths,
-            command.analysis,
+            analysis,
             variants=[_variants(command, backbone), *({} for _ in none)],
             semantic=[source, *none],
             progress=progress,
@@ -103,6 +107,8 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
         check_keeps_head(command.probe)
         check_head_path(command.save)
         writable(command.save)
+        if command.denoiser is not None and len(command.layer) > 1:
+            raise ConfigError("a head of several layers takes raw features: leave --denoiser out, or give one --layer")
     elif command.names:
         raise ConfigError("--names are kept with a head: give --save head.safetensors too")
     backbone = command.load()
@@ -110,7 +116,7 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
     if command.store is not None:
         variants["semantic"] = FeatureStore(command.store, "semantic")
     with progress_bar(console) as progress:
-        report = run_probe(command.probe, backbone, variants, progress)
+        report = run_probe(command.probe, backbone, variants, progress, command.layers_of(backbone))
     console.print(visible_lines(report.table()), markup=False, highlight=False)
     result = {**report.to_dict(), "settings": settings}
     if command.out is not None:
@@ -124,12 +130,14 @@ def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]
 def _keep_head(command: ProbeCommand, backbone: Backbone, report: ProbeReport) -> SavedHead:
     """Make the head of the features that the command asks for: denoised, upsampled, of several layers."""
     from dvt.analysis.probes.heads import kept_head
-    from dvt.analysis.probes.variants import RAW, UPSAMPLED
+    from dvt.analysis.probes.variants import RAW, UPSAMPLED, joined_row
 
     denoiser = command.load_denoiser(backbone)
-    row = (RAW if denoiser is None else "denoised") + (UPSAMPLED if command.probe.upsample > 1 else "")
+    layers = command.layers_of(backbone)
+    own = RAW if len(layers) < 2 else joined_row(backbone, layers)
+    row = (own if denoiser is None else "denoised") + (UPSAMPLED if command.probe.upsample > 1 else "")
     identity = None if denoiser is None else denoiser.identity
-    layers, channels = [backbone.layer], backbone.feature_dim
+    channels = backbone.feature_dim * len(layers)
     return kept_head(command.probe, report.probes[row], backbone, layers, channels, identity, command.names)
 
 

@@ -82,13 +82,14 @@ class _Features:
         import torch
 
         from dvt.backbones import Backbone as Inside
+        from dvt.backbones.layers import joined_tokens
         from dvt.views import resize
 
         size = self.backbone.input_size((pixels.shape[1], pixels.shape[2]))
         inputs = resize(pixels.to(self.backbone.device), size)[None]
         with torch.no_grad():
             model = self.clean if isinstance(self.clean, Inside) else self.backbone
-            tokens = model(inputs).to(torch.float32)
+            tokens = joined_tokens(model, inputs, self.card.layers).to(torch.float32)
             if self.clean is not None and model is self.backbone:
                 tokens = self.clean(tokens)
         return tokens.patches[0].cpu()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
+from dvt.backbones.layers import choose_layers, layer_term
 from dvt.devices import autocast
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.jobs.ahead import ahead, reading_threads
@@ -38,7 +39,8 @@ _AHEAD = 2  # batches decoded while one is in the backbone; with a single one, a
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Hold the settings of an extraction. Only `dtype` belongs to the store's job; the others change speed and memory.
+    """Hold the settings of an extraction. `dtype` and `layers` belong to the store's job; the others change speed
+    and memory.
 
     Args:
         dtype: dtype of the forward pass, by autocast; "auto" calls :func:`dvt.backbones.choose_precision`. Tokens are
@@ -46,12 +48,15 @@ class ExtractConfig:
         batch: images per forward pass; the last batch of a shard may be smaller.
         shard_images: images per shard; a killed run loses at most the shard being computed and the one being written.
         workers: threads that read and decode images; None takes the processor's cores, at most 16.
+        layers: further blocks, whose tokens are stored too, as "layer5", from the same forward pass; the backbone's own
+            layer is the term "raw", and the one that a denoiser takes.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     batch: int = 32
     shard_images: int = 64
     workers: int | None = None
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -111,9 +116,16 @@ def extract_images(
 def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | None = None) -> Job:
     """Describe everything that the tokens of an extraction depend on, as a Job."""
     settings: dict[str, Any] = {"verb": "extract", "dtype": choose_precision(backbone, config.dtype)}
+    if len(layers := _layers(backbone, config)) > 1:
+        settings["layers"] = list(layers)
     if denoiser is not None:
         settings["denoiser"] = denoiser.identity
     return Job.of(backbone, settings)
+
+
+def _layers(backbone: Backbone, config: ExtractConfig) -> tuple[int, ...]:
+    """List the layers to read, the backbone's own last."""
+    return choose_layers(backbone, (*config.layers, backbone.layer)) if config.layers else (backbone.layer,)
 
 
 class ExtractWork(Work):
@@ -140,6 +152,7 @@ class ExtractWork(Work):
             strict=strict,
         )
         self.config, self.denoiser, self.on_image = config, denoiser, on_image
+        self.layers = _layers(backbone, config)
 
     def make(
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
@@ -213,8 +226,11 @@ class ExtractWork(Work):
     @torch.no_grad()
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
         with autocast(images.device, getattr(torch, self.config.dtype)):
-            tokens = self.backbone(images).to(torch.float32)
-            maps = {"raw": tokens.patches, "prefix": tokens.prefix}
+            own, several = self.backbone.layer, len(self.layers) > 1
+            found = self.backbone.at_layers(images, self.layers) if several else {own: self.backbone(images)}
+            maps = {layer_term(self.backbone, k): found[k].patches.float() for k in self.layers if k != own}
+            tokens = found[own].to(torch.float32)
+            maps |= {"raw": tokens.patches, "prefix": tokens.prefix}
             if self.denoiser is not None:
                 maps["denoised"] = self.denoiser(tokens.patches, tokens.prefix)
         return maps

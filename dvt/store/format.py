@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from dvt.grids import Size
 from dvt.store.job import Job, canonical, sha256_of
 
 TERMS = ("raw", "semantic", "artifact", "residual", "denoised")
+_LAYER = re.compile(r"layer(\d{1,3})")  # the raw tokens of another layer, by the number of its block
 
 CHUNK_BYTES = 4 << 20  # a ViT-B's 37 x 37 tokens in half precision take 2 MB: most images are one chunk
 
@@ -33,7 +34,7 @@ class Record:
         path: the path as given.
         sha256: hash of the file's bytes, 64 hexadecimal digits.
         size: (H, W) of the original image in pixels.
-        terms: (h, w, C) maps by their names in :data:`TERMS`, all of one shape.
+        terms: (h, w, C) maps by their names in :data:`TERMS`, or "layer5" for those of block 5; all of one shape.
         prefix: (P, C) class token and registers, or None.
     """
 
@@ -42,6 +43,16 @@ class Record:
     size: Size
     terms: Mapping[str, np.ndarray | Tensor]
     prefix: np.ndarray | Tensor | None = None
+
+
+def ordered_terms(names: Collection[str]) -> tuple[str, ...]:
+    """List the names that are terms: those of :data:`TERMS`, then further layers by number.
+
+    >>> ordered_terms({"layer11", "prefix", "layer5", "denoised", "raw"})
+    ('raw', 'denoised', 'layer5', 'layer11')
+    """
+    layers = {name: int(found[1]) for name in names if (found := _LAYER.fullmatch(name))}
+    return (*(name for name in TERMS if name in names), *sorted(layers, key=lambda name: layers[name]))
 
 
 def shard_file(
@@ -82,8 +93,8 @@ def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | No
     if not records:
         raise ShapeError("a shard holds at least one image, got none")
     terms, first = list(records[0].terms), records[0]
-    if not terms or not set(terms) <= set(TERMS):
-        raise ShapeError(f"an image's terms are some of {TERMS}, got {terms}")
+    if not terms or len(ordered_terms(terms)) < len(terms):
+        raise ShapeError(f"an image's terms are some of {TERMS}, and layer0, layer1, ...; got {terms}")
     shape = tuple(first.terms[terms[0]].shape)
     channels = shape[-1] if len(shape) == 3 else 0
     for record in records:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dvt.errors import DvtError, StoreError
 from dvt.grids import Size
-from dvt.store.format import TERMS
+from dvt.store.format import ordered_terms
 from dvt.store.job import ATTRIBUTE_BYTES, JSON_SETTINGS, SCHEMA, Job, canonical, sha256_of
 
 _TEXT = ("schema", "backbone", "weights_sha256", *JSON_SETTINGS, "version")
@@ -152,7 +152,7 @@ def _checked(file: h5py.File, path: Path, source: BinaryIO) -> StoredShard:
     index = {name: trusted(f"index/{name}", rank) for name, rank in _INDEX_RANKS.items()}
     columns = {name: dataset[:] for name, dataset in index.items()}
     _check_index(columns, index["path"].dtype)
-    terms = tuple(name for name in TERMS if name in file["tokens"])
+    terms = ordered_terms(list(file["tokens"]))
     tokens = [trusted(f"tokens/{term}", 2) for term in terms]
     channels = tokens[0].shape[1] if tokens else 0
     count, rows = len(columns["path"]), int(columns["offset"][-1])

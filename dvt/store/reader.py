@@ -20,7 +20,7 @@ from dvt.errors import StoreError
 from dvt.grids import Size
 from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
 from dvt.store.chunks import ChunkReader
-from dvt.store.format import TERMS, Record
+from dvt.store.format import Record, ordered_terms
 from dvt.store.index import StoredShard, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
 
@@ -39,7 +39,7 @@ class FeatureStore(Dataset[StoredTokens]):
 
     Args:
         path: a folder of shards, or one shard.
-        term: which of :data:`TERMS` to read; if several are given, `patches` is the first and `terms` has all.
+        term: which of :attr:`terms` to read; if several are given, `patches` is the first and `terms` has all.
         prefix: read the prefix tokens, too.
         dtype: the dtype of the tokens read; None keeps float16 or float32 as stored.
         labels: labels to give out with the tokens, by path, file name or SHA-256, or a function of the path.
@@ -76,7 +76,7 @@ class FeatureStore(Dataset[StoredTokens]):
                     f"{first.file.name} and {shard.file.name} in {str(path)!r} differ in channels or prefix"
                 )
         #: Terms that every shard holds.
-        self.terms = tuple(name for name in TERMS if all(name in shard.terms for shard in self._shards))
+        self.terms = ordered_terms(set.intersection(*(set(shard.terms) for shard in self._shards)))
         for each in self.chosen or ("",):
             self._check_term(each)
         self.term = self.chosen[0]

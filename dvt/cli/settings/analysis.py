@@ -9,12 +9,12 @@ from typing import Annotated
 import tyro
 
 from dvt.analysis.config import AnalyzeConfig, DoctorConfig, ProbeConfig
-from dvt.cli.settings.common import DenoiserOptions, Options
+from dvt.cli.settings.common import DenoiserOptions, LayersOptions, Options
 from dvt.fields.config import Product
 
 
 @dataclass(frozen=True)
-class Analyze(DenoiserOptions):
+class Analyze(LayersOptions):
     """Measure the artifacts of a backbone's features: raw, decomposed and denoised, each beside its null."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -49,7 +49,7 @@ class Doctor(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class ProbeCommand(DenoiserOptions):
+class ProbeCommand(LayersOptions):
     """Score features on labelled data: raw, denoised and baselines in one table, with intervals."""
 
     probe: Annotated[ProbeConfig, tyro.conf.arg(name=""), tyro.conf.PositionalRequiredArgs]

@@ -55,6 +55,11 @@ class BackboneOptions(Options):
         if self.weights == "demo" and self.backbone == DEFAULT_BACKBONE:
             object.__setattr__(self, "backbone", DEMO_BACKBONE)
 
+    @property
+    def own_layer(self) -> int:
+        """The block whose tokens are the backbone's; the last one where several are given."""
+        return self.layer
+
     def load(self, other: str | None = None) -> Backbone:
         """Load the backbone onto its device, or instead the backbone `other` with the hub's weights."""
         from dvt.backbones import load_backbone
@@ -64,7 +69,7 @@ class BackboneOptions(Options):
         backbone = load_backbone(
             other or self.backbone,
             weights=None if other else weights,
-            layer=self.layer,
+            layer=self.own_layer,
             stride=self.stride,
             size=self.size,
         )
@@ -113,6 +118,27 @@ class DenoiserOptions(BackboneOptions):
                 "denoisers of tokens only. Use registers with export, doctor, analyze or probe, or by attach in Python"
             )
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersOptions(DenoiserOptions):
+    """Hold the options of commands that read several layers in one forward pass."""
+
+    layer: tuple[int, ...] = (-1,)  # type: ignore[assignment]
+    """Blocks whose tokens are read, in one forward pass; -1 is the last, after the final norm. The last one given is
+    "raw", which a denoiser takes; the others are "layer5" and so on."""
+
+    @property
+    def own_layer(self) -> int:
+        if not self.layer:
+            raise ConfigError("--layer names no block; give one or more, such as --layer 5 11")
+        return self.layer[-1]
+
+    def layers_of(self, backbone: Backbone) -> tuple[int, ...]:
+        """List the layers as the backbone has them; its own alone if no others were given."""
+        from dvt.backbones.layers import choose_layers
+
+        return (backbone.layer,) if len(self.layer) < 2 else choose_layers(backbone, self.layer)
 
 
 def variant_of(denoiser: Denoiser, backbone: Backbone, force: bool = False) -> Callable[[Tokens], Tokens] | Backbone:

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dvt.cli.settings.common import DenoiserOptions
+from dvt.cli.settings.common import LayersOptions
 from dvt.cli.settings.jobs import JobOptions
 
 
 @dataclass(frozen=True)
-class Extract(JobOptions, DenoiserOptions):
+class Extract(LayersOptions, JobOptions):
     """Write the tokens of images, raw and with --denoiser also denoised, to a feature store.
 
     Run the same command again to compute only what is missing.
