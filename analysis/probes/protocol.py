@@ -24,9 +24,8 @@ from dvt.analysis.probes.layouts import IGNORE, Example, some
 from dvt.analysis.probes.probe import Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
-from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, joined_row, row_names
+from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, further_rows, row_names
 from dvt.backbones import Backbone
-from dvt.backbones.layers import layer_term
 from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
 from dvt.images import find_images, image_size, load_image
@@ -86,8 +85,7 @@ def run_probe(
         ConfigError: two rows have one name, or a row is not possible for this task.
     """
     variants = variants or {}
-    further = [layer_term(backbone, layer) for layer in layers[:-1]]
-    further += [joined_row(backbone, layers)] if further else []
+    further = further_rows(backbone, layers)
     names = row_names((*further, *config.baselines), variants)
     if config.task == "correspondence":
         if further:

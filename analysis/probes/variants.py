@@ -46,6 +46,12 @@ def joined_row(backbone: Backbone, layers: Sequence[int]) -> str:
     return " + ".join(layer_term(backbone, layer) for layer in layers)
 
 
+def further_rows(backbone: Backbone, layers: Sequence[int]) -> list[str]:
+    """List the rows that several layers add to a table: each but the last, which is raw, and all side by side."""
+    names = [layer_term(backbone, layer) for layer in layers[:-1]]
+    return [*names, joined_row(backbone, layers)] if names else []
+
+
 def layer_rows(backbone: Backbone, layers: Sequence[int], joined: Sequence[Tokens]) -> dict[str, Sequence[Tokens]]:
     """Part the tokens of several layers, side by side, into the rows of a table; raw is the last layer's.
 
