@@ -23,7 +23,8 @@ class Findings:
     Attributes:
         rows: metric x variant x layer x backbone.
         images: names of the images of the sample.
-        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim} of each backbone.
+        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim, precision} of each
+            backbone.
         seconds: {forward, fields, denoisers, metrics, total}: seconds in the backbone (views included), in
             decompositions without the backbone, in denoisers, in everything else, and in total.
         config: the settings.

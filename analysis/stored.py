@@ -18,7 +18,11 @@ MAX_BYTES = 512 << 20
 """The largest size in bytes of a report's arrays that is read; `dvt analyze` writes about 10 MB."""
 
 
-class ReportAbout(TypedDict):
+class ReportPrecision(TypedDict, total=False):
+    precision: str
+
+
+class ReportAbout(ReportPrecision):
     label: str
     name: str
     weights_sha256: str | None

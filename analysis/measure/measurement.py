@@ -77,7 +77,8 @@ class BackboneMeasurement:
     def about(self) -> dict[str, Any]:
         """Describe the backbone for the report: its label, and the part of its identity that readers compare."""
         spec = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.backbone.identity).items()}
-        return {"label": self.label, **{name: spec[name] for name in _DESCRIBED}}
+        described = {name: spec[name] for name in _DESCRIBED}
+        return {"label": self.label, **described, "precision": self.backbone.precision_name}
 
     # -- reading
 

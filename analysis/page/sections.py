@@ -351,6 +351,7 @@ def _described(about: dict[str, Any]) -> str:
     return (
         f"{about['name']}, {_layer_phrase(about['layer'])}, patches of {rows} x {columns} pixels, meant for images of "
         f"{height} x {width}, {about['feature_dim']} channels, weights {str(about['weights_sha256'])[:12]}"
+        f"{', ' + about['precision'] if 'precision' in about else ''}"
     )
 
 

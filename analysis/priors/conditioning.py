@@ -36,8 +36,9 @@ def conditions_of_images(
     if card.get("condition") not in CONDITIONS:
         given = card.get("condition")
         raise ConfigError(f"this prior is conditioned on {given!r}, not on images; leave --condition out")
-    here = token_identity(backbone, denoiser)
-    changed = [f"{k} {card.get(k)!r} there, {v!r} here" for k, v in here.items() if card.get(k) != v]
+    usual = {"precision": "float32"}
+    here, there = usual | token_identity(backbone, denoiser), usual | card
+    changed = [f"{k} {there.get(k)!r} there, {v!r} here" for k, v in here.items() if there.get(k) != v]
     if changed:
         raise BackboneError(
             f"the prior was trained on other tokens ({'; '.join(changed)}); give the same backbone, size and denoiser"

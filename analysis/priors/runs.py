@@ -67,7 +67,7 @@ log = logging.getLogger(__name__)
 
 # The entries of a prior's card that must be equal for a run to be continued.
 _IDENTITY = (
-    *("backbone", "weights_sha256", "layer", "stride", "size", "denoiser"),
+    *("backbone", "weights_sha256", "layer", "stride", "size", "precision", "denoiser"),
     *("condition", "target", "data", "start"),
 )
 
@@ -148,7 +148,10 @@ def train_prior(
         out,
         on_checkpoint=on_checkpoint,
         progress=progress,
-        settings={**{name: prior.card[name] for name in _IDENTITY}, "prior": asdict(prior.config)},
+        settings={
+            **{name: prior.card[name] for name in _IDENTITY if name in prior.card},
+            "prior": asdict(prior.config),
+        },
     )
     if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
         on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it

@@ -170,4 +170,5 @@ def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]
         "stride": list(spec.stride),
         "size": list(spec.image_size),
         "denoiser": None if denoiser is None else json.loads(json.dumps(getattr(denoiser, "identity", named))),
+        **backbone.precision_setting,
     }

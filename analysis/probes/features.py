@@ -97,7 +97,7 @@ def cached_tokens(
         settings = {"verb": "average views", "views": _numbers(views)}
     if len(layers) > 1:
         settings |= {"layers": list(layers)}
-    job = Job.of(backbone, settings)
+    job = Job.of(backbone, settings | backbone.precision_setting)
     what = "features" if views is None else "view averages"
     folder = cache / f"{what.replace(' ', '-')}-{job.digest[:16]}"
     hashes = [file_sha256(path) for path in images]

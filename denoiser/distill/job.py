@@ -182,6 +182,7 @@ def _settings(
         "layer": backbone.layer,
         "stride": backbone.stride,
         "size": backbone.image_size,
+        **backbone.precision_setting,
         "denoiser": None if denoiser is None else f"{weights_sha256(denoiser)} at strength {denoiser.strength}",
         "images": sides_digest(chosen, held),
     }

@@ -27,6 +27,7 @@ class Student(nn.Module):
         self.backbone = with_registers(backbone, registers, generator) if registers else copy.deepcopy(backbone)
         self.backbone.__dict__.pop("weights_sha256", None)  # the cached hash is that of the original weights
         self.backbone.float().requires_grad_(False)
+        self.backbone.precision = backbone.precision
         inner = families.core(self.backbone.model)
         for name in layers_of(inner, backbone.layer):
             inner.get_parameter(name).requires_grad_(True)

@@ -132,6 +132,16 @@ class Backbone(nn.Module):
         return self.mean.device
 
     @property
+    def precision_name(self) -> str:
+        """The precision of forward passes, such as "float32"."""
+        return str(self.precision).removeprefix("torch.")
+
+    @property
+    def precision_setting(self) -> dict[str, str]:
+        """The entry for the settings of a job: none for float32, so that jobs of before there was a choice go on."""
+        return {} if self.precision == torch.float32 else {"precision": self.precision_name}
+
+    @property
     def identity(self) -> BackboneSpec:
         """The spec with the hash of the weights, which takes as long as reading them."""
         return replace(self.spec, weights_sha256=self.weights_sha256)

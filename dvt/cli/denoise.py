@@ -80,7 +80,7 @@ def _check_terms(command: Denoise) -> None:
 
 def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> DecomposeWork:
     return DecomposeWork(
-        command.load(),
+        command.load_exact(),
         config,
         keep_terms=command.keep_terms,
         shard_images=command.shard_images,

@@ -52,7 +52,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
 
     config = ExportConfig(grid=command.grid, opset=command.opset)
     settings = resolved(command, command="export")
-    backbone = command.load()
+    backbone = command.load_exact()
     denoiser = command.load_denoiser(backbone)
     if denoiser is not None:
         denoiser.strength = denoiser.strength if command.strength is None else command.strength

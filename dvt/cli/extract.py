@@ -42,7 +42,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
 
 
 def _extraction(command: Extract, config: ExtractConfig, names: dict[Path, str]) -> ExtractWork:
-    backbone = command.load()
+    backbone = command.load_exact()
     fine = _Fine(command, names, backbone) if names else None
     return ExtractWork(backbone, config, command.load_denoiser(backbone), strict=command.strict, on_image=fine)
 

@@ -1,5 +1,7 @@
 """The precision of forward passes: bfloat16 where it is fast and changes next to nothing, else float32."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,35 @@ def wrapped(offset: float) -> Backbone:
 def test_bfloat16_is_taken_where_it_is_fast_and_changes_little(vit, fast):
     assert choose_precision(vit) == "bfloat16"
     assert 1e-4 < precision.precision_difference(vit, torch.bfloat16) < precision.MOST_DIFFERENCE
+
+
+def test_a_loop_over_images_tries_a_model_out_once(fast, monkeypatch):
+    model = dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64)
+    images = []
+    blocks = model.model.blocks[0].register_forward_hook(lambda *given: images.append(1))
+    first = choose_precision(model)
+    count = len(images)
+    assert count > 0 and choose_precision(model) == first == choose_precision(in_precision(model)) == "bfloat16"
+    assert len(images) == count
+    blocks.remove()
+
+
+def test_commands_run_backbones_in_the_precision_asked_for(fast):
+    from dvt.cli.settings.common import BackboneOptions
+
+    taken = {kind: BackboneOptions(weights="demo", dtype=kind, device="cpu").load() for kind in ("auto", "float32")}
+    assert [each.precision for each in taken.values()] == [torch.bfloat16, torch.float32]
+    assert BackboneOptions(weights="demo", device="cpu").load_exact().precision == torch.float32
+
+
+def test_features_of_two_precisions_are_not_mixed_in_a_cache(vit, tmp_path):
+    from dvt.analysis.probes.features import cached_tokens
+
+    photos = [Path(dvt.__file__).parent / "data" / "photos" / "astronaut.jpg"]
+    exact, rough = (
+        cached_tokens(in_precision(vit, kind), photos, tmp_path)[0].patches for kind in ("float32", "bfloat16")
+    )
+    assert len(list(tmp_path.iterdir())) == 2 and not torch.equal(exact, rough)
 
 
 def test_float32_is_taken_where_bfloat16_is_not_fast(vit, monkeypatch):

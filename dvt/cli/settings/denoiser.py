@@ -74,3 +74,5 @@ class Export(DenoiserOptions):
     """"dynamic" takes every size in whole patches, "fixed" one size, "auto" is dynamic if the model can be."""
     opset: int | None = None
     """ONNX operator set; by default the one recommended for this version of torch."""
+    dtype: tyro.conf.Suppress[Literal["float32"]] = field(default="float32", kw_only=True)
+    """The file holds the weights as they are."""
