@@ -37,7 +37,8 @@ def store_page(path: str | Path, images: int = 12, progress: Progress | None = N
     if images < 1:
         raise ConfigError(f"images is {images}; it must be 1 or more")
     store, arrays = FeatureStore(path), Arrays()
-    chosen, shown, held = spread(len(store), images), [], {name: [] for name in store.terms}
+    chosen, shown = spread(len(store), images), []
+    held: dict[str, list[Tokens]] = {name: [] for name in store.terms}
     label, layer, missing = store.job.backbone, store.job.layer, 0
     for number, index in enumerate(chosen):
         for name in store.terms:

@@ -75,7 +75,7 @@ def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
 
 def _instead(specs: Sequence[str | Path]) -> str:
     """Say what to give instead: of a store, the photographs that it was made of."""
-    for spec in map(os.fspath, specs):
+    for spec in [os.fspath(each) for each in specs]:
         if is_store(spec):
             return (
                 f"; {_short(spec)} is a feature store: give the photographs that it was made of, or hand it over as "
