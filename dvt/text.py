@@ -63,13 +63,15 @@ def _broken(line: str, width: int, end: str = "") -> str:
 
 
 def shell_lines(command: str, indent: int = 4, width: int = WIDTH) -> str:
-    r"""Write a command of the shell on several lines that can be pasted as they are.
+    r"""Write a command of the shell on several lines that can be pasted as they are; quoted words stay whole.
 
-    >>> print(shell_lines("dvt inspect --verify", 2, 18))
+    >>> print(shell_lines("dvt inspect 'my store' --verify", 2, 18))
       dvt inspect \
+        'my store' \
         --verify
     """
-    return _broken(" " * indent + command, width, " \\")
+    words = re.findall(r"(?:'[^']*'|\"[^\"]*\"|\\.|\S)+", command)
+    return _broken(" " * indent + " ".join(word.replace(" ", "\0") for word in words), width, " \\").replace("\0", " ")
 
 
 def aligned(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WIDTH) -> str:

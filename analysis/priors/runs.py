@@ -148,10 +148,7 @@ def train_prior(
         out,
         on_checkpoint=on_checkpoint,
         progress=progress,
-        settings={
-            **{name: prior.card[name] for name in _IDENTITY if name in prior.card},
-            "prior": asdict(prior.config),
-        },
+        settings={**_identity(prior), "prior": asdict(prior.config)},
     )
     if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
         on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it
@@ -222,6 +219,11 @@ def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: in
         "out": str(out / "prior.safetensors"),
         "samples": str(_picture(out, done.checkpoint)),
     }
+
+
+def _identity(prior: Prior) -> dict[str, Any]:
+    """List the entries of a prior's card that a continued run must agree with."""
+    return {name: prior.card[name] for name in _IDENTITY if name in prior.card}
 
 
 def _digest(sha256s: Sequence[str], chosen: Sequence[int], held: Sequence[int]) -> str:

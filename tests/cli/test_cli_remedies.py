@@ -54,7 +54,7 @@ def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, run):
     if found["command"]:
         verb = "denoise" if found["best"] in ("removed", "ensembled") else "remedy"
         assert found["command"].startswith(f"dvt {verb} ") and "--size=64" in found["command"]
-        assert found["command"] in found["text"]
+        assert found["command"] in " ".join(found["text"].replace("\\\n", "").split())
     alone = run("doctor", work / "photos" / "0.png", *WITH, "--windows", 4, "--remedies")
     assert {each["name"] for each in alone["treated"]} == {"noise", "insid3", "removed", "ensembled"}
     assert "about this one image" in alone["text"]

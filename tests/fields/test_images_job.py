@@ -508,7 +508,7 @@ def test_images_that_shifted_windows_cannot_show_are_reported_with_what_to_do(fo
     summary = denoise_images(backbone, images_of(folder), tmp_path / "out", DenoiseConfig(views=4, **settings))
     assert summary.done == 0 and len(summary.failed) == 6
     for _, reason in summary.failed:
-        assert "at a stride of 12 do not meet" in reason and "--stride 16 or 8" in reason
+        assert "at a stride of 12 do not coincide" in reason and "--stride 16 or 8" in reason
     crops = DenoiseConfig(views=4, product="ensembled", **settings)
     assert denoise_images(backbone, images_of(folder), tmp_path / "crops", crops).done == 6
     with pytest.raises(ImageError, match="--product ensembled"):
