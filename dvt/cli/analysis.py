@@ -17,7 +17,7 @@ from dvt.fields.image import denoise_image
 from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
-from dvt.text import visible_lines
+from dvt.text import visible_lines, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,8 +90,9 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     console.print(visible_lines(diagnosis.to_text()), markup=False, highlight=False)
-    for name, reason in refused.items():
-        console.print(f"\n{name}: {visible_lines(reason)}", markup=False, highlight=False)
+    for reason in dict.fromkeys(refused.values()):
+        names = ", ".join(name for name, why in refused.items() if why == reason)
+        console.print(f"\n{wrapped(visible_lines(f'{names}: {reason}'))}", markup=False, highlight=False)
     return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
