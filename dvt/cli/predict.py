@@ -26,9 +26,10 @@ def predict(command: Predict, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.predictions import boxes_entry, prediction_figure, save_map
     from dvt.analysis.probes.heads import SavedHead
 
+    # First, so that a photograph given without a head is told as such.
+    head = SavedHead.load(command.head)
     paths = find_images(command.images)
     settings = resolved(command, command="predict", images=paths)
-    head = SavedHead.load(command.head)
     features = _Features(command, head.card)
     writable(command.out / "index.json")
     names, index, boxes = names_beside(paths), {}, {}
