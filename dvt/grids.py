@@ -191,12 +191,14 @@ def move(coords: Tensor, matrix: Tensor) -> Tensor:
 def sample_pixels(image: Tensor, coords: Tensor) -> Tensor:
     """Interpolate an image (3, H, W) at coordinates (H', W', 2): (3, H', W'), bicubic, clamped to [0, 1].
 
-    At a pixel's centre the result is that pixel; beyond the image its border is repeated. There is no antialiasing, so
-    points should lie at most about a pixel apart.
+    Of images (B, 3, H, W), each is interpolated at its own coordinates (B, H', W', 2). At a pixel's centre the result
+    is that pixel; beyond the image its border is repeated. There is no antialiasing, so points should lie at most about
+    a pixel apart.
     """
-    grid = (2 * coords - 1).to(image)
-    values = nnf.grid_sample(image[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)
-    return values[0].clamp(0, 1)
+    grid, alone = (2 * coords - 1).to(image), image.ndim == 3
+    images, grids = (image[None], grid[None]) if alone else (image, grid)
+    values = nnf.grid_sample(images, grids, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
+    return values[0] if alone else values
 
 
 def interpolation(coords: Tensor, resolution: Size) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvt.analysis.priors.config import Comparison, Sampling
+from dvt.analysis.priors.config import Sampling
 from dvt.analysis.priors.evaluate import round_trip_cosine
+from dvt.analysis.priors.job_config import Comparison
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.sampling import draw_maps
 from dvt.analysis.priors.scoring import Yardstick, pixels, random_filters

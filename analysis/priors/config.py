@@ -26,19 +26,6 @@ _PRIOR_LOOP = TrainingConfig(
 )
 
 
-_COMPARISON_LOOP = TrainingConfig(
-    steps=3000,
-    batch_size=48,
-    learning_rate=2e-3,
-    min_learning_rate=2e-3,  # no decay, which would flatten the curves
-    warmup=0.02,
-    ema=0.99,
-    checkpoint_every=3000,
-    validate_every=250,
-    log_every=250,
-)
-
-
 def check_target(kind: str, vae: str | None) -> None:
     """Check that there is such a target, with a VAE if and only if it needs one; else raise ConfigError."""
     if kind not in TARGET_KINDS:
@@ -234,67 +221,3 @@ class Sampling:
             raise ConfigError(f"guidance must lie in 0 ... {MOST_GUIDANCE:g}; 1 is none, got {self.guidance}")
         if not 0 < self.temperature <= 10:
             raise ConfigError(f"temperature must lie above 0 and be at most 10, got {self.temperature}")
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Hold the settings of a comparison of priors with different conditions.
-
-    Args:
-        kinds: kinds of tokens to compare, "raw" among them; empty for all.
-        seeds: runs per kind; their spread gives the intervals.
-        prior: settings for training; the condition must be patches, and `loop.validate_every` is the distance of points
-            on the curves.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    kinds: tuple[str, ...] = ()
-    seeds: int = 3
-    prior: PriorTraining = PriorTraining(side=32, width=64, depth=2, held_out=0.2, loop=_COMPARISON_LOOP)
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ConfigError(f"an interval needs 2 seeds or more, got {self.seeds}")
-        if self.prior.condition != "patch" or self.prior.target == "features" or self.prior.flips:
-            raise ConfigError("a comparison needs the condition 'patch', the target pixels or latents, and no flips")
-        if self.kinds and "raw" not in self.kinds:
-            raise ConfigError(f"kinds are compared with raw, which is not among {', '.join(self.kinds)}")
-        if self.prior.loop.validate_every < 1:
-            raise ConfigError("a curve needs validate_every of at least 1")
-
-
-@dataclass(frozen=True)
-class Loop:
-    """Hold the settings for refitting a prior on its own samples.
-
-    Args:
-        rounds: number of refits.
-        mix: synthetic samples per real one.
-        corrector: "none", or "centres", which replaces a sample by a random real image of its nearest cluster.
-        gamma: strength of the correction: a sample is corrected with probability gamma / (1 + gamma).
-        clusters: number of the corrector's clusters.
-        round_steps: training steps per round, starting from the previous round's weights.
-        seeds: number of loops; their spread gives the intervals.
-
-    Raises:
-        ConfigError: a value is outside its range.
-    """
-
-    rounds: int = 4
-    mix: float = 1.0
-    corrector: Literal["none", "centres"] = "none"
-    gamma: float = 1.0
-    clusters: int = 16
-    round_steps: int = 200
-    seeds: int = 3
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "clusters", "round_steps", "seeds"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.mix <= 100 or not 0 <= self.gamma < float("inf"):
-            raise ConfigError(f"mix must lie in (0, 100] and gamma be at least 0, got {self.mix} and {self.gamma}")
-        if self.corrector not in ("none", "centres"):
-            raise ConfigError(f"corrector must be 'none' or 'centres', got {self.corrector!r}")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from dvt.analysis.priors.compare import interval
 from dvt.analysis.priors.condition import Codebook
-from dvt.analysis.priors.config import Loop, PriorTraining, Sampling
+from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.evaluate import kernel_distance
+from dvt.analysis.priors.job_config import Loop
 from dvt.analysis.priors.loops import Generate, Transform, closed_loop, mixing, nearest_cluster
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import opened_tokens

@@ -19,7 +19,7 @@ from dvt.analysis.priors.config import MOST_GUIDANCE, PriorConfig
 from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
 from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
-from dvt.analysis.priors.trunk import ConditionEmbedder
+from dvt.analysis.priors.trunk import ConditionEmbedder, reset_weights
 from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.errors import ConfigError, WeightsError
 from dvt.grids import Size
@@ -57,13 +57,13 @@ class Prior(nn.Module):
     def __init__(self, config: PriorConfig, generator: torch.Generator) -> None:
         super().__init__()
         self.config, self.card = config, dict[str, Any]()
-        # Built without values, so that only _reset draws numbers, and from the generator given.
+        # Built without values, so that only reset_weights draws numbers, and from the generator given.
         self.head = _planned_head(config).to_empty(device="cpu")
-        _reset(self.head, generator)
+        reset_weights(self.head, generator)
         self.embed = _embedder(config, generator)
         self.pseudo = PseudoText(config.condition_dim) if config.condition_dim and config.pseudo == "trained" else None
         if self.pseudo is not None:
-            _reset(self.pseudo.hidden, generator)
+            reset_weights(self.pseudo.hidden, generator)
 
     def loss(self, clean: Tensor, condition: Tensor | None, generator: torch.Generator) -> Tensor:
         """Compute the training loss, a mean over dimensions that starts near 1.
@@ -223,19 +223,5 @@ def _embedder(config: PriorConfig, generator: torch.Generator) -> ConditionEmbed
     if (embedder := _planned_embedder(config)) is None:
         return None
     embedder.to_empty(device="cpu")
-    _reset(embedder, generator)
+    reset_weights(embedder, generator)
     return embedder
-
-
-@torch.no_grad()
-def _reset(module: nn.Module, generator: torch.Generator) -> None:
-    """Draw initial weights: zero for gates and outputs, Glorot for matrices (as in DiT), small placeholder tokens."""
-    for name, value in module.named_parameters():
-        if name.endswith(("hole", "null")):
-            nn.init.normal_(value, std=0.02, generator=generator)
-        elif value.ndim == 1 or "modulation" in name or "leave" in name or name.endswith("centre"):
-            nn.init.zeros_(value)
-        else:
-            nn.init.xavier_uniform_(value, generator=generator)
-    for codebook in module.buffers():
-        codebook.zero_()  # a codebook that is not set yet

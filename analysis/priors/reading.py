@@ -74,7 +74,7 @@ class Wanted:
 @torch.no_grad()
 def read_tokens(
     paths: Sequence[Path],
-    backbone: Backbone,
+    backbone: Backbone | None,
     wanted: Wanted,
     denoiser: Clean | None,
     progress: Progress,
@@ -86,7 +86,7 @@ def read_tokens(
 
     Args:
         paths: paths of the images.
-        backbone: gets the images at its own input size.
+        backbone: gets the images at its own input size; None if no tokens are wanted.
         wanted: what to keep of each image.
         denoiser: applied to the tokens, if given.
         progress: called with ("look", images done, images).
@@ -136,11 +136,11 @@ def read_tokens(
 
 
 def _look(
-    images: list[Tensor], backbone: Backbone, wanted: Wanted, denoiser: Clean | None, kept: _Kept
+    images: list[Tensor], backbone: Backbone | None, wanted: Wanted, denoiser: Clean | None, kept: _Kept
 ) -> grids.Size | None:
     """Keep what is wanted of one batch; return its grid of patches, or None if no tokens were computed."""
     kept.add("pictures", torch.stack([resize(image, (wanted.side, wanted.side)) for image in images]))
-    if wanted.condition is None and not wanted.features:
+    if backbone is None or (wanted.condition is None and not wanted.features):
         return None
     tokens = backbone(torch.stack([resize(image, backbone.image_size) for image in images]).to(backbone.mean))
     tokens = tokens if denoiser is None else denoiser(tokens)

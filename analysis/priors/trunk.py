@@ -137,3 +137,17 @@ class ConditionEmbedder(nn.Module):
             return x
         where = places(self.grid, x.shape[-1], x.device).to(x)
         return x + functional.pad(where, (0, 0, x.shape[1] - len(where), 0))
+
+
+@torch.no_grad()
+def reset_weights(module: nn.Module, generator: torch.Generator) -> None:
+    """Draw initial weights: zero for gates and outputs, Glorot for matrices (as in DiT), small placeholder tokens."""
+    for name, value in module.named_parameters():
+        if name.endswith(("hole", "null")):
+            nn.init.normal_(value, std=0.02, generator=generator)
+        elif value.ndim == 1 or "modulation" in name or "leave" in name or name.endswith("centre"):
+            nn.init.zeros_(value)
+        else:
+            nn.init.xavier_uniform_(value, generator=generator)
+    for codebook in module.buffers():
+        codebook.zero_()  # a codebook that is not set yet

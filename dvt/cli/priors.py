@@ -1,4 +1,4 @@
-"""Run `dvt prior train|sample|evaluate|loop|compare`: generation from tokens shows which information they hold."""
+"""Run `dvt prior` and its subcommands: generation from tokens shows which information they hold."""
 
 from __future__ import annotations
 
@@ -10,8 +10,17 @@ from rich.table import Table
 
 from dvt.cli.common import progress_bar, quiet_unless_first, resolved, shown
 from dvt.cli.prior_compare import compare
+from dvt.cli.prior_learn import represent
 from dvt.cli.settings.common import DenoiserOptions
-from dvt.cli.settings.priors import PriorCommand, PriorCompare, PriorEvaluate, PriorLoop, PriorSample, PriorTrain
+from dvt.cli.settings.priors import (
+    PriorCommand,
+    PriorCompare,
+    PriorEvaluate,
+    PriorLoop,
+    PriorRepresent,
+    PriorSample,
+    PriorTrain,
+)
 from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.images import find_images
@@ -26,6 +35,8 @@ def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]
         return _loop(action, console)
     if isinstance(action, PriorCompare):
         return compare(action, console)
+    if isinstance(action, PriorRepresent):
+        return represent(action, console)
     return _sample(action, console) if isinstance(action, PriorSample) else _evaluate(action, console)
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from dvt.analysis.priors.compare import Comparison, compare_priors, look
 from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
-from dvt.analysis.priors.config import Loop, PriorConfig
+from dvt.analysis.priors.config import PriorConfig
+from dvt.analysis.priors.job_config import Loop
 from dvt.analysis.priors.loop_run import loop_prior
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import Wanted, opened_tokens, read_tokens

@@ -1,4 +1,4 @@
-"""Hold the settings of `dvt prior train|sample|evaluate|loop|compare`."""
+"""Hold the settings of `dvt prior` and its subcommands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from dvt.analysis.priors.config import Comparison, Loop, PriorTraining, Sampling
+from dvt.analysis.priors.config import PriorTraining, Sampling
+from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Loop, Represent
 from dvt.cli.settings.common import DenoiserOptions, Options
 from dvt.training.config import TrainingConfig
 
@@ -117,15 +118,42 @@ class PriorLoop(Options):
 
 
 @dataclass(frozen=True)
+class RepresentFlags(Represent):
+    """Name the flags of the encoder and of its training without a prefix."""
+
+    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = Represent.encoder
+    """The encoder and its loss."""
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = Represent.loop
+    """Settings of the encoder's training loop."""
+
+
+@dataclass(frozen=True)
+class PriorRepresent(Options):
+    """Train encoders on a prior's samples, and probe them on real labels beside encoders of real images."""
+
+    run: tyro.conf.Positional[Path]
+    """A folder of `dvt prior train` with a condition, on images in folders named after their class."""
+    out: Path
+    """A folder for the samples, the encoders, represent.json and curves.png."""
+    test: tuple[str, ...] = ()
+    """Labelled images to score on, in folders named as the training images'; by default the run's held-out images."""
+    represent: Annotated[RepresentFlags, tyro.conf.arg(name="")] = field(default_factory=RepresentFlags)
+    """Settings of encoders and probes."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="sampling")] = field(default_factory=Sampling)
+    """How samples are drawn; its flags begin with --sampling, because --steps is that of the training."""
+
+
+@dataclass(frozen=True)
 class PriorCommand:
-    """Train, sample, evaluate, loop or compare generative priors on tokens."""
+    """Train, sample, evaluate, loop or compare generative priors on tokens, or train encoders on their samples."""
 
     action: Annotated[
         Annotated[PriorTrain, tyro.conf.subcommand("train", prefix_name=False)]
         | Annotated[PriorSample, tyro.conf.subcommand("sample", prefix_name=False)]
         | Annotated[PriorEvaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
         | Annotated[PriorLoop, tyro.conf.subcommand("loop", prefix_name=False)]
-        | Annotated[PriorCompare, tyro.conf.subcommand("compare", prefix_name=False)],
+        | Annotated[PriorCompare, tyro.conf.subcommand("compare", prefix_name=False)]
+        | Annotated[PriorRepresent, tyro.conf.subcommand("represent", prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
 

@@ -1,0 +1,41 @@
+"""Run `dvt prior represent`: train encoders on a prior's samples and probe them on real labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.settings.priors import PriorRepresent
+from dvt.devices import find_device
+from dvt.images import find_images
+
+
+def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior represent`; the exit code is 0 when all encoders are trained."""
+    from dvt.analysis.priors.compare_page import with_interval
+    from dvt.analysis.priors.represent import represent
+
+    test = find_images(command.test) if command.test else []
+    settings, device = resolved(command, command="prior represent"), find_device(command.device)
+    with progress_bar(console) as progress:
+        report = represent(command.run, command.out, command.represent, test, command.sampling, device, progress)
+    counts = report["pictures"]
+    console.print(
+        f"{counts['synthetic']} samples of {counts['conditions']} conditions, {counts['real']} real images, "
+        f"{counts['test']} to score on; chance {report['chance']:.3f}"
+    )
+    table = Table("accuracy of an encoder that learnt from", "kNN", "linear", "linear over real by image")
+    for name, found in report["rows"].items():
+        table.add_row(name, *(with_interval(found[each]) for each in ("kNN", "linear", "over_real")))
+    console.print(table)
+    for source, found in report["curves"].items():
+        law = found["law"]
+        console.print(
+            f"{source}: error = {law['floor']:.3f} [{law['floor_low']:.3f}, {law['floor_high']:.3f}] + {law['a']:.2f} "
+            f"D^-{law['k']:.2f} [{law['k_low']:.2f}, {law['k_high']:.2f}], D = {found['sizes']}"
+        )
+    console.print(f"curves: {shown(str(command.out / 'curves.png'))}")
+    return 0, {**report, "settings": settings}
