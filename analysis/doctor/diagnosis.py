@@ -13,15 +13,15 @@ from dvt.text import shell_lines, wrapped
 
 @dataclass(frozen=True)
 class Treated:
-    """Hold what a denoiser or a product of stage one does.
+    """Hold the measured effect of a denoiser, or of a product of stage one.
 
     Args:
-        name: of it, as given to `diagnose`.
-        share: share of the variance that still stays at the position.
+        name: the name that was given to `diagnose`.
+        share: share of the variance that the position still explains within an image.
         outliers: share of tokens that are still norm outliers.
-        kept: mean cosine with the raw tokens without their position mean, both about an image's mean, in [-1, 1].
-        milliseconds: it adds to an image.
-        images: it was measured on.
+        kept: mean cosine with the raw tokens less their mean at each position, both centred in each image, in [-1, 1].
+        milliseconds: added time for an image.
+        images: number of images measured.
     """
 
     name: str
@@ -41,19 +41,24 @@ class Diagnosis:
         kind: "none", "position", "norm outliers" or "both".
         remedy: "none", "subtract" (one map for all images), "per image" (``dvt denoise``, or a denoiser trained on
             that) or "denoiser" (a trained one).
-        best: which of the denoisers and products given does best, or None; `commands` say how to get each.
-        one_pass: the best of the denoisers alone, which need no more than one pass of the backbone, or None.
-        strength: of the remedy, in [0, 1]: the least that brings the position share below its threshold.
-        shared, own: share of variance at the position: the same in all images, and within each, with their nulls.
-        outliers: share of norm outliers with its null; `outlier_images` of the images have one.
+        best: the denoiser or product that does best of those given, or None.
+        strength: the least strength of the remedy, in [0, 1], that brings the position share below its threshold.
+        shared: share of the variance that the position explains in the same way in all images, with its null.
+        own: share of the variance that the position explains within each image, with its null.
+        outliers: share of tokens that are norm outliers, with its null.
+        outlier_images: share of the images that have a norm outlier.
         layout: R^2 of position read from photographs without the artifact, with its null; None with one image.
-        treated: what the denoisers and products given do.
-        raw: the tokens as they are, in the same terms.
-        products: the names of those treated that are products of stage one.
-        backbone_milliseconds: an image takes; `denoise_seconds` a decomposition, if one was tried.
-        images: how many were looked at.
+        treated: the measured effect of each denoiser and product that was given.
+        backbone_milliseconds: time of the backbone for an image.
+        denoise_seconds: time of a decomposition, if one was tried.
+        images: number of images measured.
         config: the thresholds.
-        warnings: about the answer itself.
+        warnings: reasons to doubt the answer.
+        command: the command that makes the best one, or the nearest if none is good enough; None if it is unknown.
+        raw: the raw tokens, measured in the same terms as those treated.
+        products: the names of those treated that are products of stage one.
+        one_pass: the best of the denoisers alone, which add no forward pass, or None.
+        one_pass_command: the command that makes `one_pass`.
     """
 
     backbone: str
@@ -113,15 +118,15 @@ class Diagnosis:
 
     def _evidence(self) -> str:
         limit, lines = self.config, ["What was measured"]
-        lines.append(f"  position share, within an image     {_told(self.own)}, limit {limit.share:g}")
+        lines.append(f"  position share, within an image     {_score_text(self.own)}, limit {limit.share:g}")
         if self.shared is not None:
-            lines.append(f"  position share, same in all images  {_told(self.shared)}")
+            lines.append(f"  position share, same in all images  {_score_text(self.shared)}")
         outliers = f"tokens of {limit.ratio:g} times the median norm".ljust(34)
-        lines.append(f"  {outliers}  {_told(self.outliers, 4)}, limit {limit.outliers:g}")
+        lines.append(f"  {outliers}  {_score_text(self.outliers, 4)}, limit {limit.outliers:g}")
         if self.images > 1:
             lines.append(f"  images that have such tokens        {self.outlier_images:.0%}")
         if self.layout is not None:
-            lines.append(f"  position R2 without the artifact    {_told(self.layout)}: their layout")
+            lines.append(f"  position R2 without the artifact    {_score_text(self.layout)}: their layout")
         return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
 
     def _what_to_do(self) -> str:
@@ -210,5 +215,5 @@ def left_share(own: Score, shared: Score) -> float:
     return max(0.0, own.value - shared.value) / max(1 - shared.value, 1e-6)
 
 
-def _told(score: Score, digits: int = 3) -> str:
+def _score_text(score: Score, digits: int = 3) -> str:
     return f"{score.value:.{digits}f} (chance up to {score.high:.{digits}f})"

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Count the seconds in the backbone, in decompositions without the backbone, and in denoisers."""
+    """Count the seconds spent in the backbone, in solvers and in denoisers.
+
+    The time of a part that runs inside another part counts for the inner one only.
+    """
 
     def __init__(self) -> None:
         self.seconds = {"forward": 0.0, "fields": 0.0, "denoisers": 0.0}
@@ -36,7 +39,7 @@ class Stopwatch:
 
     @contextmanager
     def watching(self, backbone: Backbone) -> Iterator[None]:
-        """Count the backbone's passes inside a user's function, over its views, as the backbone's time."""
+        """Count the forward passes that run inside another part, such as a user's function, as the backbone's time."""
         entered: list[Any] = []
 
         def before(*_: object) -> None:

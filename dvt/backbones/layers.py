@@ -13,10 +13,10 @@ from dvt.tokens import Tokens
 
 
 def choose_layers(backbone: Backbone, layers: Sequence[int]) -> tuple[int, ...]:
-    """Check block indices, and write each as a backbone has it: -1 for the last block, after the final norm.
+    """Check block indices and return them as a backbone counts them: from 0, and -1 for the last block.
 
     Args:
-        backbone: its own layer must be the last one.
+        backbone: the layer that it reads must be the last of the layers.
         layers: from -N to N - 1 of N blocks; repeated ones are left out.
 
     Raises:
