@@ -129,9 +129,9 @@ class NormalEquations:
         """
         smoothness = self._for_each(smoothness)
         if artifact is None:
-            field, coupling, schur, rhs = self._eliminate(smoothness)
-            artifact = solve_artifact(schur, rhs, ridge)
-            return field - coupling @ artifact, artifact
+            system, field, cross = self._halfway(smoothness)
+            artifact = solve_artifact(*self._artifact_equations(field, cross), ridge)
+            return system.finish(field.sub_(cross @ artifact)), artifact
         artifact = artifact.double().expand(len(self.stencil), -1, -1)
         rhs = self.field_rhs.double() - self.cross.double() @ artifact
         rhs = rhs.expand(*smoothness.shape, -1, -1).contiguous()
@@ -139,24 +139,21 @@ class NormalEquations:
 
     def artifact_equations(self, smoothness: Tensor | Sequence[float] | float) -> tuple[Tensor, Tensor]:
         """Compute each image's part of the equations of a shared artifact, (B, n, n) and (B, n, C); parts add up."""
-        return self._eliminate(self._for_each(smoothness))[2:]
+        return self._artifact_equations(*self._halfway(self._for_each(smoothness))[1:])
 
     def _for_each(self, smoothness: Tensor | Sequence[float] | float) -> Tensor:
         zeros = self.stencil.new_zeros(len(self.stencil))
         return zeros + torch.as_tensor(smoothness, dtype=zeros.dtype, device=zeros.device)
 
-    def _eliminate(self, smoothness: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Eliminate f = field - coupling g.
+    def _halfway(self, smoothness: Tensor) -> tuple[BlockTridiagonal, Tensor, Tensor]:
+        """Factorise the fields' system K = L L'; return it, L^-1 A'WY (B, nodes, C) and L^-1 A'WP (B, nodes, n)."""
+        system = self.system(smoothness)
+        copies = (tall.to(torch.float64, copy=True) for tall in (self.field_rhs, self.cross))
+        return system, *map(system.start, copies)
 
-        Returns:
-            field (B, nodes, C), coupling (B, nodes, n), and the remaining system for g: its Schur complement (B, n, n)
-            and right-hand side (B, n, C).
-        """
-        cross = self.cross.double()
-        solved = self.system(smoothness).solve(torch.cat((self.field_rhs.double(), cross), dim=-1))
-        field, coupling = solved.split((self.field_rhs.shape[-1], cross.shape[-1]), dim=-1)
-        schur = torch.diag_embed(self.count) - cross.mT @ coupling
-        return field, coupling, (schur + schur.mT) / 2, self.artifact_rhs.double() - cross.mT @ field
+    def _artifact_equations(self, field: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
+        """Eliminate the field: compute the Schur complement (B, n, n) of g and its right-hand side (B, n, C)."""
+        return torch.diag_embed(self.count) - cross.mT @ cross, self.artifact_rhs.double() - cross.mT @ field
 
 
 def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
@@ -194,8 +191,9 @@ class BlockTridiagonal:
 
     def _factorise(self, stencil: Tensor) -> None:
         own, right, lower_left, lower, lower_right = stencil.permute(1, 2, 0, 3)  # each (rows, systems, columns)
-        # LAPACK needs contiguous columns. factors[i] starts as the lower triangle of the block of row i, and
-        # links[i][c, a] as the coupling of node a of row i with node c of row i + 1.
+        # LAPACK needs contiguous columns. factors[i] starts as the lower triangle of the block of row i and becomes the
+        # inverse of its Cholesky factor; links[i][c, a] starts as the coupling of node a of row i with node c of the
+        # next row.
         blocks = stencil.new_zeros(2, self.rows, len(stencil), self.columns, self.columns).mT
         self.factors, self.links = blocks
         _diagonal(self.factors, 0).copy_(own)
@@ -203,34 +201,48 @@ class BlockTridiagonal:
         _diagonal(self.links, 0).copy_(lower)
         _diagonal(self.links, 1).copy_(lower_left[..., 1:])
         _diagonal(self.links, -1).copy_(lower_right[..., :-1])
+        eye = torch.eye(self.columns, device=blocks.device, dtype=blocks.dtype)
         failed = []
         for row, block in enumerate(self.factors):
             if row:
                 link = self.links[row - 1]
-                link.copy_(torch.linalg.solve_triangular(self.factors[row - 1], link.mT, upper=False).mT)
+                link.copy_(link @ self.factors[row - 1].mT)
                 block.baddbmm_(link, link.mT, alpha=-1)
             # The check of torch.linalg.cholesky would wait for the GPU at every row.
             factor, info = torch.linalg.cholesky_ex(block)
-            block.copy_(factor)
+            # The inverses of such small factors serve many columns: products are several times as fast as substitution.
+            block.copy_(torch.linalg.solve_triangular(factor, eye, upper=False))
             failed.append(info)
         if torch.stack(failed).any():
             raise torch.linalg.LinAlgError("the normal equations are not positive definite; are the weights finite?")
 
     def solve(self, rhs: Tensor) -> Tensor:
         """Solve K x = rhs for x (..., rows * columns, M); rhs must be contiguous and is overwritten."""
-        with _threads_for(self.columns * rhs.shape[-1]):
-            self._substitute(rhs.view(-1, self.rows, self.columns, rhs.shape[-1]).unbind(1))
+        return self.finish(self.start(rhs))
+
+    def start(self, rhs: Tensor) -> Tensor:
+        """Solve L y = rhs, where K = L L', the first half of :meth:`solve`; rhs is overwritten."""
+        with self._blocks(rhs) as blocks:
+            for row, block in enumerate(blocks):
+                if row:
+                    block.baddbmm_(self.links[row - 1], blocks[row - 1], alpha=-1)
+                block.copy_(self.factors[row] @ block)
         return rhs
 
-    def _substitute(self, blocks: tuple[Tensor, ...]) -> None:
-        for row, block in enumerate(blocks):
-            if row:
-                block.baddbmm_(self.links[row - 1], blocks[row - 1], alpha=-1)
-            block.copy_(torch.linalg.solve_triangular(self.factors[row], block, upper=False))
-        for row, block in reversed([*enumerate(blocks)]):
-            if row + 1 < self.rows:
-                block.baddbmm_(self.links[row].mT, blocks[row + 1], alpha=-1)
-            block.copy_(torch.linalg.solve_triangular(self.factors[row].mT, block, upper=True))
+    def finish(self, rhs: Tensor) -> Tensor:
+        """Solve L' x = rhs, the second half of :meth:`solve`; rhs is overwritten."""
+        with self._blocks(rhs) as blocks:
+            for row, block in reversed([*enumerate(blocks)]):
+                if row + 1 < self.rows:
+                    block.baddbmm_(self.links[row].mT, blocks[row + 1], alpha=-1)
+                block.copy_(self.factors[row].mT @ block)
+        return rhs
+
+    @contextmanager
+    def _blocks(self, rhs: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Split a right-hand side by rows of nodes."""
+        with _threads_for(self.columns * rhs.shape[-1]):
+            yield rhs.view(-1, self.rows, self.columns, rhs.shape[-1]).unbind(1)
 
 
 def _diagonal(blocks: Tensor, offset: int) -> Tensor:
