@@ -15,8 +15,9 @@ from dvt.views import resize
 
 ROUNDS = 6
 CONTRAST = 0.3
-_TILE = 512  # cells per side; one tile with its border is held in memory beside the result
-_CHANNELS = 32  # number of channels filtered at once
+_TILE = 640  # cells per side; one tile with its border is held in memory beside the result
+_FLOATS = 1 << 21  # values filtered at once; of more, arrays leave the cache, and glibc maps each anew, page by page
+_BAND = 1 << 19  # values of a filter's result that are added up together, while they are in the processor's cache
 _LEAST_RANGE = 0.01  # smallest range of the filter, for a flat image, in units of lightness
 _NEIGHBOURS = [(row, column) for row in (-1, 0, 1) for column in (-1, 0, 1)]
 
@@ -119,13 +120,14 @@ def _upsampled(maps: Tensor, image: Tensor, size: Size, centres: Tensor, rounds:
     for inner, outer, cut in _tiles(size, border):
         weights = [_weights(guide[:, outer[0], outer[1]], distance) for distance in distances]
         places = points[outer]
-        for start in range(0, maps.shape[2], _CHANNELS):
-            part = maps[..., start : start + _CHANNELS].float()
+        group = max(1, _FLOATS // places[..., 0].numel())
+        for start in range(0, maps.shape[2], group):
+            part = maps[..., start : start + group].float()
             values = grids.sample_centres(part, places, centres).movedim(-1, 0)
             for _ in range(rounds):
                 for distance, weight in zip(distances, weights, strict=True):
                     values = _filtered(values, weight, distance)
-            result[inner[0], inner[1], start : start + _CHANNELS] = values.movedim(0, -1)[cut].to(result.dtype)
+            result[inner[0], inner[1], start : start + group] = values.movedim(0, -1)[cut].to(result.dtype)
     return result
 
 
@@ -167,9 +169,13 @@ def _weights(guide: Tensor, distance: Size) -> Tensor:
 
 
 def _filtered(values: Tensor, weights: Tensor, distance: Size) -> Tensor:
-    total = torch.zeros_like(values)
-    for weight, each in zip(weights, _neighbours(values, distance), strict=True):
-        total = total + weight * each
+    """Average each cell of a map (c, H, W) with its neighbours at a distance, by weights (9, H, W)."""
+    around, total = list(_neighbours(values, distance)), torch.zeros_like(values)
+    rows = max(1, _BAND // values[:, 0].numel())
+    for top in range(0, values.shape[1], rows):
+        band = slice(top, top + rows)
+        for weight, each in zip(weights, around, strict=True):
+            total[:, band].addcmul_(weight[band], each[:, band])
     return total
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dvt.errors import ImageError
+from dvt.images.members import expand_container, is_container, split_member
 from dvt.images.own import is_own_picture, is_store
 from dvt.images.read import regular_file
 from dvt.images.urls import fetching, is_url, url_files
@@ -31,9 +32,10 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
     Args:
         specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
             names that begin with a dot left out), a glob (``**`` allowed; its matches are treated like the
-            contents of a folder), or a ``.txt`` list of such entries, one per line. Empty lines and lines that begin
-            with ``#`` are skipped; a relative entry is relative to the folder of the list. Pictures that dvt drew are
-            left out of folders and globs, with a warning.
+            contents of a folder), a .tar archive or a video, by itself or by a glob, each of which stands for the images
+            in it, FILE#CHOICE for some of them (:mod:`dvt.images.members`), or a ``.txt`` list of such entries, one per
+            line. Empty lines and lines that begin with ``#`` are skipped; a relative entry is relative to the folder of
+            the list. Pictures that dvt drew are left out of folders and globs, with a warning.
 
     Returns:
         Paths as given (not resolved), sorted as text; if several lead to one file, only the first of them.
@@ -90,7 +92,9 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
     elif os.path.isdir(spec):
         yield from _photographs(spec, list(_walk(spec)))
     elif os.path.lexists(spec):
-        yield from _read_list(spec) if lists and spec.lower().endswith(".txt") else [spec]
+        yield from _read_list(spec) if lists and spec.lower().endswith(".txt") else _inside(spec)
+    elif inner := split_member(spec):
+        yield from expand_container(*inner, _is_image_name)
     elif glob.has_magic(spec):
         try:
             matches = list(_matches(spec))
@@ -99,14 +103,19 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
         except (RecursionError, ValueError, re.error) as error:  # thousands of folders deep, or a NUL byte
             raise ImageError(f"{_short(spec)} cannot be used as a pattern of paths: {error}") from error
         found = [m for match in matches for m in (_walk(match) if os.path.isdir(match) else [match])]
-        images = _photographs(spec, [match for match in found if _is_image_name(match)])
+        images = _photographs(spec, [m for m in found if _is_image_name(m) or (m in matches and is_container(m))])
         if lists and not images:  # a pattern in a list may match nothing yet
             raise ImageError(
                 f"no images found in {_short(spec)}; give image files, folders, globs or a .txt list of paths"
             )
-        yield from images
+        yield from (image for each in images for image in _inside(each))
     else:
         raise ImageError(f"{_short(spec)} does not exist; give image files, folders, globs or a .txt list of paths")
+
+
+def _inside(path: str) -> list[str]:
+    """List the images in an archive or a video; another file is an image itself."""
+    return expand_container(path, "", _is_image_name) if is_container(path) else [path]
 
 
 def _expand_url(url: str, lists: bool) -> Iterator[str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dvt.errors import ImageError
 from dvt.grids import Size
+from dvt.images.members import member_bytes, split_member
 from dvt.images.urls import fetched, image_error, is_url
 
 log = logging.getLogger(__name__)
@@ -232,6 +233,10 @@ def regular_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for reading, after refusing devices and pipes, which could block or never end."""
     if is_url(path):
         with io.BytesIO(fetched(str(path))) as content:
+            yield content
+        return
+    if inner := split_member(path):
+        with io.BytesIO(member_bytes(*inner)) as content:
             yield content
         return
     try:

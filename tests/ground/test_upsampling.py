@@ -78,7 +78,8 @@ def test_tiles_and_groups_of_channels_change_nothing(monkeypatch):
     tokens, image = torch.randn(7, 9, 5, generator=generator), torch.rand(3, 60, 80, generator=generator)
     whole = dvt.upsample(tokens, image, 4, rounds=2)
     monkeypatch.setattr(upsampling, "_TILE", 10)
-    monkeypatch.setattr(upsampling, "_CHANNELS", 2)
+    monkeypatch.setattr(upsampling, "_FLOATS", 2 * 34 * 40)
+    monkeypatch.setattr(upsampling, "_BAND", 300)
     torch.testing.assert_close(dvt.upsample(tokens, image, 4, rounds=2), whole, atol=1e-6, rtol=1e-6)
 
 
