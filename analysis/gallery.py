@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from dvt.upsampling import upsample
 
 _LEVELS = 256  # candidates of a threshold on the first component
 _PHOTO = 320  # pixels of a photograph's longer side on a page
+_FILM, _FRAME_MS = 240, 100  # height of a film in pixels, and milliseconds of one of its frames
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class ShownImage:
         name: the title.
         maps: (h, w, C) token maps by term, in the order in which they are shown.
         pixels: (3, H, W) RGB in [0, 1]; None if the photograph is not available.
+        film: the video that the image is a frame of; None for other images.
     """
 
     name: str
     maps: Mapping[str, Tensor]
     pixels: Tensor | None = None
+    film: str | None = None
 
 
 def pca(images: Sequence[ShownImage], foreground: bool = False, factor: int = 1) -> list[dict[str, Tensor]]:
@@ -174,6 +178,31 @@ def save_gallery(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Te
     with whole_file(page) as part:
         part.write_text(_PAGE.replace("BODY", "\n".join(parts)), encoding="utf-8")
     return [*written, page]
+
+
+def save_clip(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Tensor]], path: str | Path) -> Path:
+    """Write images as an animation (WebP): in each frame the photograph and its maps side by side.
+
+    The colours are those of :func:`pca`, so a colour means the same in all frames.
+    """
+    frames = [_film_frame(image, maps) for image, maps in zip(images, colours, strict=True)]
+    with whole_file(path) as part:
+        frames[0].save(part, "WEBP", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0, quality=90)
+    return Path(path)
+
+
+def _film_frame(image: ShownImage, maps: Mapping[str, Tensor]) -> Any:
+    from PIL import Image
+
+    panels = [] if image.pixels is None else [image.pixels.cpu().clamp(0, 1).movedim(0, -1)]
+    panels += maps.values()
+    width = round(_FILM * panels[0].shape[1] / panels[0].shape[0])
+    frame = Image.new("RGB", (len(panels) * width, _FILM))
+    for number, values in enumerate(panels):
+        smooth = Image.Resampling.LANCZOS if values.shape[0] > _FILM else Image.Resampling.NEAREST
+        drawn = Image.fromarray(values.mul(255).round().byte().numpy())
+        frame.paste(drawn.resize((width, _FILM), smooth), (number * width, 0))
+    return frame
 
 
 _PAGE = """<!doctype html><meta charset="utf-8"><title>Features in PCA colours</title><style>

@@ -13,6 +13,7 @@ from rich.console import Console
 from dvt.cli.common import save_json, shown
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.images.members import member_title
 from dvt.schema import read_json
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def names_beside(paths: Sequence[Path | str]) -> dict[Path, str]:
 
 
 def _lasting_name(path: Path) -> str:
-    stem = os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
+    stem = os.fsencode(member_title(path))[:_STEM_BYTES].decode(errors="ignore")
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -12,6 +11,7 @@ from rich.markup import escape
 from dvt.cli.common import progress_bar, resolved
 from dvt.cli.settings.show import Show
 from dvt.errors import ConfigError, ImageError
+from dvt.images.members import film_of, member_title
 from dvt.images.own import is_store
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
     command.check_clean()
     if command.count < 1:
         raise ConfigError(f"count is {command.count}; it must be 1 or more")
-    from dvt.analysis.gallery import pca, save_gallery
+    from dvt.analysis.gallery import pca, save_clip, save_gallery
 
     stored = len(command.sources) == 1 and is_store(command.sources[0])
     with progress_bar(console) as progress:
         images = list((_stored if stored else _computed)(command, progress))
     colours = pca(images, command.foreground, command.upsample)
     written = save_gallery(images, colours, command.out)
+    if len(images) > 1 and images[0].film is not None and len({image.film for image in images}) == 1:
+        written.append(save_clip(images, colours, command.out / "clip.webp"))
+        console.print(f"the frames as a film: {escape(str(written[-1]))}")
     console.print(f"{len(images)} images, {', '.join(images[0].maps)}: {escape(str(command.out / 'index.html'))}")
     result = {"images": len(images), "terms": list(images[0].maps), "files": [str(path) for path in written]}
     return 0, {**result, "settings": resolved(command, command="show")}
@@ -56,7 +59,7 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
             pixels = load_image(record.path)
         except ImageError:
             pixels = None
-        yield ShownImage(Path(record.path).stem, maps, pixels)
+        yield ShownImage(member_title(record.path), maps, pixels, film_of(record.path))
         progress("images", done, len(chosen))
 
 
@@ -74,5 +77,6 @@ def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
         maps = command.terms_of(backbone, pixels)
         if unknown := set(command.terms) - set(maps):
             raise ConfigError(f"there is no term {sorted(unknown)[0]!r}; choose from {', '.join(maps)}")
-        yield ShownImage(path.stem, {term: maps[term] for term in command.terms or maps}, pixels)
+        chosen = {term: maps[term] for term in command.terms or maps}
+        yield ShownImage(member_title(path), chosen, pixels, film_of(path))
         progress("images", done, len(paths))

@@ -50,6 +50,12 @@ def member_title(path: str | Path) -> str:
     return f"{stem}-{frame}" if frame and name.lower().endswith(VIDEOS) else stem
 
 
+def film_of(path: str | Path) -> str | None:
+    """Return the video that an image is a frame of; None for other images."""
+    name, _, frame = os.fspath(path).rpartition("#")
+    return name if frame and name.lower().endswith(VIDEOS) else None
+
+
 def expand_container(path: str, choice: str, is_image: Callable[[str], bool]) -> list[str]:
     """List the images in a file as FILE#MEMBER.
 

@@ -71,3 +71,34 @@ def test_a_store_is_searched_for_a_photograph(photo, tmp_path, monkeypatch):
     assert (tmp_path / "found" / "search.png").is_file()
     assert main([*arguments, "--layer", "5", "--out", "bad"]) == 2  # other features than the store's
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_clip_is_shown_in_colours_that_last(photo, tmp_path, monkeypatch, capsys):
+    """What stands still in a film keeps its colour, whatever moves beside it."""
+    import numpy as np
+    import pytest
+    from PIL import Image
+
+    av = pytest.importorskip("av")
+    monkeypatch.chdir(tmp_path)
+    still = photo[:, :128, :192].mul(255).byte().movedim(0, -1).contiguous().numpy()
+    with av.open("clip.mp4", "w") as container:
+        stream = container.add_stream("libx264rgb", rate=10)
+        stream.height, stream.width, stream.pix_fmt, stream.options = 128, 192, "rgb24", {"crf": "0"}
+        for number in (0, 0, 1, 2):
+            frame = still.copy()
+            frame[:, :32] = 60 * number
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    assert main(["show", "clip.mp4#::1", *WITH, "--views", "0", "--out", "shown", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 4 and result["files"][0] == "shown/0000-clip-000000.png"
+    with Image.open("shown/clip.webp") as film:
+        frames = []
+        for number in range(film.n_frames):
+            film.seek(number)
+            frames.append(np.asarray(film.convert("RGB")).astype(int))
+    assert frames[0].shape == (240, 720, 3) and len(frames) == film.n_frames >= 3
+    assert main(["show", "clip.mp4#3", *WITH, "--views", "0", "--out", "one"]) == 0
+    assert not (tmp_path / "one" / "clip.webp").exists()
+    assert main(["show", "clip.mp4#9", *WITH, "--out", "none"]) == 2
