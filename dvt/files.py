@@ -133,7 +133,7 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    _remove_dead(path)
+    remove_dead(path.parent, path.name)
     folder = _part_name(path)  # of its own: some writers make files beside the one that they were given
     folder.mkdir()
     part = folder / f"{_short(path.name)}{suffix}"
@@ -162,7 +162,7 @@ def replaced_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: something cannot be written; nothing is left of it.
     """
-    _remove_dead(path)
+    remove_dead(path.parent, path.name)
     part = _part_name(path)
     part.mkdir()
     mode = part.stat().st_mode & 0o666
@@ -207,6 +207,19 @@ def remove_parts(folder: Path, pattern: str) -> None:
     """
     for each in _parts(folder):
         if fnmatch.fnmatchcase(each["name"], pattern):
+            remove(folder / each[0])
+
+
+def remove_dead(folder: Path, name: str | None = None) -> None:
+    """Remove what processes of this machine that are dead have left unfinished in a folder.
+
+    Args:
+        folder: the folder.
+        name: final name of the files or folders to remove; None for any.
+    """
+    for each in _parts(folder):
+        wanted = name is None or each["name"] == _short(name)
+        if wanted and each["host"] == _host() and not _alive(int(each["pid"])):
             remove(folder / each[0])
 
 
@@ -288,13 +301,6 @@ def _part_name(path: Path) -> Path:
 def _host() -> str:
     """Shorten this machine's name: on a disk that several share, the processes of the others are none of ours."""
     return hashlib.sha256(os.fsencode(socket.gethostname())).hexdigest()[:6]
-
-
-def _remove_dead(path: Path) -> None:
-    """Remove what processes of this machine that are dead have left of a file or folder."""
-    for each in _parts(path.parent):
-        if each["name"] == _short(path.name) and each["host"] == _host() and not _alive(int(each["pid"])):
-            remove(path.parent / each[0])
 
 
 def _short(name: str) -> str:

@@ -46,6 +46,7 @@ from dvt.analysis.priors.token_set import (
 from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, NonFiniteError
+from dvt.files import remove_dead
 from dvt.images import find_images
 from dvt.progress import Progress, silent
 from dvt.training import Trained
@@ -121,6 +122,7 @@ def train_prior(
         NonFiniteError: tokens or the loss are not finite; the latter names the last checkpoint.
     """
     config, out, started = config or PriorTraining(), Path(out), time.perf_counter()
+    remove_dead(out / "samples")
     tokens, identity = _tokens(images, backbone, out / "tokens", config, denoiser, progress or silent)
     chosen, held = _sides(tokens, config)
     target, maps = _standardised(config, tokens, chosen)

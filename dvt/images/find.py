@@ -32,10 +32,10 @@ def find_images(specs: Sequence[str | Path]) -> list[Path]:
     Args:
         specs: each is a file (any name), a folder (searched recursively for :data:`SUFFIXES`, symlinks followed,
             names that begin with a dot left out), a glob (``**`` allowed; its matches are treated like the
-            contents of a folder), a .tar archive or a video, by itself or by a glob, each of which stands for the images
-            in it, FILE#CHOICE for some of them (:mod:`dvt.images.members`), or a ``.txt`` list of such entries, one per
-            line. Empty lines and lines that begin with ``#`` are skipped; a relative entry is relative to the folder of
-            the list. Pictures that dvt drew are left out of folders and globs, with a warning.
+            contents of a folder), a .tar archive or a video, by its name or by a glob, each of which stands for the
+            images in it, FILE#CHOICE for some of them (:mod:`dvt.images.members`), or a ``.txt`` list of such entries,
+            one per line. Empty lines and lines that begin with ``#`` are skipped; a relative entry is relative to the
+            folder of the list. Pictures that dvt drew are left out of folders and globs, with a warning.
 
     Returns:
         Paths as given (not resolved), sorted as text; if several lead to one file, only the first of them.

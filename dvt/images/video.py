@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from dvt.errors import ImageError
 from dvt.images.urls import image_error
 
 # FFmpeg gets the format by the suffix: by the content, it would also open playlists, which name other files and hosts.

@@ -15,7 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dvt.errors import ConfigError
-from dvt.files import check_regular, open_lock, remove, remove_parts, renamed_away, replaced_folder, take_lock
+from dvt.files import (
+    check_regular,
+    open_lock,
+    remove,
+    remove_dead,
+    remove_parts,
+    renamed_away,
+    replaced_folder,
+    take_lock,
+)
 from dvt.schema import read_json, typed
 from dvt.training.config import TrainingConfig
 
@@ -51,6 +60,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
         if not mine:
             raise ConfigError(f"another process trains in {str(folder)!r}; wait, or choose another folder")
         remove_parts(folder, "step-*")
+        remove_dead(folder)  # a file that was whole when its writer was killed is not written again
         yield
     finally:
         os.close(fd)

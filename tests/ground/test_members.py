@@ -76,7 +76,7 @@ def test_archives_that_cannot_be_used_say_why(shard, tmp_path):
         load_image(f"{shard}#set/link.png")
     other = tmp_path / "other.tar"
     other.write_bytes(b"no archive" * 99)
-    with pytest.raises(ImageError, match="other.tar.*not an uncompressed tar"):
+    with pytest.raises(ImageError, match=r"other.tar.*not an uncompressed tar"):
         find_images([other])
     with tarfile.open(tmp_path / "packed.tar", "w:gz") as archive:
         archive.add(shard, "in.tar")
@@ -147,7 +147,7 @@ def test_choices_that_stand_for_nothing_are_refused(clip):
     for choice in ("30", "9:3", "fast", "0fps"):
         with pytest.raises(ImageError, match="none of the video's 30 frames; give a number"):
             find_images([f"{clip}#{choice}"])
-    with pytest.raises(ImageError, match="ends after 30 frames$"):
+    with pytest.raises(ImageError, match=r"ends after 30 frames$"):
         load_image(f"{clip}#000030")
     with pytest.raises(ImageError, match="named by its number"):
         load_image(f"{clip}#first")
@@ -174,9 +174,13 @@ def test_of_a_video_that_ends_early_the_frames_before_are_used(tmp_path, kind):
 
 def test_what_is_no_video_says_so(tmp_path):
     pytest.importorskip("av")
-    for name, content in {"text.mp4": b"no video" * 99, "empty.mkv": b"", "list.mp4": b"#EXTM3U\n/etc/passwd\n"}.items():
+    for name, content in {
+        "text.mp4": b"no video" * 99,
+        "empty.mkv": b"",
+        "list.mp4": b"#EXTM3U\n/etc/passwd\n",
+    }.items():
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ImageError, match=f"{name}.*video"):
+        with pytest.raises(ImageError, match=rf"{name}.*video"):
             find_images([tmp_path / name])
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
+from dvt.files import new_part
 from dvt.training import TrainingConfig, epoch_indices, train
 
 COUNT = 50
@@ -561,3 +562,17 @@ def test_state_is_plain_json_and_nothing_is_pickled(whole):
     folder = whole[0] / "step-00000040"
     assert {path.suffix for path in folder.iterdir()} == {".safetensors", ".json"}
     assert json.loads((folder / "state.json").read_text())["step"] == 40
+
+
+def test_a_run_removes_what_killed_processes_left_beside_files_that_are_whole(tmp_path):
+    """Such a file is not written again, so nothing else would remove its unfinished name."""
+    folder = tmp_path / "run"
+    script = "import os, pathlib; from dvt.files import new_part; print(new_part(pathlib.Path(os.environ['OUT'])).name)"
+    for name in ("held_out.safetensors", "log.csv"):
+        environment = {**os.environ, "OUT": str(folder / name)}
+        folder.mkdir(exist_ok=True)
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True)
+    living = new_part(folder / "other.safetensors")
+    (folder / "my.part").touch()
+    train(Net(), loss, batches, TrainingConfig(steps=1, batch_size=8, learning_rate=0.1), folder)
+    assert sorted(path.name for path in folder.glob("*.part")) == sorted(("my.part", living.name))
