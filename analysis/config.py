@@ -165,7 +165,8 @@ class ProbeConfig:
             (linear, whole images), "knn-classification", "discovery" (one box per image, nothing is learnt) or
             "correspondence" (matches between an image and warped views of it, nothing is learnt).
         data: folder of the labelled data; any images for correspondence.
-        layout: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto" recognises it.
+        layout: the layout of the folder: cityscapes, voc, ade20k, camvid, nyuv2, folder or categories; "auto"
+            recognises it.
         ignore: further label ids to ignore, besides those of the layout.
         classes: number of classes; None finds it in the labels.
         protocol: "frames" takes whole images; "crops" takes one random square of each image, .5 to .65 of its height,

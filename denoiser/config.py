@@ -99,6 +99,8 @@ class DenoiserTraining:
         position: give a block a position embedding.
         use_prefix: let a block attend to the class token and the registers.
         target: the term of the store that the denoiser learns to compute from "raw".
+        strength: share of its change that the denoiser applies unless told otherwise, from 0 to 1; it is kept in the
+            file, and trained and scored at 1.
         validation: share of the images to hold out, in (0, 1); at least one image and at most 256 are held out.
         loop: steps, batch size, learning rate and the rest of the training loop; its averaged weights are the result.
 
@@ -112,6 +114,7 @@ class DenoiserTraining:
     position: bool = True
     use_prefix: bool = False
     target: str = "semantic"
+    strength: float = 1.0
     validation: float = 0.1
     loop: TrainingConfig = _DENOISER_LOOP
 
@@ -121,6 +124,7 @@ class DenoiserTraining:
             raise ConfigError(f"there is no denoiser of kind {self.kind!r}; it must be one of {known}")
         if not 0 < self.validation < 1:
             raise ConfigError(f"validation is a share of the images in (0, 1), got {self.validation}")
+        check_strength(self.strength)
 
     def denoiser(self, feature_dim: int, grid: tuple[int, int]) -> DenoiserConfig:
         """Make the architecture of a denoiser for tokens of C channels on a grid (h, w)."""

@@ -87,7 +87,7 @@ def train_denoiser(
         "seconds": time.perf_counter() - started,
         "out": str(out),
     }
-    denoiser.card = _card(opened, config, report)
+    denoiser.card, denoiser.strength = _card(opened, config, report), config.strength
     if is_first_process():
         denoiser.save_pretrained(out)
     return denoiser, report

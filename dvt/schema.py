@@ -69,7 +69,7 @@ def checked(value: Any, kind: Any, name: str) -> Any:
 
     Args:
         value: the JSON value.
-        kind: a plain type, a Literal, a union, a list, tuple or dict of such, a TypedDict, or Any.
+        kind: a plain type, a path, a Literal, a union, a list, tuple or dict of such, a TypedDict, or Any.
         name: the value's name in messages.
 
     Raises:
@@ -85,6 +85,8 @@ def checked(value: Any, kind: Any, name: str) -> Any:
         return _one_of(value, inner, name)
     if is_typeddict(kind):
         return _fields(value, kind, name)
+    if kind is Path:
+        return Path(_plain(value, str, name))
     if origin in (list, tuple):
         return _sequence(value, origin, inner, name)
     if origin is dict:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 #: Characters of a line of a terminal that nobody has widened.
 WIDTH = 80
@@ -100,6 +101,38 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WI
         "\n".join("  ".join(line[i].ljust(widths[i]) for i in group).rstrip() for line in [head, *lines])
         for group in groups
     )
+
+
+def differing(theirs: Mapping[str, Any], mine: Mapping[str, Any], mine_are: str = "you ask for") -> str:
+    """Say in words in which settings two runs differ; empty if they are equal. Nested settings are compared one by one.
+
+    Args:
+        theirs: settings of an earlier run, by name.
+        mine: those of another.
+        mine_are: what introduces the other's values.
+
+    >>> differing({"views": {"count": 12, "seed": 0}, "size": 224}, {"views": {"count": 6, "seed": 0}})
+    'views.count 12 (you ask for 6), size 224 (you ask for none)'
+    """
+    there, here = _flat(theirs), _flat(mine)
+    changed = [name for name in there | here if there.get(name) != here.get(name) or (name in there) != (name in here)]
+    had = (f"{name} {_brief(there[name])}" if name in there else f"no {name}" for name in changed)
+    asked = (_brief(here[name]) if name in here else "none" for name in changed)
+    return ", ".join(f"{old} ({mine_are} {new})" for old, new in zip(had, asked, strict=True))
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, (list, tuple)) and len(value) > 3:
+        return f"{len(value)} of them"
+    text = repr(value)
+    return text if len(text) <= 90 else f"{text[:90]}..."
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    found = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+    return found
 
 
 def _escaped(character: str) -> str:

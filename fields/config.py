@@ -209,6 +209,8 @@ class DenoiseConfig:
             "ensembled" (the field over scales, best for labelled tasks; from crops) or "blend" (between the two, from
             crops; that of the first release). None takes "removed", unless `views` or the neural solver cannot make
             it. After construction it is always a name.
+        strength: share of the change to apply, in [0, 1]: semantic is raw + strength (product - raw), and artifact and
+            residual are scaled alike.
         solver: "linear" (closed form, the default) or "neural" (gradient fitting, as in the paper).
         linear: settings of the linear solver.
         neural: settings of the neural solver.
@@ -234,6 +236,7 @@ class DenoiseConfig:
     # The annotations are the types after construction: __post_init__ replaces None and numbers.
     views: ViewConfig = None  # type: ignore[assignment]
     product: Product = None  # type: ignore[assignment]
+    strength: float = 1.0
     solver: Literal["linear", "neural"] = "linear"
     linear: LinearConfig = field(default_factory=LinearConfig)
     neural: NeuralConfig = field(default_factory=NeuralConfig)
@@ -251,6 +254,8 @@ class DenoiseConfig:
             raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
         self._fill_in()
         self._check_product()
+        if not 0 <= self.strength <= 1:
+            raise ConfigError(f"strength is {self.strength}; it must lie in [0, 1]: 0 is raw, 1 the whole change")
         if self.shared_artifact and self.solver != "linear":
             raise ConfigError("a shared artifact is fitted by the linear solver only; leave --solver at linear")
         if self.shared_images < 1:
@@ -296,6 +301,8 @@ class DenoiseConfig:
             settings.pop(name)
         if not self.shared_artifact:
             settings.pop("shared_images")
+        if self.strength == 1:  # as in stores of before there was a strength
+            settings.pop("strength")
         for name in ("kind", "reach") if self.product != "removed" else ("scale", "ratio", "flip"):
             settings["views"].pop(name)
         return settings

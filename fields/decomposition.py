@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,19 @@ class Decomposition:
             raise ConfigError(f"strength is {strength}; it must lie in [0, 1]: 0 returns raw, 1 returns semantic")
         # lerp is exact at both ends, which the plain formula is not.
         return torch.lerp(self.raw, self.semantic, float(strength))
+
+    def weakened(self, strength: float) -> Decomposition:
+        """Scale all that is removed by a strength in [0, 1]: `semantic` becomes :meth:`at_strength`; 1 changes nothing.
+
+        >>> ones = torch.ones(2, 3, 4)
+        >>> half = Decomposition(3 * ones, ones, ones, 0 * ones, ones).weakened(0.5)
+        >>> half.semantic.mean().item(), half.artifact.mean().item(), half.error.mean().item()
+        (2.0, 0.5, 0.5)
+        """
+        if strength == 1:
+            return self
+        semantic = self.at_strength(strength)
+        return replace(self, semantic=semantic, artifact=strength * self.artifact, residual=strength * self.residual)
 
     def terms(self) -> dict[str, Tensor]:
         """List the four stored terms by name: raw, semantic, artifact, residual, in this order."""

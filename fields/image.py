@@ -89,6 +89,18 @@ class TokenViews:
         return {"patches": tokens.patches, "prefix": tokens.prefix}
 
 
+def check_views(backbone: Backbone, config: ViewConfig) -> None:
+    """Refuse settings with which no image has views: what fails on a square does so on the shorter side of any other.
+
+    Raises:
+        ConfigError: no image can be used; the message says why.
+    """
+    try:
+        TokenViews(backbone, torch.zeros(3, *[min(backbone.image_size)] * 2), config)
+    except ImageError as error:
+        raise ConfigError(f"no image can be used with these settings: {error}") from error
+
+
 def _drawn(image: Tensor, size: Size, backbone: Backbone, config: ViewConfig) -> Shifts | Views:
     """Draw the views of an image (3, H, W).
 
@@ -163,7 +175,7 @@ def denoise_image(
     views = TokenViews(backbone, read_image(image), config.views, config.dtype)
     start = time.perf_counter()
     fit = make_solver(config).fit(views, artifact)
-    decomposition = fit.decompose(views.whole.patches[0], views.coords)
+    decomposition = fit.decompose(views.whole.patches[0], views.coords).weakened(config.strength)
     if views.device.type == "cuda":
         torch.cuda.current_stream(views.device).synchronize()
     seconds, extraction = time.perf_counter() - start, views.seconds

@@ -25,7 +25,7 @@ from dvt.errors import ImageError, NonFiniteError
 from dvt.fields.batches import ViewBatch
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
-from dvt.fields.image import DecomposedImage, TokenViews, make_solver
+from dvt.fields.image import DecomposedImage, TokenViews, check_views, make_solver
 from dvt.fields.shared import SharedArtifact
 from dvt.grids import Size
 from dvt.jobs.ahead import ahead, reading_threads
@@ -117,6 +117,7 @@ class DecomposeWork(Work):
         profile: bool = False,
         on_image: OnImage | None = None,
     ):
+        check_views(backbone, config.views)
         config = replace(config, dtype=choose_precision(backbone, config.dtype))
         super().__init__(
             backbone,
@@ -225,7 +226,8 @@ class DecomposeWork(Work):
         made, start = images[0].made, time.perf_counter()
         readings = [_Reading(stream) for stream in streams]
         artifact = None if made.artifact is None else made.artifact.to(self.device)
-        found = [_decomposed(*each) for each in zip(images, self._fits(readings, artifact), strict=True)]
+        fits, strength = self._fits(readings, artifact), self.config.strength
+        found = [_decomposed(*each, strength) for each in zip(images, fits, strict=True)]
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         seconds = time.perf_counter() - start
@@ -340,12 +342,14 @@ class _Reading:
             yield _handed_over(tokens), _handed_over(coords)
 
 
-def _decomposed(image: _Image, fit: Fit | Exception) -> tuple[Decomposition, Tensor, Tensor, Fit] | Exception:
+def _decomposed(
+    image: _Image, fit: Fit | Exception, strength: float
+) -> tuple[Decomposition, Tensor, Tensor, Fit] | Exception:
     if isinstance(fit, Exception):
         return fit
     whole, coords = image.views.whole, image.views.coords
     raw, prefix, coords = (_handed_over(each) for each in (whole.patches, whole.prefix, coords))
-    return fit.decompose(raw[0], coords), prefix[0], coords, fit
+    return fit.decompose(raw[0], coords).weakened(strength), prefix[0], coords, fit
 
 
 def _handed_over(values: Tensor) -> Tensor:

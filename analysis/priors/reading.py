@@ -35,6 +35,7 @@ from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
 from dvt.schema import checked, read_json, typed
 from dvt.store import FeatureStore
+from dvt.text import differing
 from dvt.views import resize
 
 log = logging.getLogger(__name__)
@@ -283,20 +284,11 @@ def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet
 
 
 def _check_source(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    changed = [name for name in sorted(there.keys() | here.keys()) if there.get(name) != here.get(name)]
-    if changed:
-        said = ", ".join(f"{name} {_brief(there.get(name))} there, {_brief(here.get(name))} here" for name in changed)
+    if changed := differing(there, here):
         raise ConfigError(
-            f"{str(folder.parent)!r} holds a run with other settings ({said}); continue it with the same ones, or "
-            "choose another folder"
+            f"{str(folder.parent)!r} holds a run with other settings: {changed}. Continue it with its own (--resume), "
+            "begin anew in its place (--overwrite), or choose another folder"
         )
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, list) and len(value) > 3:
-        return f"{len(value)} of them"
-    text = repr(value)
-    return text if len(text) <= 90 else f"{text[:90]}..."
 
 
 @contextmanager

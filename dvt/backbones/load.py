@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,8 @@ from dvt.backbones.weights import folder_weights, load_state, read_state
 from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
 from dvt.errors import BackboneError, WeightsError
 from dvt.grids import Size
+
+logger = logging.getLogger(__name__)
 
 
 def load_backbone(
@@ -80,6 +83,7 @@ def load_backbone(
     options: dict[str, Any] = {"dynamic_img_size": True} if type(skeleton).__name__ in families.DYNAMIC else {}
     options |= _register_option(skeleton, state or {})
     model = _create(name, pretrained=pretrained and state is None, **options)
+    source = ""
     if state is not None:
         source = "the state dict" if isinstance(weights, Mapping) else str(weights)
         _load_weights(model, state, image_size if size else None, source)
@@ -88,6 +92,8 @@ def load_backbone(
     if (convolution := families.patch_convolution(model)) is not None:
         convolution.stride = steps
     name = timm_name(model) if name.startswith(LOCAL) else name
+    origin = "random weights" if state is None and not pretrained else "timm's weights" if state is None else source
+    logger.info("loaded %s: %s, images of %d x %d, patches of %d x %d", name, origin, *image_size, *patch)
     return timm_backbone(model, name, layer, patch, steps, image_size)
 
 

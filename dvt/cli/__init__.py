@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shlex
 import sys
 
 from rich.console import Console
@@ -14,8 +15,11 @@ from rich.markup import escape
 import dvt
 from dvt.cli.commands import parse, print_overview
 from dvt.cli.common import DryRun
+from dvt.cli.settings.common import Output
 from dvt.errors import ConfigError, DvtError
 from dvt.text import visible, visible_lines
+
+log = logging.getLogger(__name__)
 
 #: What threads, shared libraries and oneDNN say when memory is too small.
 _NO_ROOM = ("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive")
@@ -30,26 +34,36 @@ def main(arguments: list[str] | None = None) -> int:
     errors = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), emoji=False)  # a file's lines are not broken
     try:
         return _run(arguments, errors)
-    except DvtError as error:
-        errors.print(f"[bold red]error:[/] {escape(visible_lines(str(error)))}")
-        return 2
-    except BrokenPipeError:  # the reader of the output has ended
-        return 1
-    except OSError as error:  # a path or a disk of the user's, which no function below has explained
-        where = "" if error.filename is None else f"{str(error.filename)!r}: "
-        errors.print(f"[bold red]error:[/] {escape(visible_lines(where + (error.strerror or str(error))))}")
-        return 2
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if not _out_of_memory(error):
-            raise
-        errors.print(
-            "[bold red]error:[/] there is too little memory for this; close other programs, give the process more, or "
-            "take smaller batches, fewer workers or a smaller size. The same command goes on where it was"
-        )
-        return 2
     except KeyboardInterrupt:
         errors.print("stopped; run the same command again to continue")
-        return 130
+        return _logged(130, "stopped")
+    except BrokenPipeError:  # the reader of the output has ended
+        return 1
+    except Exception as error:
+        if (words := _words(error)) is None:
+            log.error("failed", exc_info=True) if _file_handlers() else None
+            raise
+        errors.print(f"[bold red]error:[/] {escape(words)}")
+        return _logged(2, f"error: {words}")
+    finally:
+        for handler in _file_handlers():
+            logging.getLogger().removeHandler(handler)
+            handler.close()
+
+
+def _words(error: Exception) -> str | None:
+    """Say in words what a user can do about an error; None for an error of dvt itself."""
+    if isinstance(error, DvtError):
+        return visible_lines(str(error))
+    if isinstance(error, OSError):  # a path or a disk of the user's, which no function below has explained
+        where = "" if error.filename is None else f"{str(error.filename)!r}: "
+        return visible_lines(where + (error.strerror or str(error)))
+    if isinstance(error, (MemoryError, RuntimeError, ImportError)) and _out_of_memory(error):
+        return (
+            "there is too little memory for this; close other programs, give the process more, or take smaller "
+            "batches, fewer workers or a smaller size. The same command goes on where it was"
+        )
+    return None
 
 
 def _run(arguments: list[str], errors: Console) -> int:
@@ -62,13 +76,9 @@ def _run(arguments: list[str], errors: Console) -> int:
     if empty := [each for each in arguments if each == "" or re.fullmatch(r"--[\w.-]+=", each)]:
         raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
     command, function = parse(arguments)
-    from rich.logging import RichHandler  # slow to import, and not needed for help
-
     stream = sys.stderr if command.json else sys.stdout
-    console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False)
-    handler = RichHandler(console=errors, show_path=False, show_time=False)
-    handler.addFilter(_visible_record)
-    logging.basicConfig(level="WARNING", format="%(message)s", handlers=[handler])
+    console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False, quiet=command.quiet)
+    _start_logging(command, errors, arguments)
     try:
         code, result = function(command, console)
     except DryRun as stopped:
@@ -76,6 +86,43 @@ def _run(arguments: list[str], errors: Console) -> int:
         console.print_json(data=result)
     if command.json:
         _write(json.dumps(result, default=str) + "\n")
+    return _logged(code, "done" if code == 0 else "done in part")
+
+
+def _start_logging(command: Output, errors: Console, arguments: list[str]) -> None:
+    """Show messages on the terminal and, with --log-file, to a file; -v shows the steps too."""
+    from rich.logging import RichHandler  # slow to import, and not needed for help
+
+    level = "INFO" if command.verbose else "WARNING"
+    shown = RichHandler(level, console=errors, show_path=False, show_time=False)
+    shown.addFilter(_visible_record)
+    shown.addFilter(lambda record: record.name != log.name)  # what a user has just typed
+    logging.basicConfig(level=level, format="%(message)s", handlers=[shown])
+    own = logging.getLogger("dvt")
+    own.setLevel("INFO" if command.verbose or command.log_file else logging.NOTSET)
+    if command.log_file is None:
+        return
+    try:
+        command.log_file.parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(command.log_file, errors="backslashreplace")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write the log {str(command.log_file)!r}: {error.strerror or error}; choose another place"
+        ) from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    file.addFilter(_visible_record)
+    logging.getLogger().addHandler(file)
+    log.info("dvt %s: dvt %s", dvt.__version__, shlex.join(arguments))
+
+
+def _file_handlers() -> list[logging.Handler]:
+    return [each for each in logging.getLogger().handlers if type(each) is logging.FileHandler]
+
+
+def _logged(code: int, words: str) -> int:
+    """Write how a command ended to the file of --log-file, if there is one."""
+    if _file_handlers():
+        log.info("%s; exit code %d", words, code)
     return code
 
 

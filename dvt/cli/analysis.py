@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.common import progress_bar, resolved, save_json, shown
+from dvt.cli.common import keep_settings, progress_bar, resolved, save_json, shown
 from dvt.cli.remedies import compared, product_command
 from dvt.cli.settings.analysis import Analyze, Doctor, ProbeCommand, ReportCommand
 from dvt.cli.settings.common import DenoiserOptions
@@ -57,6 +57,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
             progress=progress,
         )
     report.save(command.out)
+    keep_settings(command.out, settings)
     console.print(visible_lines(report.to_text(command.nulls)), markup=False, highlight=False)
     console.print(f"report: {shown(str(command.out))}; `dvt report {shown(str(command.out))}` makes a page from it")
     return 0, {**report.to_json(), "settings": settings, "out": str(command.out)}

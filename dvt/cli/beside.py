@@ -56,6 +56,19 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
         )
 
 
+def clear_beside(out: Path) -> None:
+    """Remove the files beside a store that earlier runs listed, and their lists; other files stay."""
+    for folder in (out / "pictures", out / "upsampled"):
+        try:
+            listed = read_json(folder / "index.json")
+        except (OSError, ConfigError):  # no list, so nothing is known to be ours
+            continue
+        for name in listed if isinstance(listed, dict) else ():
+            if Path(name).name == name:  # a list of a stranger must not lead elsewhere
+                (folder / name).unlink(missing_ok=True)
+        (folder / "index.json").unlink()
+
+
 def _earlier(console: Console, index: Path) -> dict[str, str]:
     """Read what earlier runs wrote into an index; one that cannot be read is told, and begun anew."""
     try:

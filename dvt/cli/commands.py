@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import shutil
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,15 +14,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dvt.cli.help import about, help_text
+from dvt.cli.replay import defaults_from_file
+from dvt.cli.settings.about import Completion, ConfigCommand
 from dvt.cli.settings.analysis import Analyze, Doctor, Predict, ProbeCommand, ReportCommand
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.cli.settings.denoiser import Distill, Export, Train
-from dvt.cli.settings.extract import Extract, Store
-from dvt.cli.settings.priors import PriorCommand
+from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
+from dvt.cli.settings.priors import PriorCompare, PriorEvaluate, PriorLoop, PriorRepresent, PriorSample, PriorTrain
 from dvt.cli.settings.remedies import FindRemedy
 from dvt.cli.settings.show import MatchCommand, SearchCommand, Show, View
 from dvt.cli.values import REGISTRY
 from dvt.errors import ConfigError
+from dvt.text import WIDTH
 
 CommandFunction = Callable[[Any, Console], tuple[int, dict[str, Any]]]
 
@@ -35,7 +41,8 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "denoise": (Denoise, "dvt.cli.denoise:denoise"),
         "extract": (Extract, "dvt.cli.extract:extract"),
         "inspect": (Inspect, "dvt.cli.denoise:inspect"),
-        "store": (Store, "dvt.cli.extract:store"),
+        "store merge": (StoreMerge, "dvt.cli.extract:merge"),
+        "store export": (StoreExport, "dvt.cli.extract:export"),
     },
     "denoisers for your own model": {
         "train": (Train, "dvt.cli.denoiser:train"),
@@ -52,7 +59,16 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "report": (ReportCommand, "dvt.cli.analysis:report"),
         "probe": (ProbeCommand, "dvt.cli.analysis:probe"),
         "predict": (Predict, "dvt.cli.predict:predict"),
-        "prior": (PriorCommand, "dvt.cli.priors:prior"),
+        "prior train": (PriorTrain, "dvt.cli.priors:train"),
+        "prior sample": (PriorSample, "dvt.cli.priors:sample"),
+        "prior evaluate": (PriorEvaluate, "dvt.cli.priors:evaluate"),
+        "prior compare": (PriorCompare, "dvt.cli.prior_compare:compare"),
+        "prior loop": (PriorLoop, "dvt.cli.priors:loop"),
+        "prior represent": (PriorRepresent, "dvt.cli.prior_learn:represent"),
+    },
+    "this command line": {
+        "config": (ConfigCommand, "dvt.cli.about:config"),
+        "completion": (Completion, "dvt.cli.about:completion"),
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
@@ -62,22 +78,43 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
     """Read a command line that begins with a command's name; help and bad options end in SystemExit.
 
     Raises:
-        ConfigError: there is no such command, or a setting is outside its range.
+        ConfigError: there is no such command, a setting is outside its range, or a file of settings cannot be used.
     """
-    name = arguments[0]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        guess = f"; did you mean {near[0]!r}?" if near else ";"
-        raise ConfigError(f"there is no command {name!r}{guess} `dvt --help` lists them")
+    name = command_name(arguments)
     settings, place = COMMANDS[name]
+    rest = arguments[len(name.split()) :]
+    if "-h" in rest or "--help" in rest:
+        sys.stdout.write(help_text(name, settings, shutil.get_terminal_size((WIDTH, 24)).columns) + "\n")
+        raise SystemExit(0)
+    default = defaults_from_file(name, settings, rest)
+    given = {} if default is None else {"default": default}
     with REGISTRY:
-        given: Any = tyro.cli(settings, prog=f"dvt {name}", args=arguments[1:])
+        command: Any = tyro.cli(settings, prog=f"dvt {name}", args=rest, **given)
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
         module, _, attribute = place.partition(":")
         return getattr(importlib.import_module(module), attribute)(command, console)
 
-    return given, function
+    return command, function
+
+
+def command_name(arguments: Sequence[str]) -> str:
+    """Find the command that a command line begins with, of one word or two.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for words in (2, 1):
+        if (name := " ".join(arguments[:words])) in COMMANDS:
+            return name
+    actions = [each.split()[1] for each in COMMANDS if each.startswith(f"{arguments[0]} ")]
+    typed = " ".join(arguments[:2]) if actions else arguments[0]
+    near = difflib.get_close_matches(typed, COMMANDS, 1, 0.5)
+    if actions:
+        guess = f"did you mean `dvt {near[0]}`? " if near and len(arguments) > 1 else ""
+        raise ConfigError(f"`dvt {arguments[0]}` takes one of {', '.join(actions)}; {guess}See `dvt --help`")
+    guess = f"; did you mean {near[0]!r}?" if near else ";"
+    raise ConfigError(f"there is no command {arguments[0]!r}{guess} `dvt --help` lists them")
 
 
 def print_overview(console: Console) -> None:
@@ -86,8 +123,10 @@ def print_overview(console: Console) -> None:
     console.print("Clean dense features from Vision Transformers. Help on one: [bold]dvt COMMAND --help[/]")
     for title, commands in GROUPS.items():
         table = Table.grid(padding=(0, 2))
-        table.add_column(width=10)
+        table.add_column(width=16)
         for name, (settings, _) in commands.items():
-            table.add_row(f"  [bold]{name}[/]", escape((settings.__doc__ or "-").splitlines()[0]))  # python -OO
+            table.add_row(
+                f"  [bold]{name}[/]", escape(about(settings).split("\n")[0].split(". ")[0].rstrip(".") or "-")
+            )
         console.print(f"\n{title}:")
         console.print(table)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
 
-from dvt.files import whole_file
+from dvt.cli.replay import MANNERS, settings_file
+from dvt.files import remove, whole_file
+from dvt.progress import Progress
 from dvt.text import visible
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
 
 
 class DryRun(Exception):
@@ -45,8 +53,10 @@ def progress_bar(console: Console):
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with ProgressBar(*columns, console=console, transient=True) as bar:
         tasks: dict[str, Any] = {}
+
+        told: set[str] = set()
 
         def update(what: str, done: int, total: int) -> None:
             if what not in tasks:  # the time of what is done before the first call is unknown, so the rate excludes it
@@ -55,8 +65,55 @@ def progress_bar(console: Console):
             since, elapsed = done - task.fields["known"], task.elapsed or 0
             rate = f"{since / elapsed:.2f}/s" if since > 0 and elapsed > 0 else ""
             bar.update(tasks[what], completed=done, total=total, rate=rate)
+            if since > 0 and elapsed >= _MEASURED and what not in told:
+                told.add(what)
+                if (ahead := (total - done) * elapsed / since) >= _WORTH_TELLING:
+                    console.print(f"{escape(what)}: {duration(ahead)} ahead for {total - done} of {total}", style="dim")
 
         yield update
+
+
+#: Seconds after which a rate is known, and of work ahead that is worth a line.
+_MEASURED, _WORTH_TELLING = 2.0, 30.0
+
+
+def duration(seconds: float) -> str:
+    """Say about how long something takes.
+
+    >>> duration(41), duration(400), duration(20000)
+    ('about 40 seconds', 'about 7 minutes', 'about 5.6 hours')
+    """
+    if seconds < 90:
+        return f"about {max(5, 5 * round(seconds / 5))} seconds"
+    return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
+
+
+def say_ahead(console: Console, backbone: Backbone, passes: int, what: str) -> None:
+    """Measure a forward pass, and say how long many of them take, with half as much again for everything else."""
+    import torch
+
+    size = backbone.image_size
+    noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    with torch.no_grad():
+        backbone(noise)  # the first pass of a model is slower
+        start = time.perf_counter()
+        float(backbone(noise).patches.sum())  # waits for a GPU
+    ahead = 1.5 * passes * (time.perf_counter() - start)
+    if ahead >= _WORTH_TELLING:
+        console.print(f"{what}: {duration(ahead)} ahead, {passes} passes of the backbone", style="dim")
+
+
+def keeping(progress: Progress, out: Path, settings: dict[str, Any]) -> Progress:
+    """Wrap a progress callback: with its first call, when a run has been accepted, the run's settings are kept."""
+    kept: list[bool] = []
+
+    def update(what: str, done: int, total: int) -> None:
+        if not kept:
+            kept.append(True)
+            keep_settings(out, settings, new=True)
+        progress(what, done, total)
+
+    return update
 
 
 def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
@@ -67,7 +124,8 @@ def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
     Raises:
         DryRun: --dry-run was given; :func:`dvt.cli.main` prints the settings.
     """
-    values = json.loads(json.dumps({**dataclasses.asdict(settings), **found}, default=str))
+    given = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MANNERS}
+    values = json.loads(json.dumps({**given, **found}, default=str))
     if settings.dry_run:
         raise DryRun(values)
     return values
@@ -77,6 +135,49 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, which is whole or absent."""
     with whole_file(path) as part:
         part.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> None:
+    """Write a run's settings for --config and --resume into its folder; with `new`, only where there are none."""
+    path = settings_file(str(out))
+    if int(os.environ.get("RANK", "0")) == 0 and not (new and path.exists()):
+        save_json(path, settings)
+
+
+def begin_anew(out: Path) -> None:
+    """Remove what a training wrote: the file, or in its folder the run's files; others stay.
+
+    Raises:
+        ConfigError: another process trains there.
+    """
+    from dvt.training.checkpoint import locked_folder  # imports torch
+
+    folder = settings_file(str(out)).parent
+    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists():
+        return
+    with locked_folder(folder):
+        for pattern in _OF_RUNS:
+            for each in folder.glob(pattern):
+                remove(each)
+    if out.suffix == ".safetensors":
+        remove(out)
+
+
+_OF_RUNS = ("step-*", "log.csv", "config.json", "tokens", "samples", "prior.safetensors", "held_out.safetensors")
+
+
+def print_skipped(console: Console, failed: Sequence[tuple[str, str]]) -> None:
+    """Print each image that was left out once; those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in failed:
+        reasons.setdefault(reason.replace(path, "it"), []).append(path)
+    for path, reason in failed:
+        same = reasons[reason.replace(path, "it")]
+        if len(same) < 3:
+            console.print(f"[yellow]skipped[/] {shown(path)}: {shown(reason)}")
+        elif same[0] == path:
+            names = ", ".join(map(shown, same[:3])) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
+            console.print(f"[yellow]skipped {len(same)} images[/] ({names}): {shown(reason.replace(path, 'it'))}")
 
 
 def quiet_unless_first(console: Console) -> Console:

@@ -131,6 +131,7 @@ def _config(command: Denoise) -> DenoiseConfig:
     config = DenoiseConfig(
         views=command.views,  # type: ignore[arg-type]
         product=command.product,  # type: ignore[arg-type]
+        strength=command.strength,
         solver=command.solver,
         linear=dataclasses.replace(command.linear, seed=command.seed),
         neural=dataclasses.replace(command.neural, seed=command.seed),

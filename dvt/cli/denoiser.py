@@ -8,11 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import progress_bar, quiet_unless_first, resolved, shown
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, quiet_unless_first, resolved, shown
 from dvt.cli.settings.denoiser import Distill, Export, Train
 from dvt.denoiser.train import train_denoiser
 from dvt.devices import find_device
-from dvt.errors import ConfigError
 from dvt.files import writable
 from dvt.images import find_images
 
@@ -20,11 +19,13 @@ from dvt.images import find_images
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt train`; the exit code is 0 when the denoiser is written."""
     settings = resolved(command, command="train")
-    console = quiet_unless_first(console)
+    console, device = quiet_unless_first(console), find_device(command.device)
+    if command.overwrite:
+        begin_anew(command.out)
     with progress_bar(console) as progress:
-        _, report = train_denoiser(
-            command.store, command.out, command.training, progress=progress, device=find_device(command.device)
-        )
+        progress = keeping(progress, command.out, settings)
+        _, report = train_denoiser(command.store, command.out, command.training, progress=progress, device=device)
+    keep_settings(command.out, settings)
     _print_training(console, report)
     return 0, {**report, "settings": settings}
 
@@ -38,8 +39,12 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     console = quiet_unless_first(console)
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
+    if command.overwrite:
+        begin_anew(command.out)
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = distill_backbone(backbone, paths, command.out, command.training, denoiser, progress)
+    keep_settings(command.out, settings)
     _print_distillation(console, report, backbone.name)
     return 0, {**report, "settings": settings}
 
@@ -55,10 +60,7 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
     backbone = command.load_exact()
     denoiser = command.load_denoiser(backbone)
     if denoiser is not None:
-        denoiser.strength = denoiser.strength if command.strength is None else command.strength
         backbone = denoised_backbone(denoiser, backbone, command.force)
-    elif command.strength is not None:
-        raise ConfigError("--strength is the strength of a denoiser; also give --denoiser FILE")
     with console.status("exporting and comparing"):
         written = write(backbone, writable(command.out), config)
     sizes = "every size in whole patches" if written.dynamic_grid else f"images of {written.size} only"

@@ -12,7 +12,7 @@ from rich.console import Console
 from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
-from dvt.cli.settings.extract import Extract, Store, StoreExport, StoreMerge
+from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
 from dvt.store.tools import export_store, merge_stores
@@ -63,13 +63,8 @@ class _Fine:
         write_map(self.folder / f"{self.names[path]}{fine_suffix(self.factor)}", fine)
 
 
-def store(command: Store, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt store`; the exit code is 0 when the action is done."""
-    action = command.action
-    return _merge(action, console) if isinstance(action, StoreMerge) else _export(action, console)
-
-
-def _merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
+def merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt store merge`; the exit code is 0 when all shards are in one store."""
     settings = resolved(command, command="store merge")
     with progress_bar(console) as progress:
         counts = merge_stores(command.stores, command.out, wait=command.wait, progress=progress)
@@ -80,7 +75,8 @@ def _merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, {**counts, "store": str(command.out), "settings": settings}
 
 
-def _export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]]:
+def export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt store export`; the exit code is 0 when the folder is written."""
     settings = resolved(command, command="store export")
     with progress_bar(console) as progress:
         images = export_store(command.store, command.out, command.form, command.terms, progress=progress)

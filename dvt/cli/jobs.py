@@ -13,13 +13,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import save_json, shown
+from dvt.cli.beside import clear_beside
+from dvt.cli.common import print_skipped, save_json, shown
 from dvt.cli.settings.jobs import JobOptions
 from dvt.errors import ConfigError
 from dvt.images import is_url
 from dvt.jobs.run import check_run, run
 from dvt.jobs.work import Summary, Work
 from dvt.progress import Progress
+from dvt.store import clear_store
 
 
 def run_job(
@@ -48,6 +50,10 @@ def run_job(
         settings["dtype"] = job.config["dtype"]  # "auto" was resolved
         save_settings(command.out, {"job": job.attributes(), **settings})
 
+    if command.overwrite and is_url(command.out):
+        raise ConfigError(
+            f"--overwrite clears folders only, and {command.out!r} is a URL: remove what lies there first"
+        )
     if command.ray is not None:
         from dvt.jobs import cluster
 
@@ -64,6 +70,9 @@ def run_job(
     else:
         check_run(paths, command.out)  # before the model is loaded
         runner = partial(run, make_work())
+    if command.overwrite:  # last, so that nothing is lost to a mistake in the other options
+        clear_store(Path(command.out), wait=command.wait)
+        clear_beside(Path(command.out))
     summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)
     return summary, time.perf_counter() - start
 
@@ -98,8 +107,7 @@ def print_job(
         _print_profile(console, summary, "" if command.ray is None else ", in all workers together")
     if summary.done + summary.skipped:
         console.print(f"store: {shown(command.out)}")
-    for path, reason in summary.failed:
-        console.print(f"[yellow]skipped[/] {shown(path)}: {shown(reason)}")
+    print_skipped(console, summary.failed)
     return result
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dvt.cli.beside import names_beside
-from dvt.cli.common import progress_bar, resolved, save_json, shown
+from dvt.cli.common import print_skipped, progress_bar, resolved, save_json, shown
 from dvt.cli.settings.analysis import Predict
 from dvt.cli.settings.common import DEMO_BACKBONE, DenoiserOptions
 from dvt.errors import ImageError, NonFiniteError
@@ -53,8 +53,7 @@ def predict(command: Predict, console: Console) -> tuple[int, dict[str, Any]]:
         save_json(command.out / "boxes.json", boxes)
     save_json(command.out / "index.json", index)
     console.print(f"{head.card.task}: {len(index)} of {len(paths)} photographs: {shown(str(command.out))}")
-    for name, reason in failed:
-        console.print(f"[yellow]skipped[/] {shown(name)}: {shown(reason)}")
+    print_skipped(console, failed)
     result = {"predicted": len(index), "failed": failed, "out": str(command.out), "settings": settings}
     return (2 if failed else 0), result
 
@@ -72,6 +71,7 @@ class _Features:
             stride=card.stride[0],
             size=command.size or card.size,
             denoiser=command.denoiser,
+            strength=None if card.denoiser is None or command.denoiser is None else card.denoiser.get("strength"),
         )
         self.backbone, self.card = options.load(), card
         denoiser = options.load_denoiser(self.backbone)

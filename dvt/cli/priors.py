@@ -1,4 +1,4 @@
-"""Run `dvt prior` and its subcommands: generation from tokens shows which information they hold."""
+"""Run `dvt prior train|sample|evaluate|loop`: generation from tokens shows which information they hold."""
 
 from __future__ import annotations
 
@@ -8,39 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import progress_bar, quiet_unless_first, resolved, shown
-from dvt.cli.prior_compare import compare
-from dvt.cli.prior_learn import represent
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, quiet_unless_first, resolved, shown
 from dvt.cli.settings.common import DenoiserOptions
-from dvt.cli.settings.priors import (
-    PriorCommand,
-    PriorCompare,
-    PriorEvaluate,
-    PriorLoop,
-    PriorRepresent,
-    PriorSample,
-    PriorTrain,
-)
+from dvt.cli.settings.priors import PriorEvaluate, PriorLoop, PriorSample, PriorTrain
 from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.images import find_images
 
 
-def prior(command: PriorCommand, console: Console) -> tuple[int, dict[str, Any]]:
-    """Run `dvt prior` and return exit code 0."""
-    action = command.action
-    if isinstance(action, PriorTrain):
-        return _train(action, console)
-    if isinstance(action, PriorLoop):
-        return _loop(action, console)
-    if isinstance(action, PriorCompare):
-        return compare(action, console)
-    if isinstance(action, PriorRepresent):
-        return represent(action, console)
-    return _sample(action, console) if isinstance(action, PriorSample) else _evaluate(action, console)
-
-
-def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
+def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior train`; the exit code is 0 when the prior is trained."""
     from dvt.analysis.priors.runs import StoreTerm, train_prior
 
     if bool(command.images) == (command.store is not None):
@@ -53,8 +30,12 @@ def _train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError("a store's tokens are denoised already or not: take --term denoised instead of --denoiser")
     denoiser = None if backbone is None else token_map(command, backbone)
     source = paths if command.store is None else StoreTerm(command.store, command.term)
+    if command.overwrite:
+        begin_anew(command.out)
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = train_prior(source, backbone, command.out, command.prior, denoiser, progress, device, command.start)
+    keep_settings(command.out, settings)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     left = f", {report['left_out']} left out" if report["left_out"] else ""
     losses = f"loss {report['loss']:.4f}, held out {report['held_out_loss']:.4f} (1 is an untrained prior)"
@@ -75,7 +56,8 @@ def token_map(command: DenoiserOptions, backbone: Any) -> Any:
     return named
 
 
-def _sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]:
+def sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior sample`; the exit code is 0 when the samples are written."""
     from dvt.analysis.priors.runs import sample_prior, write_samples
 
     settings, device = resolved(command, command="prior sample"), find_device(command.device)
@@ -109,7 +91,8 @@ def _own_conditions(command: PriorSample) -> Any:
     return run.conditions(slice(command.images))
 
 
-def _loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
+def loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior loop`; the exit code is 0 when all rounds are done."""
     from dvt.analysis.priors.compare_page import with_interval
     from dvt.analysis.priors.loop_run import loop_prior
 
@@ -123,7 +106,8 @@ def _loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
     return 0, {**report, "settings": settings}
 
 
-def _evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
+def evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior evaluate`; the exit code is 0 when all runs are measured."""
     from dvt.analysis.priors.scoring import evaluate_priors, pixels, random_filters
 
     settings, device = resolved(command, command="prior evaluate"), find_device(command.device)

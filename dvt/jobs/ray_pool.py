@@ -285,8 +285,8 @@ class Pool:
             log.warning("workers have torch %s and %s: last bits may differ", hello.versions[1], first.versions[1])
         if hello.job.digest != first.job.digest:
             raise ConfigError(
-                f"workers do different jobs ({first.job.differences(hello.job)}): are the files of weights the same on "
-                "all nodes?"
+                f"workers do different jobs ({first.job.differences(hello.job, 'another has')}): are the files "
+                "of weights the same on all nodes?"
             )
         worker.node = hello.node
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,8 @@ from dvt.jobs.reduction import Reduced
 from dvt.jobs.work import ShardResult, Summary, Work
 from dvt.progress import Progress
 from dvt.store import ImageEntry, Job, Shard, StoreWriter, plan
+
+log = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 64
 
@@ -138,5 +141,6 @@ def _written(writer: StoreWriter, made: ShardResult) -> Profile:
     profile = Profile()
     with profile.timed("write"):
         path = writer.write(made.shard.name, made.records, made.artifact)
+    log.info("wrote %s: %d images", path, len(made.records))
     profile.written_bytes = path.stat().st_size
     return profile

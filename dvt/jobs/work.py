@@ -145,7 +145,7 @@ class Work(ABC):
         except (ImageError, NonFiniteError) as error:
             if self.strict:
                 raise
-            log.warning("skipped %s: %s", path, error)
+            log.info("skipped %s: %s", path, error)  # the summary lists them all
             failed.append((str(path), str(error)))
 
     def records(

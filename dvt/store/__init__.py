@@ -24,7 +24,7 @@ from dvt.store.format import TERMS, Record, shard_file
 from dvt.store.index import ShardIndex, read_index
 from dvt.store.job import SCHEMA, ImageEntry, Job, Shard, plan
 from dvt.store.reader import FeatureStore, damaged_shards
-from dvt.store.writer import StoreWriter, commit_shard
+from dvt.store.writer import StoreWriter, clear_store, commit_shard
 
 __all__ = [
     "SCHEMA",
@@ -37,6 +37,7 @@ __all__ = [
     "ShardIndex",
     "StoreWriter",
     "StoredTokens",
+    "clear_store",
     "collate_tokens",
     "commit_shard",
     "damaged_shards",

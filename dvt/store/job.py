@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dvt.errors import ConfigError
 from dvt.grids import Size
+from dvt.text import differing
 
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
@@ -78,12 +79,20 @@ class Job:
         values: dict[str, Any] = {name: json.loads(attributes[name]) for name in JSON_SETTINGS}
         return cls(attributes["backbone"], attributes["weights_sha256"], **values)
 
-    def differences(self, other: Job) -> str:
-        """Describe the differences between two jobs for a message; empty when they are equal."""
-        mine, theirs = ({**asdict(job), **asdict(job)["config"]} for job in (self, other))
-        names = sorted((mine.keys() | theirs.keys()) - {"config"})
-        pairs = ((name, mine.get(name, "unset"), theirs.get(name, "unset")) for name in names)
-        return ", ".join(f"{name} {theirs!r} there, {mine!r} here" for name, mine, theirs in pairs if mine != theirs)
+    def differences(self, other: Job, self_is: str = "you ask for") -> str:
+        """Describe how another job differs from this one, in words; empty when they are equal.
+
+        Args:
+            other: the job of an earlier run, or of another store.
+            self_is: what introduces this one's values.
+        """
+        theirs, mine = ({**asdict(job), **asdict(job)["config"]} for job in (other, self))
+        verbs = theirs.get("verb"), mine.get("verb")
+        if verbs[0] != verbs[1]:  # the settings of two commands are of different kinds
+            return f"it was made by `dvt {verbs[0]}`, this is `dvt {verbs[1]}`"
+        for each in (theirs, mine):
+            del each["config"]
+        return differing(theirs, mine, self_is)
 
 
 class ImageEntry(NamedTuple):

@@ -69,7 +69,7 @@ class FeatureStore(Dataset[StoredTokens]):
             if shard.job.digest != first.job.digest:
                 raise StoreError(
                     f"{first.file.name} and {shard.file.name} in {str(path)!r} come from different jobs "
-                    f"({first.job.differences(shard.job)}); a store holds one job"
+                    f"({first.job.differences(shard.job, 'another has')}); a store holds one job"
                 )
             if (shard.channels, shard.prefix) != (first.channels, first.prefix):
                 raise StoreError(

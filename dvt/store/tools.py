@@ -71,10 +71,10 @@ def merge_stores(
 def _common_job(stores: Sequence[str | Path]) -> Job:
     first = FeatureStore(stores[0]).job
     for store in stores[1:]:
-        if differences := first.differences(FeatureStore(store).job):
+        if differences := first.differences(FeatureStore(store).job, "the first has"):
             raise StoreError(
-                f"{str(stores[0])!r} and {str(store)!r} come from different jobs ({differences}, where 'there' is the "
-                "second); only stores of one job can be merged"
+                f"{str(stores[0])!r} and {str(store)!r} come from different jobs (the second has {differences}); only "
+                "stores of one job can be merged"
             )
     return first
 

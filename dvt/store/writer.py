@@ -99,10 +99,34 @@ class StoreWriter:
             shard = read_shard(file)
             if shard.job.digest != self.job.digest:
                 raise StoreError(
-                    f"the folder {str(self.folder)!r} holds another job's tokens ({self.job.differences(shard.job)}); "
-                    "choose another output folder"
+                    f"the folder {str(self.folder)!r} holds another job's tokens: {self.job.differences(shard.job)}. "
+                    "Go on with its own settings (--resume), begin anew in its place (--overwrite), or choose another "
+                    "output folder"
                 )
             yield shard
+
+
+def clear_store(folder: Path, wait: bool = True) -> None:
+    """Remove a store's shards and settings; other files in its folder stay.
+
+    Args:
+        folder: the store's folder; it need not exist.
+        wait: wait for another writer to finish, instead of raising.
+
+    Raises:
+        StoreError: another process writes to it, or it cannot be written.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        lock = _Lock(folder, wait)
+        try:
+            for file in (*shard_files(folder), folder / "config.json"):
+                file.unlink(missing_ok=True)
+        finally:
+            lock.release()
+    except OSError as error:
+        raise StoreError(f"cannot clear the store {str(folder)!r}: {error.strerror or error}") from error
 
 
 def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], None] = lambda: None) -> Path:

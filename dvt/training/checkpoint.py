@@ -26,6 +26,7 @@ from dvt.files import (
     take_lock,
 )
 from dvt.schema import read_json, typed
+from dvt.text import differing
 from dvt.training.config import TrainingConfig
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -121,16 +122,10 @@ def check_identity(about: Mapping[str, Any], identity: Mapping[str, Any], checkp
         ConfigError: the settings differ; the message names each difference.
     """
     theirs, mine = ({**a.get("config", {}), **a.get("settings", {})} for a in (about, identity))
-    names = sorted(theirs.keys() | mine.keys())
-    changed = [
-        f"{name} {theirs.get(name, 'unset')!r} there, {mine.get(name, 'unset')!r} here"
-        for name in names
-        if theirs.get(name, "unset") != mine.get(name, "unset")
-    ]
-    if changed:
+    if changed := differing(dict(sorted(theirs.items())), dict(sorted(mine.items()))):
         raise ConfigError(
-            f"{str(checkpoint.parent)!r} holds a run with other settings ({', '.join(changed)}); continue it with the "
-            "same ones, or choose another folder"
+            f"{str(checkpoint.parent)!r} holds a run with other settings: {changed}. Continue it with its own "
+            "(--resume), begin anew in its place (--overwrite), or choose another folder"
         )
 
 

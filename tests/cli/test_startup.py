@@ -10,15 +10,6 @@ from dvt.cli import main
 from dvt.cli.commands import COMMANDS, parse
 
 HEAVY = {"torch", "torchvision", "timm", "h5py", "numpy", "scipy", "sklearn", "matplotlib", "PIL"}
-ACTIONS = [
-    ("prior", "train"),
-    ("prior", "sample"),
-    ("prior", "evaluate"),
-    ("prior", "compare"),
-    ("prior", "loop"),
-    ("store", "merge"),
-    ("store", "export"),
-]
 
 
 def loaded(*arguments):
@@ -38,15 +29,9 @@ sys.stderr.write("\\n" + " ".join({str(code), *(name.partition(".")[0] for name 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_a_command_needs_no_torch(name):
-    modules, text = loaded(name, "--help")
+    modules, text = loaded(*name.split(), "--help")
     assert "0" in modules and not modules & HEAVY
     assert text.startswith(f"usage: dvt {name}")
-
-
-@pytest.mark.parametrize("arguments", ACTIONS, ids=" ".join)
-def test_the_help_of_an_action_needs_no_torch(arguments):
-    modules, _ = loaded(*arguments, "--help")
-    assert "0" in modules and not modules & HEAVY
 
 
 @pytest.mark.parametrize(
@@ -71,7 +56,7 @@ def test_what_ends_at_once_needs_no_torch(arguments, code):
 def test_the_overview_names_every_command_and_its_first_line():
     _, text = loaded("--help")
     for name, (settings, _) in COMMANDS.items():
-        assert f"  {name}" in text and settings.__doc__.split()[0] in text
+        assert f"  {name} " in text and settings.__doc__.split()[0] in text
 
 
 def test_the_demo_weights_name_their_backbone(capsys, tmp_path):

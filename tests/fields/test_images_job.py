@@ -503,12 +503,14 @@ def test_on_a_gpu_overlap_changes_no_token(make_tiny_backbone, folder, tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"overlap": True}, {"solve_images": 3}, {"shared_artifact": True}])
-def test_images_that_shifted_windows_cannot_show_are_reported_with_what_to_do(folder, tmp_path, settings):
+def test_settings_with_which_no_image_can_be_used_are_refused_once(folder, tmp_path, settings):
     backbone = load_backbone("test_vit", pretrained=False, size=96, stride=12)
-    summary = denoise_images(backbone, images_of(folder), tmp_path / "out", DenoiseConfig(views=4, **settings))
-    assert summary.done == 0 and len(summary.failed) == 6
-    for _, reason in summary.failed:
-        assert "at a stride of 12 do not coincide" in reason and "--stride 16 or 8" in reason
+    with pytest.raises(ConfigError, match=r"no image can be used .* stride of 12 do not coincide .*--stride 16 or 8"):
+        denoise_images(backbone, images_of(folder), tmp_path / "out", DenoiseConfig(views=4, **settings))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match="needs at least 2 x 2"):
+        one = load_backbone("test_vit", pretrained=False, size=16)
+        denoise_images(one, images_of(folder), tmp_path / "out", DenoiseConfig(views=4, **settings))
     crops = DenoiseConfig(views=4, product="ensembled", **settings)
     assert denoise_images(backbone, images_of(folder), tmp_path / "crops", crops).done == 6
     with pytest.raises(ImageError, match="--product ensembled"):

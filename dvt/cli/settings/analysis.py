@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dvt.analysis.config import AnalyzeConfig, DoctorConfig, ProbeConfig
-from dvt.cli.settings.common import DenoiserOptions, LayersOptions, Options
+from dvt.cli.settings.common import DenoiserOptions, LayersOptions, Options, Output
 from dvt.fields.config import Product
 
 
@@ -86,12 +86,10 @@ class Predict(Options):
 
 
 @dataclass(frozen=True)
-class ReportCommand:
+class ReportCommand(Output):
     """Make one interactive page from the results of `dvt analyze`; the page needs no network."""
 
     folder: tyro.conf.Positional[Path]
     """The folder that `dvt analyze` wrote."""
     out: Path = Path("report.html")
     """The page to write."""
-    json: bool = False
-    """Print one JSON object on standard output."""

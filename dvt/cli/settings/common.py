@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 import dvt
 from dvt.errors import ConfigError
@@ -23,15 +26,40 @@ DEMO_BACKBONE = "vit_tiny_patch16_224"  # the model of the weights that come wit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Output:
+    """Hold the options of every command."""
+
+    json: bool = False
+    """Print one JSON object on standard output, everything else on standard error."""
+    quiet: Annotated[bool, tyro.conf.arg(aliases=("-q",))] = False
+    """Print only warnings and errors."""
+    verbose: Annotated[bool, tyro.conf.arg(aliases=("-v",))] = False
+    """Also print what is done step by step."""
+    log_file: Path | None = None
+    """Append the command line, all messages with their times, and the exit code to this file."""
+    dry_run: bool = False
+    """Print the resolved settings and, if the command takes images, their paths; then stop."""
+    config: Path | None = None
+    """Take the settings from a config.json of an earlier run, or from a file that `dvt config COMMAND` printed; options
+    of the command line come before it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Output):
     """Hold the options of every command that computes; the seed is among the command's own settings."""
 
     device: str = "auto"
     """"cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one."""
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
-    dry_run: bool = False
-    """Print the resolved settings and, if the command takes images, their paths; then stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remade:
+    """Hold the options of commands that continue what they find in their place, or refuse it."""
+
+    resume: bool = False
+    """Take all settings but those on the command line from the config.json of the earlier run in the same place."""
+    overwrite: bool = False
+    """Remove what an earlier run wrote there, and begin anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +122,8 @@ class DenoiserOptions(BackboneOptions):
 
     denoiser: str | None = None
     """File, folder or hub repository of a denoiser."""
+    strength: float | None = None
+    """Share of the denoiser's change to apply, from 0 (raw tokens) to 1; by default the denoiser's own strength."""
     force: bool = False
     """Accept a denoiser that was made for another backbone, layer or weights."""
 
@@ -102,8 +132,11 @@ class DenoiserOptions(BackboneOptions):
         from dvt.denoiser import Denoiser
 
         if self.denoiser is None:
+            if self.strength is not None:
+                raise ConfigError("--strength is the strength of a denoiser; also give --denoiser FILE")
             return None
         denoiser = Denoiser.from_pretrained(self.denoiser)
+        denoiser.strength = denoiser.strength if self.strength is None else self.strength
         denoiser.check_fits(backbone, self.force)
         return denoiser.to(backbone.device).eval()
 

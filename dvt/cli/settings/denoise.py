@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import tyro
 
+from dvt.cli.settings.common import Output
 from dvt.cli.settings.jobs import JobOptions
 from dvt.fields.config import LinearConfig, NeuralConfig, Product
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -22,53 +20,53 @@ class Denoise(JobOptions):
     Run the same command again to compute only what is missing.
     """
 
-    seed: int = 0
-    """Seed of the views and the solver."""
     product: Product | None = None
     """removed: each image's own tokens without the artifact; ensembled: the field over scales, best for labelled tasks;
     blend: between the two. By default removed, or ensembled with the neural solver."""
+    strength: float = 1.0
+    """Share of the change to apply, from 0 (the raw tokens) to 1: "semantic" is raw + strength (product - raw)."""
     views: int | None = None
     """Views per image, beside the whole image; by default 16 for the product removed, else 48 (paper: 768)."""
-    batch: int = 16
-    """Views per forward pass."""
     solver: Literal["linear", "neural"] = "linear"
     """Closed form (seconds), or gradient fitting as in the paper (minutes)."""
-    linear: LinearConfig = field(default_factory=LinearConfig)
-    """Settings of the linear solver."""
-    neural: NeuralConfig = field(default_factory=NeuralConfig)
-    """Settings of the neural solver."""
     shared_artifact: bool = False
     """Fit one artifact to all images of a grid shape, instead of one to each image."""
     shared_images: int = 32
     """Number of images to which the shared artifact is fitted."""
-    upsample: int = 1
-    """Also write the semantic features upsampled by this factor, guided by the image, to OUT/upsampled."""
     keep_terms: bool = False
     """Also store the artifact and the residual."""
     pictures: bool = True
     """Draw a picture for each image, in OUT/pictures; not with --ray."""
+    upsample: int = 1
+    """Also write the semantic features upsampled by this factor, guided by the image, to OUT/upsampled."""
+    seed: int = 0
+    """Seed of the views and the solver."""
+    batch: int = 16
+    """Views per forward pass."""
     shard_images: int = 16
     """Images per shard; a killed run loses at most the shards being computed and the one being written."""
     solve_images: int | None = None
     """Number of images solved together; by default 8 on a GPU, 1 on a CPU."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Run the backbone on the next images while others are solved; "auto" does so on a GPU."""
+    linear: LinearConfig = field(default_factory=LinearConfig)
+    """Settings of the linear solver."""
+    neural: NeuralConfig = field(default_factory=NeuralConfig)
+    """Settings of the neural solver."""
 
 
 @dataclass(frozen=True)
-class Inspect:
+class Inspect(Output):
     """Show the content of a feature store."""
 
     store: tyro.conf.Positional[str]
     """A folder of shards, or one shard."""
     verify: bool = False
     """Check all checksums and name damaged shards."""
-    json: bool = False
-    """Print one JSON object on standard output."""
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Output):
     """Try stage one on bundled photographs and a small bundled ViT; needs no network."""
 
     out: Path = Path("dvt-demo")
@@ -77,5 +75,3 @@ class Demo:
     """Number of views."""
     device: str = "auto"
     """"cpu", "cuda" or "auto"."""
-    json: bool = False
-    """Print one JSON object on standard output."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dvt.cli.settings.common import DenoiserOptions, Options
+from dvt.cli.settings.common import DenoiserOptions, Options, Remade
 from dvt.denoiser.config import DenoiserTraining
 from dvt.denoiser.distill.config import BackboneTraining
 from dvt.training.config import TrainingConfig
@@ -31,7 +31,7 @@ class BackboneFlags(BackboneTraining):
 
 
 @dataclass(frozen=True)
-class Train(Options):
+class Train(Options, Remade):
     """Train one small denoiser, which runs online, from a store of `dvt denoise`.
 
     Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli train ...` uses
@@ -47,7 +47,7 @@ class Train(Options):
 
 
 @dataclass(frozen=True)
-class Distill(DenoiserOptions):
+class Distill(DenoiserOptions, Remade):
     """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean.
 
     Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli distill ...` uses
@@ -68,8 +68,6 @@ class Export(DenoiserOptions):
 
     out: Path
     """The file to write: .onnx, or .pt2 for torch.export.load."""
-    strength: float | None = None
-    """Share of the denoiser's change to apply, from 0 to 1; by default the denoiser's own strength."""
     grid: Literal["auto", "dynamic", "fixed"] = "auto"
     """"dynamic" takes every size in whole patches, "fixed" one size, "auto" is dynamic if the model can be."""
     opset: int | None = None

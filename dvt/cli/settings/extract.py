@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dvt.cli.settings.common import LayersOptions
+from dvt.cli.settings.common import LayersOptions, Output
 from dvt.cli.settings.jobs import JobOptions
 
 
@@ -30,16 +30,8 @@ class Extract(LayersOptions, JobOptions):
     image, to OUT/upsampled."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _StoreOptions:
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
-    dry_run: bool = False
-    """Print the resolved settings and stop."""
-
-
 @dataclass(frozen=True)
-class StoreMerge(_StoreOptions):
+class StoreMerge(Output):
     """Merge stores of the same job, for example from several machines, into one.
 
     Run the same command again to continue an interrupted merge. Stores of different jobs are refused.
@@ -54,7 +46,7 @@ class StoreMerge(_StoreOptions):
 
 
 @dataclass(frozen=True)
-class StoreExport(_StoreOptions):
+class StoreExport(Output):
     """Write a store as .npy files (one per image and term), as one zarr group, or as safetensors files."""
 
     store: tyro.conf.Positional[Path]
@@ -65,18 +57,3 @@ class StoreExport(_StoreOptions):
     """The format to write; zarr needs the package of that name."""
     terms: tuple[str, ...] = ()
     """Terms to export, such as raw or denoised; by default all."""
-
-
-@dataclass(frozen=True)
-class Store:
-    """Merge or export feature stores."""
-
-    action: Annotated[
-        Annotated[StoreMerge, tyro.conf.subcommand("merge", prefix_name=False)]
-        | Annotated[StoreExport, tyro.conf.subcommand("export", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    @property
-    def json(self) -> bool:
-        return self.action.json

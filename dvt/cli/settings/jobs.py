@@ -8,11 +8,11 @@ from typing import Literal
 
 import tyro
 
-from dvt.cli.settings.common import BackboneOptions
+from dvt.cli.settings.common import BackboneOptions, Remade
 
 
 @dataclass(frozen=True)
-class JobOptions(BackboneOptions):
+class JobOptions(BackboneOptions, Remade):
     """Hold the options of every command that makes a feature store from images."""
 
     images: tyro.conf.Positional[tuple[str, ...]]

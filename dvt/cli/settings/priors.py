@@ -10,7 +10,7 @@ import tyro
 
 from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Loop, Represent
-from dvt.cli.settings.common import DenoiserOptions, Options
+from dvt.cli.settings.common import DenoiserOptions, Options, Remade
 from dvt.training.config import TrainingConfig
 
 
@@ -23,7 +23,7 @@ class PriorFlags(PriorTraining):
 
 
 @dataclass(frozen=True)
-class PriorTrain(DenoiserOptions):
+class PriorTrain(DenoiserOptions, Remade):
     """Train a generative prior on images and their tokens, raw or denoised.
 
     Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli prior train ...` uses
@@ -141,22 +141,3 @@ class PriorRepresent(Options):
     """Settings of encoders and probes."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="sampling")] = field(default_factory=Sampling)
     """How samples are drawn; its flags begin with --sampling, because --steps is that of the training."""
-
-
-@dataclass(frozen=True)
-class PriorCommand:
-    """Train, sample, evaluate, loop or compare generative priors on tokens, or train encoders on their samples."""
-
-    action: Annotated[
-        Annotated[PriorTrain, tyro.conf.subcommand("train", prefix_name=False)]
-        | Annotated[PriorSample, tyro.conf.subcommand("sample", prefix_name=False)]
-        | Annotated[PriorEvaluate, tyro.conf.subcommand("evaluate", prefix_name=False)]
-        | Annotated[PriorLoop, tyro.conf.subcommand("loop", prefix_name=False)]
-        | Annotated[PriorCompare, tyro.conf.subcommand("compare", prefix_name=False)]
-        | Annotated[PriorRepresent, tyro.conf.subcommand("represent", prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-
-    @property
-    def json(self) -> bool:
-        return self.action.json

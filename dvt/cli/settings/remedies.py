@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from dvt.cli.settings.common import BackboneOptions
 from dvt.denoiser.remedies.config import Remedy, RemedyConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from dvt.cli.settings.common import DenoiserOptions
+from dvt.cli.settings.common import DenoiserOptions, Output
 from dvt.errors import ConfigError
+from dvt.fields.config import Product
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +22,12 @@ if TYPE_CHECKING:
 class CleanOptions(DenoiserOptions):
     """Hold the options of commands that clean single photographs, by a denoiser or by stage one."""
 
+    product: Product | None = None
+    """The product of the decomposition that cleans a photograph without --denoiser; by default removed."""
+    strength: float | None = None
+    """Share of the change to apply, from 0 (raw tokens) to 1; by default 1, or the denoiser's own strength."""
     views: int | None = None
-    """Number of views of the decomposition that cleans a photograph without --denoiser; 0 for raw features only."""
+    """Number of views of that decomposition; by default as many as the product needs; 0 for raw features only."""
     upsample: int = 1
     """Upsampling factor per side; the maps' edges then follow the photograph's."""
 
@@ -41,9 +46,11 @@ class CleanOptions(DenoiserOptions):
         from dvt.fields.image import denoise
         from dvt.views import resize
 
-        clean = self.token_function(backbone)
+        clean = None if self.denoiser is None else self.token_function(backbone)
         if clean is None and self.views != 0:
-            parts = denoise(backbone, pixels, DenoiseConfig(views=self.views))  # type: ignore[arg-type]
+            strength = 1.0 if self.strength is None else self.strength
+            config = DenoiseConfig(views=self.views, product=self.product, strength=strength)  # type: ignore[arg-type]
+            parts = denoise(backbone, pixels, config)
             return {"raw": parts.raw.cpu(), "semantic": parts.semantic.cpu()}
         with torch.no_grad():
             inputs = resize(pixels.to(backbone.device), backbone.input_size((pixels.shape[1], pixels.shape[2])))
@@ -101,7 +108,7 @@ class SearchCommand(CleanOptions):
 
 
 @dataclass(frozen=True)
-class View:
+class View(Output):
     """Show a store as an interactive page: tap a patch, see what is similar to it in raw and in clean features."""
 
     store: tyro.conf.Positional[Path]
@@ -114,7 +121,3 @@ class View:
     """Port of this machine's own address to serve on; 0 takes a free one."""
     browser: bool = True
     """Open the page in the browser."""
-    json: bool = False
-    """Print one JSON object on standard output, everything else on standard error."""
-    dry_run: bool = False
-    """Print the resolved settings and stop."""
