@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
+from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.weights import State, read_content
 from dvt.denoiser.config import HEAD_DIM
 from dvt.errors import WeightsError
@@ -70,10 +71,14 @@ def published_file(name: str, folder: str = "voc_denoised", **options: Any) -> P
     Raises:
         WeightsError: the download failed; the message lists the known published files.
     """
+    listed, why = name in PUBLISHED.get(folder, ()), None
     try:
-        return Path(hf_hub_download(REPOSITORY, f"{folder}/{name}.pth", **options))
+        with hub_or_cache() as why:
+            return Path(hf_hub_download(REPOSITORY, f"{folder}/{name}.pth", **options))
     except Exception as error:  # each release of the hub's client raises its own kinds
-        listed = name in PUBLISHED.get(folder, ())
+        if listed and why is not None:
+            file = f"{folder}/{name}.pth"
+            raise WeightsError(without_hub(file, why, REPOSITORY, file, "Denoiser.from_pretrained(FILE)")) from error
         known = "; ".join(f"{where}: {', '.join(names)}" for where, names in PUBLISHED.items())
         hint = "is the network reachable?" if listed else f"known published files are {known}"
         raise WeightsError(

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_down
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import nn
 
+from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
@@ -296,9 +297,16 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
 
 
 def _download(repository: str, options: Mapping[str, Any]) -> Path:
+    why: str | None = None
     try:
-        return Path(hf_hub_download(repository, SAFETENSORS_SINGLE_FILE, **options))
+        with hub_or_cache() as why:
+            return Path(hf_hub_download(repository, SAFETENSORS_SINGLE_FILE, **options))
     except Exception as error:  # each release of the hub's client raises its own kinds
+        if why is not None:
+            what = f"the denoiser {repository!r}, which is no file or folder here"
+            raise WeightsError(
+                without_hub(what, why, repository, SAFETENSORS_SINGLE_FILE, "--denoiser FILE (in Python its path)")
+            ) from error
         raise WeightsError(
             f"no denoiser {repository!r}: there is no such file or folder, and the Hugging Face hub gave "
             f"{type(error).__name__}: {error}"

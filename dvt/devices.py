@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -23,9 +24,23 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            f"device {name!r} cannot be used ({str(error).splitlines()[0]}); use --device auto or cpu"
+            f"device {name!r} cannot be used ({_reason(name, error)}); use --device auto, cpu, cuda or cuda:1"
         ) from error
     return device
+
+
+def _reason(name: str, error: Exception) -> str:
+    """Say why a device cannot be used, without torch's list of all kinds of devices."""
+    text = str(error).splitlines()[0]
+    return "there is no such kind of device" if "device type" in text and name.partition(":")[0] in text else text
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Make models with the same random weights in every process; the state of torch's generator is kept."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def upload(values: Tensor, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from dvt import grids
 from dvt.backbones import families
 from dvt.backbones.backbone import Backbone, checked_stride, rounded_size
 from dvt.backbones.converted import State, encoder_state, is_of_transformers, timm_names, unchunked
+from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.names import LOCAL, TRANSFORMERS, check_timm_name, resolved_name
 from dvt.backbones.weights import folder_weights, load_state, read_state
 from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
@@ -153,14 +155,32 @@ def _check_single_scale(model: families.Model, name: str) -> None:
 def _create(name: str, pretrained: bool, **options: Any) -> families.Model:
     """Make a timm model without a classifier."""
     check_timm_name(name)
+    remote = pretrained or name.startswith("hf-hub:")
+    why: str | None = None
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
+        with hub_or_cache() if remote else nullcontext() as why:
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **options)
     except Exception as error:  # each hub client raises its own kinds, and timm plain RuntimeErrors
+        if why is not None:
+            said = without_hub(f"the weights of {name!r}", why, _repository(name), "model.safetensors", _OPTION)
+            raise BackboneError(said) from error
         raise BackboneError(
             f"cannot get the model {name!r}: {type(error).__name__}: {error}\n"
             "Without a network, or for a model without published weights, give a file with --weights FILE "
             "(in Python weights=...); `dvt demo` needs no network"
         ) from error
+
+
+_OPTION = "--weights FILE (in Python weights=...)"
+
+
+def _repository(name: str) -> str | None:
+    """Find the hub's repository of timm's weights."""
+    if name.startswith("hf-hub:"):
+        return name.partition(":")[2]
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    found = getattr(known, "hf_hub_id", None)
+    return f"{found}{known.name}" if found and found.endswith("/") and hasattr(known, "name") else found
 
 
 def _regrid(model: families.Model, image_size: Size, grid: Size) -> None:

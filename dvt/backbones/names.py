@@ -144,6 +144,17 @@ def suggestions(name: str) -> list[str]:
     of_family = [full for full in timm.list_pretrained() if family and family in full] if family else []
     known = [alias for alias in ALIASES if family and family in alias] + of_family
     found = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.3)
-    if not found:
-        found = difflib.get_close_matches(typed.partition(".")[0], timm.list_models(), n=4, cutoff=0.5)
-    return found
+    return found or _by_beginning(typed.partition(".")[0])
+
+
+def _by_beginning(typed: str) -> list[str]:
+    """List the four models whose names begin most like a typed one, which is often shorter; short names first."""
+    matcher = difflib.SequenceMatcher(b=typed)
+
+    def likeness(name: str) -> float:
+        matcher.set_seq1(name[: len(typed) + 1])
+        return matcher.ratio()
+
+    found = {name: likeness(name) for name in timm.list_models()}
+    best = sorted(found, key=lambda name: (-round(found[name], 2), len(name), name))[:4]
+    return [name for name in best if found[name] >= 0.6]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from dvt import grids
 from dvt.backbones import families, outside
 from dvt.backbones.backbone import Backbone, BackboneSpec, checked_stride, rounded_size
 from dvt.backbones.families import pair
+from dvt.backbones.hub import hub_or_cache, without_hub
+from dvt.backbones.names import TRANSFORMERS
 from dvt.backbones.outside import IMAGENET_MEAN, IMAGENET_STD
 from dvt.errors import BackboneError, DvtError, ShapeError
 from dvt.grids import Size
@@ -196,13 +199,19 @@ def load_transformers(
     source = name.partition(":")[2]
     if source.startswith(("/", "./", "../", "~")) and not Path(source).expanduser().is_dir():
         raise BackboneError(f"transformers cannot load {source!r}: there is no such folder")
+    why: str | None = None
     try:
-        model = (
-            AutoModel.from_pretrained(source, trust_remote_code=False)
-            if pretrained
-            else AutoModel.from_config(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        )
+        with nullcontext() if Path(source).expanduser().is_dir() else hub_or_cache() as why:
+            options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": why is not None}
+            if pretrained:
+                model = AutoModel.from_pretrained(source, **options)
+            else:
+                model = AutoModel.from_config(AutoConfig.from_pretrained(source, **options))
     except Exception as error:  # the hub's client, files and configurations raise many kinds
+        if why is not None:
+            option = f"--backbone hf:FOLDER (in Python {TRANSFORMERS}FOLDER)"
+            said = without_hub(f"the files of {name!r}", why, source, "the folder with all its files", option)
+            raise BackboneError(said) from error
         raise BackboneError(
             f"transformers cannot load {source!r}: {type(error).__name__}: {error}\nGive a folder that save_pretrained "
             "wrote, or a name on the hub, which needs a network the first time"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 
 import huggingface_hub.constants
 import pytest
@@ -10,9 +11,9 @@ import torch
 
 import dvt
 from dvt.backbones import load_backbone
-from dvt.backbones.names import ALIASES
+from dvt.backbones.names import ALIASES, suggestions
 from dvt.backbones.weights import read_state
-from dvt.errors import BackboneError, WeightsError
+from dvt.errors import BackboneError, DvtError, WeightsError
 
 
 def test_every_alias_is_a_timm_model():
@@ -181,3 +182,69 @@ def test_registers_of_a_dinov2_file_for_a_model_without(tmp_path):
     assert [backbone.num_prefix_tokens for backbone in both] == [3, 3]
     one, two = (backbone(images(1, (70, 98))).patches for backbone in both)
     torch.testing.assert_close(one, two)
+
+
+def test_without_a_network_one_message_says_what_helps_within_seconds(monkeypatch, tmp_path):
+    from dvt.backbones import hub
+    from dvt.denoiser import Denoiser
+
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for load in (
+        lambda: load_backbone("vit_tiny_patch16_224.augreg_in21k"),
+        lambda: load_backbone("hf:facebook/dinov2-small"),
+        lambda: Denoiser.from_pretrained("nobody/nothing"),
+    ):
+        with pytest.raises(DvtError) as caught:
+            load()
+        said = str(caught.value)
+        assert all(word in said for word in ("HF_HUB_OFFLINE=1", "HF_ENDPOINT", "--weights", "127.0.0.1:9"))
+        assert not re.match(r"\w*Error", said) and "LocalEntryNotFound" not in said
+        assert hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_answers_nothing_is_not_waited_for(monkeypatch):
+    import socket
+
+    from dvt.backbones import hub
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(hub.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "PATIENCE", 0.2)
+        with hub.hub_or_cache() as why:
+            assert why is not None and hub.constants.HF_HUB_OFFLINE
+        assert not hub.constants.HF_HUB_OFFLINE
+
+
+def test_a_cached_copy_is_used_without_a_network(monkeypatch, tmp_path):
+    from dvt.backbones import hub
+    from dvt.denoiser import Denoiser, DenoiserConfig
+
+    Denoiser(DenoiserConfig("subtract", 8, (2, 2))).save_pretrained(tmp_path / "model.safetensors")
+    folder = tmp_path / "hub" / "models--me--mine"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    (folder / "snapshots" / ("a" * 40)).mkdir(parents=True)
+    (tmp_path / "model.safetensors").rename(folder / "snapshots" / ("a" * 40) / "model.safetensors")
+    monkeypatch.setattr(hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert Denoiser.from_pretrained("me/mine", cache_dir=tmp_path / "hub").feature_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("typed", "wanted"),
+    [
+        ("vit_tny", "vit_tiny_patch16_224"),
+        ("vit_small_patch14_dino2", "vit_small_patch14_dinov2"),
+        ("deit_tni", "deit_tiny"),
+    ],
+)
+def test_a_short_misspelt_name_gets_the_plain_models_first(typed, wanted):
+    assert any(name.startswith(wanted) for name in suggestions(typed))
+
+
+def test_random_weights_are_the_same_each_time_and_touch_no_generator():
+    from dvt.cli.settings.common import BackboneOptions
+
+    state = torch.get_rng_state()
+    one, two = (BackboneOptions(backbone="test_vit", weights="random").load_exact().weights_sha256 for _ in range(2))
+    assert one == two and bool((torch.get_rng_state() == state).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -71,7 +72,7 @@ class BackboneOptions(Options):
     hf:NAME_OR_FOLDER for a model of transformers; or a folder that timm or transformers saved."""
     weights: str | None = None
     """A .safetensors or .pth file instead of the hub's weights; "demo" means the small ViT that comes with dvt, and
-    then --backbone is not needed."""
+    then --backbone is not needed; "random" means random weights, for trials without a network."""
     layer: int = -1
     """Block whose tokens are read; -1 is the last, after the final norm."""
     stride: int | None = None
@@ -100,16 +101,21 @@ class BackboneOptions(Options):
     def load_exact(self, other: str | None = None) -> Backbone:
         """Load it as :meth:`load` does, in the precision of its weights, for jobs that choose one by themselves."""
         from dvt.backbones import load_backbone
-        from dvt.devices import find_device
+        from dvt.devices import find_device, repeatable
 
         weights = dvt.demo_weights() if self.weights == "demo" else self.weights
-        backbone = load_backbone(
-            other or self.backbone,
-            weights=None if other else weights,
-            layer=self.own_layer,
-            stride=self.stride,
-            size=self.size,
-        )
+        random = self.weights == "random"
+        if random:
+            log.warning("%s has random weights: its features say nothing, and are for trials only", self.backbone)
+        with repeatable() if random else nullcontext():
+            backbone = load_backbone(
+                other or self.backbone,
+                weights=None if other or random else weights,
+                pretrained=not random,
+                layer=self.own_layer,
+                stride=self.stride,
+                size=self.size,
+            )
         if self.size is not None and self.size not in backbone.image_size:
             taken = " x ".join(map(str, backbone.image_size))
             log.warning("size %d is not a multiple of the patch: %s takes %s instead", self.size, backbone.name, taken)
