@@ -146,7 +146,7 @@ class NormalEquations:
         return zeros + torch.as_tensor(smoothness, dtype=zeros.dtype, device=zeros.device)
 
     def _halfway(self, smoothness: Tensor) -> tuple[BlockTridiagonal, Tensor, Tensor]:
-        """Factorise the fields' system K = L L'; return it, L^-1 A'WY (B, nodes, C) and L^-1 A'WP (B, nodes, n)."""
+        """Decompose the fields' system K = L L'; return it, L^-1 A'WY (B, nodes, C) and L^-1 A'WP (B, nodes, n)."""
         system = self.system(smoothness)
         copies = (tall.to(torch.float64, copy=True) for tall in (self.field_rhs, self.cross))
         return system, *map(system.start, copies)

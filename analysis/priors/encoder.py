@@ -71,7 +71,7 @@ def encode(encoder: nn.Module, pictures: Rows) -> Tensor:
 
 
 def augment(pictures: Tensor, config: EncoderConfig, generator: torch.Generator) -> Tensor:
-    """Crop, mirror and recolour each picture (B, 3, S, S) at random; the size stays."""
+    """Change each picture (B, 3, S, S) at random: crop, mirror and recolour it; the size stays."""
     count, size = len(pictures), (pictures.shape[2], pictures.shape[3])
     views = ViewConfig(count=count, scale=(config.crop, 1.0), flip=config.flip)
     boxes, flips = (drawn[1:] for drawn in draw_boxes(views, generator))
