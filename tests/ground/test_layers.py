@@ -175,7 +175,7 @@ def test_files_and_functions_are_short(module):
 
 # The verbs that docstrings open with. A list of verbs, not of forbidden words: whoever needs another one adds it here.
 VERBS = """
-Adapt Add Advance Answer Apply Ask Assign Average Bound Bring Build Call Centre Check Choose
+Adapt Add Advance Answer Apply Ask Assign Average Bound Bring Build Call Centre Change Check Choose
 Clip Collect Colour Commit Compare Complete Compute Connect Convert Copy Correct Count Create
 Cut Decode Decompose Denoise Derive Describe Divide Do Download Draw Eliminate Embed Encode End
 Enlarge Escape Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Flatten Fold Force Forget
