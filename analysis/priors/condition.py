@@ -1,22 +1,15 @@
-"""Randomise the conditions of a generative prior (dropping, pseudo-text, rewrites of texts); make discrete tokens."""
+"""Randomise the conditions of a generative prior (dropping, pseudo-text); make discrete tokens."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
-from dvt.files import read_plain
-from dvt.schema import parsed_json
-
-Texts = Sequence[Sequence[str]]
-"""For each image its original text, then the rewrites."""
 
 
 def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generator) -> Tensor:
@@ -89,111 +82,6 @@ class PseudoText(nn.Module):
 
 def _normal_like(features: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(features.shape, generator=generator, device=generator.device).to(features)
-
-
-# --- LaCLIP: texts and their rewrites
-
-_MOST_BYTES = 1 << 30  # of the texts of all images
-
-
-def read_texts(path: str | Path, images: Sequence[str]) -> list[tuple[str, ...]]:
-    """Read each image's text and rewrites from a file of JSON lines.
-
-    A line is ``{"image": NAME, "text": ORIGINAL, "rewrites": [TEXT, ...]}``; rewrites may be missing.
-
-    Args:
-        path: the file, UTF-8.
-        images: names as in the file, in the order of the result; a name may be repeated.
-
-    Raises:
-        ConfigError: a line is not such an object, the file repeats a name, or its names and `images` differ.
-
-    Source:
-        Fan et al., Improving CLIP Training with Language Rewrites (LaCLIP), 2023.
-    """
-    path = Path(path)
-    try:
-        lines = read_plain(path, _MOST_BYTES).decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the texts in {path}: {error}; they must be JSON lines in UTF-8") from error
-    found: dict[str, tuple[str, ...]] = {}
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            name, texts = _parsed(line, f"{path}, line {number}")
-            if name in found:
-                raise ConfigError(
-                    f"{path}, line {number}: image {name!r} has a line already; put all of its rewrites into one line"
-                )
-            found[name] = texts
-    _check_step(path, list(dict.fromkeys(images)), list(found))
-    return [found[name] for name in images]
-
-
-def _parsed(line: str, where: str) -> tuple[str, tuple[str, ...]]:
-    try:
-        entry = parsed_json(line)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-    if not isinstance(entry, dict) or not {"image", "text"} <= entry.keys() <= {"image", "text", "rewrites"}:
-        raise ConfigError(
-            f'{where}: a line is {{"image": NAME, "text": TEXT, "rewrites": [TEXT, ...]}}, got {line[:80]}'
-        )
-    rewrites = entry.get("rewrites", [])
-    texts = [entry["image"], entry["text"], *(rewrites if isinstance(rewrites, list) else [None])]
-    if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise ConfigError(f"{where}: image, text and each of the rewrites must be text that is not empty")
-    return entry["image"], tuple(texts[1:])
-
-
-def _check_step(path: Path, images: list[str], named: list[str]) -> None:
-    there, wanted = set(named), set(images)
-    missing, unknown = [n for n in images if n not in there], [n for n in named if n not in wanted]
-    if missing or unknown:
-        parts = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for names, what in ((missing, "images without a line"), (unknown, "lines without an image"))
-            if names
-        ]
-        raise ConfigError(f"{path} does not fit the {len(images)} images: {' and '.join(parts)}; make it again")
-
-
-def draw_texts(texts: Texts, generator: torch.Generator) -> list[str]:
-    """Draw one text for each image, uniformly from its original and rewrites.
-
-    Each image takes one random number, however many rewrites it has, so adding rewrites changes no other draw.
-    """
-    draws = torch.rand(len(texts), generator=generator, device=generator.device, dtype=torch.float64).tolist()
-    return [choices[int(draw * len(choices))] for choices, draw in zip(texts, draws, strict=True)]
-
-
-class TextTower(nn.Module):
-    """Encode a list of N texts as (N, C) features, with a frozen text encoder of open_clip.
-
-    Args:
-        name: an open_clip model such as ``ViT-B-32``.
-        weights: a file, or a tag of open_clip to download; None keeps random weights, for tests.
-
-    Raises:
-        ConfigError: open_clip is not installed, or does not know the model or the weights.
-    """
-
-    def __init__(self, name: str, weights: str | None = None) -> None:
-        super().__init__()
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ConfigError("texts need open_clip: pip install 'denoising-vit[prior]'") from error
-        try:
-            self.model = open_clip.create_model(name, pretrained=weights).eval().requires_grad_(False)
-            self._tokenize = open_clip.get_tokenizer(name)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise ConfigError(f"open_clip has no model {name!r} with weights {weights!r}: {error}") from error
-
-    @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Encode N texts as (N, C) features, not normalised."""
-        device = next(self.model.parameters()).device
-        return self.model.encode_text(self._tokenize(list(texts)).to(device)).float()
 
 
 # --- discrete tokens

@@ -12,6 +12,8 @@ TargetKind = Literal["pixels", "latents", "features"]
 TARGET_KINDS = ("pixels", "latents", "features")
 Condition = Literal["cls", "mean", "patch", "both"]
 CONDITIONS = ("cls", "mean", "patch", "both")
+OtherCondition = Literal["label", "text", "pseudo-text"]
+OTHER_CONDITIONS = ("label", "text", "pseudo-text")
 SAMPLERS = ("heun", "ddim", "restart")
 MOST_GUIDANCE = 100.0
 
@@ -105,8 +107,9 @@ class PriorTraining:
 
     Args:
         condition: tokens of the frozen backbone that condition the prior: "cls" (the kind of picture, no layout),
-            "mean" (the mean patch), "patch" (the layout), "both"; "label" for the name of each image's folder; or None
-            for an unconditional prior.
+            "mean" (the mean patch), "patch" (the layout), "both"; "label" for the name of each image's folder; "text"
+            for its text; "pseudo-text" for its own feature with noise, in place of a text (LAFITE); or None for an
+            unconditional prior. The last four need no backbone.
         target: what the prior generates: "pixels", "latents" of a VAE, or the backbone's "features".
         head: "image" denoises all target tokens at once (Lumos), "token" one after the other (MAR, Fluid).
         order: for a token head, "random" (MAR) or "raster" (causal).
@@ -119,8 +122,9 @@ class PriorTraining:
         drop: share of conditions dropped in training, for guidance.
         codes: for a token head, 0 for continuous tokens, else the number of entries of a k-means codebook (Fluid).
         centred: let the prior learn, for each position, a vector to subtract from condition tokens.
-        pseudo: "fixed" or "trained" noise that lets image features stand for text features; with the condition "mean"
-            or "cls" (LAFITE).
+        tower: for texts and pseudo-texts, a file of `dvt prior tower`, or open_clip:MODEL or open_clip:MODEL:WEIGHTS.
+        texts: for the condition "text", a file of JSON lines with the text of each image.
+        pseudo: noise of pseudo-texts: "fixed", "trained", or "none" as a control; None means "fixed".
         flips: also train on each image mirrored.
         pairs: share of the training images to use, as for the few pairs of a second stage.
         held_out: share of the images to hold out; at least 2 images and at most 64 are held out.
@@ -132,7 +136,7 @@ class PriorTraining:
         ConfigError: a value is outside its range.
     """
 
-    condition: Condition | Literal["label"] | None = "patch"
+    condition: Condition | OtherCondition | None = "patch"
     target: TargetKind = "pixels"
     head: Literal["image", "token"] = "image"
     order: Literal["random", "raster"] = "random"
@@ -145,19 +149,32 @@ class PriorTraining:
     drop: float = 0.1
     codes: int = 0
     centred: bool = False
-    pseudo: Literal["fixed", "trained"] | None = None
+    tower: str | None = None
+    texts: str | None = None
+    pseudo: Literal["fixed", "trained", "none"] | None = None
     flips: bool = False
     pairs: float = 1.0
     held_out: float = 0.1
     loop: TrainingConfig = _PRIOR_LOOP
 
     def __post_init__(self) -> None:
-        if self.condition not in (None, "label", *CONDITIONS):
-            known = ", ".join((*CONDITIONS, "label"))
+        if self.condition not in (None, *CONDITIONS, *OTHER_CONDITIONS):
+            known = ", ".join((*CONDITIONS, *OTHER_CONDITIONS))
             raise ConfigError(f"there is no condition {self.condition!r}; it is one of {known} or None")
-        if self.pseudo and self.condition not in ("cls", "mean"):
+        if (self.tower is None) == (self.condition in ("text", "pseudo-text")):
             raise ConfigError(
-                f"pseudo-text needs one feature per image: the condition 'cls' or 'mean', got {self.condition!r}"
+                "the conditions 'text' and 'pseudo-text', and no other, need a tower; the condition is "
+                f"{self.condition!r} and the tower {self.tower!r}"
+            )
+        if (self.texts is None) == (self.condition == "text"):
+            raise ConfigError(
+                f"the condition 'text', and no other, needs a file of texts; the condition is {self.condition!r} and "
+                f"the file {self.texts!r}"
+            )
+        if self.pseudo not in (None, "fixed", "trained", "none") or (self.pseudo and self.condition != "pseudo-text"):
+            raise ConfigError(
+                "pseudo is the noise of the condition 'pseudo-text': fixed, trained or none, got "
+                f"{self.pseudo!r} with {self.condition!r}"
             )
         if not 0 < self.pairs <= 1:
             raise ConfigError(f"pairs is a share of the images in (0, 1], got {self.pairs}")
@@ -167,6 +184,11 @@ class PriorTraining:
             raise ConfigError(f"side must be a multiple of the patch {self.patch}, got {self.side} pixels")
         check_target(self.target, self.vae)
         self.prior((1, 1), 1, 1, (1, 1) if self.condition in ("patch", "both") else None)
+
+    @property
+    def needs_backbone(self) -> bool:
+        """True if a backbone's tokens are the condition or the target."""
+        return self.condition in CONDITIONS or self.target == "features"
 
     def to_json(self) -> dict[str, Any]:
         """List all settings in one flat dictionary, as a prior's card holds them."""
@@ -181,10 +203,10 @@ class PriorTraining:
         condition_grid: tuple[int, int] | None,
     ) -> PriorConfig:
         """Make the architecture of a prior for target and condition tokens of these sizes."""
-        names = ("head", "order", "width", "depth", "heads", "drop", "codes", "centred", "pseudo")
-        return PriorConfig(
-            grid, token_dim, condition_dim, condition_grid, **{name: getattr(self, name) for name in names}
-        )
+        names = ("head", "order", "width", "depth", "heads", "drop", "codes", "centred")
+        noise = (self.pseudo or "fixed") if self.condition == "pseudo-text" else None
+        given = {name: getattr(self, name) for name in names} | {"pseudo": None if noise == "none" else noise}
+        return PriorConfig(grid, token_dim, condition_dim, condition_grid, **given)
 
 
 @dataclass(frozen=True)

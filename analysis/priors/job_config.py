@@ -187,3 +187,54 @@ class Represent:
             raise ConfigError(
                 f"the batch must be a multiple of the {self.encoder.members} members, got {self.loop.batch_size}"
             )
+
+
+_TOWER_LOOP = TrainingConfig(
+    steps=1000,
+    batch_size=64,
+    learning_rate=2e-3,
+    warmup=0.1,
+    weight_decay=0.05,
+    ema=0.98,
+    checkpoint_every=1000,
+    validate_every=250,
+    log_every=50,
+    keep=1,
+)
+
+
+@dataclass(frozen=True)
+class TowerTraining:
+    """Hold the settings for training a small image-text tower.
+
+    Args:
+        side: side of the pictures in pixels.
+        length: number of words of a text that are read.
+        rewrites: draw each text among the original and its rewrites (LaCLIP); otherwise always take the original.
+        prompts: texts for the name of a class, which takes the place of {}; they are averaged.
+        held_out: share of the images to hold out; at least 2.
+        encoder: the picture encoder; its width, depth and project are also those of the text encoder.
+        loop: settings of the training loop.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    side: int = 32
+    length: int = 12
+    rewrites: bool = True
+    prompts: tuple[str, ...] = ("a photo of a {}",)
+    held_out: float = 0.2
+    encoder: EncoderConfig = EncoderConfig()
+    loop: TrainingConfig = _TOWER_LOOP
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.length < 1 or self.side % self.encoder.patch:
+            raise ConfigError(
+                f"side must be a multiple of the patch {self.encoder.patch} and length at least 1, got {self.side} and "
+                f"{self.length}"
+            )
+        if not 0 < self.held_out < 1:
+            raise ConfigError(f"held_out is a share of the images in (0, 1), got {self.held_out}")
+        if not self.prompts or any("{}" not in prompt for prompt in self.prompts):
+            raise ConfigError(f"a prompt is a text with {{}} in place of the class, got {list(self.prompts)}")

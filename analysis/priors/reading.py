@@ -223,7 +223,7 @@ class MappedRows:
 def kept_tokens(
     folder: Path,
     paths: Sequence[Path],
-    backbone: Backbone,
+    backbone: Backbone | None,
     wanted: Wanted,
     denoiser: Clean | None,
     progress: Progress,

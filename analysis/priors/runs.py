@@ -4,6 +4,7 @@ A run's folder holds
 
     prior.safetensors      weights, config and card
     tokens/                tokens and pictures of all images, computed once (for a store, only the pictures)
+    tower.safetensors      for the conditions "text" and "pseudo-text", the tower that encodes texts
     held_out.safetensors   held-out images: conditions, small pictures, targets; for features a decoder to pixels
     samples/step-*.png     samples beside the images that condition them, one file per checkpoint
     log.csv, step-*/       as :mod:`dvt.training` writes them
@@ -23,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from dvt.analysis.priors.config import PriorTraining, Sampling
+from dvt.analysis.priors.conditioning import TOWER_FILE, make_conditions
+from dvt.analysis.priors.config import CONDITIONS, PriorTraining, Sampling
 from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import Wanted, kept_store, kept_tokens
@@ -43,6 +44,7 @@ from dvt.analysis.priors.token_set import (
     split,
     token_identity,
 )
+from dvt.analysis.priors.tower import Tower, load_tower
 from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, NonFiniteError
@@ -69,7 +71,7 @@ log = logging.getLogger(__name__)
 # The entries of a prior's card that must be equal for a run to be continued.
 _IDENTITY = (
     *("backbone", "weights_sha256", "layer", "stride", "size", "precision", "denoiser"),
-    *("condition", "target", "data", "start"),
+    *("condition", "target", "data", "start", "tower"),
 )
 
 
@@ -104,7 +106,7 @@ def train_prior(
 
     Args:
         images: files, folders, globs or lists, as :func:`dvt.images.find_images` takes them, or a store's tokens.
-        backbone: computes the tokens that are the condition; None with a store.
+        backbone: computes the tokens that are the condition or the target; None with a store, or if neither needs it.
         out: the run's folder.
         config: settings of the training.
         denoiser: a function of Tokens, applied to raw tokens; None for raw tokens. Its attribute `identity` describes
@@ -126,11 +128,14 @@ def train_prior(
     tokens, identity = _tokens(images, backbone, out / "tokens", config, denoiser, progress or silent)
     chosen, held = _sides(tokens, config)
     target, maps = _standardised(config, tokens, chosen)
-    conditions, labels = _conditions(config, tokens)
+    space = None if config.tower is None else load_tower(config.tower)
+    conditions, labels = make_conditions(config, tokens, space)
     prior = _initial(config, maps, conditions, tokens, start)
     data = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
     prior.card = {**identity, "condition": config.condition, "target": asdict(target), "training": config.to_json()}
     prior.card |= {"data": data, "labels": labels, "start": None if start is None else weights_sha256(prior)}
+    if space is not None:
+        prior.card["tower"] = space.identity
     prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
 
@@ -140,6 +145,8 @@ def train_prior(
             decoder = _decoder(maps, tokens.pictures, chosen) if config.target == "features" else None
             names = [tokens.names[i] for i in held]
             keep_run(out, prior, (Chosen(maps, held), given[1]), tokens.pictures[held], names, decoder)
+            if isinstance(space, Tower):
+                space.save(out / TOWER_FILE)
         _show_progress(prior, path, config.loop.ema > 0, out)
 
     done = fit_prior(
@@ -170,14 +177,14 @@ def _tokens(
     images: Any, backbone: Backbone | None, folder: Path, config: PriorTraining, denoiser: Clean | None, say: Progress
 ) -> tuple[TokenSet, dict[str, Any]]:
     """Read the tokens of images or of a store, and a description of their origin."""
-    asked = None if config.condition == "label" else config.condition
+    asked = config.condition if config.condition in CONDITIONS else None
     wanted = Wanted(asked, config.target == "features", config.side, config.flips)
     if isinstance(images, StoreTerm):
         if denoiser is not None or backbone is not None:
             raise ConfigError("a store already holds tokens: give neither a backbone nor a denoiser with it")
         seen = kept_store(folder, images.path, images.term, wanted, say)
         return seen, store_identity(images.path, images.term)
-    if backbone is None:
+    if backbone is None and config.needs_backbone:
         raise ConfigError("images need a backbone; or give a feature store")
     paths = find_images([images] if isinstance(images, (str, Path)) else images)
     return kept_tokens(folder, paths, backbone, wanted, denoiser, say), token_identity(backbone, denoiser)
@@ -192,18 +199,6 @@ def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int
         some = torch.randperm(len(chosen), generator=draws)[: max(2, round(config.pairs * len(chosen)))]
         chosen = [chosen[i] for i in sorted(some.tolist())]
     return chosen, [row for row in held if row < plain]
-
-
-def _conditions(config: PriorTraining, tokens: TokenSet) -> tuple[Rows | None, list[str] | None]:
-    """Make the condition of each image and, if it is a label, the names of the classes."""
-    if config.condition != "label":
-        return tokens.conditions, None
-    named = [Path(name).parent.name for name in tokens.names]
-    classes = sorted(set(named))
-    if len(classes) < 2:
-        raise ConfigError(f"labels are the names of the images' folders, and all images lie in {classes[0]!r}")
-    ids = torch.tensor([classes.index(name) for name in named])
-    return functional.one_hot(ids, len(classes)).half()[:, None], classes
 
 
 def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:

@@ -155,12 +155,16 @@ def split(sha256s: Sequence[str], share: float, seed: int) -> tuple[list[int], l
     return hold_out(sha256s, min(max(2, round(share * distinct)), _MOST_HELD_OUT, distinct - 2), seed)
 
 
-def token_identity(backbone: Backbone, denoiser: Clean | None) -> dict[str, Any]:
+def token_identity(backbone: Backbone | None, denoiser: Clean | None) -> dict[str, Any]:
     """Describe the backbone and denoiser that a prior's tokens come from, as plain JSON values.
+
+    Without a backbone, for a prior that needs no tokens, it is named None.
 
     A denoiser is described by its attribute `identity` (:class:`dvt.tokens.TokenMap`), a function without one by its
     name.
     """
+    if backbone is None:
+        return {"backbone": None}
     spec = backbone.identity
     named = f"{getattr(denoiser, '__module__', '')}.{getattr(denoiser, '__qualname__', type(denoiser).__qualname__)}"
     return {

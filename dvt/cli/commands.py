@@ -21,7 +21,15 @@ from dvt.cli.settings.analysis import Analyze, Doctor, Predict, ProbeCommand, Re
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.cli.settings.denoiser import Distill, Export, Train
 from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
-from dvt.cli.settings.priors import PriorCompare, PriorEvaluate, PriorLoop, PriorRepresent, PriorSample, PriorTrain
+from dvt.cli.settings.priors import (
+    PriorCompare,
+    PriorEvaluate,
+    PriorLoop,
+    PriorRepresent,
+    PriorSample,
+    PriorTower,
+    PriorTrain,
+)
 from dvt.cli.settings.remedies import FindRemedy
 from dvt.cli.settings.show import MatchCommand, SearchCommand, Show, View
 from dvt.cli.values import REGISTRY
@@ -65,6 +73,7 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "prior compare": (PriorCompare, "dvt.cli.prior_compare:compare"),
         "prior loop": (PriorLoop, "dvt.cli.priors:loop"),
         "prior represent": (PriorRepresent, "dvt.cli.prior_learn:represent"),
+        "prior tower": (PriorTower, "dvt.cli.prior_learn:tower"),
     },
     "this command line": {
         "config": (ConfigCommand, "dvt.cli.about:config"),

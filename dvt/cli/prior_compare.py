@@ -19,7 +19,7 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
     paths = find_images(command.images)
     settings = resolved(command, command="prior compare", images=paths)
     backbone = command.load()
-    treatments, shared = decompositions(backbone) if command.decompose else ({}, None)
+    treatments, shared = decompositions(backbone, command.views) if command.decompose else ({}, None)
     with progress_bar(console) as progress:
         material = look(
             paths, backbone, command.comparison, treatments, shared, command.token_function(backbone), progress
@@ -30,13 +30,13 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
     return 0, {**report, "settings": settings}
 
 
-def decompositions(backbone: Any) -> tuple[dict[str, Any], Any]:
+def decompositions(backbone: Any, views: int | None = None) -> tuple[dict[str, Any], Any]:
     """Make functions that compute each product of an image's own decomposition, and the artifact of several images."""
     from dvt.fields.config import DenoiseConfig
     from dvt.fields.image import denoise
     from dvt.fields.shared import shared_artifact
 
-    products = {name: DenoiseConfig(product=name) for name in ("removed", "ensembled")}
+    products = {name: DenoiseConfig(product=name, views=views) for name in ("removed", "ensembled")}
     treatments = {
         name: lambda image, config=config: denoise(backbone, image, config).semantic
         for name, config in products.items()

@@ -1,4 +1,4 @@
-"""Run `dvt prior represent`: train encoders on a prior's samples and probe them on real labels."""
+"""Run `dvt prior represent|tower`: train encoders on a prior's samples, or an image-text tower."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvt.cli.common import progress_bar, resolved, shown
-from dvt.cli.settings.priors import PriorRepresent
+from dvt.cli.settings.priors import PriorRepresent, PriorTower
 from dvt.devices import find_device
 from dvt.images import find_images
 
@@ -38,4 +38,21 @@ def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str,
             f"D^-{law['k']:.2f} [{law['k_low']:.2f}, {law['k_high']:.2f}], D = {found['sizes']}"
         )
     console.print(f"curves: {shown(str(command.out / 'curves.png'))}")
+    return 0, {**report, "settings": settings}
+
+
+def tower(command: PriorTower, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior tower`; the exit code is 0 when the tower is trained."""
+    from dvt.analysis.priors.tower_run import train_tower
+
+    paths, test = find_images(command.images), find_images(command.test) if command.test else []
+    settings = resolved(command, command="prior tower", images=paths)
+    with progress_bar(console) as progress:
+        report = train_tower(paths, command.text_file, command.out, command.tower, test, progress)
+    console.print(
+        f"{report['training']} images to learn from, {report['words']} words; zero-shot accuracy "
+        f"{report['zero_shot']:.3f} of {report['test']} images (chance {report['chance']:.3f}); own text nearest "
+        f"{report['retrieval']:.3f} of {report['held_out']} held-out images"
+    )
+    console.print(f"tower: {shown(report['out'])}")
     return 0, {**report, "settings": settings}

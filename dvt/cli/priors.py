@@ -25,9 +25,12 @@ def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
     paths = find_images(command.images) if command.images else []
     settings = resolved(command, command="prior train", images=paths)
     console, device = quiet_unless_first(console), find_device(command.device)
-    backbone = command.load() if paths else None
+    backbone = command.load() if paths and command.prior.needs_backbone else None
     if backbone is None and command.denoiser is not None:
-        raise ConfigError("a store's tokens are denoised already or not: take --term denoised instead of --denoiser")
+        raise ConfigError(
+            "a store's tokens are denoised already or not (take --term denoised instead of --denoiser), and without "
+            "tokens there is nothing to denoise"
+        )
     denoiser = None if backbone is None else token_map(command, backbone)
     source = paths if command.store is None else StoreTerm(command.store, command.term)
     if command.overwrite:
@@ -62,7 +65,7 @@ def sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]
 
     settings, device = resolved(command, command="prior sample"), find_device(command.device)
     sheet = command.out is None or command.out.suffix
-    if sheet and not command.condition and not command.label:
+    if sheet and not command.condition and not command.label and not command.text:
         report = sample_prior(command.run, command.out, command.images, command.count, command.sampling, device)
         console.print(f"{shown(report['out'])}: {report['samples']} samples of {report['images']} images")
         return 0, {**report, "settings": settings}
@@ -77,12 +80,14 @@ def sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]
 
 def _own_conditions(command: PriorSample) -> Any:
     """Make the requested conditions, or take those of the held-out images."""
-    from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
+    from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels, conditions_of_texts
     from dvt.analysis.priors.runs import open_run
 
-    if command.condition and command.label:
-        raise ConfigError("give either --condition or --label")
+    if sum(map(bool, (command.condition, command.label, command.text))) > 1:
+        raise ConfigError("give one of --condition, --label and --text")
     run = open_run(command.run, "cpu")
+    if command.text:
+        return conditions_of_texts(command.run, run.prior.card, command.text)
     if command.label:
         return conditions_of_labels(run.prior.card, command.label)
     if command.condition:

@@ -10,9 +10,10 @@ from scipy.integrate import quad
 from scipy.stats import binomtest, chisquare
 from torch.nn import functional
 
-from dvt.analysis.priors import condition
-from dvt.analysis.priors.condition import Codebook, PseudoText, draw_texts, drop, pseudo_text, read_texts
+from dvt.analysis.priors.condition import Codebook, PseudoText, drop, pseudo_text
 from dvt.analysis.priors.contrast import contrast
+from dvt.analysis.priors.texts import draw_texts, read_texts
+from dvt.analysis.priors.tower import OpenClipTower
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
@@ -176,20 +177,21 @@ def test_without_rewrites_the_loss_is_bit_for_bit_plain_clip():
 
 @pytest.mark.skipif(not OPEN_CLIP, reason="open_clip is not installed")
 def test_the_text_tower_encodes_texts():
-    tower = condition.TextTower("ViT-B-32")
-    found = tower(["a cat", "a dog", "a cat"])
-    assert found.shape == (3, 512) and found.dtype == torch.float32
+    tower = OpenClipTower("ViT-B-32")
+    found, seen = tower.texts(["a cat", "a dog", "a cat"]), tower.pictures(torch.rand(2, 3, 40, 40))
+    assert found.shape == (3, 512) and seen.shape == (2, 512) and found.dtype == torch.float32
+    torch.testing.assert_close(torch.cat((found, seen)).norm(dim=1), torch.ones(5))
     torch.testing.assert_close(found[0], found[2])
     assert not torch.allclose(found[0], found[1], atol=1e-3)
     assert not any(each.requires_grad for each in tower.parameters())
     with pytest.raises(ConfigError, match="no model 'ViT-Z-99'"):
-        condition.TextTower("ViT-Z-99")
+        OpenClipTower("ViT-Z-99")
 
 
 @pytest.mark.skipif(OPEN_CLIP, reason="open_clip is installed")
 def test_a_missing_open_clip_is_explained():
     with pytest.raises(ConfigError, match="pip install"):
-        condition.TextTower("ViT-B-32")
+        OpenClipTower("ViT-B-32")
 
 
 # --- drops

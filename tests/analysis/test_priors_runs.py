@@ -334,7 +334,6 @@ def test_a_store_gives_the_tokens_that_its_images_give(images, backbone, tmp_pat
         {"condition": "cls"},
         {"condition": "both", "head": "token"},
         {"condition": None, "head": "token", "order": "raster"},
-        {"condition": "mean", "pseudo": "trained"},
         {"condition": "patch", "centred": True},
         {"head": "token", "order": "raster", "codes": 8},
         {"target": "features"},

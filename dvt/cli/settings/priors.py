@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dvt.analysis.priors.config import PriorTraining, Sampling
-from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Loop, Represent
+from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Loop, Represent, TowerTraining
 from dvt.cli.settings.common import DenoiserOptions, Options, Remade
 from dvt.training.config import TrainingConfig
 
@@ -46,7 +46,7 @@ class PriorTrain(DenoiserOptions, Remade):
 
 @dataclass(frozen=True)
 class PriorSample(DenoiserOptions):
-    """Draw samples: a sheet of samples beside the held-out images, or files for given images or labels."""
+    """Draw samples: a sheet of samples beside the held-out images, or files for given images, labels or texts."""
 
     run: tyro.conf.Positional[Path]
     """A folder of `dvt prior train`."""
@@ -56,6 +56,8 @@ class PriorSample(DenoiserOptions):
     """Images whose tokens condition the samples; give the backbone and the denoiser of the training."""
     label: tuple[str, ...] = ()
     """Names of classes that condition the samples, for a prior that was trained with labels."""
+    text: tuple[str, ...] = ()
+    """Texts that condition the samples, for a prior that was trained on texts or pseudo-texts."""
     images: int = 8
     """The largest number of rows of a sheet, each with one held-out image."""
     count: int = 4
@@ -97,6 +99,8 @@ class PriorCompare(DenoiserOptions):
     decompose: bool = False
     """Also compare raw - G (one artifact for all images), and the products removed and ensembled of each image's own
     decomposition."""
+    views: int | None = None
+    """Views per image of these decompositions; by default as `dvt denoise` takes them."""
     comparison: Annotated[Comparison, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(
         default_factory=Comparison
     )
@@ -141,3 +145,29 @@ class PriorRepresent(Options):
     """Settings of encoders and probes."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="sampling")] = field(default_factory=Sampling)
     """How samples are drawn; its flags begin with --sampling, because --steps is that of the training."""
+
+
+@dataclass(frozen=True)
+class TowerFlags(TowerTraining):
+    """Name the flags of the encoders and of their training without a prefix."""
+
+    encoder: Annotated[EncoderConfig, tyro.conf.arg(name="")] = TowerTraining.encoder
+    """The picture encoder; the text encoder is as large."""
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = TowerTraining.loop
+    """Settings of the training loop."""
+
+
+@dataclass(frozen=True)
+class PriorTower(Options):
+    """Train a small image-text tower on images and their texts, with rewrites, and score it by the names of classes."""
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths."""
+    text_file: Annotated[Path, tyro.conf.arg(name="texts")]
+    """A file of JSON lines: {"image": NAME, "text": TEXT, "rewrites": [TEXT, ...]}, with names relative to the file."""
+    out: Path
+    """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
+    test: tuple[str, ...] = ()
+    """Labelled images to score on, in folders named after their class; by default the held-out images."""
+    tower: Annotated[TowerFlags, tyro.conf.arg(name="")] = field(default_factory=TowerFlags)
+    """Settings of the tower and its training."""
