@@ -14,7 +14,7 @@ from dvt.analysis.priors.config import CONDITIONS, PriorTraining
 from dvt.analysis.priors.reading import Wanted, read_tokens
 from dvt.analysis.priors.texts import texts_of
 from dvt.analysis.priors.token_set import BATCH, Clean, Rows, TokenSet, token_identity
-from dvt.analysis.priors.tower import OPEN_CLIP, JointSpace, load_tower
+from dvt.analysis.priors.tower import OPEN_CLIP, JointSpace, Tower, load_tower
 from dvt.backbones import Backbone
 from dvt.errors import BackboneError, ConfigError
 from dvt.progress import silent
@@ -85,6 +85,12 @@ def conditions_of_texts(run_dir: str | Path, card: dict[str, Any], texts: Sequen
     else:
         space = load_tower(Path(run_dir) / TOWER_FILE)
     return space.texts(texts).detach().half()[:, None]
+
+
+def keep_tower(space: JointSpace | None, folder: Path) -> None:
+    """Write a tower into a run's folder, so that sampling needs nothing else; one of open_clip is only named."""
+    if isinstance(space, Tower):
+        space.save(folder / TOWER_FILE)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvt.analysis.priors.conditioning import TOWER_FILE, make_conditions
+from dvt.analysis.priors.conditioning import keep_tower, make_conditions
 from dvt.analysis.priors.config import CONDITIONS, PriorTraining, Sampling
 from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
@@ -44,7 +44,7 @@ from dvt.analysis.priors.token_set import (
     split,
     token_identity,
 )
-from dvt.analysis.priors.tower import Tower, load_tower
+from dvt.analysis.priors.tower import JointSpace, load_tower
 from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone, weights_sha256
 from dvt.errors import ConfigError, NonFiniteError
@@ -132,10 +132,8 @@ def train_prior(
     conditions, labels = make_conditions(config, tokens, space)
     prior = _initial(config, maps, conditions, tokens, start)
     data = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
-    prior.card = {**identity, "condition": config.condition, "target": asdict(target), "training": config.to_json()}
-    prior.card |= {"data": data, "labels": labels, "start": None if start is None else weights_sha256(prior)}
-    if space is not None:
-        prior.card["tower"] = space.identity
+    begin = None if start is None else weights_sha256(prior)
+    prior.card = _card(config, identity, target, space) | {"data": data, "labels": labels, "start": begin}
     prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
 
@@ -145,8 +143,7 @@ def train_prior(
             decoder = _decoder(maps, tokens.pictures, chosen) if config.target == "features" else None
             names = [tokens.names[i] for i in held]
             keep_run(out, prior, (Chosen(maps, held), given[1]), tokens.pictures[held], names, decoder)
-            if isinstance(space, Tower):
-                space.save(out / TOWER_FILE)
+            keep_tower(space, out)
         _show_progress(prior, path, config.loop.ema > 0, out)
 
     done = fit_prior(
@@ -199,6 +196,14 @@ def _sides(tokens: TokenSet, config: PriorTraining) -> tuple[list[int], list[int
         some = torch.randperm(len(chosen), generator=draws)[: max(2, round(config.pairs * len(chosen)))]
         chosen = [chosen[i] for i in sorted(some.tolist())]
     return chosen, [row for row in held if row < plain]
+
+
+def _card(
+    config: PriorTraining, identity: dict[str, Any], target: PriorTarget, space: JointSpace | None
+) -> dict[str, Any]:
+    """Describe what a prior generates, from what, and how it is trained."""
+    card = {**identity, "condition": config.condition, "target": asdict(target), "training": config.to_json()}
+    return card if space is None else card | {"tower": space.identity}
 
 
 def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class Vocabulary:
         return len(self.words) + 2
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Number the words of N texts: (N, length)."""
+        """Encode N texts as the numbers of their words: (N, length)."""
         place = {word: number for number, word in enumerate(self.words, 2)}
         ids = torch.full((len(texts), self.length), PAD)
         for row, text in enumerate(texts):

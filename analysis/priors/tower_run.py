@@ -60,9 +60,7 @@ def train_tower(
     given = texts_of(texts, [Path(name) for name in seen.names])
     chosen, held = split(seen.sha256s, config.held_out, config.loop.seed)
     learnt = [given[row] if config.rewrites else given[row][:1] for row in chosen]
-    words = Vocabulary.of((text for each in learnt for text in each), config.length)
-    draws = torch.Generator().manual_seed(config.loop.seed)
-    tower = Tower(TowerCard(config.side, words.words, words.length, config.encoder), draws)
+    tower = _untrained(learnt, config)
     pictures = seen.pictures[list(range(len(seen)))].float()
     asked = _labelled(seen, held, pictures) if not test else _read(test, config.side, progress)
 
@@ -81,19 +79,32 @@ def train_tower(
     def validate(model: nn.Module) -> dict[str, float]:
         return measure(tower, asked, (pictures[held], [given[row][0] for row in held]), config.prompts)
 
-    settings = {
-        "side": config.side,
-        "rewrites": config.rewrites,
-        "encoder": asdict(config.encoder),
-        "texts": sides_digest(*[list(each) for each in learnt]),
-        "images": sides_digest([seen.sha256s[row] for row in chosen], [seen.sha256s[row] for row in held]),
-    }
+    settings = _settings(config, learnt, seen, (chosen, held))
     run = out.with_suffix(".run")
     done = train(tower, loss, batches, config.loop, run, validate=validate, progress=progress, settings=settings)
     tower.save(out)
     chance = max(asked[1].count(name) for name in set(asked[1])) / len(asked[1])
-    counts = {"training": len(chosen), "held_out": len(held), "test": len(asked[1]), "words": len(words.words)}
+    counts = {"training": len(chosen), "held_out": len(held), "test": len(asked[1]), "words": len(tower.card.words)}
     return {**counts, "loss": done.history[-1]["loss"], **validate(tower), "chance": chance, "out": str(out)}
+
+
+def _untrained(texts: Sequence[Sequence[str]], config: TowerTraining) -> Tower:
+    words = Vocabulary.of((text for each in texts for text in each), config.length)
+    card = TowerCard(config.side, words.words, words.length, config.encoder)
+    return Tower(card, torch.Generator().manual_seed(config.loop.seed))
+
+
+def _settings(
+    config: TowerTraining, texts: Sequence[Sequence[str]], seen: TokenSet, sides: tuple[Sequence[int], Sequence[int]]
+) -> dict[str, Any]:
+    """List what a continued run must agree with."""
+    return {
+        "side": config.side,
+        "rewrites": config.rewrites,
+        "encoder": asdict(config.encoder),
+        "texts": sides_digest(*texts),
+        "images": sides_digest(*([seen.sha256s[row] for row in side] for side in sides)),
+    }
 
 
 def clip_loss(tower: Tower, pictures: Tensor, texts: Sequence[str]) -> Tensor:

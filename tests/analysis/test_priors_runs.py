@@ -493,7 +493,7 @@ def test_held_out_images_that_do_not_fit_are_refused(images, backbone, tmp_path_
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"condition": "text"}, "no condition 'text'.*cls, mean, patch, both"),
+        ({"condition": "words"}, "no condition 'words'.*cls, mean, patch, both"),
         ({"target": "sound"}, "no target 'sound'"),
         ({"target": "latents"}, "VAE"),
         ({"held_out": 0.0}, "held_out"),
