@@ -130,12 +130,12 @@ def train_prior(
     target, maps = _standardised(config, tokens, chosen)
     space = None if config.tower is None else load_tower(config.tower)
     conditions, labels = make_conditions(config, tokens, space)
-    prior = _initial(config, maps, conditions, tokens, start)
-    data = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
-    begin = None if start is None else weights_sha256(prior)
-    prior.card = _card(config, identity, target, space) | {"data": data, "labels": labels, "start": begin}
-    prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
+    prior = _initial(config, maps, conditions, tokens, start)
+    split_of = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
+    prior.card = _card(config, identity, target, space) | {"data": split_of, "labels": labels}
+    prior.card["start"] = None if start is None else weights_sha256(prior)
+    prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def on_checkpoint(path: Path) -> None:
         # Only here, where a run with other settings has been refused: its folder must not change.
@@ -146,10 +146,10 @@ def train_prior(
             keep_tower(space, out)
         _show_progress(prior, path, config.loop.ema > 0, out)
 
+    data = ((Chosen(maps, chosen), given[0]), (Chosen(maps, held), given[1]))
     done = fit_prior(
         prior,
-        (Chosen(maps, chosen), given[0]),
-        (Chosen(maps, held), given[1]),
+        *data,
         config.loop,
         out,
         on_checkpoint=on_checkpoint,
@@ -159,7 +159,7 @@ def train_prior(
     if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
         on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it
     report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started)
-    report["left_out"] = len(tokens.skipped)
+    report |= {"left_out": len(tokens.skipped)}
     prior.card["metrics"] = {name: report[name] for name in ("steps", "loss", "held_out_loss")}
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first
         prior.save(out / "prior.safetensors")
