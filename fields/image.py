@@ -13,7 +13,7 @@ from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.devices import autocast, upload
 from dvt.errors import ConfigError, ImageError
-from dvt.fields.config import DenoiseConfig
+from dvt.fields.config import PRODUCT_VIEWS, DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.linear import LinearSolver
 from dvt.fields.neural import NeuralSolver
@@ -25,8 +25,9 @@ from dvt.tokens import Tokens
 from dvt.upsampling import upsample
 from dvt.views import Shifts, ViewConfig, Views
 
-#: Smoothness of the field over scales: labelled tasks score best with a smoother field than held-out tokens choose
-#: (benchmarks/products.py).
+#: Smoothness of the field over scales at the product's own number of views: labelled tasks score best with a smoother
+#: field than held-out tokens choose (benchmarks/products.py). It grows in proportion to more views, whose tokens weigh
+#: more against it: they are to make the field surer, not rougher.
 ENSEMBLED_SMOOTHNESS = 1.0
 
 
@@ -192,6 +193,7 @@ def closed_form(config: DenoiseConfig) -> LinearSolver | ShiftSolver:
     if config.product == "removed":
         return ShiftSolver(config.shifts)
     if config.product == "ensembled":
-        smoothness = ENSEMBLED_SMOOTHNESS if config.linear.smoothness is None else config.linear.smoothness
-        return LinearSolver(replace(config.linear, blend=False, smoothness=smoothness))
+        smoothness = ENSEMBLED_SMOOTHNESS * max(1, config.views.count / PRODUCT_VIEWS["ensembled"].count)
+        given = config.linear.smoothness
+        return LinearSolver(replace(config.linear, blend=False, smoothness=smoothness if given is None else given))
     return LinearSolver(config.linear)

@@ -425,6 +425,21 @@ def test_the_field_of_ensembled_has_two_nodes_a_patch_and_hides_no_detail_that_m
     assert relative_error(finer, field) < relative_error(other, field)
 
 
+def test_twice_the_views_leave_the_field_of_ensembled_as_smooth_as_it_was(photo):
+    """The same views given twice say nothing new, so the field stays; a fixed smoothness would weigh half as much."""
+    backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, noise=0.1))
+    plain, fields = LinearConfig(robust=False), {}
+    views = [*TokenViews(backbone, photo, DenoiseConfig(product="ensembled").views)]
+    for name, count, times in (("once", 48, 1), ("twice", 97, 2), ("fixed", 48, 2)):
+        solver = make_solver(DenoiseConfig(product="ensembled", views=count, linear=plain))
+        fields[name] = solver.fit(times * views).nodes
+    change = relative_error(fields["twice"], fields["once"])
+    assert change < 5e-3 and relative_error(fields["fixed"], fields["once"]) > 5 * change
+    assert make_solver(DenoiseConfig(product="ensembled", views=12)).config.smoothness == 1
+    given = DenoiseConfig(product="ensembled", views=96, linear=LinearConfig(smoothness=0.3))
+    assert make_solver(given).config.smoothness == 0.3
+
+
 def test_a_shared_artifact_of_shifts_is_the_planted_one(photo):
     backbone = PlantedBackbone(photo, PlantedBackboneConfig(channels=16, size=128, noise=0.1))
     config = DenoiseConfig(product="removed")
