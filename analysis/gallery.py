@@ -31,12 +31,14 @@ class ShownImage:
         maps: (h, w, C) token maps by term, in the order in which they are shown.
         pixels: (3, H, W) RGB in [0, 1]; None if the photograph is not available.
         film: the video that the image is a frame of; None for other images.
+        centres: (h, w, 2) of the patches, if they overlap; None means that they tile the image.
     """
 
     name: str
     maps: Mapping[str, Tensor]
     pixels: Tensor | None = None
     film: str | None = None
+    centres: Tensor | None = None
 
 
 def pca(images: Sequence[ShownImage], foreground: bool = False, factor: int = 1) -> list[dict[str, Tensor]]:
@@ -81,7 +83,7 @@ def pca(images: Sequence[ShownImage], foreground: bool = False, factor: int = 1)
             if masks is not None:  # upsample the mask with the colours, so that its edge follows the photograph
                 colours = torch.cat((colours, masks[i][..., None].to(colours)), dim=-1)
             if factor > 1:
-                colours = upsample(colours, image.pixels, factor)  # type: ignore[arg-type]
+                colours = upsample(colours, image.pixels, factor, centres=image.centres)  # type: ignore[arg-type]
             part[term] = _painted(colours, directions.shape[1], masks is not None)
         shown.append(part)
     return shown

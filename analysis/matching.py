@@ -40,7 +40,13 @@ class ImageMatches:
         return [{"first": a, "second": b, "cosine": value} for a, b, value in rows]
 
 
-def match_images(first: Tensor, second: Tensor, points: Tensor | None = None, ratio: float = 1.0) -> ImageMatches:
+def match_images(
+    first: Tensor,
+    second: Tensor,
+    points: Tensor | None = None,
+    ratio: float = 1.0,
+    centres: tuple[Tensor, Tensor] | None = None,
+) -> ImageMatches:
     """Match the token maps of two images.
 
     The mean of each map is removed first, since denoised features are known up to a constant vector; then tokens are
@@ -53,6 +59,7 @@ def match_images(first: Tensor, second: Tensor, points: Tensor | None = None, ra
             the second is found; None finds all pairs that are each other's nearest neighbour.
         ratio: in (0, 1]; keeps mutual neighbours whose distance (1 - cosine) is at most this fraction of the
             distance to the second nearest. 1 keeps all.
+        centres: patch centres (h, w, 2) of either map, if patches overlap; None means that the grids tile the images.
 
     Raises:
         ShapeError: the maps are not (h, w, C) of equal C, or points are not (n, 2).
@@ -68,7 +75,13 @@ def match_images(first: Tensor, second: Tensor, points: Tensor | None = None, ra
     """
     _check_pair(first, second, points, ratio)
     one, other = (nnf.normalize((t.float() - t.float().mean((0, 1))).flatten(0, 1), dim=-1) for t in (first, second))
-    places, others = (grids.grid_centres((t.shape[0], t.shape[1]), t.device).flatten(0, 1) for t in (first, second))
+    maps = (first, second)
+    centres = centres or tuple(grids.grid_centres((t.shape[0], t.shape[1])) for t in maps)  # type: ignore[assignment]
+    if any(c.shape != (*t.shape[:2], 2) for c, t in zip(centres, maps, strict=True)):
+        raise ShapeError(
+            f"centres {[tuple(c.shape) for c in centres]} do not fit maps {[tuple(t.shape) for t in maps]}"
+        )
+    places, others = (c.flatten(0, 1).to(t.device) for c, t in zip(centres, maps, strict=True))
     if points is not None:
         own = torch.cdist(points.to(places), places).argmin(1)
         value, where, _ = _nearest(one[own], other)

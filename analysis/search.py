@@ -43,6 +43,7 @@ def search(
     query: Tensor,
     box: Box | None = None,
     count: int = 10,
+    centres: Callable[[grids.Size], Tensor] = grids.grid_centres,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Found]:
     """Find the images of a store that look most like a query, by an exact search.
@@ -56,6 +57,7 @@ def search(
         query: (h, w, C) tokens of the same term, backbone and layer.
         box: (x0, y0, x1, y1) in [0, 1] of the query's region; None compares whole images.
         count: the largest number of images to return.
+        centres: maps a grid (h, w) to its patch centres, if patches overlap; by default they tile the images.
         progress: called with (what, done, total).
 
     Returns:
@@ -82,26 +84,26 @@ def search(
         values = nnf.cosine_similarity(means - centre, wanted[None])
         found = [Found(path, float(value)) for path, value in zip(store.images, values, strict=True)]
     else:
-        grid = (query.shape[0], query.shape[1])
-        x0, y0, x1, y1 = grids.boxes_to_pixels(torch.tensor(box), grid).tolist()
+        x0, y0, x1, y1 = grids.cells_in_box(box, centres((query.shape[0], query.shape[1])))
         wanted = query[y0:y1, x0:x1].cpu().float().mean((0, 1)) - centre
-        found = []
+        found, paths = [], store.images
         for i in range(len(store)):
-            found.append(_place(store[i].patches[0].float() - centre, wanted, (y1 - y0, x1 - x0), store.images[i]))
+            tokens = store[i].patches[0].float() - centre
+            value, cells = _best_window(tokens, wanted, (y1 - y0, x1 - x0))
+            at = grids.box_of_cells(cells, centres((tokens.shape[0], tokens.shape[1]))).tolist()
+            found.append(Found(paths[i], value, (at[0], at[1], at[2], at[3])))
             if progress:
                 progress("images", i + 1, len(store))
     return sorted(found, key=lambda each: -each.cosine)[:count]
 
 
-def _place(tokens: Tensor, wanted: Tensor, window: grids.Size, path: str) -> Found:
-    """Find the window of an image whose mean token is most similar to a given one."""
+def _best_window(tokens: Tensor, wanted: Tensor, window: grids.Size) -> tuple[float, tuple[int, int, int, int]]:
+    """Find the window of a map whose mean token is most similar to a given one: the cosine, and (x0, y0, x1, y1)."""
     size = (min(window[0], tokens.shape[0]), min(window[1], tokens.shape[1]))
     means = nnf.avg_pool2d(tokens.movedim(-1, 0)[None], size, stride=1)[0]
     values = nnf.cosine_similarity(means, wanted[:, None, None], dim=0)
     row, column = divmod(int(values.argmax()), values.shape[1])
-    pixels = torch.tensor([column, row, column + size[1], row + size[0]])
-    x0, y0, x1, y1 = grids.boxes_from_pixels(pixels, (tokens.shape[0], tokens.shape[1])).tolist()
-    return Found(path, float(values.max()), (x0, y0, x1, y1))
+    return float(values.max()), (column, row, column + size[1], row + size[0])
 
 
 def search_figure(query: Tensor, box: Box | None, found: dict[str, list[Found]], load: Callable[[str], Any]) -> Any:

@@ -87,6 +87,8 @@ def attach(denoiser: PretrainedDenoiser, model: nn.Module, layer: int = -1, forc
         _check_name(denoiser, model, force)
         _warn_weights(denoiser, model, families.core(model))
         return with_test_time_registers(denoiser, model)
+    if layer == -1:
+        families.check_whole(model)
     if families.scales(model) != 1 or not hasattr(families.core(model), "blocks"):
         return _attach_outside(denoiser, model, layer, force)
     inner = families.core(model)

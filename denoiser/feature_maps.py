@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.backbones import families
 from dvt.denoiser.derived import taken_blocks
 from dvt.errors import BackboneError, ConfigError
@@ -60,7 +61,9 @@ class FeatureMaps(nn.Module):
 
     def _finer(self, maps: Tensor, images: Tensor) -> Tensor:
         pixels = (images * cast(Tensor, self.std) + cast(Tensor, self.mean)).clamp(0, 1)
-        return upsample(maps.movedim(1, -1), pixels, self.upsample).movedim(-1, 1)
+        size, inner = (images.shape[2], images.shape[3]), families.core(self.model)
+        centres = grids.patch_centres(size, families.patch_size(inner), families.stride_of(inner), maps.device)
+        return upsample(maps.movedim(1, -1), pixels, self.upsample, centres=centres).movedim(-1, 1)
 
 
 class FeatureInfo(list):

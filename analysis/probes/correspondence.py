@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dvt import grids
 from dvt.analysis.metrics.nulls import token_maps
-from dvt.analysis.probes.probe import Maps, Probe
+from dvt.analysis.probes.probe import Centres, Maps, Probe
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 from dvt.progress import Progress
@@ -229,7 +229,7 @@ class Correspondence(Probe):
     metric = "PCK"
     seeded = True
 
-    def __init__(self, threshold: float = 0.1, centres: Callable[[Size], Tensor] = grids.grid_centres) -> None:
+    def __init__(self, threshold: float = 0.1, centres: Centres = grids.grid_centres) -> None:
         self.threshold = threshold
         self.centres = centres
 

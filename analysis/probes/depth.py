@@ -60,7 +60,7 @@ class DepthProbe(Probe):
         self.depths = _extremes(targets)
         generator = torch.Generator().manual_seed(self.config.seed)
         head = self.empty_head(channels, self.depths, generator)
-        self.head = train_head(head, _log_loss, tokens, targets, self.config, generator)
+        self.head = train_head(head, _log_loss, tokens, targets, self.config, generator, self.centres)
         return self
 
     def empty_head(
@@ -82,7 +82,7 @@ class DepthProbe(Probe):
                     f"tokens have {one.shape[-1]} channels; this probe was fitted on {head[0].num_features}"
                 )
             size = grid_of(one) if sizes is None else sizes[i]
-            found.append(enlarged(head(one.permute(2, 0, 1)[None]), size)[0, 0])
+            found.append(enlarged(head(one.permute(2, 0, 1)[None]), size, self.centres)[0, 0])
         return found
 
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ TRIVIAL_MARGINS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 """Margins of the fixed centred boxes, as a share of each side; 0 is the whole image."""
 
 
-def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
+def lost(tokens: Tensor, lowest: int = 100, centres: Tensor | None = None) -> Tensor:
     """Find the box of LOST in one token map.
 
     Two patches are connected if their inner product is not negative. The seed is the patch with the fewest connections
@@ -36,6 +36,7 @@ def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
             all products are positive (tokens far from the origin), the box is the whole image: subtract their mean
             first, as :class:`Lost` does.
         lowest: k in the paper, at most the number of patches. The paper's grids have several hundred patches.
+        centres: (h, w, 2) patch centres, if patches overlap; None means that the grid tiles the image.
 
     Returns:
         (4,) box in [0, 1], whole patches, on the CPU.
@@ -59,10 +60,10 @@ def lost(tokens: Tensor, lowest: int = 100) -> Tensor:
     order = (products >= 0).sum(1).argsort(stable=True)
     seed, candidates = order[0], order[:lowest]
     voters = candidates[products[seed, candidates] >= 0]
-    return _box_around(products[:, voters].sum(1) >= 0, int(seed), tokens)
+    return _box_around(products[:, voters].sum(1) >= 0, int(seed), _places(tokens, centres))
 
 
-def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor:
+def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5, centres: Tensor | None = None) -> Tensor:
     """Find the box of TokenCut in one token map, by a normalised cut.
 
     Two patches are connected with weight 1 if the cosine of their tokens is at least ``tau``, otherwise with
@@ -77,6 +78,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
             cube of the number of patches.
         tau: threshold of the cosine, in [-1, 1]; the paper's is 0.2.
         epsilon: weight of patches below the threshold; it keeps the graph connected.
+        centres: (h, w, 2) patch centres, if patches overlap; None means that the grid tiles the image.
 
     Returns and raises: as :func:`lost`.
 
@@ -96,7 +98,7 @@ def token_cut(tokens: Tensor, tau: float = 0.2, epsilon: float = 1e-5) -> Tensor
     if bool((weights == weights[0, 1:2]).all()) or len(weights) == 1:
         return torch.tensor([0.0, 0.0, 1.0, 1.0])
     vector = second_eigenvector(weights)
-    return _box_around(vector > vector.mean(), _largest(vector), tokens)
+    return _box_around(vector > vector.mean(), _largest(vector), _places(tokens, centres))
 
 
 class DiscoveryProbe(Probe):
@@ -180,7 +182,7 @@ class Lost(DiscoveryProbe):
         self.lowest = lowest
 
     def box(self, tokens: Tensor) -> Tensor:
-        return lost(tokens, self.lowest)
+        return lost(tokens, self.lowest, self.centres((tokens.shape[0], tokens.shape[1])))
 
 
 class TokenCut(DiscoveryProbe):
@@ -196,7 +198,7 @@ class TokenCut(DiscoveryProbe):
         self.tau = tau
 
     def box(self, tokens: Tensor) -> Tensor:
-        return token_cut(tokens, self.tau)
+        return token_cut(tokens, self.tau, centres=self.centres((tokens.shape[0], tokens.shape[1])))
 
 
 def box_statistics(box: Tensor, truth: Tensor) -> Tensor:
@@ -258,12 +260,19 @@ def _features(tokens: Tensor) -> Tensor:
     return token_maps(Tokens.of(tokens))[0].flatten(0, 1).double().cpu()
 
 
-def _box_around(mask: Tensor, seed: int, tokens: Tensor) -> Tensor:
+def _places(tokens: Tensor, centres: Tensor | None) -> Tensor:
+    """Return the patch centres (h, w, 2) of a map."""
+    grid = (tokens.shape[0], tokens.shape[1])
+    places = grids.grid_centres(grid) if centres is None else centres
+    if tuple(places.shape) != (*grid, 2):
+        raise ShapeError(f"centres {tuple(places.shape)} do not belong to a map of {grid} patches")
+    return places.cpu()
+
+
+def _box_around(mask: Tensor, seed: int, centres: Tensor) -> Tensor:
     """Bound the connected component of a mask (hw,) that holds the seed: (4,) in [0, 1]."""
     from scipy.ndimage import find_objects, label
 
-    grid = (tokens.shape[0], tokens.shape[1])
-    parts, _ = label(mask.view(grid).numpy())
+    parts, _ = label(mask.view(centres.shape[:2]).numpy())
     rows, columns = find_objects(parts)[parts.flat[seed] - 1]
-    cells = torch.tensor([columns.start, rows.start, columns.stop, rows.stop])
-    return grids.boxes_from_pixels(cells, grid).float()
+    return grids.box_of_cells((columns.start, rows.start, columns.stop, rows.stop), centres)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.analysis.config import ProbeConfig
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import Lost, TokenCut
@@ -41,6 +42,7 @@ class HeadCard:
         stride: (vertical, horizontal) pixels between patches.
         size: shorter side of the backbone's input, in pixels, in training; predictions may take another.
         channels: C of the features.
+        patch: (height, width) of a patch in pixels; None, in files of before it was kept, means the stride.
         denoiser: identity of the denoiser whose output it takes; None for raw features.
         upsample: upsampling factor of the features, guided by the image.
         num_classes: K of label maps, 0 for other tasks.
@@ -59,6 +61,7 @@ class HeadCard:
     stride: tuple[int, int]
     size: int
     channels: int
+    patch: tuple[int, int] | None = None
     denoiser: dict[str, Any] | None = None
     upsample: int = 1
     num_classes: int = 0
@@ -78,6 +81,10 @@ class HeadCard:
             raise ConfigError(f"num_classes is {self.num_classes}; a head for label maps has 1 class or more")
         if self.task == "depth" and not 0 < self.depths[0] < self.depths[1]:
             raise ConfigError(f"depths are {self.depths}; they must be positive and rise")
+
+    def centres(self, grid: Size) -> Tensor:
+        """Compute the patch centres (h, w, 2) of the features of a grid, before upsampling."""
+        return grids.overlapping_centres(grid, self.patch or self.stride, self.stride)
 
     @property
     def folder(self) -> str:
@@ -137,7 +144,10 @@ class SavedHead:
             image: (3, H, W) RGB in [0, 1]; guides the upsampling, if the head was trained on upsampled features.
             size: (H, W) of the prediction; None takes the image's.
         """
-        fine = tokens.float() if self.card.upsample == 1 else upsample(tokens.float(), image, self.card.upsample)
+        fine = tokens.float()
+        if self.card.upsample > 1:
+            centres = self.card.centres((tokens.shape[0], tokens.shape[1])).to(tokens.device)
+            fine = upsample(fine, image, self.card.upsample, centres=centres)
         wanted = (image.shape[1], image.shape[2]) if size is None else size
         return self.probe.predict(fine[None], [wanted])[0].cpu()
 
@@ -170,7 +180,9 @@ class SavedHead:
             card = typed(HeadCard, parts.get("card"))
         except ConfigError as error:
             raise WeightsError(f"the card of {str(path)!r} cannot be used: {error}; was the file edited?") from error
-        return cls(card, _restored(card, state, str(path)))
+        probe = _restored(card, state, str(path))
+        tiles = card.upsample > 1 or card.patch in (None, card.stride)
+        return cls(card, probe if tiles else probe.at(card.centres))
 
 
 def check_head_path(path: str | Path) -> None:
@@ -215,8 +227,9 @@ def kept_head(
         spec.stride,
         min(spec.image_size),
         channels,
-        None if denoiser is None else dict(denoiser),
-        config.upsample,
+        patch=spec.patch_size,
+        denoiser=None if denoiser is None else dict(denoiser),
+        upsample=config.upsample,
         num_classes=count,
         classes=tuple(names),
         bins=config.bins,

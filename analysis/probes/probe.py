@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -10,12 +11,16 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.analysis.config import HeadConfig
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.grids import Size
 
 Maps = Sequence[Tensor] | Tensor
 """Token maps (h, w, C), one per image: a list, an object that reads them when indexed, or a tensor (B, h, w, C)."""
+
+Centres = Callable[[Size], Tensor]
+"""A function that maps a grid (h, w) to its patch centres (h, w, 2), such as :meth:`Backbone.grid_centres`."""
 
 SomeProbe = TypeVar("SomeProbe", bound="Probe")
 
@@ -27,6 +32,7 @@ class Probe(ABC):
     of errors). So a bootstrap over images needs no second prediction.
 
     Attributes:
+        centres: maps the grid of a token map to its patch centres; by default patches tile the image.
         metric: name of the headline score.
         lower_is_better: True if it is an error.
         seeded: True if fitting or the scored data use random numbers.
@@ -35,6 +41,13 @@ class Probe(ABC):
     metric: ClassVar[str]
     lower_is_better: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    centres: Centres = staticmethod(grids.grid_centres)
+
+    def at(self: SomeProbe, centres: Centres) -> SomeProbe:
+        """Copy the probe for maps of other patch centres; what was fitted is shared."""
+        other = copy.copy(self)
+        other.centres = centres
+        return other
 
     @abstractmethod
     def fit(self: SomeProbe, tokens: Maps, targets: Sequence[Tensor]) -> SomeProbe:
@@ -90,6 +103,7 @@ def train_head(
     targets: Sequence[Tensor],
     config: HeadConfig,
     generator: torch.Generator,
+    centres: Centres = grids.grid_centres,
 ) -> nn.Module:
     """Train a head (B, C, h, w) -> (B, K, h, w) to minimise `loss` of its bilinearly enlarged output.
 
@@ -99,6 +113,7 @@ def train_head(
         loss: a function of outputs (B, K, H, W) and targets (B, H, W); it must be finite if all targets are left out.
         tokens: maps of any grid; a batch holds one grid.
         targets: (H, W) each, of the image's size or any other.
+        centres: of the patches of a grid.
     """
     small = [reduced(target, _target_size(target, grid_of(tokens[i]), config)) for i, target in enumerate(targets)]
     batches = _HeadBatches([(*grid_of(tokens[i]), *small[i].shape) for i in range(len(small))], config.batch)
@@ -110,7 +125,7 @@ def train_head(
         for part in batches.shuffled(generator):
             x = torch.stack([tokens[i].float() for i in part]).permute(0, 3, 1, 2)
             y = torch.stack([small[i] for i in part]).to(x.device)
-            value = loss(enlarged(head(x), (y.shape[1], y.shape[2])), y)
+            value = loss(enlarged(head(x), (y.shape[1], y.shape[2]), centres), y)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
@@ -157,9 +172,10 @@ def reduced(target: Tensor, size: Size) -> Tensor:
     return nnf.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(target.dtype)
 
 
-def enlarged(maps: Tensor, size: Size) -> Tensor:
-    """Resize maps (B, K, h, w), bilinear, centres aligned."""
-    return maps if maps.shape[2:] == size else nnf.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+def enlarged(maps: Tensor, size: Size, centres: Centres = grids.grid_centres) -> Tensor:
+    """Sample maps (B, K, h, w) at the pixels of an image, bilinear, by their patch centres."""
+    tiling = centres is grids.grid_centres
+    return grids.enlarge(maps, size, None if tiling else centres((maps.shape[2], maps.shape[3])))
 
 
 def grid_of(tokens: Tensor) -> Size:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvt import grids
 from dvt.analysis.config import TARGETS, ProbeConfig
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
@@ -19,9 +20,9 @@ from dvt.analysis.probes.crops import cached_crops
 from dvt.analysis.probes.datasets import LabelledData, open_data, pick
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
-from dvt.analysis.probes.features import Lazy, default_cache, fitting_size, held
+from dvt.analysis.probes.features import Lazy, default_cache, held
 from dvt.analysis.probes.layouts import IGNORE, Example, some
-from dvt.analysis.probes.probe import Probe
+from dvt.analysis.probes.probe import Centres, Probe
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.analysis.probes.table import ProbeReport, make_rows
 from dvt.analysis.probes.variants import RAW, UPSAMPLED, RowFeatures, Variant, further_rows, row_names
@@ -101,27 +102,27 @@ def run_probe(
 
     probes: dict[str, list[Probe]] = {}
     maps: dict[str, Sequence[Tensor]] = {}
+    centres: dict[str, Centres] = {}
     statistics: dict[str, Tensor] = {}
-    if config.upsample > 1:
-        names = [each for name in names for each in (name, name + UPSAMPLED)]
-    for number, name in enumerate(names):
-        row = name.removesuffix(UPSAMPLED)
-        factor = 1 if row == name else config.upsample
+    rows = [(name + UPSAMPLED * (k > 1), name, k) for name in names for k in sorted({1, config.upsample})]
+    for number, (name, row, factor) in enumerate(rows):
         learnt, maps[name] = _parts(source.maps(row, variants.get(row), factor), count)
-        probes[name] = _fit(config, data.num_classes, learnt, train)
+        centres[name] = source.centres(variants.get(row)) if factor == 1 else grids.grid_centres
+        probes[name] = _fit(config, data.num_classes, learnt, train, centres[name])
         statistics[name] = _statistics(probes[name], maps[name], test)
         if config.transfer and name != RAW:
             if maps[name][0].shape[-1] == maps[RAW][0].shape[-1]:
-                statistics[f"{RAW} probe on {name}"] = _statistics(probes[RAW], maps[name], test)
-                statistics[f"{name} probe on {RAW}"] = _statistics(probes[name], maps[RAW], test)
+                for of, on in ((RAW, name), (name, RAW)):
+                    moved = [each.at(centres[on]) for each in probes[of]]
+                    statistics[f"{of} probe on {on}"] = _statistics(moved, maps[on], test)
             else:
                 notes.append(f"no transfer between {RAW} and {name}: they have different numbers of channels")
         if name != RAW:
             del maps[name]
         if progress:
-            progress("probes", number + 1, len(names))
-    described: dict[str, Any] = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol}
-    described |= {"train": count, "test": len(examples) - count, "classes": data.num_classes}
+            progress("probes", number + 1, len(rows))
+    described = {"root": str(data.root), "layout": data.layout, "protocol": config.protocol, "train": count}
+    described |= {"test": len(examples) - count, "classes": data.num_classes}
     report = _report(config, probes[RAW][0], statistics, described, notes)
     return replace(report, probes={name: each[0] for name, each in probes.items()})
 
@@ -145,17 +146,12 @@ def _run_correspondence(
         warps = WarpConfig(seed=config.seed + k)
         for row, (model, own) in passes.items():
             report = progress and _counted(progress, k * len(files), config.seeds * len(files))
-            found = correspondence(model, images, model.input_size, warps, own, _matching(model, files), report)
+            probe = Correspondence(centres=model.grid_centres)
+            found = correspondence(model, images, model.input_size, warps, own, probe, report)
             for name in own or (row,):
                 draws[name].append(found[name if own else RAW])
     described = {"root": str(config.data), "test": len(files)}
     return _report(config, Correspondence(), {n: torch.stack(draws[n]) for n in names}, described, [])
-
-
-def _matching(backbone: Backbone, files: Sequence[Path]) -> Correspondence:
-    """Make the matching probe, with the patch centres of each grid: those of overlapping patches depend on the size."""
-    sizes = {fitting_size(backbone, image_size(path), path) for path in files}
-    return Correspondence(centres={backbone.grid(size): backbone.centres(size).cpu() for size in sizes}.__getitem__)
 
 
 def _counted(progress: Progress, before: int, total: int) -> Progress:
@@ -208,9 +204,11 @@ def make_probe(config: ProbeConfig, num_classes: int, seed: int = 0) -> Probe:
     return KnnClassification(num_classes, config.neighbours)
 
 
-def _fit(config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor]) -> list[Probe]:
+def _fit(
+    config: ProbeConfig, num_classes: int, maps: Sequence[Tensor], truth: Sequence[Tensor], centres: Centres
+) -> list[Probe]:
     """Fit one probe per seed, or a single one if it draws no random numbers."""
-    probes = [make_probe(config, num_classes, config.seed + k) for k in range(config.seeds)]
+    probes = [make_probe(config, num_classes, config.seed + k).at(centres) for k in range(config.seeds)]
     return [probe.fit(maps, truth) for probe in (probes if probes[0].seeded else probes[:1])]
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import (
     HeadConfig,
@@ -18,7 +19,6 @@ from dvt.analysis.probes.probe import (
     fitted,
     grid_of,
     linear_head,
-    reduced,
     train_head,
 )
 from dvt.errors import ConfigError, DataError, ShapeError
@@ -56,7 +56,7 @@ class SegmentationProbe(Probe):
     def _predictions(self, tokens: Maps, sizes: Sequence[Size] | None = None) -> Iterator[Tensor]:
         for i in range(len(tokens)):
             size = grid_of(tokens[i]) if sizes is None else sizes[i]
-            yield enlarged(self.class_scores(tokens[i].float()), size)[0].argmax(0)
+            yield enlarged(self.class_scores(tokens[i].float()), size, self.centres)[0].argmax(0)
 
     @torch.no_grad()
     def sufficient_statistics(self, tokens: Maps, targets: Sequence[Tensor]) -> Tensor:
@@ -110,7 +110,7 @@ class LinearSegmentation(SegmentationProbe):
         check_labels(targets, self.num_classes)
         generator = torch.Generator().manual_seed(self.config.seed)
         head = self.empty_head(channels, self.num_classes, generator)
-        self.head = train_head(head, _cross_entropy, tokens, targets, self.config, generator)
+        self.head = train_head(head, _cross_entropy, tokens, targets, self.config, generator, self.centres)
         return self
 
     def empty_head(self, channels: int, outputs: int, generator: torch.Generator | None = None) -> nn.Module:
@@ -132,8 +132,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class KnnSegmentation(SegmentationProbe):
     """Give each token the vote of the nearest class centroids of the training images; nothing is trained.
 
-    A centroid is the mean token of one class in one image, each token weighted by the share of its patch that the
-    class covers. Similarity is the cosine; it decides between classes with equal votes.
+    A centroid is the mean token of one class in one image, each token weighted by the share that the class covers of
+    the pixels nearest to it (its patch, where patches tile the image). Similarity is the cosine; it decides between
+    classes with equal votes.
 
     Args:
         num_classes: K.
@@ -161,7 +162,7 @@ class KnnSegmentation(SegmentationProbe):
 
     def _centroids(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Average the tokens of each of the m classes in an image: (m, C), and their classes (m,)."""
-        share = class_shares(labels, self.num_classes, grid_of(tokens)).flatten(0, 1).to(tokens.device)
+        share = class_shares(labels, self.num_classes, self.centres(grid_of(tokens))).flatten(0, 1).to(tokens.device)
         present = share.sum(0).nonzero()[:, 0]
         weight = share[:, present] / share[:, present].sum(0)
         return weight.T @ tokens.flatten(0, 1), present
@@ -181,11 +182,16 @@ class KnnSegmentation(SegmentationProbe):
         return likeness.new_zeros(len(likeness), self.num_classes).scatter_add_(1, classes[best.indices], worth)
 
 
-def class_shares(labels: Tensor, num_classes: int, grid: Size) -> Tensor:
-    """Compute the share of each class in each patch, (h, w, K), from 4 x 4 labels per patch, without ignored ones."""
-    height, width = grid
+def class_shares(labels: Tensor, num_classes: int, centres: Tensor) -> Tensor:
+    """Compute the share of each class in each cell of patch centres (h, w, 2), ignored labels counted in the whole.
+
+    Returns:
+        (h, w, K), from 4 x 4 labels per cell.
+    """
+    height, width = centres.shape[:2]
     step = _LABELS_A_PATCH
-    small = reduced(labels, (step * height, step * width)).long()
+    rows, columns = grids.cell_pixels(centres, (labels.shape[0], labels.shape[1]), step)
+    small = labels[rows[:, None], columns].long()
     one_hot = nnf.one_hot(torch.where(small == IGNORE, num_classes, small), num_classes + 1)[..., :-1].float()
     return one_hot.view(height, step, width, step, num_classes).mean((1, 3))
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dvt import grids
 from dvt.analysis.probes import features
 from dvt.analysis.probes.features import Lazy, cached_tokens, held, stored_tokens
+from dvt.analysis.probes.probe import Centres
 from dvt.backbones import Backbone
+from dvt.backbones.families import pair
 from dvt.backbones.layers import layer_term
 from dvt.errors import ConfigError, ShapeError
 from dvt.images import load_image
@@ -115,16 +119,30 @@ class RowFeatures:
 
         With a factor the map is upsampled to (factor h, factor w, C), guided by the image (:func:`dvt.upsample`).
         """
-        tokens = self._tokens(name, variant)
+        tokens, places = self._tokens(name, variant), self.centres(variant)
 
         def make(i: int) -> Tensor:
             found = tokens[i]
             if found.patches.ndim != 4 or len(found) != 1:
                 raise ShapeError(f"{name} gave patches {tuple(found.patches.shape)} for one image; return (1, h, w, C)")
             patches = self.placed(name, found.to(self.device)).patches[0]
-            return patches if factor == 1 else upsample(patches, load_image(self.images[i]), factor)
+            if factor == 1:
+                return patches
+            centres = places((patches.shape[0], patches.shape[1])).to(patches.device)
+            return upsample(patches, load_image(self.images[i]), factor, centres=centres)
 
         return held(Lazy(len(tokens), make))
+
+    def centres(self, variant: Variant | None) -> Centres:
+        """Return the function of a grid that gives the patch centres of a row's maps, without upsampling."""
+        model = variant if isinstance(variant, Backbone) else self.backbone
+        stride = model.stride
+        if isinstance(variant, FeatureStore):
+            own = variant.job.stride
+            stride = model.patch_size if own is None else pair(own)  # type: ignore[arg-type]
+        if stride == model.patch_size:
+            return grids.grid_centres
+        return partial(grids.overlapping_centres, patch=model.patch_size, stride=stride)
 
     def function(self, name: str, variant: Variant | None) -> Callable[[Tokens], Tokens]:
         """Return the row as a function of raw tokens of any images.

@@ -226,6 +226,10 @@ class Backbone(nn.Module):
         """Compute the coordinates (x, y) in [0, 1] of the patch centres, (h, w, 2), of an input of (H, W) pixels."""
         return grids.patch_centres(size, self.patch_size, self.stride, device=self.device)
 
+    def grid_centres(self, grid: Size) -> Tensor:
+        """Compute the patch centres as :meth:`centres` does, on the CPU, from the grid (h, w) of a token map."""
+        return grids.overlapping_centres(grid, self.patch_size, self.stride)
+
     @cached_property
     def weights_sha256(self) -> str:
         """The hash of the weights (:func:`weights_sha256`) at the time it is first asked for."""

@@ -11,10 +11,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import timm
+import torch
 from torch import Tensor, nn
 
 from dvt import grids
-from dvt.errors import ShapeError
+from dvt.errors import BackboneError, ShapeError
 from dvt.grids import Size
 from dvt.tokens import Tokens
 
@@ -89,6 +91,33 @@ def block_prefix_tokens(model: Model) -> int:
     """Count them in intermediate features; 0 where the class token joins only after the blocks (CaiT, XCiT)."""
     parameters = inspect.signature(core(model).forward_intermediates).parameters
     return prefix_tokens(model) if "return_prefix_tokens" in parameters else 0
+
+
+def check_whole(model: Model) -> None:
+    """Refuse timm models without their final norm, whose tokens would pass for final ones in silence.
+
+    Raises:
+        BackboneError: the model was made with ``features_only=True``, or its final norm was pruned.
+    """
+    if type(model).__module__ == "timm.models._features":
+        raise BackboneError(
+            f"{type(model).__name__} was made with features_only=True, which drops timm's final norm: give "
+            "timm.create_model(name) itself; dvt.denoiser.FeatureMaps(model) makes the same list of maps of it"
+        )
+    inner = core(model)
+    name = (getattr(inner, "pretrained_cfg", None) or {}).get("architecture") or ""
+    norms = [getattr(inner, each, None) for each in ("norm", "fc_norm")]
+    if "norm" not in inner._modules or not all(isinstance(each, (nn.Identity, type(None))) for each in norms):
+        return
+    if not timm.is_model(name):
+        return
+    with torch.device("meta"):
+        fresh = core(timm.create_model(name, num_classes=0))
+    if not isinstance(getattr(fresh, "norm", None), (nn.Identity, type(None))):
+        raise BackboneError(
+            f"this {name} has lost its final norm (features_only=True or prune_norm=True): give the whole model of "
+            "timm.create_model(name), or put the norm back"
+        )
 
 
 def patch_convolution(model: Model) -> nn.Conv2d | None:

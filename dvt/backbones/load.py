@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from dvt.backbones.backbone import Backbone, checked_stride, rounded_size
 from dvt.backbones.converted import State, encoder_state, is_of_transformers, timm_names, unchunked
 from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.names import LOCAL, TRANSFORMERS, check_timm_name, resolved_name
+from dvt.backbones.positions import grid_of_weights
 from dvt.backbones.weights import folder_weights, load_state, read_state
 from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
 from dvt.errors import BackboneError, WeightsError
@@ -207,13 +208,17 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
     """Load a user's file through timm's own conversion for the family."""
     own = model.state_dict()
     other_shapes = any(k in own and own[k].shape != v.shape for k, v in state.items())
-    if size is not None and other_shapes and getattr(families.embedding(model), "grid_size", None):
+    asked = None if size is None else grids.grid_shape(size, families.patch_size(model))
+    found = grid_of_weights(model, state, asked, source)
+    sized = getattr(families.embedding(model), "grid_size", None)
+    if size is not None and asked is not None and sized and (other_shapes or found == asked):
         # A file made for the requested size is loaded unchanged, not resampled to the model's own size and back.
-        _regrid(model, size, grids.grid_shape(size, families.patch_size(model)))
+        _regrid(model, size, asked)
     try:
         if is_of_transformers(state):
             state = timm_names(state, model)
-        state = _conversion(model)(dict(state))
+        with _made_for(model, size if found is not None else None):
+            state = _conversion(model)(dict(state))
     except Exception as error:  # timm's conversions index and reshape without checks
         raise WeightsError(
             f"{source} does not fit {type(model).__name__}: timm's conversion failed with {error!r}; "
@@ -227,6 +232,20 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
             "name lacks: load it as timm's model whose name has _qkvb"
         )
     load_state(model, state, source)
+
+
+@contextmanager
+def _made_for(model: families.Model, size: Size | None) -> Iterator[None]:
+    """Tell timm's conversion, which reads the model's record, the input size that a file was made for."""
+    own = getattr(model, "pretrained_cfg", None)
+    changed = size is not None and isinstance(own, Mapping)
+    if changed:
+        model.pretrained_cfg = {**own, "input_size": (3, *size)}
+    try:
+        yield
+    finally:
+        if changed:
+            model.pretrained_cfg = own
 
 
 def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def _known(
     """Make the backbone of a model of a known library."""
     if (inside := outside.inner_timm(module)) is not None:
         module = module.get_submodule(inside)
+    families.check_whole(module)
     if families.scales(module) == 1:
         size = families.own_size(module) if image_size is None else image_size
         patch = families.patch_size(module)

@@ -29,8 +29,13 @@ def match(command: MatchCommand, console: Console) -> tuple[int, dict[str, Any]]
     points = torch.tensor(command.points) if command.points else None
     found = {}
     for name in terms[0]:
-        maps = [upsample(term[name], each, command.upsample) for term, each in zip(terms, pixels, strict=True)]
-        found[name] = match_images(maps[0], maps[1], points, command.ratio)
+        maps = [term[name] for term in terms]
+        centres = [backbone.grid_centres((each.shape[0], each.shape[1])) for each in maps]
+        if command.upsample > 1:  # to cells that tile the image
+            given = zip(maps, pixels, centres, strict=True)
+            maps = [upsample(each, image, command.upsample, centres=places) for each, image, places in given]
+        ends = None if command.upsample > 1 else (centres[0], centres[1])
+        found[name] = match_images(maps[0], maps[1], points, command.ratio, ends)
         console.print(f"{name}: {len(found[name])} matches")
     picture = save_matches(pixels, found, command.out / "matches.png")
     result = {"matches": {name: each.to_json() for name, each in found.items()}, "settings": settings}

@@ -35,7 +35,9 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
     found = {}
     with progress_bar(console) as progress:
         for term in terms:
-            found[term] = found_in(FeatureStore(command.store, term), maps[term], command.box, command.count, progress)
+            stored = FeatureStore(command.store, term)
+            centres = backbone.grid_centres
+            found[term] = found_in(stored, maps[term], command.box, command.count, centres, progress)
 
     def photograph(path: str) -> Any:
         try:

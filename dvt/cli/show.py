@@ -78,5 +78,7 @@ def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:
         if unknown := set(command.terms) - set(maps):
             raise ConfigError(f"there is no term {sorted(unknown)[0]!r}; choose from {', '.join(maps)}")
         chosen = {term: maps[term] for term in command.terms or maps}
-        yield ShownImage(member_title(path), chosen, pixels, film_of(path))
+        grid = next(iter(maps.values())).shape
+        centres = backbone.grid_centres((grid[0], grid[1]))
+        yield ShownImage(member_title(path), chosen, pixels, film_of(path), centres)
         progress("images", done, len(paths))

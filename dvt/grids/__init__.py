@@ -14,8 +14,16 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from dvt.errors import ConfigError, ShapeError
-
-Size = tuple[int, int]
+from dvt.grids.windows import (  # noqa: F401  (offered to others from here)
+    Size,
+    draw_offsets,
+    lattice,
+    lattice_blocks,
+    lattice_centres,
+    lattice_index,
+    mirrored,
+    offset_coords,
+)
 
 
 def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
@@ -68,6 +76,81 @@ def patch_centres(size: Size, patch: Size, stride: Size | None = None, device=No
 def grid_centres(grid: Size, device=None) -> Tensor:
     """Compute the coordinates (h, w, 2) of the cell centres of an h x w grid that tiles the image."""
     return patch_centres(grid, (1, 1), device=device)
+
+
+def overlapping_centres(grid: Size, patch: Size, stride: Size, device=None) -> Tensor:
+    """Compute the patch centres (h, w, 2) of a grid whose input's size is not known, but is a multiple of the patch.
+
+    >>> size, patch, stride = (48, 64), (16, 16), (8, 8)
+    >>> grid = grid_shape(size, patch, stride)
+    >>> bool((overlapping_centres(grid, patch, stride) == patch_centres(size, patch, stride)).all())
+    True
+    """
+    size = [p * (-(-(n - 1) * d // p) + 1) for n, p, d in zip(grid, patch, stride, strict=True)]
+    return patch_centres((size[0], size[1]), patch, stride, device)
+
+
+def cell_edges(centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the edges y (h + 1,) and x (w + 1,) between the cells of patch centres (h, w, 2), from 0 to 1.
+
+    A cell is where its centre is the nearest: edges lie halfway between neighbours, and the outermost on the image's.
+
+    >>> [edges.tolist() for edges in cell_edges(patch_centres((16, 32), (16, 16), (8, 8)))]
+    [[0.0, 1.0], [0.0, 0.375, 0.625, 1.0]]
+    """
+    lines = centres[:, 0, 1], centres[0, :, 0]
+    rows, columns = (torch.cat((m.new_zeros(1), (m[1:] + m[:-1]) / 2, m.new_ones(1))) for m in lines)
+    return rows, columns
+
+
+def cell_pixels(centres: Tensor, size: Size, count: int) -> tuple[Tensor, Tensor]:
+    """Choose count x count pixels of an image, evenly spread over each cell of patch centres (h, w, 2).
+
+    Returns:
+        indices of rows (count h,) and columns (count w,) of the image.
+
+    >>> [each.tolist() for each in cell_pixels(patch_centres((16, 32), (16, 16)), (16, 32), 2)]
+    [[4, 12], [4, 12, 20, 28]]
+    """
+    found = []
+    for edges, length in zip(cell_edges(centres.double().cpu()), size, strict=True):
+        inside = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+        places = (edges[:-1, None] + inside * edges.diff()[:, None]).flatten() * length
+        found.append((places + 1e-3).long().clamp(max=length - 1))  # centres are rounded, and pixels begin at integers
+    return found[0], found[1]
+
+
+def box_of_cells(cells: tuple[int, int, int, int], centres: Tensor) -> Tensor:
+    """Compute the box (4,) in [0, 1] of cells (x0, y0, x1, y1), the end exclusive, of patch centres (h, w, 2)."""
+    rows, columns = cell_edges(centres)
+    x0, y0, x1, y1 = cells
+    return torch.stack((columns[x0], rows[y0], columns[x1], rows[y1]))
+
+
+def cells_in_box(box: tuple[float, float, float, float], centres: Tensor) -> tuple[int, int, int, int]:
+    """Find the cells (x0, y0, x1, y1), the end exclusive, whose edges are nearest to a box in [0, 1]; one or more."""
+    rows, columns = cell_edges(centres)
+    x0, y0, x1, y1 = (
+        int((edges - place).abs().argmin()) for edges, place in zip((columns, rows) * 2, box, strict=True)
+    )
+    x0, y0 = min(x0, len(columns) - 2), min(y0, len(rows) - 2)
+    return x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)
+
+
+def enlarge(maps: Tensor, size: Size, centres: Tensor | None = None) -> Tensor:
+    """Sample maps (B, K, h, w) at the pixels of an image, bilinear: (B, K, *size).
+
+    Args:
+        centres: (h, w, 2) of the maps' patches; None for patches that tile the image. Beyond the outermost ones their
+            value is repeated.
+    """
+    if maps.shape[2:] == size and centres is None:
+        return maps
+    if centres is None:
+        return nnf.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    first, last = centres[0, 0].to(maps), centres[-1, -1].to(maps)
+    places = 2 * (grid_centres(size, maps.device).to(maps) - first) / (last - first).clamp_min(1e-9) - 1
+    return nnf.grid_sample(maps, places.expand(len(maps), -1, -1, -1), padding_mode="border", align_corners=True)
 
 
 def middle_square(grid: Size) -> tuple[int, int, int]:
@@ -247,102 +330,6 @@ def resample(maps: Tensor, grid: Size) -> Tensor:
     return out.movedim(1, -1).reshape(*lead, *grid, maps.shape[-1]).to(maps.dtype)
 
 
-def draw_offsets(grid: Size, count: int, reach: float, generator: torch.Generator) -> Tensor:
-    """Draw whole-patch offsets (rows, columns) of windows at one scale, (1 + count, 2); the first is (0, 0).
-
-    Rows are spread evenly over -reach h ... reach h, and columns over -reach w ... reach w, in independent random
-    orders (a Latin hypercube), so that even few windows show many contents at each position.
-
-    Args:
-        grid: (h, w) patches of a window.
-        count: number of windows beside the first.
-        reach: the largest offset, as a share of the window's sides.
-        generator: draws the orders, on the CPU.
-    """
-    sides = []
-    for side in grid:
-        order = torch.randperm(count, generator=generator) + torch.rand(count, generator=generator, dtype=torch.float64)
-        sides.append(((2 * order / max(count, 1) - 1) * reach * side).round().long())
-    return torch.cat((torch.zeros(1, 2, dtype=torch.long), torch.stack(sides, dim=-1)))
-
-
-def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -> Tensor:
-    """Compute the coordinates (V, h, w, 2) of the patches of windows shifted by whole steps, also outside of [0, 1].
-
-    Args:
-        centres: (h, w, 2) of the window at offset 0.
-        offsets: (V, 2) whole numbers of steps down and to the right.
-        step: (vertical, horizontal) length of a step as a share of the window's sides.
-    """
-    moved = offsets.flip(-1).to(centres) * centres.new_tensor([step[1], step[0]])
-    return centres + moved[:, None, None, :]
-
-
-def lattice(coords: Tensor) -> tuple[Tensor, Size]:
-    """Recover the offsets (V, 2) of windows from the result of :func:`offset_coords`, and the period.
-
-    The period (rows, columns), in steps, is the distance after which an image repeats if it is mirrored at its borders.
-
-    Args:
-        coords: (V, h, w, 2) coordinates of the patches of windows at the image's own scale.
-
-    Raises:
-        ConfigError: the grid has one row or column, or a window is not a shift by whole patches at the image's scale.
-
-    >>> coords = offset_coords(grid_centres((4, 6)), torch.tensor([[0, 0], [2, -3]]), (1 / 4, 1 / 6))
-    >>> lattice(coords)
-    (tensor([[ 0,  0],
-            [ 2, -3]]), (8, 12))
-    """
-    height, width = coords.shape[1:3]
-    if height < 2 or width < 2:
-        raise ConfigError(f"shifted windows need a grid of at least 2 x 2 patches, got {height} x {width}")
-    coords = coords.double().cpu()
-    # For x and y: a step is the distance of neighbours; the first centre is half of the rest of 1 after all steps.
-    steps = torch.stack((coords[0, 0, -1, 0] - coords[0, 0, 0, 0], coords[0, -1, 0, 1] - coords[0, 0, 0, 1]))
-    count = torch.tensor([width - 1, height - 1])
-    steps = steps / count
-    first = (1 - steps * count) / 2
-    index = (coords - first) / steps
-    offsets, period = index[:, 0, 0].round(), 2 / steps
-    if (steps > 0).all() and (period - period.round()).abs().max() > 0.01:
-        raise ConfigError(
-            "a mirrored image does not repeat itself on this grid of patches: shifted windows need a stride that "
-            "divides twice the input's sides, and views at the image's own scale"
-        )
-    whole = offsets[:, None, None] + torch.stack(
-        torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), dim=-1
-    )
-    if (steps <= 0).any() or (index - whole).abs().max() > 0.01:
-        raise ConfigError(
-            "a view is not an unmirrored window at the image's own scale, shifted by whole patches: views of mixed "
-            "kinds, or crops, cannot be solved as shifts; draw them with ViewConfig(kind='shifts')"
-        )
-    columns, rows = (int(side) for side in period.round())
-    return offsets.flip(-1).long(), (rows, columns)
-
-
-def lattice_index(grid: Size, offsets: Tensor, period: Size) -> Tensor:
-    """Find the index (V, n), in 0 ... rows * columns of a period, of the content that each window's patches show.
-
-    >>> lattice_index((2, 2), torch.tensor([[0, 0], [-1, 1]]), (4, 4)).tolist()
-    [[0, 1, 4, 5], [13, 14, 1, 2]]
-    """
-    rows = (offsets[:, :1] + torch.arange(grid[0])).remainder(period[0])
-    columns = (offsets[:, 1:] + torch.arange(grid[1])).remainder(period[1])
-    return (rows[:, :, None] * period[1] + columns[:, None, :]).flatten(1)
-
-
-def mirrored(index: Tensor, length: int) -> Tensor:
-    """Fold integers into 0 ... length - 1, as indices of a row that is mirrored at its ends.
-
-    >>> mirrored(torch.arange(-3, 7), 3).tolist()
-    [2, 1, 0, 0, 1, 2, 2, 1, 0, 0]
-    """
-    place = index.remainder(2 * length)
-    return torch.minimum(place, 2 * length - 1 - place)
-
-
 def window_corners(image_size: Size, window: Size, step: Size) -> Tensor:
     """List the top left pixels (row, column) of all windows inside an image, (N, 2), whole steps apart.
 
@@ -368,29 +355,3 @@ def sample_centres(maps: Tensor, coords: Tensor, centres: Tensor) -> Tensor:
     """
     first, last = centres[0, 0].to(maps), centres[-1, -1].to(maps)
     return sample(maps, (coords.to(maps) - first) / (last - first))
-
-
-def lattice_centres(grid: Size, period: Size) -> Tensor:
-    """Compute the patch centres (h, w, 2) of a window whose mirrored image repeats after a period of steps.
-
-    The inverse of :func:`lattice`, for a window at offset 0.
-
-    >>> lattice_centres((2, 2), (4, 4))[0].tolist()
-    [[0.25, 0.25], [0.75, 0.25]]
-    """
-    sides = []
-    for count, length in zip(grid, period, strict=True):
-        places = torch.arange(count, dtype=torch.float64)
-        sides.append(0.5 + (places - (count - 1) / 2) * 2 / length)
-    return torch.stack(torch.meshgrid(sides[1], sides[0], indexing="xy"), dim=-1).float()
-
-
-def lattice_blocks(period: Size, side: int, groups: int) -> Tensor:
-    """Assign each content patch of a mirrored image to a group 0 ... groups - 1, at random: (rows * columns,).
-
-    The draw has a fixed seed. Patches of one block of side x side get the same group, as do mirror images of a patch.
-    """
-    rows, columns = (mirrored(torch.arange(length), length // 2) // side for length in period)
-    block = (rows[:, None] * (int(columns.max()) + 1) + columns).flatten()
-    lot = torch.randperm(int(block.max()) + 1, generator=torch.Generator().manual_seed(0))
-    return lot[block] % groups

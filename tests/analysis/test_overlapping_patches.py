@@ -1,0 +1,116 @@
+"""Patches that overlap: maps are enlarged, cut into cells and compared at the places where their patches look."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import dvt
+from dvt import grids
+from dvt.analysis.matching import match_images
+from dvt.analysis.probes.depth import DepthProbe
+from dvt.analysis.probes.discovery import Lost, lost, token_cut
+from dvt.analysis.probes.probe import HeadConfig, enlarged
+from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation, class_shares
+
+PATCH, STRIDE = (16, 16), (8, 8)
+SIZES = [(64, 96), (96, 64), (80, 80)]
+
+
+def centres_at(stride):
+    return partial(grids.overlapping_centres, patch=PATCH, stride=stride)
+
+
+def exact(size, stride=STRIDE, seed=0, classes=4):
+    """Tokens that are the class (one-hot) at each patch centre, and labels that are the class of the nearest centre.
+
+    Classes are stripes, upright in even seeds: where they meet at corners, bilinear scores draw other borders.
+    """
+    centres = grids.patch_centres(size, PATCH, stride)
+    side = seed % 2
+    stripes = torch.randint(classes, (centres.shape[1 - side],), generator=torch.Generator().manual_seed(seed))
+    labels = (stripes[:, None] if side else stripes).expand(centres.shape[:2])
+    rows, columns = (
+        torch.bucketize((torch.arange(length) + 0.5) / length, edges[1:-1].contiguous())
+        for length, edges in zip(size, grids.cell_edges(centres), strict=True)
+    )
+    return torch.eye(classes)[labels], labels[rows[:, None], columns]
+
+
+@pytest.mark.parametrize("stride", [(8, 8), (4, 8), (16, 16), (5, 7)])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_grid_alone_gives_the_centres(size, stride):
+    expected = grids.patch_centres(size, PATCH, stride)
+    assert torch.equal(centres_at(stride)(grids.grid_shape(size, PATCH, stride)), expected)
+    backbone = dvt.load_backbone("test_vit", pretrained=False, stride=stride)
+    assert torch.equal(backbone.grid_centres(backbone.grid(size)), backbone.centres(size))
+
+
+@pytest.mark.parametrize("stride", [(8, 8), (4, 8), (16, 16), (5, 7)])
+def test_a_linear_map_is_enlarged_to_itself(stride):
+    """Values that are the coordinates of the centres become the coordinates of the pixels, between the centres."""
+    size = (64, 96)
+    centres = grids.patch_centres(size, PATCH, stride)
+    found = enlarged(centres.movedim(-1, 0)[None], size, centres_at(stride))[0].movedim(0, -1)
+    pixels = grids.grid_centres(size)
+    inside = ((pixels >= centres[0, 0]) & (pixels <= centres[-1, -1])).all(-1)
+    torch.testing.assert_close(found[inside], pixels[inside], rtol=0, atol=1e-5)
+    if stride == PATCH:
+        torch.testing.assert_close(enlarged(centres.movedim(-1, 0)[None], size)[0].movedim(0, -1), found)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_grids_of_one_row_or_column_are_enlarged(rows):
+    maps = torch.arange(rows * 3.0).view(1, 1, rows, 3)
+    centres = grids.patch_centres((16 * rows, 32), (16 * rows, 16), (8, 8))[:1].expand(rows, -1, -1)
+    found = grids.enlarge(maps[:, :, :1], (16, 32), centres[:1])
+    assert found.isfinite().all() and found[0, 0, 0, 0] == 0 and found[0, 0, 0, -1] == 2
+
+
+def test_knn_on_exact_labels_is_right_everywhere():
+    pairs = [exact(size, seed=seed) for seed, size in enumerate(SIZES)]
+    maps, labels = [list(each) for each in zip(*pairs, strict=True)]
+    probe = KnnSegmentation(4, 1).at(centres_at(STRIDE)).fit(maps, labels)
+    assert probe.score(maps, labels)["mIoU"] == 1.0
+    assert KnnSegmentation(4, 1).fit(maps, labels).score(maps, labels)["mIoU"] < 0.95  # as if patches tiled the image
+
+
+def test_heads_learn_exact_labels_and_depth():
+    pairs = [exact(size, seed=seed, classes=2) for seed, size in enumerate(SIZES * 2)]
+    maps, labels = [list(each) for each in zip(*pairs, strict=True)]
+    depths = [1.0 + label.float() for label in labels]
+    config = HeadConfig(epochs=60, labels_per_patch=0, learning_rate=3e-2)
+    scores = {}
+    for name, centres in (("true", centres_at(STRIDE)), ("tiles", grids.grid_centres)):
+        segmentation = LinearSegmentation(2, config).at(centres).fit(maps, labels).score(maps, labels)["mIoU"]
+        depth = DepthProbe("linear", config).at(centres).fit(maps, depths).score(maps, depths)["RMSE"]
+        scores[name] = segmentation, depth
+    assert scores["true"][0] > 0.99 > scores["tiles"][0]
+    assert scores["true"][1] < scores["tiles"][1]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_shares_are_those_of_the_nearest_pixels(size):
+    tokens, labels = exact(size)
+    assert torch.equal(class_shares(labels, 4, grids.patch_centres(size, PATCH, STRIDE)), tokens)
+
+
+def test_boxes_lie_around_the_pixels_that_are_nearest_to_an_object():
+    size = (96, 128)
+    centres = grids.patch_centres(size, PATCH, STRIDE)
+    tokens = -torch.ones(*centres.shape[:2], 1)
+    tokens[3:7, 4:9] = 1
+    # Centres lie at 8, 16, 24, ...; rows 3 to 6 at 32 to 56, columns 4 to 8 at 40 to 72.
+    truth = [36 / 128, 28 / 96, 76 / 128, 60 / 96]
+    assert lost(tokens, 5, centres).tolist() == pytest.approx(truth)
+    assert Lost(5).at(centres_at(STRIDE)).predict([tokens], [size])[0].tolist() == [36, 28, 76, 60]
+    two = torch.eye(2)[(tokens[..., 0] > 0).long()]
+    assert token_cut(two, centres=centres).tolist() == pytest.approx(truth)
+
+
+def test_matches_are_the_centres_of_patches():
+    tokens = torch.eye(21).view(3, 7, 21)
+    centres = grids.patch_centres((32, 64), PATCH, STRIDE)
+    found = match_images(tokens, tokens.flip(1), centres=(centres, centres))
+    assert {tuple(each) for each in found.first.tolist()} == {tuple(each) for each in centres.flatten(0, 1).tolist()}
+    torch.testing.assert_close(found.first[:, 0], 1 - found.second[:, 0])
