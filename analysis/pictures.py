@@ -5,7 +5,6 @@ Figures are made without pyplot, so that no backend is chosen and no global stat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,10 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.analysis.metrics.nulls import token_maps
 from dvt.errors import ShapeError
 from dvt.files import whole_file
 from dvt.images.own import SOFTWARE
-from dvt.tokens import Tokens
+from dvt.showing import pca_colours, standardised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,45 +24,6 @@ if TYPE_CHECKING:
 # Four hues that colour-blind readers can tell apart, also on photographs (after Okabe and Ito).
 _MARKS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 INK = "#222222"
-
-
-def pca_colours(reference: Tensor | Sequence[Tensor], *others: Tensor) -> list[Tensor]:
-    """Colour token maps: three principal components as red, green and blue, the same directions in all maps.
-
-    Each map is centred and scaled to unit variance by itself. The components and the colour range (percentiles 1
-    and 99, where it is clipped) come from all references together, with equal weight: fitted on the raw map alone,
-    they would show its artifact and leave the semantic map grey. So the same colour is the same direction away
-    from a map's own mean, in units of that map's own spread.
-
-    Args:
-        reference: one (h, w, C) map or several, which may differ in grid; they decide the colours.
-        others: further maps to colour in the same way, without influence on the colours.
-
-    Returns:
-        (h, w, 3) maps in [0, 1], the references first. Missing components, of maps with C < 3, are grey.
-    """
-    references = [reference] if isinstance(reference, Tensor) else list(reference)
-    if any(each.ndim != 3 for each in [*references, *others]):
-        raise ShapeError("token maps must be (h, w, C)")
-    maps = token_maps([Tokens.of(each.cpu()) for each in [*references, *others]])
-    scaled = [_standardised(each) for each in maps]
-    rows = [each.flatten(0, 1) for each in scaled[: len(references)]]
-    covariance = torch.stack([each.T @ each / len(each) for each in rows]).mean(0)
-    directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :3]
-    # The sign of an eigenvector is arbitrary: make its largest entry positive.
-    directions = directions * directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
-    projected = torch.cat([each @ directions for each in rows])
-    low, high = projected.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
-    span = high - low
-    flat = span < 1e-9
-    colours = [((each @ directions - low) / span.masked_fill(flat, 1)).masked_fill(flat, 0.5) for each in scaled]
-    missing = 3 - directions.shape[1]
-    return [torch.nn.functional.pad(each.clamp(0, 1).float(), (0, missing), value=0.5) for each in colours]
-
-
-def _standardised(tokens: Tensor) -> Tensor:
-    centred = tokens.double() - tokens.double().mean((0, 1))
-    return centred / centred.square().sum(-1).mean().sqrt().clamp(min=1e-9)
 
 
 def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
@@ -83,7 +42,7 @@ def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
     inner = ((centres > margin) & (centres < 1 - margin)).all(-1)
     if int(inner.sum()) < 4 * count:
         inner = torch.ones_like(inner)
-    features = torch.nn.functional.normalize(_standardised(semantic.cpu()), dim=-1).flatten(0, 1)[inner]
+    features = torch.nn.functional.normalize(standardised(semantic.cpu()), dim=-1).flatten(0, 1)[inner]
     places = centres[inner]
     different = len(features.unique(dim=0))
     count = min(count, different)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from torch import nn
+from torch import Tensor, nn
 
 from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
@@ -21,9 +21,12 @@ from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published
 from dvt.errors import BackboneError, ConfigError, WeightsError
 from dvt.files import whole_file
 from dvt.schema import typed
+from dvt.showing import page_part, pca_colours, picture
 from dvt.text import markdown, visible
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from dvt.backbones import Backbone
 
 DENOISER_SCHEMA = "dvt-denoiser/1"
@@ -63,6 +66,36 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
     def strength(self, value: float) -> None:
         check_strength(value)
         self._strength = float(value)
+
+    def __repr__(self) -> str:
+        config, count = self.config, sum(value.numel() for value in self.parameters())
+        made_for = (
+            f" for {self.card['backbone']}, layer {self.card.get('layer', -1)}" if "backbone" in self.card else ""
+        )
+        size = f"{count / 1e6:.2f} M parameters" if count else "no parameters to train"
+        return (
+            f"{type(self).__name__}({config.kind}{made_for}: {config.feature_dim} channels, grid {config.grid[0]} x "
+            f"{config.grid[1]}, {size}, strength {self.strength:g})"
+        )
+
+    def show(self) -> Image:
+        """Draw the answer to zero tokens at each position, in PCA colours: what is removed by position alone.
+
+        A notebook shows the picture. It is of one colour if the position makes no difference.
+        """
+        return picture(self._panels())
+
+    def _repr_html_(self) -> str:
+        return page_part(repr(self), {name: value for name, value in self.card.items() if value}, self._panels)
+
+    @torch.no_grad()
+    def _panels(self) -> dict[str, Tensor]:
+        if self.config.kind in INSIDE:
+            raise ConfigError(f"{self.config.kind} act inside a model, so there is no map of them; show its tokens")
+        value = next(iter(self.state_dict().values()))
+        grid = self.config.grid
+        tokens, prefix = value.new_zeros(1, *grid, self.feature_dim), value.new_zeros(1, 1, self.feature_dim)
+        return {"answer to zero tokens": pca_colours(self(tokens, prefix)[0])[0]}
 
     @staticmethod
     def _plan(config: DenoiserConfig) -> nn.Module:

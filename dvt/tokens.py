@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
 from dvt.errors import ShapeError
+from dvt.showing import page_part, pca_colours, picture, read_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+_SCHEMA = "dvt-tokens/1"
+_SHOWN = 6  # maps in a picture
+
+
+@dataclass(frozen=True, repr=False)
 class Tokens:
     """Hold the patch and prefix tokens of a batch of equally large images.
 
@@ -40,6 +49,40 @@ class Tokens:
                 f"prefix has shape {tuple(self.prefix.shape)}; beside patches {tuple(self.patches.shape)} "
                 f"it must be ({batch}, P, {channels})"
             )
+
+    def __repr__(self) -> str:
+        kind = str(self.patches.dtype).removeprefix("torch.")
+        shapes = f"patches {tuple(self.patches.shape)}, prefix {tuple(self.prefix.shape)}"
+        return f"{type(self).__name__}({shapes}, {kind} on {self.patches.device})"
+
+    def show(self) -> Image:
+        """Draw the maps of the first images in PCA colours, the same in all; a notebook shows the picture."""
+        return picture(self._panels())
+
+    def _repr_html_(self) -> str:
+        return page_part(repr(self), {}, self._panels)
+
+    def _panels(self) -> dict[str, Tensor]:
+        maps = list(self.patches[:_SHOWN])
+        return {f"image {i}": each for i, each in enumerate(pca_colours(maps) if maps else [])}
+
+    def save(self, path: str | Path) -> Path:
+        """Write both tensors to a .safetensors file; :meth:`load` reads it.
+
+        Raises:
+            WeightsError: the name does not end in .safetensors.
+            ConfigError: the file cannot be written.
+        """
+        return save_tensors(path, _SCHEMA, {"patches": self.patches, "prefix": self.prefix})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokens:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            WeightsError: the file is missing, damaged, or holds no tokens.
+        """
+        return Tokens(**read_tensors(path, _SCHEMA, ("patches", "prefix")))
 
     @classmethod
     def of(cls, patches: Tensor) -> Tokens:

@@ -274,6 +274,8 @@ class DenoiseConfig:
             raise ConfigError(f"product is {self.product!r}; it must be one of {', '.join(get_args(Product))}")
         if isinstance(given, ViewConfig):
             return
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+            raise ConfigError(f"views is {given!r}; give their number, a dvt.views.ViewConfig, or None to be chosen")
         views = ViewConfig() if self.solver == "neural" else PRODUCT_VIEWS[self.product]
         object.__setattr__(self, "views", views if given is None else replace(views, count=given))
 

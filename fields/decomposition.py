@@ -4,14 +4,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dvt.errors import ConfigError, ShapeError
+from dvt.images import ImageLike, read_image
+from dvt.showing import page_part, pca_colours, picture, read_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
-@dataclass(frozen=True)
+_SCHEMA = "dvt-decomposition/1"
+
+
+@dataclass(frozen=True, repr=False)
 class Decomposition:
     """Hold one token map and its terms: raw = semantic + artifact + residual + error.
 
@@ -43,6 +53,53 @@ class Decomposition:
         shapes = {item.name: tuple(getattr(self, item.name).shape) for item in fields(self)}
         if self.raw.ndim != 3 or len(set(shapes.values())) != 1:
             raise ShapeError(f"all terms of a decomposition must have one shape (h, w, C), got {shapes}")
+
+    def __repr__(self) -> str:
+        height, width, channels = self.raw.shape
+        spread = (self.raw - self.raw.mean((0, 1))).float().square().sum().clamp_min(1e-20)
+        terms = {"artifact": self.artifact, "residual": self.residual, "change": self.raw - self.semantic}
+        shares = ", ".join(f"{name} {float(each.float().square().sum() / spread):.0%}" for name, each in terms.items())
+        kind = str(self.raw.dtype).removeprefix("torch.")
+        return (
+            f"Decomposition({height} x {width} patches, {channels} channels, {kind} on {self.raw.device}; "
+            f"{shares} of raw's variance)"
+        )
+
+    def show(self, image: ImageLike | None = None) -> Image:
+        """Draw the terms in PCA colours, beside the photograph if it is given; a notebook shows the picture.
+
+        Raw and semantic have the same colours, artifact and residual their own.
+        """
+        panels = self._panels()
+        if image is not None:
+            panels = {"photograph": read_image(image).movedim(0, -1), **panels}
+        return picture(panels)
+
+    def _repr_html_(self) -> str:
+        return page_part(repr(self), {}, self._panels)
+
+    def _panels(self) -> dict[str, Tensor]:
+        panels = dict(zip(("raw", "semantic"), pca_colours([self.raw, self.semantic]), strict=True))
+        rest = {"artifact": self.artifact, "residual": self.residual}
+        return panels | {name: pca_colours(each)[0] for name, each in rest.items() if each.any()}
+
+    def save(self, path: str | Path) -> Path:
+        """Write all terms to a .safetensors file; :meth:`load` reads it.
+
+        Raises:
+            WeightsError: the name does not end in .safetensors.
+            ConfigError: the file cannot be written.
+        """
+        return save_tensors(path, _SCHEMA, {item.name: getattr(self, item.name) for item in fields(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Decomposition:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            WeightsError: the file is missing, damaged, or holds no decomposition.
+        """
+        return cls(**read_tensors(path, _SCHEMA, [item.name for item in fields(cls)]))
 
     @property
     def error(self) -> Tensor:

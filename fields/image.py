@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
-from dvt.devices import autocast, upload
-from dvt.errors import ConfigError, ImageError
-from dvt.fields.config import PRODUCT_VIEWS, DenoiseConfig
+from dvt.devices import autocast, out_of_memory, upload
+from dvt.errors import ConfigError, ImageError, NonFiniteError
+from dvt.fields.batches import ViewBatch
+from dvt.fields.config import PRODUCT_VIEWS, DenoiseConfig, Product
 from dvt.fields.decomposition import Decomposition, Fit
 from dvt.fields.linear import LinearSolver
 from dvt.fields.neural import NeuralSolver
 from dvt.fields.shifts import ShiftSolver
 from dvt.grids import Size
-from dvt.images import ImageLike, read_image
+from dvt.images import ImageLike, read_image, several_images
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
 from dvt.upsampling import upsample
 from dvt.views import Shifts, ViewConfig, Views
+
+log = logging.getLogger(__name__)
+
+_GROUP = 8  # images that a GPU solves together: many small operations take little more time than for one image
 
 #: Smoothness of the field over scales at the product's own number of views: labelled tasks score best with a smoother
 #: field than held-out tokens choose (benchmarks/products.py). It grows in proportion to more views, whose tokens weigh
@@ -149,24 +156,137 @@ class DecomposedImage:
         return upsample(self.decomposition.semantic, image, factor, centres=self.coords)
 
 
+@overload
 def denoise(
     backbone: Backbone,
     image: ImageLike,
     config: DenoiseConfig | None = None,
     artifact: Tensor | None = None,
-) -> Decomposition:
-    """Split the features of one image into a semantic field, an artifact and a residual.
+    *,
+    views: int | None = None,
+    product: Product | None = None,
+    strength: float | None = None,
+) -> Decomposition: ...
+
+
+@overload
+def denoise(
+    backbone: Backbone,
+    image: Iterable[ImageLike],
+    config: DenoiseConfig | None = None,
+    artifact: Tensor | None = None,
+    *,
+    views: int | None = None,
+    product: Product | None = None,
+    strength: float | None = None,
+) -> Iterator[Decomposition]: ...
+
+
+def denoise(
+    backbone: Backbone,
+    image: ImageLike | Iterable[ImageLike],
+    config: DenoiseConfig | None = None,
+    artifact: Tensor | None = None,
+    *,
+    views: int | None = None,
+    product: Product | None = None,
+    strength: float | None = None,
+) -> Decomposition | Iterator[Decomposition]:
+    """Split the features of an image, or of several, into a semantic field, an artifact and a residual.
+
+    For many files, :func:`dvt.denoise_images` writes a feature store, and continues after an interruption.
 
     Args:
         backbone: from :func:`dvt.load_backbone` or :func:`dvt.wrap`; its device is used.
         image: a path or URL, a PIL image, a NumPy array (H, W, 3) or a tensor (3, H, W): uint8, or RGB in [0, 1].
+            Or several: a list or any other iterable of those, an array (B, H, W, 3) or a tensor (B, 3, H, W).
         config: settings; the defaults suit a laptop.
         artifact: (h, w, C) a known artifact, for example one shared by many images.
+        views: number of views of an image, beside the whole one; instead of a config.
+        product: "removed", "ensembled" or "blend", see :class:`DenoiseConfig`; instead of a config.
+        strength: share of the change to apply, in [0, 1]; instead of a config.
 
     Returns:
-        The terms at the patches of the whole image, each (h, w, C); `.semantic` is the denoised map.
+        The terms at the patches of the whole image, each (h, w, C); `.semantic` is the denoised map. For several images
+        an iterator of them, in order, which reads images as it goes. Neighbours of one grid are solved together, as
+        many as :attr:`DenoiseConfig.solve_images` says.
+
+    Raises:
+        ImageError: an image cannot be read, or has another shape, type or range; which one of several is said.
+        ConfigError: both a config and its settings are given, or one is out of range.
     """
-    return denoise_image(backbone, image, config or DenoiseConfig(), artifact).decomposition
+    chosen = _chosen(config, {"views": views, "product": product, "strength": strength})
+    images = several_images(image)
+    if images is not None:
+        return _denoised(backbone, images, chosen, artifact)
+    return denoise_image(backbone, image, chosen, artifact).decomposition  # type: ignore[arg-type]
+
+
+def _chosen(config: DenoiseConfig | None, settings: Mapping[str, Any]) -> DenoiseConfig:
+    given = {name: value for name, value in settings.items() if value is not None}
+    if config is None:
+        return DenoiseConfig(**given)
+    if not isinstance(config, DenoiseConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; give a dvt.DenoiseConfig, or {', '.join(settings)} alone"
+        )
+    if given:
+        named = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise ConfigError(f"both a config and {named} were given: put them into the DenoiseConfig, or leave it out")
+    return config
+
+
+def _denoised(
+    backbone: Backbone, images: Iterable[Tensor], config: DenoiseConfig, artifact: Tensor | None
+) -> Iterator[Decomposition]:
+    """Denoise images in their order; neighbours of one grid are solved together."""
+    count = images_together(config, backbone.device)
+    group: list[TokenViews] = []
+    for number, pixels in enumerate(images, 1):
+        try:
+            views = TokenViews(backbone, pixels, config.views, config.dtype)
+        except ImageError as error:
+            raise ImageError(f"image {number} of several: {error}") from error
+        if group and (len(group) == count or views.coords.shape != group[0].coords.shape):
+            yield from _solved(group, config, artifact)
+            group = []
+        group.append(views)
+    if group:
+        yield from _solved(group, config, artifact)
+
+
+def _solved(group: Sequence[TokenViews], config: DenoiseConfig, artifact: Tensor | None) -> Iterator[Decomposition]:
+    for views, fit in zip(group, fit_images(config, group, artifact), strict=True):
+        if isinstance(fit, Exception):
+            raise fit
+        yield fit.decompose(views.whole.patches[0], views.coords).weakened(config.strength)
+
+
+def images_together(config: DenoiseConfig, device: torch.device) -> int:
+    """Choose how many images of one grid are solved together."""
+    return config.solve_images or (_GROUP if device.type == "cuda" and config.solver == "linear" else 1)
+
+
+def fit_images(
+    config: DenoiseConfig, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None = None
+) -> list[Fit | Exception]:
+    """Fit images of one grid together; if one cannot be used or the memory is too small, fit each by itself.
+
+    Returns:
+        For each image its fit, or the ImageError or NonFiniteError that says why it has none.
+    """
+    solver = make_solver(config)
+    try:
+        return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
+    except (ImageError, NonFiniteError) as error:
+        if len(views) == 1:
+            return [error]
+    except (RuntimeError, MemoryError) as error:
+        if len(views) == 1 or not out_of_memory(error):
+            raise
+        log.warning("out of memory with %d images solved together; solving them one by one", len(views))
+    # Outside of the handler: inside, the exception's traceback would keep the tensors of the first try in memory.
+    return [fit_images(config, [each], artifact)[0] for each in views]
 
 
 def denoise_image(

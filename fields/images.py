@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone, choose_precision
-from dvt.devices import out_of_memory
-from dvt.errors import ImageError, NonFiniteError
+from dvt.errors import ImageError
 from dvt.fields.batches import ViewBatch
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.decomposition import Decomposition, Fit
-from dvt.fields.image import DecomposedImage, TokenViews, check_views, make_solver
+from dvt.fields.image import DecomposedImage, TokenViews, check_views, fit_images, images_together
 from dvt.fields.shared import SharedArtifact
 from dvt.grids import Size
+from dvt.images import find_sources
 from dvt.jobs.ahead import ahead, reading_threads
 from dvt.jobs.intake import distinct, read_copies
 from dvt.jobs.overlap import Ahead, InTurn
@@ -40,7 +40,6 @@ from dvt.store import ImageEntry, Job, Record, Shard
 log = logging.getLogger(__name__)
 
 ALL_TERMS = ("raw", "semantic", "artifact", "residual")
-_GROUP = 8  # images that a GPU solves together: many small operations take little more time than for one image
 
 OnImage = Callable[[Path, Tensor, DecomposedImage], None]
 #: (V, h, w, C) tokens, (V, h, w, 2) coordinates, and the event after which a GPU has both.
@@ -49,9 +48,9 @@ TimedBatch = tuple[Tensor, Tensor, "torch.cuda.Event | None"]
 
 def denoise_images(
     backbone: Backbone,
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     out: str | Path,
-    config: DenoiseConfig,
+    config: DenoiseConfig | None = None,
     *,
     keep_terms: bool = False,
     shard_images: int = 16,
@@ -66,9 +65,9 @@ def denoise_images(
 
     Args:
         backbone: its device is used.
-        paths: image files, from :func:`dvt.images.find_images`.
+        paths: image files; or one folder, glob, list or URL, as :func:`dvt.images.find_sources` takes it.
         out: the store's folder.
-        config: settings.
+        config: settings; None takes the defaults.
         keep_terms: also store the artifact and the residual.
         shard_images: images per shard; a killed run loses at most the shards being computed and the one being written.
         strict: raise on the first image that cannot be used, instead of reporting it at the end.
@@ -84,9 +83,11 @@ def denoise_images(
         NonFiniteError: with strict, an image's tokens hold NaN or infinity.
         ConfigError: not even half a batch of views fits into the memory.
     """
+    if isinstance(paths, (str, Path)):
+        paths = find_sources([paths])
     work = DecomposeWork(
         backbone,
-        config,
+        config or DenoiseConfig(),
         keep_terms=keep_terms,
         shard_images=shard_images,
         strict=strict,
@@ -131,7 +132,7 @@ class DecomposeWork(Work):
         self.terms = ALL_TERMS if keep_terms else ALL_TERMS[:2]
         self.device = backbone.device
         self.overlap = self.device.type == "cuda" if config.overlap is None else config.overlap
-        self.group = config.solve_images or (_GROUP if self.device.type == "cuda" and config.solver == "linear" else 1)
+        self.group = images_together(config, self.device)
         self._flops: dict[Size, float] = {}
 
     def make(
@@ -226,7 +227,7 @@ class DecomposeWork(Work):
         made, start = images[0].made, time.perf_counter()
         readings = [_Reading(stream) for stream in streams]
         artifact = None if made.artifact is None else made.artifact.to(self.device)
-        fits, strength = self._fits(readings, artifact), self.config.strength
+        fits, strength = fit_images(self.config, readings, artifact), self.config.strength
         found = [_decomposed(*each, strength) for each in zip(images, fits, strict=True)]
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
@@ -242,21 +243,6 @@ class DecomposeWork(Work):
             image.result = (
                 each if isinstance(each, Exception) else DecomposedImage(*each, image.seconds, seconds / len(images))
             )
-
-    def _fits(self, views: Sequence[Iterable[ViewBatch]], artifact: Tensor | None) -> list[Fit | Exception]:
-        """Fit the images together; if one cannot be used or the memory is too small, fit each by itself."""
-        solver = make_solver(self.config)
-        try:
-            return [solver.fit(views[0], artifact)] if len(views) == 1 else [*solver.fit_many(views, artifact)]
-        except (ImageError, NonFiniteError) as error:
-            if len(views) == 1:
-                return [error]
-        except (RuntimeError, MemoryError) as error:
-            if len(views) == 1 or not out_of_memory(error):
-                raise
-            log.warning("out of memory with %d images solved together; solving them one by one", len(views))
-        # Outside of the handler: inside, the exception's traceback would keep the tensors of the first try in memory.
-        return [self._fits([each], artifact)[0] for each in views]
 
     def _finished(self, image: _Image, tick: Callable[[], None]) -> Iterator[Record]:
         """Yield the records of an image and its copies."""

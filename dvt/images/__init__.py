@@ -13,6 +13,7 @@ from dvt.images.read import (
     load_image,
     read_image,
     readable,
+    several_images,
     size_and_sha256,
     usable_images,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "load_image",
     "read_image",
     "readable",
+    "several_images",
     "size_and_sha256",
     "url_files",
     "usable_images",

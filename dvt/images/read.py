@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -137,6 +137,38 @@ def read_image(image: ImageLike) -> Tensor:
     return pixels.to(torch.float32) if last else pixels
 
 
+def several_images(given: Any) -> Iterator[Tensor] | None:
+    """Iterate over a list, batch or other iterable of images; an ImageError of reading one says which it is.
+
+    Args:
+        given: one image, as :func:`read_image` takes it; or a list or another iterable of images, an array
+            (B, H, W, 3) or a tensor (B, 3, H, W).
+
+    Returns:
+        The pixels of :func:`read_image`, one image after the other; None if one image was given.
+
+    Raises:
+        ImageError: a batch is empty.
+    """
+    batch = isinstance(given, (Tensor, np.ndarray))
+    if (batch and given.ndim != 4) or isinstance(given, (str, Path, Image.Image, Mapping, bytes)):
+        return None
+    if not isinstance(given, Iterable):
+        return None
+    what = f"the batch {tuple(given.shape)}" if batch else "the list"
+    if hasattr(given, "__len__") and not len(given):
+        raise ImageError(f"{what} holds no image; give one or more")
+    return _told(given, what)
+
+
+def _told(images: Iterable[ImageLike], what: str) -> Iterator[Tensor]:
+    for number, image in enumerate(images, 1):
+        try:
+            yield read_image(image)
+        except ImageError as error:
+            raise ImageError(f"image {number} of {what}: {error}") from error
+
+
 def _check_shape(shape: tuple[int, ...], last: bool) -> None:
     """Refuse pixels that are not (H, W, 3) with channels last, or (3, H, W) with channels first."""
     kind, wanted = ("array", "(H, W, 3)") if last else ("tensor", "(3, H, W)")
@@ -144,7 +176,7 @@ def _check_shape(shape: tuple[int, ...], last: bool) -> None:
         return
     todo = f"give a {wanted} {kind}"
     if len(shape) == 4:
-        todo = "give one image at a time, or a list of files to dvt.denoise_images"
+        todo = "give one image at a time; dvt.denoise takes batches"
     elif len(shape) == 3 and shape[0 if last else 2] == 3:
         todo = f"move its channels: image.{'transpose(1, 2, 0)' if last else 'permute(2, 0, 1)'}"
     raise ImageError(f"one image as {kind} must be {wanted} RGB, but has shape {shape}: {todo}")
