@@ -21,9 +21,9 @@ bytes in one run are next to each other, each path with its own copy of the rows
 
 from dvt.store.batches import StoredTokens, collate_tokens
 from dvt.store.format import TERMS, Record, shard_file
-from dvt.store.index import ShardIndex, read_index
+from dvt.store.index import ShardIndex, damaged_shards, read_index
 from dvt.store.job import SCHEMA, ImageEntry, Job, Shard, plan
-from dvt.store.reader import FeatureStore, damaged_shards
+from dvt.store.reader import FeatureStore
 from dvt.store.writer import StoreWriter, clear_store, commit_shard
 
 __all__ = [

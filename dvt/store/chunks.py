@@ -35,7 +35,7 @@ class ChunkReader(threading.local):
         self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
         self._places: dict[tuple[Path, str], _Places] = {}
         self._kept: OrderedDict[tuple[Path, str, int], Tensor] = OrderedDict()
-        self._buffer = np.empty(0, np.uint8)
+        self._buffer, self._tail = np.empty(0, np.uint8), np.empty(4, np.uint8)
         self._sums = Fletcher32()
 
     def read(self, file: Path, name: str, start: int, out: Tensor) -> None:
@@ -44,18 +44,34 @@ class ChunkReader(threading.local):
         Raises:
             StoreError: the shard is damaged, or cannot be read.
         """
-        with damage(file):
-            places = self._located(file, name)
-            step = places.shape[0]
-            stop = start + len(out)
-            if not 0 <= start <= stop <= places.rows:
-                raise ValueError(f"/{name} has no rows {start} to {stop}")
-            for number in range(start // step, -(-stop // step)):
-                first = number * step
-                low, high = max(start, first), min(stop, first + step)
-                whole = high - low == min(step, places.rows - first)
-                chunk = self._fresh(file, places, number) if whole else self._held(file, name, places, number)
-                out[low - start : high - start].copy_(chunk[low - first : high - first])
+        try:
+            places = self._places.get((file, name)) or self._located(file, name)
+            if start % places.shape[0] == 0 and len(out) == places.shape[0] and out.dtype == places.kind:
+                self._straight(file, places, start // places.shape[0], out)
+            else:
+                self._by_rows(file, name, places, start, out)
+        except Exception:  # entering `damage` takes as long as the sum of a small chunk
+            with damage(file):
+                raise
+
+    def _by_rows(self, file: Path, name: str, places: _Places, start: int, out: Tensor) -> None:
+        step = places.shape[0]
+        stop = start + len(out)
+        if not 0 <= start <= stop <= places.rows:
+            raise ValueError(f"/{name} has no rows {start} to {stop}")
+        for number in range(start // step, -(-stop // step)):
+            first = number * step
+            low, high = max(start, first), min(stop, first + step)
+            whole = high - low == min(step, places.rows - first)
+            chunk = self._fresh(file, places, number) if whole else self._held(file, name, places, number)
+            out[low - start : high - start].copy_(chunk[low - first : high - first])
+
+    def _straight(self, file: Path, places: _Places, number: int, out: Tensor) -> None:
+        """Read a chunk into the memory of a contiguous tensor of its type and shape."""
+        if not 0 <= number < len(places.starts):
+            raise ValueError(f"a dataset of {len(places.starts)} chunks has none of number {number}")
+        values, tail = out.numpy().reshape(-1), self._tail
+        self._check(os.preadv(self._opened(file), [values, tail], places.starts[number]), places, values, tail)
 
     def _held(self, file: Path, name: str, places: _Places, number: int) -> Tensor:
         """Read a chunk and keep it, because it also holds rows of other images."""
@@ -73,16 +89,22 @@ class ChunkReader(threading.local):
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
         content = self._buffer[:size]
-        if os.preadv(self._opened(file), [content], places.starts[number]) != size:  # type: ignore[list-item]
-            raise ValueError("a chunk of tokens lies beyond its end")
-        if self._sums(content[:-4].view("<u2")) != int(content[-4:].view("<u4")[0]):
-            raise ValueError("a chunk of tokens does not match its checksum")
+        found = os.preadv(self._opened(file), [content], places.starts[number])  # type: ignore[list-item]
+        self._check(found, places, content[:-4], content[-4:])
         return torch.from_numpy(content[:-4].view(places.dtype)).view(places.shape)
 
+    def _check(self, found: int, places: _Places, values: np.ndarray, tail: np.ndarray) -> None:
+        """Check that a chunk was read whole, and its sum."""
+        if found != places.bytes + 4:
+            raise ValueError("a chunk of tokens lies beyond its end")
+        if self._sums(values.view("<u2")) != int(tail.view("<u4")[0]):
+            raise ValueError("a chunk of tokens does not match its checksum")
+
     def _opened(self, file: Path) -> int:
-        if file not in self._files:
-            self._files[file] = _OpenFile(file)
-        self._files.move_to_end(file)
+        if (known := self._files.get(file)) is not None:
+            self._files.move_to_end(file)
+            return known.descriptor
+        self._files[file] = _OpenFile(file)
         while len(self._files) > _OPEN_FILES:
             self._files.popitem(last=False)
         return self._files[file].descriptor
@@ -103,6 +125,7 @@ class _Places:
         shape: shape of a chunk, (rows, ...); the last chunk is stored at full length.
         rows: number of rows of the dataset.
         dtype: type of the values.
+        kind: the same as torch's type.
         bytes: size of a chunk without its checksum.
     """
 
@@ -110,6 +133,7 @@ class _Places:
     shape: tuple[int, ...]
     rows: int
     dtype: np.dtype
+    kind: torch.dtype
     bytes: int
 
     @classmethod
@@ -121,7 +145,8 @@ class _Places:
             if info.byte_offset is None or info.filter_mask or info.size != size + 4 or shape[1:] != dataset.shape[1:]:
                 raise ValueError(f"/{dataset.name} is not in whole chunks with checksums")
             starts.append(info.byte_offset)
-        return cls(starts, shape, len(dataset), dataset.dtype, size)
+        kind = getattr(torch, dataset.dtype.newbyteorder("=").name)
+        return cls(starts, shape, len(dataset), dataset.dtype, kind, size)
 
 
 class _OpenFile:
@@ -158,15 +183,15 @@ class Fletcher32:
         if len(self._words) != rows * _WORDS:
             self._words, self._numbers = np.zeros(rows * _WORDS, np.float32), np.arange(rows, dtype=np.float64)
         self._words[:count] = words
-        self._words[count:] = 0
+        if count < len(self._words):
+            self._words[count:] = 0
         table = self._words.reshape(rows, _WORDS)
         by_row = (table @ self._ones).astype(np.float64)  # exact, as all that follows: below 2^53
-        by_column = np.zeros(_WORDS)
+        places = _WORDS * int(by_row @ self._numbers)
         for first in range(0, rows, _WORDS):
             block = table[first : first + _WORDS]
-            by_column += self._ones[: len(block)] @ block
+            places += int((self._ones[: len(block)] @ block) @ self._columns)
         total = int(by_row.sum())
-        places = _WORDS * int(by_row @ self._numbers) + int(by_column @ self._columns)
         return _folded(count * total - places) << 16 | _folded(total)
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePath
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -18,11 +18,17 @@ from torch.utils.data import DataLoader, Dataset
 
 from dvt.errors import StoreError
 from dvt.grids import Size
+from dvt.showing import page_part, pca_colours, picture
 from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
 from dvt.store.chunks import ChunkReader
 from dvt.store.format import Record, ordered_terms
-from dvt.store.index import StoredShard, opened, read_shard, shard_files
+from dvt.store.index import StoredShard, damaged_shards, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_GRIDS = 3  # grids listed in a line
 
 #: Labels of images, by path, file name or SHA-256; or a function of the path that is called when an image is read.
 Labels: TypeAlias = Mapping[str, Any] | Callable[[str], Any]
@@ -89,9 +95,36 @@ class FeatureStore(Dataset[StoredTokens]):
         self._prefix = self._shards[0].prefix if prefix else 0
         grids = np.concatenate([shard.grid for shard in self._shards])[order]
         self._grids: list[Size] = [(h, w) for h, w in grids.tolist()]
+        self._numbers = torch.arange(len(self._grids))
         self._chunks = ChunkReader()
         self._named: dict[tuple[str, ...], list[int]] | None = None
         self._labels = self._joined(labels)
+
+    def __repr__(self) -> str:
+        known = Counter(self._grids).most_common()
+        grids = ", ".join(f"{h} x {w} ({count})" for (h, w), count in known[:_GRIDS]) + ", ..." * (len(known) > _GRIDS)
+        return (
+            f"FeatureStore({str(self.path)!r}: {len(self)} images of {self.job.backbone}, layer {self.job.layer}; "
+            f"grids {grids}; {self._shards[0].channels} channels; terms {', '.join(self.terms)}; reads "
+            f"{', '.join(self.chosen)})"
+        )
+
+    def show(self, count: int = 6) -> Image:
+        """Draw the maps of images, evenly spaced, in PCA colours, the same in all; a notebook shows the picture."""
+        return picture(self._panels(count))
+
+    def _repr_html_(self) -> str:
+        facts = self.summary()
+        names = ("images", "grids", "channels", "prefix_tokens", "terms", "dtypes", "shards", "bytes")
+        shown = {name.replace("_", " "): facts[name] for name in names}
+        shown = {"backbone": f"{self.job.backbone}, layer {self.job.layer}", **shown}
+        return page_part(f"FeatureStore({str(self.path)!r})", shown, lambda: self._panels(4))
+
+    def _panels(self, count: int) -> dict[str, Tensor]:
+        count = min(max(1, count), len(self))
+        numbers = [k * len(self) // count for k in range(count)]
+        colours = pca_colours([self[i].patches[0].float() for i in numbers])
+        return {f"{i}: {PurePath(self._origin(i)[0]).name}": each for i, each in zip(numbers, colours, strict=True)}
 
     @property
     def job(self) -> Job:
@@ -271,33 +304,57 @@ class FeatureStore(Dataset[StoredTokens]):
         if term not in self.terms:
             raise StoreError(f"{str(self.path)!r} holds the terms {', '.join(self.terms)}, not {term!r}")
 
+    def _one(self, i: int) -> StoredTokens:
+        """Read one image; shorter than :meth:`_batch`, whose steps would take as long as reading it."""
+        number, row = self._where[i]
+        shard, start = self._shards[number], int(self._shards[number].offset[row])
+        grid, channels, dtype = self._grids[i], shard.channels, self.dtype or getattr(torch, shard.dtype)
+        terms = {}
+        for term in self.chosen:
+            values = torch.empty(grid[0] * grid[1], channels, dtype=dtype)
+            self._chunks.read(shard.file, f"tokens/{term}", start, values)
+            terms[term] = values.view(1, *grid, channels)
+        prefix = torch.empty(1, self._prefix, channels, dtype=dtype)
+        if self._prefix:
+            self._chunks.read(shard.file, "tokens/prefix", row, prefix)
+        path, sha256 = self._origin(i)
+        labels = None if self._labels is None else collate_labels([self._label(i)])
+        return StoredTokens(
+            terms[self.term], prefix, (path,), (sha256,), self._numbers[i : i + 1], terms, labels=labels
+        )
+
     def _batch(self, indices: Sequence[int]) -> StoredTokens:
         """Read several images, in their order on the disk, into one tensor per term if all have one grid."""
         indices = [self._checked(i) for i in indices]
+        if len(indices) == 1:
+            return self._one(indices[0])
         if not indices:
             raise StoreError(f"no image of {str(self.path)!r} was asked for; give at least one number or path")
         grid = self._grids[indices[0]]
         if any(self._grids[i] != grid for i in indices[1:]):
             return collate_tokens([self._batch([i]) for i in indices])
         channels, dtype = self._shards[0].channels, self.dtype
+        places = [self._where[i] for i in indices]
         if dtype is None:
-            dtype = getattr(torch, max(self._at(i)[0].dtype for i in indices))
-        rows = {term: torch.empty(len(indices), grid[0] * grid[1], channels, dtype=dtype) for term in self.chosen}
+            dtype = getattr(torch, max({self._shards[shard].dtype for shard, _ in places}))
+        terms = {term: torch.empty(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
         prefix = torch.empty(len(indices), self._prefix, channels, dtype=dtype)
-        for slot in sorted(range(len(indices)), key=lambda slot: self._where[indices[slot]]):
-            shard, row = self._at(indices[slot])
-            for term, out in rows.items():
-                self._chunks.read(shard.file, f"tokens/{term}", int(shard.offset[row]), out[slot])
+        outs = [(f"tokens/{term}", values.flatten(1, 2).unbind()) for term, values in terms.items()]
+        for (number, row), slot in sorted(zip(places, range(len(places)), strict=True)):
+            shard = self._shards[number]
+            start = int(shard.offset[row])
+            for name, slots in outs:
+                self._chunks.read(shard.file, name, start, slots[slot])
             if self._prefix:
                 self._chunks.read(shard.file, "tokens/prefix", row, prefix[slot : slot + 1])
-        terms = {term: out.view(len(indices), *grid, channels) for term, out in rows.items()}
         paths, sha256s = zip(*map(self._origin, indices), strict=True)
         labels = None if self._labels is None else collate_labels([self._label(i) for i in indices])
         numbers = torch.tensor(indices)
         return StoredTokens(terms[self.term], prefix, paths, sha256s, numbers, terms, labels=labels)
 
     def _origin(self, i: int) -> tuple[str, str]:
-        shard, row = self._at(i)
+        number, row = self._where[i]
+        shard = self._shards[number]
         return os.fsdecode(bytes(shard.path[row])), shard.sha256[row].decode()
 
     def _joined(self, labels: Labels | None) -> Callable[[str], Any] | list[Any] | None:
@@ -337,24 +394,3 @@ def _numbers(index: Any, count: int) -> list[int]:
             f"{values.dtype} with shape {values.shape}"
         )
     return values.tolist()
-
-
-def damaged_shards(path: str | Path) -> dict[Path, str]:
-    """List the damaged shards of a store, each with the fault found; check every checksum.
-
-    Unlike :class:`FeatureStore`, this does not stop at the first damaged shard.
-    """
-    damaged: dict[Path, str] = {}
-    for file in shard_files(Path(path)):
-        try:
-            shard = read_shard(file)
-            names = [f"tokens/{term}" for term in shard.terms]
-            names += ["tokens/prefix"] * bool(shard.prefix) + ["artifact"] * shard.shared
-            with opened(file) as handle:
-                for name in names:
-                    for piece in handle[name].iter_chunks():
-                        if not np.isfinite(handle[name][piece]).all():
-                            raise StoreError(f"/{name} holds NaN or infinity")
-        except StoreError as error:
-            damaged[file] = str(error)
-    return damaged
