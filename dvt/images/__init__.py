@@ -13,10 +13,10 @@ from dvt.images.read import (
     load_image,
     read_image,
     readable,
-    several_images,
     size_and_sha256,
     usable_images,
 )
+from dvt.images.several import several_images
 from dvt.images.urls import MAX_BYTES, is_url, url_files
 
 __all__ = [

@@ -9,7 +9,7 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -135,38 +135,6 @@ def read_image(image: ImageLike) -> Tensor:
             "values of 0 to 255 by 255, undo a normalisation, clip values that a resize left outside"
         )
     return pixels.to(torch.float32) if last else pixels
-
-
-def several_images(given: Any) -> Iterator[Tensor] | None:
-    """Iterate over a list, batch or other iterable of images; an ImageError of reading one says which it is.
-
-    Args:
-        given: one image, as :func:`read_image` takes it; or a list or another iterable of images, an array
-            (B, H, W, 3) or a tensor (B, 3, H, W).
-
-    Returns:
-        The pixels of :func:`read_image`, one image after the other; None if one image was given.
-
-    Raises:
-        ImageError: a batch is empty.
-    """
-    batch = isinstance(given, (Tensor, np.ndarray))
-    if (batch and given.ndim != 4) or isinstance(given, (str, Path, Image.Image, Mapping, bytes)):
-        return None
-    if not isinstance(given, Iterable):
-        return None
-    what = f"the batch {tuple(given.shape)}" if batch else "the list"
-    if hasattr(given, "__len__") and not len(given):
-        raise ImageError(f"{what} holds no image; give one or more")
-    return _told(given, what)
-
-
-def _told(images: Iterable[ImageLike], what: str) -> Iterator[Tensor]:
-    for number, image in enumerate(images, 1):
-        try:
-            yield read_image(image)
-        except ImageError as error:
-            raise ImageError(f"image {number} of {what}: {error}") from error
 
 
 def _check_shape(shape: tuple[int, ...], last: bool) -> None:

@@ -1,0 +1,47 @@
+"""Read several images that were given as one argument: a list, a batch or another iterable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from dvt.errors import ImageError
+from dvt.images.read import ImageLike, read_image
+
+
+def several_images(given: Any) -> Iterator[Tensor] | None:
+    """Read a list, batch or other iterable of images; an ImageError of reading one says which it is.
+
+    Args:
+        given: one image, as :func:`read_image` takes it; or a list or another iterable of images, an array
+            (B, H, W, 3) or a tensor (B, 3, H, W).
+
+    Returns:
+        The pixels of :func:`read_image`, one image after the other; None if one image was given.
+
+    Raises:
+        ImageError: a batch is empty.
+    """
+    batch = isinstance(given, (Tensor, np.ndarray))
+    if (batch and given.ndim != 4) or isinstance(given, (str, Path, Image.Image, Mapping, bytes)):
+        return None
+    if not isinstance(given, Iterable):
+        return None
+    what = f"the batch {tuple(given.shape)}" if batch else "the list"
+    if hasattr(given, "__len__") and not len(given):
+        raise ImageError(f"{what} holds no image; give one or more")
+    return _told(given, what)
+
+
+def _told(images: Iterable[ImageLike], what: str) -> Iterator[Tensor]:
+    """Read images one by one, and say of an error which image it is."""
+    for number, image in enumerate(images, 1):
+        try:
+            yield read_image(image)
+        except ImageError as error:
+            raise ImageError(f"image {number} of {what}: {error}") from error
