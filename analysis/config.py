@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from dvt.errors import ConfigError
+from dvt.schema import check_ranges
 
 AnnotationKind = Literal["labels", "depth", "boxes", "category"]
 Task = Literal["segmentation", "knn", "depth", "classification", "knn-classification", "discovery", "correspondence"]
@@ -60,18 +61,18 @@ class AnalyzeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("images", "layer_images", "share_images", "shift_images", "mic_images", "batch"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.windows < 2 or self.windows % 2 or self.draws < 2 or self.shown < 0:
-            raise ConfigError(
-                f"windows must be even, draws at least 2 and shown not negative, got {self.windows}, {self.draws} and "
-                f"{self.shown}"
-            )
-        if self.mic_channels is not None and self.mic_channels < 1:
-            raise ConfigError(f"mic_channels must be 1 or more, or None for all, got {self.mic_channels}")
-        if isinstance(self.layers, str) and self.layers != "all":
-            raise ConfigError(f"layers must be 'all' or block indices, got {self.layers!r}")
+        counts = ("images", "layer_images", "share_images", "shift_images", "mic_images", "batch")
+        check_ranges(
+            self,
+            {
+                **{name: (getattr(self, name) >= 1, "1 or more") for name in counts},
+                "windows": (self.windows >= 2 and self.windows % 2 == 0, "an even number of 2 or more"),
+                "draws": (self.draws >= 2, "2 or more"),
+                "shown": (self.shown >= 0, "0 or more"),
+                "mic_channels": (self.mic_channels is None or self.mic_channels >= 1, "1 or more, or None for all"),
+                "layers": (not isinstance(self.layers, str) or self.layers == "all", "'all' or block indices"),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,20 @@ class DoctorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.images < 1 or self.windows < 2 or self.windows % 2 or self.draws < 2:
-            raise ConfigError(
-                "images must be 1 or more, windows even and draws at least 2, got "
-                f"{self.images}, {self.windows} and {self.draws}"
-            )
-        if self.product_images < 1 or self.product_windows < 2 or self.product_windows % 2:
-            raise ConfigError(
-                "product_images must be 1 or more and product_windows even and at least 2, got "
-                f"{self.product_images} and {self.product_windows}"
-            )
-        if not (0 < self.share < 1 and 0 < self.outliers < 1 and self.ratio > 1):
-            raise ConfigError(f"share and outliers must lie in (0, 1) and ratio above 1, got {self}")
+        even = "an even number of 2 or more"
+        check_ranges(
+            self,
+            {
+                "images": (self.images >= 1, "1 or more"),
+                "windows": (self.windows >= 2 and self.windows % 2 == 0, even),
+                "draws": (self.draws >= 2, "2 or more"),
+                "product_images": (self.product_images >= 1, "1 or more"),
+                "product_windows": (self.product_windows >= 2 and self.product_windows % 2 == 0, even),
+                "share": (0 < self.share < 1, "between 0 and 1"),
+                "outliers": (0 < self.outliers < 1, "between 0 and 1"),
+                "ratio": (self.ratio > 1, "above 1"),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -143,13 +146,16 @@ class HeadConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch < 1 or self.labels_per_patch < 0:
-            raise ConfigError(
-                f"epochs and batch are 1 or more, labels_per_patch 0 or more; got {self.epochs}, {self.batch}, "
-                f"{self.labels_per_patch}"
-            )
-        if self.learning_rate <= 0 or self.weight_decay < 0:
-            raise ConfigError(f"learning rate {self.learning_rate} or weight decay {self.weight_decay} is out of range")
+        check_ranges(
+            self,
+            {
+                "epochs": (self.epochs >= 1, "1 or more"),
+                "batch": (self.batch >= 1, "1 or more"),
+                "labels_per_patch": (self.labels_per_patch >= 0, "0 or more"),
+                "learning_rate": (self.learning_rate > 0, "above 0"),
+                "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            },
+        )
 
     def with_seed(self, seed: int) -> HeadConfig:
         """Copy the settings with another seed."""

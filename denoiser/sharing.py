@@ -19,7 +19,7 @@ from dvt.backbones.weights import State, check_state, load_state, read_described
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
-from dvt.files import whole_file
+from dvt.files import similar, whole_file
 from dvt.schema import typed
 from dvt.showing import page_part, pca_colours, picture
 from dvt.text import markdown, visible
@@ -316,7 +316,8 @@ def _save(denoiser: PretrainedDenoiser, path: Path) -> None:
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
     """Read (config, card, tensors) from a .safetensors file that :func:`_save` wrote."""
     if not path.is_file():
-        raise WeightsError(f"no denoiser at {path}; `dvt train` writes one, save_pretrained saves one")
+        hint = similar(path) or "; `dvt train` writes one, save_pretrained saves one"
+        raise WeightsError(f"no denoiser at {path}{hint}")
     described, state = read_described(path, METADATA_KEY, "a denoiser")
     parts = described if isinstance(described, dict) else {}
     config, card = parts.get("config"), parts.get("card")

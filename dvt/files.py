@@ -6,6 +6,7 @@ overwritten, and no symbolic link is followed.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import fcntl
 import fnmatch
@@ -49,6 +50,20 @@ def read_plain(path: str | Path, most: int = MOST_BYTES) -> bytes:
         if size > most:
             raise OSError(errno.EFBIG, f"it has {size} bytes, and at most {most} are read", str(path))
         return file.read(size)
+
+
+def similar(path: str | Path) -> str:
+    """Suggest the file or folder whose name is most like that of a missing one; empty if none is.
+
+    Returns:
+        A clause for the end of a message: "; did you mean 'photos/b.jpg'?".
+    """
+    text = os.fspath(path)
+    folder, name = os.path.split(text.rstrip("/"))
+    with suppress(OSError, ValueError):
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1, 0.6)
+        return f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
+    return ""
 
 
 def check_regular(file: int | str | Path, path: str | Path = "") -> int:

@@ -64,6 +64,21 @@ def _fields(values: Any, kind: Any, name: str) -> dict[str, Any]:
     return {key: checked(value, kinds[key], f"{name}.{key}") for key, value in values.items()}
 
 
+def check_ranges(settings: Any, checks: Mapping[str, tuple[bool, str]]) -> None:
+    """Refuse the first setting that is out of its range, and name no others.
+
+    Args:
+        settings: holds the settings as attributes.
+        checks: for each name, whether its value is allowed, and which values are.
+
+    Raises:
+        ConfigError: a value is not allowed.
+    """
+    for name, (fine, allowed) in checks.items():
+        if not fine:
+            raise ConfigError(f"{name} is {getattr(settings, name)!r}; it must be {allowed}")
+
+
 def checked(value: Any, kind: Any, name: str) -> Any:
     """Check that a JSON value has a type, and return it, with lists converted to tuples.
 

@@ -129,7 +129,7 @@ def _brief(value: Any) -> str:
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in values.items():
         found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
     return found

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from dvt.errors import ConfigError
+from dvt.schema import check_ranges
 from dvt.views.config import ViewConfig
 
 Product = Literal["removed", "ensembled", "blend"]
@@ -70,10 +71,15 @@ class LinearConfig:
             raise ConfigError(f"resolution is {self.resolution}; it must lie in 2..1024, or be None to be chosen")
         if self.smoothness is not None and not self.smoothness > 0:
             raise ConfigError(f"smoothness is {self.smoothness}; it must be positive, or None to be chosen")
-        if self.ridge < 0 or self.residual_ridge < 0:
-            raise ConfigError(f"ridge ({self.ridge}) and residual_ridge ({self.residual_ridge}) must be 0 or more")
-        if not self.cutoff > 0 or self.pilot_views < 2:
-            raise ConfigError(f"cutoff ({self.cutoff}) must be positive and pilot_views ({self.pilot_views}) 2 or more")
+        check_ranges(
+            self,
+            {
+                "ridge": (self.ridge >= 0, "0 or more"),
+                "residual_ridge": (self.residual_ridge >= 0, "0 or more"),
+                "cutoff": (self.cutoff > 0, "above 0"),
+                "pilot_views": (self.pilot_views >= 2, "2 or more"),
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,7 @@ class NeuralConfig:
             "sparsity": (0 <= self.sparsity < math.inf, "0 or more"),
             "encoding": (self.encoding in ("auto", "torch", "tinycudann"), "auto, torch or tinycudann"),
         }
-        for name, (fine, allowed) in checks.items():
-            if not fine:
-                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+        check_ranges(self, checks)
 
     def learning_rate(self, step: int) -> float:
         """Compute the learning rate of a step in 0 ... steps - 1: linear warm-up, then a cosine down to final_lr.
@@ -185,10 +189,15 @@ class ShiftConfig:
     cutoff: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.ridge <= 0 or not 0 <= self.average <= 1:
-            raise ConfigError(f"ridge ({self.ridge}) must be positive and average ({self.average}) lie in [0, 1]")
-        if not (self.sigmas > 0 and self.cutoff > 0):
-            raise ConfigError(f"sigmas ({self.sigmas}) and cutoff ({self.cutoff}) must be positive")
+        check_ranges(
+            self,
+            {
+                "ridge": (self.ridge > 0, "above 0"),
+                "average": (0 <= self.average <= 1, "from 0 to 1"),
+                "sigmas": (self.sigmas > 0, "above 0"),
+                "cutoff": (self.cutoff > 0, "above 0"),
+            },
+        )
         if not 2 <= self.groups <= 16:
             raise ConfigError(f"groups is {self.groups}; the test takes 2 to 16 of them")
         if not 2.0 ** (1 - self.groups) <= self.alarm <= 1:

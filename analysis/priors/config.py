@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from dvt.errors import ConfigError
+from dvt.schema import check_ranges
 from dvt.training.config import TrainingConfig
 
 TargetKind = Literal["pixels", "latents", "features"]
@@ -235,8 +236,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.ar_steps < 1:
-            raise ConfigError(f"steps and ar_steps must be at least 1, got {self.steps} and {self.ar_steps}")
+        check_ranges(self, {name: (getattr(self, name) >= 1, "1 or more") for name in ("steps", "ar_steps")})
         if self.sampler not in SAMPLERS:
             raise ConfigError(f"there is no sampler {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
         if not 0 <= self.guidance <= MOST_GUIDANCE:

@@ -19,6 +19,7 @@ from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import Rows
 from dvt.backbones.weights import read_described, save_state
 from dvt.errors import ConfigError, WeightsError
+from dvt.files import similar
 from dvt.schema import typed
 
 GIVEN = "given"  # the condition of a prior that was trained on tensors
@@ -108,6 +109,11 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
         WeightsError: a file is missing or damaged.
     """
     folder = Path(folder)
+    if not (folder / "prior.safetensors").is_file():
+        hint = similar(folder) if not folder.exists() else ""
+        raise WeightsError(
+            f"{str(folder)!r} holds no prior{hint or '; give a folder that `dvt prior train` wrote (its --out)'}"
+        )
     prior = Prior.load(folder / "prior.safetensors").to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = folder / "held_out.safetensors"
     names, held = read_described(path, "images", "the held-out images")

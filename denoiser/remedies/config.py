@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from dvt.errors import ConfigError
+from dvt.schema import check_ranges
 
 Remedy = Literal["registers", "defect", "noise", "insid3", "rasa"]
 REMEDIES: tuple[Remedy, ...] = get_args(Remedy)
@@ -34,9 +34,5 @@ class RemedyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        low = {name: getattr(self, name) for name in ("rank", "rounds", "neurons") if getattr(self, name) < 1}
-        if low or self.noise_images < 2:
-            raise ConfigError(
-                "rank, rounds and neurons must be at least 1 and noise_images at least 2, got "
-                f"{low or self.noise_images}"
-            )
+        counts = {name: (getattr(self, name) >= 1, "1 or more") for name in ("rank", "rounds", "neurons")}
+        check_ranges(self, {**counts, "noise_images": (self.noise_images >= 2, "2 or more")})

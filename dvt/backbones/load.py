@@ -181,7 +181,7 @@ def _repository(name: str) -> str | None:
         return name.partition(":")[2]
     known = timm.get_pretrained_cfg(name, allow_unregistered=True)
     found = getattr(known, "hf_hub_id", None)
-    return f"{found}{known.name}" if found and found.endswith("/") and hasattr(known, "name") else found
+    return f"{found}{getattr(known, 'name', '')}" if found and found.endswith("/") else found
 
 
 def _regrid(model: families.Model, image_size: Size, grid: Size) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dvt.backbones.converted import State, encoder_state, unchunked
 from dvt.errors import WeightsError
-from dvt.files import check_regular, replaced
+from dvt.files import check_regular, replaced, similar
 from dvt.schema import parsed_json
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,8 @@ def read_state(path: str | Path) -> State:
 def read_content(path: Path) -> object:
     """Read all that a weights file holds, wrappers included; code in it is never run. Raises as :func:`read_state`."""
     if not path.is_file():
-        raise WeightsError(f"no weights file at {path}; give the path of a .safetensors file or of a .pth of tensors")
+        hint = similar(path) or "; give the path of a .safetensors file or of a .pth of tensors"
+        raise WeightsError(f"no weights file at {path}{hint}")
     readers: dict[str, Callable[[Path], object]] = dict.fromkeys((".pth", ".pt", ".bin"), _load_tensors)
     readers[".safetensors"] = load_file
     if path.suffix not in readers:
@@ -87,10 +88,22 @@ def read_described(path: str | Path, key: str, what: str, *, tensors: bool = Tru
         with safe_open(str(path), "pt", device="cpu") as file:
             described = parsed_json((file.metadata() or {}).get(key, "{}"))
             return described, {name: file.get_tensor(name) for name in (file.keys() if tensors else ())}
+    except FileNotFoundError as error:
+        hint = similar(path) or "; check the path"
+        raise WeightsError(f"cannot read {what} from {str(path)!r}: there is no such file{hint}") from error
+    except OSError as error:
+        raise WeightsError(f"cannot read {what} from {str(path)!r}: {error.strerror or error}") from error
     except Exception as error:  # of the header's JSON, of types that torch lacks, ...
+        reason = _reason(error)
         raise WeightsError(
-            f"cannot read {what} from {str(path)!r}: {error}; the file is missing, damaged or unreadable"
+            f"cannot read {what} from {str(path)!r}: {reason}; the file is damaged, or no such"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Say why a .safetensors file cannot be read; safetensors names the part of the header that it stopped at."""
+    header = isinstance(error, SafetensorError) and "header" in str(error).lower()
+    return f"it has no header of a .safetensors file ({error})" if header else str(error)
 
 
 def folder_weights(folder: Path) -> Path:

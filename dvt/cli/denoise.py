@@ -96,17 +96,24 @@ def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError(f"{command.store!r} is a URL; `dvt inspect` reads folders only: copy the store to one first")
     damaged = {str(path): reason for path, reason in damaged_shards(command.store).items()} if command.verify else {}
     summary = {} if damaged else FeatureStore(command.store).summary()
-    table = Table("", "value", title=shown(str(command.store)), show_header=False)
-    for name, value in summary.items():
-        text = json.dumps(value, indent=1) if isinstance(value, dict) else visible(str(value))
-        table.add_row(name.replace("_", " "), escape(text))
     if summary:
-        console.print(table)
+        _print_summary(console, command.store, summary)
     for path, reason in damaged.items():
         console.print(f"[bold red]damaged[/] {shown(path)}: {shown(reason)}")
     if command.verify and not damaged:
         console.print("all checksums are correct")
     return (2 if damaged else 0), {**summary, "damaged": damaged}
+
+
+def _print_summary(console: Console, store: str, summary: dict[str, Any]) -> None:
+    console.print(shown(store))
+    table = Table(show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # nothing is cut off
+    for name, value in summary.items():
+        text = json.dumps(value, indent=1) if isinstance(value, dict) else visible(str(value))
+        table.add_row(name.replace("_", " "), escape(text))
+    console.print(table)
 
 
 def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:

@@ -98,17 +98,25 @@ def _own_conditions(command: PriorSample) -> Any:
 
 def loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt prior loop`; the exit code is 0 when all rounds are done."""
-    from dvt.analysis.priors.compare_page import with_interval
     from dvt.analysis.priors.loop_run import loop_prior
 
     settings, device = resolved(command, command="prior loop"), find_device(command.device)
     with progress_bar(console) as progress:
         report = loop_prior(command.run, command.out, command.loop, command.sampling, device, progress)
-    table = Table("kernel distance to held-out images", *map(str, range(command.loop.rounds + 1)), "training images")
-    for name, found in report["distances"].items():
-        table.add_row(name, *map(with_interval, found["rounds"]), f"{found['real']:.3f}")
-    console.print(table)
+    _print_rounds(console, report["distances"], command.loop.rounds)
     return 0, {**report, "settings": settings}
+
+
+def _print_rounds(console: Console, distances: dict[str, Any], rounds: int) -> None:
+    """Print a block a yardstick, a row a round: all rounds beside each other would be wider than a terminal."""
+    from dvt.analysis.priors.compare_page import with_interval
+
+    for name, found in distances.items():
+        table = Table(f"{name}: round", "kernel distance to held-out images")
+        for number in range(rounds + 1):
+            table.add_row(str(number), with_interval(found["rounds"][number]))
+        table.add_row("training images", f"{found['real']:.3f}")
+        console.print(table)
 
 
 def evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:

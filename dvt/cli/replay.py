@@ -101,7 +101,7 @@ def _unchecked(settings: type, values: dict[str, Any], within: str = "") -> Any:
         near = difflib.get_close_matches(unknown[0], names, 1)
         guess = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"
         raise ConfigError(f"there is no setting {visible(within + unknown[0])!r}{guess}")
-    made = object.__new__(settings)
+    made: Any = object.__new__(settings)
     for each in dataclasses.fields(settings):
         value: Any = values[each.name] if each.name in values else _default(each)
         if each.name in values or dataclasses.is_dataclass(hints[each.name]):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dvt.errors import ImageError
+from dvt.files import similar
 from dvt.images.members import expand_container, is_container, split_member
 from dvt.images.own import is_own_picture, is_store
 from dvt.images.read import regular_file
@@ -110,7 +111,8 @@ def _expand(spec: str, lists: bool) -> Iterator[str]:
             )
         yield from (image for each in images for image in _inside(each))
     else:
-        raise ImageError(f"{_short(spec)} does not exist; give image files, folders, globs or a .txt list of paths")
+        hint = similar(spec) or "; give image files, folders, globs or a .txt list of paths"
+        raise ImageError(f"{_short(spec)} does not exist{hint}")
 
 
 def _inside(path: str) -> list[str]:

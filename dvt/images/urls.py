@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dvt.errors import ImageError
+from dvt.files import similar
 
 MAX_BYTES = 2 << 30
 """The largest object, in bytes, that is downloaded from a URL."""
@@ -31,7 +32,9 @@ def is_url(path: str | Path) -> bool:
 
 def image_error(path: str | Path, reason: object) -> ImageError:
     """Make the error that names an image and says in a few words why it cannot be read."""
-    if isinstance(reason, OSError) and reason.strerror:
+    if isinstance(reason, FileNotFoundError):
+        reason = f"No such file or directory{similar(path)}"
+    elif isinstance(reason, OSError) and reason.strerror:
         reason = reason.strerror
     elif isinstance(reason, Exception):
         reason = str(reason) or type(reason).__name__

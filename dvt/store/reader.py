@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dvt.errors import StoreError
+from dvt.files import similar
 from dvt.grids import Size
 from dvt.showing import page_part, pca_colours, picture
 from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
@@ -68,7 +69,11 @@ class FeatureStore(Dataset[StoredTokens]):
         self.chosen = (term,) if isinstance(term, str) else tuple(term)
         files = shard_files(self.path)
         if not files:
-            raise StoreError(f"{str(path)!r} is not a feature store: it is not a shard, nor a folder with *.h5 shards")
+            what = (
+                "it is not a shard, nor a folder with *.h5 shards" if self.path.exists() else "there is no such folder"
+            )
+            hint = "" if self.path.exists() else similar(self.path)
+            raise StoreError(f"{str(path)!r} is not a feature store: {what}{hint}")
         self._shards = [read_shard(file) for file in files]
         first = self._shards[0]
         for shard in self._shards:

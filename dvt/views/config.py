@@ -39,8 +39,10 @@ class ViewConfig:
     def __post_init__(self) -> None:
         if self.kind not in ("crops", "shifts"):
             raise ConfigError(f"kind is {self.kind!r}; views are 'crops' or 'shifts', all of one kind")
-        if self.count < 0 or self.batch < 1:
-            raise ConfigError(f"views must be 0 or more and the batch 1 or more, got {self.count} and {self.batch}")
+        if self.count < 0:
+            raise ConfigError(f"views is {self.count}; it must be 0 or more")
+        if self.batch < 1:
+            raise ConfigError(f"batch is {self.batch}; it must be 1 or more")
         if not 0 < self.reach <= 1:
             raise ConfigError(f"reach is {self.reach}; windows are shifted by a share in (0, 1] of the image's sides")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:

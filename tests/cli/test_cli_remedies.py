@@ -43,7 +43,7 @@ def test_remedies_that_find_nothing_or_have_no_images_say_so(work, tmp_path, run
     out = ("--out", tmp_path / "d.safetensors")
     assert "has no norm outliers to remove" in run("remedy", "registers", work / "photos", *WITH, *out, expect=2)
     assert "none was given" in run("remedy", "defect", *WITH, *out, expect=2)
-    assert "noise_images at least 2" in run("remedy", "noise", *WITH, "--noise-images", 1, *out, expect=2)
+    assert "noise_images is 1; it must be 2" in run("remedy", "noise", *WITH, "--noise-images", 1, *out, expect=2)
     assert not list(tmp_path.iterdir())
 
 

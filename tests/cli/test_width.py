@@ -11,9 +11,11 @@ from dvt.analysis import DoctorConfig, diagnose
 from dvt.analysis.findings import Findings
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.probes.table import ProbeReport, ProbeRow
+from dvt.cli.denoise import _print_summary
 from dvt.cli.denoiser import _print_distillation, _print_training
 from dvt.cli.jobs import print_job
-from dvt.cli.priors import _print_evaluation
+from dvt.cli.prior_compare import _print as _print_compared
+from dvt.cli.priors import _print_evaluation, _print_rounds
 from dvt.cli.settings.denoise import Denoise
 from dvt.jobs.work import Summary
 from dvt.text import aligned, shell_lines, wrapped
@@ -95,8 +97,23 @@ def test_the_tables_of_jobs_training_and_priors():
     kid = {name: {"value": 0.1, "low": 0.05, "high": 0.2} for name in ("made", "real")}
     stick = {"round_trip": trip, "kid": kid, "frechet": 1.0, "memorisation": {"share": 0.1}, "refused": ["few " * 30]}
     _print_evaluation(console, "a run", {**found, "yardsticks": {LONG: stick}})
+    interval = {"mean": -12.3456, "half": 1.2345}
+    points = dict.fromkeys(("best", "best_over_raw", "last", "last_over_raw"), interval)
+    curve = {"held_out_loss": {**points, "change_in_last_quarter": -0.1234}}
+    _print_compared(console, {"kinds": dict.fromkeys(("raw", "raw - G of all images", "position alone"), curve)})
+    rounds = {name: {"rounds": [interval] * 5, "real": 0.1} for name in (LONG, "pixels")}
+    _print_rounds(console, rounds, 4)
     boxes = [line for line in out.getvalue().splitlines() if line[:1] in "┌│├└┏┃┡"]
     assert len(boxes) > 25 and max(map(len, boxes)) <= 80
+
+
+def test_the_summary_of_a_store_with_long_names():
+    console = Console(file=(out := io.StringIO()), width=80, soft_wrap=True)
+    values = {"images": 1000, "backbone": LONG, "weights_sha256": "f" * 64, "grids": {"16 x 24": 9}, "path": "q" * 200}
+    _print_summary(console, "a store of " + "long " * 20, values)
+    name, *table = out.getvalue().splitlines()
+    assert name.startswith("a store of long") and max(map(len, table)) <= 80
+    assert out.getvalue().count("q") == 200  # nothing is cut off
 
 
 def test_lines_break_between_words_and_commands_can_be_pasted():

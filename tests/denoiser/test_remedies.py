@@ -514,7 +514,7 @@ def test_remedies_are_refused_in_plain_words():
         fit_remedy("cure", backbone)
     with pytest.raises(ImageError, match="no image"):
         fit_remedy("rasa", backbone)
-    with pytest.raises(ConfigError, match="noise_images at least 2"):
+    with pytest.raises(ConfigError, match="noise_images is 1; it must be 2 or more"):
         RemedyConfig(noise_images=1)
     with pytest.raises(BackboneError, match="wrapped model"):
         predict_defect(backbone)

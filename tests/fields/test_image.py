@@ -386,7 +386,7 @@ def test_a_product_takes_views_of_its_kind():
         DenoiseConfig(product="removed", solver="neural")
     with pytest.raises(ConfigError, match="must be one of removed, ensembled, blend"):
         DenoiseConfig(product="clean")
-    with pytest.raises(ConfigError, match="views must be 0 or more"):
+    with pytest.raises(ConfigError, match="views is -1; it must be 0 or more"):
         DenoiseConfig(views=-1)
     assert DenoiseConfig().product == "removed" and DenoiseConfig().views == ViewConfig(16, "shifts")
     assert DenoiseConfig(product="ensembled", views=7).views.count == 7
