@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,12 +83,13 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 @contextmanager
-def whole_file(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
+def whole_file(path: str | Path, *, suffix: str = "", beside: Sequence[str] = ()) -> Iterator[Path]:
     """Yield a new file to write to; at the end of the block it is renamed to `path`.
 
     Args:
         path: final path of the file; its folder is made if it is missing.
         suffix: suffix of the unfinished file's name, for writers that depend on it.
+        beside: as :func:`replaced` takes it.
 
     Raises:
         ConfigError: something cannot be written; nothing is left of it.
@@ -96,7 +97,7 @@ def whole_file(path: str | Path, *, suffix: str = "") -> Iterator[Path]:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path, suffix=suffix) as part:
+        with replaced(path, suffix=suffix, beside=beside) as part:
             yield part
     except OSError as error:
         raise ConfigError(
@@ -135,7 +136,7 @@ def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda
 
 
 @contextmanager
-def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Path]:
+def replaced(path: Path, *, sync: bool = False, suffix: str = "", beside: Sequence[str] = ()) -> Iterator[Path]:
     """Give a new file to write to, which takes the name `path` at the end of the block, with the umask's permissions.
 
     Until then it has an unused name. Unfinished versions left by dead processes are removed.
@@ -144,6 +145,8 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
         path: path in an existing folder.
         sync: sync the file and its folder to the disk before the block ends.
         suffix: suffix of the unfinished file's name, for writers that depend on it.
+        beside: names of files that belong to this one. Those that the writer makes in the unfinished file's folder are
+            put beside `path`, older ones are removed; at no moment is `path` there with those of another version.
 
     Raises:
         OSError: something cannot be written; nothing is left of it.
@@ -160,11 +163,23 @@ def replaced(path: Path, *, sync: bool = False, suffix: str = "") -> Iterator[Pa
         part.chmod(mode)  # some writers replace the file by one that only its owner can read
         if sync:
             sync_path(part)
+        _replace_beside(folder, path, beside)
         os.replace(part, path)
         if sync:
             sync_path(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _replace_beside(folder: Path, path: Path, names: Sequence[str]) -> None:
+    """Put the files that belong to `path` in place and remove those of its last version, with `path` out of the way."""
+    changed = [name for name in names if (folder / name).exists() or os.path.lexists(path.with_name(name))]
+    if changed:
+        remove(path)
+    for name in changed:
+        remove(path.with_name(name))
+        if (folder / name).exists():
+            os.replace(folder / name, path.with_name(name))
 
 
 @contextmanager

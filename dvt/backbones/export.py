@@ -35,6 +35,8 @@ GRIDS = ("auto", "dynamic", "fixed")
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 #: Largest deviation of a written file from the module: absolute, and relative for tokens beyond 1.
 TOLERANCE = 1e-4
+#: Most bytes of weights inside an .onnx file, whose format ends at 2 GB; more are written beside it, to NAME.onnx.data.
+MOST_INLINE = 1_900_000_000
 #: Bounds of the dynamic sizes: images in a batch, patches along a side.
 MAX_BATCH, MIN_SIDE, MAX_SIDE = 4096, 2, 512
 
@@ -111,7 +113,8 @@ def export(backbone: Backbone, path: str | Path, config: ExportConfig | None = N
     The file takes ``images`` (B, 3, H, W), float32 RGB in [0, 1], normalises them itself, and gives ``patches``
     (B, h, w, C) and, for models with class or register tokens, ``prefix`` (B, P, C). Its metadata describe its origin,
     as JSON under the keys ``dvt.backbone``, ``dvt.denoiser`` and so on (for .pt2, in the extra file ``dvt.json``). The
-    file is whole or absent.
+    file is whole or absent. The weights of a model of 2 GB and more do not fit into an .onnx file: they are in
+    NAME.onnx.data beside it, and the two must be moved together.
 
     Args:
         backbone: from :func:`dvt.load_backbone`, :func:`dvt.wrap` or
@@ -171,8 +174,10 @@ def _write(module: _Exportable, path: Path, config: ExportConfig, dynamic: bool)
     size = tuple(config.size or backbone.image_size)
     program = _traced(module, (size[0], size[1]), dynamic)
     described = {"backbone": description(backbone), "dynamic_grid": dynamic, "size": size}
-    with whole_file(path, suffix=path.suffix) as part:  # torch.onnx and torch.export need the suffix
-        opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config)
+    weights = f"{path.name}.data"  # beside a large .onnx
+    # torch.onnx and torch.export need the suffix.
+    with whole_file(path, suffix=path.suffix, beside=(weights,) if path.suffix == ".onnx" else ()) as part:
+        opset, run = (_onnx if path.suffix == ".onnx" else _pt2)(program, part, described, config, weights)
         inputs = list(_trials(backbone, (size[0], size[1]), dynamic))
         deviation = max(_deviation(module, run, images) for images in inputs)
         if not deviation <= TOLERANCE:
@@ -220,7 +225,7 @@ def _traced(module: _Exportable, size: Size, dynamic: bool) -> ExportedProgram:
 
 
 def _pt2(
-    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig
+    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig, weights: str
 ) -> tuple[None, ExportedForward]:
     # Write to memory first, because on a full disk torch's writer would end the process.
     content = io.BytesIO()
@@ -230,7 +235,7 @@ def _pt2(
 
 
 def _onnx(
-    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig
+    program: ExportedProgram, part: Path, described: dict[str, Any], config: ExportConfig, weights: str
 ) -> tuple[int, ExportedForward]:
     import onnxruntime
 
@@ -249,13 +254,31 @@ def _onnx(
     model = written.model
     flat = described["backbone"] | {key: value for key, value in described.items() if key != "backbone"}
     model.metadata_props.update({f"dvt.{key}": json.dumps(value) for key, value in flat.items()})
-    written.save(part)
+    size = sum(value.nbytes for value in (*program.state_dict.values(), *program.constants.values()))
+    if size > MOST_INLINE:
+        _save_in_two(written, part, weights)
+    else:
+        written.save(part, external_data=False)
     session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.from_numpy(out) for out in session.run(outputs, {"images": images.numpy()}))
 
     return int(model.opset_imports[""]), run
+
+
+def _save_in_two(written: Any, part: Path, weights: str) -> None:
+    """Write the graph, and its weights to a file of a lasting name in the same folder, by which the graph finds it."""
+    import onnx
+
+    written.save(part, external_data=True)
+    graph = onnx.load(part, load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = weights
+    part.with_name(f"{part.name}.data").rename(part.with_name(weights))
+    onnx.save(graph, part)
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def read_described(path: str | Path, key: str, what: str, *, tensors: bool = Tru
     except Exception as error:  # of the header's JSON, of types that torch lacks, ...
         reason = _reason(error)
         raise WeightsError(
-            f"cannot read {what} from {str(path)!r}: {reason}; the file is damaged, or no such"
+            f"cannot read {what} from {str(path)!r}: {reason}; the file is damaged, or something else"
         ) from error
 
 

@@ -169,3 +169,42 @@ def test_bad_settings_are_refused(backbone, tmp_path, name, options, message):
     with pytest.raises(ConfigError, match=message):
         export(backbone, tmp_path / name, ExportConfig(**options))
     assert not list(tmp_path.iterdir())
+
+
+def folder_of(path):
+    return sorted(each.name for each in path.parent.iterdir())
+
+
+def test_weights_that_do_not_fit_into_one_file_lie_beside_it_under_a_lasting_name(backbone, tmp_path, monkeypatch):
+    path = tmp_path / "clean.onnx"
+    monkeypatch.setattr(export_module, "MOST_INLINE", 1000)
+    for _ in range(2):
+        written = export(backbone, path)
+        assert folder_of(path) == ["clean.onnx", "clean.onnx.data"] and written.deviation < TOLERANCE
+        assert path.stat().st_size < path.with_name("clean.onnx.data").stat().st_size
+    there = tmp_path / "elsewhere"
+    there.mkdir()
+    for name in folder_of(path)[:2]:
+        (tmp_path / name).rename(there / name)
+    batch = images(2, 96, 64)
+    found = run_onnx(there / "clean.onnx", batch)
+    torch.testing.assert_close(found["patches"], backbone(batch).patches, atol=TOLERANCE, rtol=TOLERANCE)
+    assert "dvt.backbone" in {entry.key for entry in onnx.load(there / "clean.onnx").metadata_props}
+
+
+def test_a_failed_export_leaves_the_pair_before_it_and_a_smaller_one_removes_the_weights(
+    backbone, tmp_path, monkeypatch
+):
+    path = tmp_path / "clean.onnx"
+    with monkeypatch.context() as lowered:
+        lowered.setattr(export_module, "MOST_INLINE", 1000)
+        export(backbone, path)
+        before = [(tmp_path / name).read_bytes() for name in folder_of(path)]
+        lowered.setattr(export_module, "TOLERANCE", -1.0)
+        with pytest.raises(BackboneError, match="nothing was written"):
+            export(backbone, path, ExportConfig(grid="fixed"))
+        assert folder_of(path) == ["clean.onnx", "clean.onnx.data"]
+        assert before == [(tmp_path / name).read_bytes() for name in folder_of(path)]
+    export(backbone, path)
+    assert folder_of(path) == ["clean.onnx"]
+    run_onnx(path, images(1, 64, 64))
