@@ -22,8 +22,10 @@ from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
+from dvt.fields.tiled import TiledDecomposeWork
 from dvt.images import find_sources, is_url
 from dvt.images.own import is_store
+from dvt.jobs.work import Work
 from dvt.store import FeatureStore, damaged_shards
 from dvt.text import visible
 
@@ -78,16 +80,16 @@ def _check_terms(command: Denoise) -> None:
         )
 
 
-def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> DecomposeWork:
-    return DecomposeWork(
-        command.load_exact(),
-        config,
-        keep_terms=command.keep_terms,
-        shard_images=command.shard_images,
-        strict=command.strict,
-        profile=command.profile,
-        on_image=on_image,
-    )
+def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None) -> Work:
+    common: dict[str, Any] = {
+        "keep_terms": command.keep_terms,
+        "shard_images": command.images_a_shard,
+        "strict": command.strict,
+        "on_image": on_image,
+    }
+    if command.tiling is not None:
+        return TiledDecomposeWork(command.load_exact(), config, command.tiling, **common)
+    return DecomposeWork(command.load_exact(), config, profile=command.profile, **common)
 
 
 def inspect(command: Inspect, console: Console) -> tuple[int, dict[str, Any]]:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt extract`; the exit code is 0 if every image is in the store, 2 if some could not be read."""
     layers = command.layer[:-1]
-    config = ExtractConfig(command.precision, command.batch, command.shard_images, command.workers, layers)
+    config = ExtractConfig(
+        command.precision, command.batch, command.images_a_shard, command.workers, layers, command.tiling
+    )
     check_upsample(command.upsample, command.ray)
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)

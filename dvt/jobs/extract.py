@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.backbones.layers import choose_layers, layer_term
+from dvt.backbones.tiles import Tiling
 from dvt.devices import autocast
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.jobs.ahead import ahead, reading_threads
@@ -39,8 +40,8 @@ _AHEAD = 2  # batches decoded while one is in the backbone; with a single one, a
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Hold the settings of an extraction. `dtype` and `layers` belong to the store's job; the others change speed
-    and memory.
+    """Hold the settings of an extraction. `dtype`, `layers` and `tiling` belong to the store's job; the others change
+    speed and memory.
 
     Args:
         dtype: dtype of the forward pass, by autocast; "auto" calls :func:`dvt.backbones.choose_precision`. Tokens are
@@ -57,6 +58,7 @@ class ExtractConfig:
     shard_images: int = 64
     workers: int | None = None
     layers: tuple[int, ...] = ()
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -118,6 +120,8 @@ def extract_job(backbone: Backbone, config: ExtractConfig, denoiser: TokenMap | 
     settings: dict[str, Any] = {"verb": "extract", "dtype": choose_precision(backbone, config.dtype)}
     if len(layers := _layers(backbone, config)) > 1:
         settings["layers"] = list(layers)
+    if config.tiling is not None:
+        settings["tiling"] = asdict(config.tiling)
     if denoiser is not None:
         settings["denoiser"] = denoiser.identity
     return Job.of(backbone, settings)
@@ -150,6 +154,7 @@ class ExtractWork(Work):
             shard_images=config.shard_images,
             threads=config.threads,
             strict=strict,
+            tiling=config.tiling,
         )
         self.config, self.denoiser, self.on_image = config, denoiser, on_image
         self.layers = _layers(backbone, config)
@@ -158,9 +163,9 @@ class ExtractWork(Work):
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
     ) -> Generator[ShardResult, None, None]:
         """Compute shards, while the images of the next ones are decoded."""
-        start = time.perf_counter()
+        start, images = time.perf_counter(), self.config.batch if self.tiling is None else 1
         with reading_threads(self.threads) as readers:
-            for task, loaded, launched in self._launched(_tasks(shards, self.config.batch), readers):
+            for task, loaded, launched in self._launched(_tasks(shards, images), readers):
                 task.made.records += self._records(task, loaded, launched, tick)
                 task.made.profile.add(loaded.profile)
                 if launched is not None:
@@ -200,13 +205,13 @@ class ExtractWork(Work):
         )
 
     def _prepare(self, pixels: Tensor, entry: ImageEntry) -> Tensor:
-        return resize(pixels, self.backbone.input_size((pixels.shape[1], pixels.shape[2])))
+        return resize(pixels, self.input_size((pixels.shape[1], pixels.shape[2])))
 
     def _launch(self, images: Tensor) -> _Launched:
         device = self.backbone.device
         timer = StageTimer(device)
         timer.mark()
-        wide = in_halves(self._maps, images.to(device, non_blocking=True))
+        wide = self._computed(images) if self.tiling is None else self._tiled(images[0], self.tiling)
         timer.mark("backbone")
         narrow = {name: values.half() for name, values in wide.items()}
         fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
@@ -222,6 +227,13 @@ class ExtractWork(Work):
             timer,
             torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
         )
+
+    def _computed(self, images: Tensor) -> dict[str, Tensor]:
+        return in_halves(self._maps, images.to(self.backbone.device, non_blocking=True))
+
+    def _tiled(self, image: Tensor, tiling: Tiling) -> dict[str, Tensor]:
+        found = tiling.blended(self.backbone, image, self._computed, self.config.batch)
+        return {name: values[None] for name, values in found.items()}
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> dict[str, Tensor]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dvt.backbones import Backbone
+from dvt.backbones.tiles import Tiling
 from dvt.errors import ImageError, NonFiniteError
+from dvt.grids import Size
 from dvt.images import size_and_sha256
 from dvt.jobs.intake import Intake
 from dvt.jobs.profile import Profile
@@ -98,6 +100,7 @@ class Work(ABC):
         threads: number of threads that read files.
         strict: raise on an image that cannot be used, instead of reporting it.
         reduction: computes the array that images of a grid shape share, if any; `make` gets it with each shard.
+        tiling: reads images in windows; None reads each in one piece.
     """
 
     def __init__(
@@ -109,10 +112,15 @@ class Work(ABC):
         threads: int,
         strict: bool = False,
         reduction: Reduction | None = None,
+        tiling: Tiling | None = None,
     ):
         self.backbone, self.job = backbone, job
         self.shard_images, self.threads, self.strict = shard_images, threads, strict
-        self.reduction = reduction
+        self.reduction, self.tiling = reduction, tiling
+
+    def input_size(self, size: Size) -> Size:
+        """Find the size (H, W) to which an image is resized."""
+        return self.backbone.input_size(size) if self.tiling is None else self.tiling.input_size(self.backbone, size)
 
     def index_image(self, path: str | Path) -> ImageEntry:
         """Find an image's hash and grid shape from its file's bytes and header.
@@ -121,7 +129,7 @@ class Work(ABC):
             ImageError: the image cannot be read, or is too large.
         """
         size, sha256 = size_and_sha256(path)
-        return ImageEntry(str(path), sha256, self.backbone.grid(self.backbone.input_size(size)))
+        return ImageEntry(str(path), sha256, self.backbone.grid(self.input_size(size)))
 
     @abstractmethod
     def make(

@@ -145,16 +145,25 @@ def test_a_disk_without_room_for_one_more_file(jobs, tmp_path, dvt_command, resu
     assert result(disk) == result(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("name", ["report", *(pytest.param(name, marks=SLOW) for name in ("export", "store export"))])
+SINGLE = ("export", "export to ONNX", "store export", "prior sample")
+
+
+@pytest.mark.parametrize("name", ["report", *(pytest.param(name, marks=SLOW) for name in SINGLE)])
 def test_single_files_on_a_full_disk(
     name, jobs, tmp_path, dvt_command, backbone_options, small_disk, remount, leftovers
 ):
     """What is written at the end: the old file stays, or there is none, and the command can be run again."""
-    dvt_command(jobs["analyze" if name == "report" else "extract"](tmp_path))
+    if name == "export to ONNX":
+        pytest.importorskip("onnxscript")
+    makes = {"report": "analyze", "store export": "extract", "prior sample": "prior train"}
+    if name in makes:
+        dvt_command(jobs[makes[name]](tmp_path))
     disk = small_disk(tmp_path / "disk", "size=8k")
     command, out = {
         "report": (["report", tmp_path / "analysis", "--out", disk / "page.html"], disk / "page.html"),
         "export": (["export", *backbone_options, "--out", disk / "tiny.pt2"], disk / "tiny.pt2"),
+        "export to ONNX": (["export", *backbone_options, "--out", disk / "tiny.onnx"], disk / "tiny.onnx"),
+        "prior sample": (["prior", "sample", tmp_path / "run", "--out", disk / "grid.png"], disk / "grid.png"),
         "store export": (["store", "export", tmp_path / "store", "--out", disk / "npy"], disk / "npy" / "index.json"),
     }[name]
     explained(dvt_command(command, expect=None), str(disk))

@@ -92,6 +92,11 @@ class BackboneOptions(Options):
         """The block whose tokens are the backbone's; the last one where several are given."""
         return self.layer
 
+    @property
+    def input_side(self) -> int | None:
+        """The shorter side of the model's own input; `size`, unless images are read in windows."""
+        return self.size
+
     def load(self, other: str | None = None) -> Backbone:
         """Load the backbone onto its device; or `other`, with the hub's weights and otherwise the same options."""
         from dvt.backbones import in_precision
@@ -114,11 +119,11 @@ class BackboneOptions(Options):
                 pretrained=not random,
                 layer=self.own_layer,
                 stride=self.stride,
-                size=self.size,
+                size=self.input_side,
             )
-        if self.size is not None and self.size not in backbone.image_size:
-            taken = " x ".join(map(str, backbone.image_size))
-            log.warning("size %d is not a multiple of the patch: %s takes %s instead", self.size, backbone.name, taken)
+        if self.input_side is not None and self.input_side not in backbone.image_size:
+            side, taken = self.input_side, " x ".join(map(str, backbone.image_size))
+            log.warning("size %d is not a multiple of the patch: %s takes %s instead", side, backbone.name, taken)
         return backbone.to(find_device(self.device))
 
 

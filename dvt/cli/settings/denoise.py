@@ -43,8 +43,9 @@ class Denoise(JobOptions):
     """Seed of the views and the solver."""
     batch: int = 16
     """Views per forward pass."""
-    shard_images: int = 16
-    """Images per shard; a killed run loses at most the shards being computed and the one being written."""
+    shard_images: int | None = None
+    """Images per shard, by default 16, or 4 with --tile; a killed run loses at most the shards being computed and the
+    one being written."""
     solve_images: int | None = None
     """Number of images solved together; by default 8 on a GPU, 1 on a CPU."""
     overlap: Literal["auto", "on", "off"] = "auto"
@@ -53,6 +54,11 @@ class Denoise(JobOptions):
     """Settings of the linear solver."""
     neural: NeuralConfig = field(default_factory=NeuralConfig)
     """Settings of the neural solver."""
+
+    @property
+    def images_a_shard(self) -> int:
+        """The number of images per shard; a shard of large images is held in memory, too."""
+        return self.shard_images if self.shard_images is not None else 16 if self.tile is None else 4
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,19 @@ class Extract(LayersOptions, JobOptions):
 
     batch: int = 32
     """Images per forward pass."""
-    shard_images: int = 64
-    """Images per shard; a killed run loses at most the shard being computed and the one being written."""
+    shard_images: int | None = None
+    """Images per shard, by default 64, or 4 with --tile; a killed run loses at most the shard being computed and the
+    one being written."""
     workers: int | None = None
     """Threads that read and decode images; by default the number of the processor's cores, at most 16."""
     upsample: int = 1
     """Also write the denoised features, or without a denoiser the raw ones, upsampled by this factor, guided by the
     image, to OUT/upsampled."""
+
+    @property
+    def images_a_shard(self) -> int:
+        """The number of images per shard; a shard of large images is held in memory, too."""
+        return self.shard_images if self.shard_images is not None else 64 if self.tile is None else 4
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
 from dvt.cli.settings.common import BackboneOptions, Remade
+
+if TYPE_CHECKING:
+    from dvt.backbones.tiles import Tiling
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,9 @@ class JobOptions(BackboneOptions, Remade):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="auto", kw_only=True)
     """Precision of the backbone's forward pass. "auto" takes bfloat16 if the device is fast in it and a photograph's
     tokens change by at most half a percent, else float32; with --ray always float32, because workers may differ."""
+    tile: int | None = dataclasses.field(default=None, kw_only=True)
+    """Read each image in overlapping windows of this many pixels, blended; --size is then the image's shorter side, by
+    default its own."""
     strict: bool = dataclasses.field(default=False, kw_only=True)
     """Stop at the first image that cannot be read."""
     wait: bool = dataclasses.field(default=True, kw_only=True)
@@ -39,3 +45,14 @@ class JobOptions(BackboneOptions, Remade):
     def precision(self) -> Literal["auto", "float32", "bfloat16", "float16"]:
         """The precision to ask for, which is the same on every worker."""
         return "float32" if self.dtype == "auto" and self.ray is not None else self.dtype
+
+    @property
+    def input_side(self) -> int | None:
+        return self.size if self.tile is None else self.tile
+
+    @property
+    def tiling(self) -> Tiling | None:
+        """How images are read in windows; None if each is read in one piece."""
+        from dvt.backbones.tiles import Tiling
+
+        return None if self.tile is None else Tiling(self.size)
