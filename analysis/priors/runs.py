@@ -206,7 +206,9 @@ def _card(
     return card if space is None else card | {"tower": space.identity}
 
 
-def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float) -> dict[str, Any]:
+def _summary(
+    done: Trained, prior: Prior, out: Path, training: int, held_out: int, seconds: float, left_out: int
+) -> dict[str, Any]:
     """Make the report of `train_prior`."""
     last = done.history[-1]
     return {
@@ -220,6 +222,7 @@ def _summary(done: Trained, prior: Prior, out: Path, training: int, held_out: in
         "seconds": seconds,
         "out": str(out / "prior.safetensors"),
         "samples": str(_picture(out, done.checkpoint)),
+        "left_out": left_out,
     }
 
 

@@ -19,7 +19,7 @@ class BackboneTraining:
 
     Args:
         teacher: "denoiser", the frozen backbone followed by a denoiser, or "views", the mean of the frozen backbone's
-            tokens over shifted and mirrored views.
+            tokens over shifted and mirrored views; for a student of another model also "raw", its tokens as they are.
         views: number of shifted views per image, for the teacher "views"; every other one is mirrored.
         shift: largest shift of a view, as a share of the input's side, in (0, 1]. Artifacts finer than this are
             averaged out; at 1 every patch is seen equally often at all positions, so no artifact of position remains,
@@ -38,7 +38,7 @@ class BackboneTraining:
         ConfigError: a value is outside its range.
     """
 
-    teacher: Literal["denoiser", "views"] = "denoiser"
+    teacher: Literal["denoiser", "views", "raw"] = "denoiser"
     views: int = 10
     shift: float = 0.5
     registers: int = 0
@@ -50,8 +50,8 @@ class BackboneTraining:
     loop: TrainingConfig = _BACKBONE_LOOP
 
     def __post_init__(self) -> None:
-        if self.teacher not in ("denoiser", "views"):
-            raise ConfigError(f"there is no teacher {self.teacher!r}; it must be 'denoiser' or 'views'")
+        if self.teacher not in ("denoiser", "views", "raw"):
+            raise ConfigError(f"there is no teacher {self.teacher!r}; it must be 'denoiser', 'views' or 'raw'")
         if self.views < 1:
             raise ConfigError(f"views must be at least 1, got {self.views}")
         if self.registers < 0:

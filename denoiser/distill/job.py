@@ -70,30 +70,26 @@ def distill_backbone(
         NonFiniteError: the loss is not finite.
     """
     config, out, started = config or BackboneTraining(), Path(out), time.perf_counter()
-    _check(backbone, out, config, denoiser)
-    found = readable(images, size_and_sha256)
-    paths, sha256s = [Path(images[i]) for i in found], [sha256 for _, sha256 in found.values()]
-    if len(set(sha256s)) < 2:
-        raise ImageError(
-            f"{len(paths)} files hold {len(set(sha256s))} different image; distillation needs at least 2, one of them "
-            "held out for validation, and many more to be of use"
-        )
-    chosen, held = split(sha256s, config.validation, config.loop.seed)
+    check_distilled(backbone, out, config, denoiser)
+    learnt, held, digest = image_sides(images, config)
     student = Student(backbone, config.registers, seeded(config.loop.seed))
     canvas = Canvas.of(backbone, config.shift if config.teacher == "views" else 0.0)
     teacher = make_teacher(backbone, canvas, denoiser)
-    settings = _settings(backbone, config, denoiser, [sha256s[i] for i in chosen], [sha256s[i] for i in held])
+    settings = run_settings(backbone, config, denoiser, digest)
 
     def validate(model: nn.Module) -> dict[str, dict[str, float]]:
-        return evaluate_student(model, teacher, canvas, held_out_batches([paths[i] for i in held], canvas, config))
+        return evaluate_student(model, teacher, canvas, held_out_batches(held, canvas, config))
 
-    done = _train(student, teacher, [paths[i] for i in chosen], canvas, config, out, validate, settings, progress)
+    groups = layer_groups(
+        student.backbone.model, config.layer_decay, config.loop.weight_decay, config.registers > 0, backbone.layer
+    )
+    done = train_student(student, groups, teacher, learnt, canvas, config, out, validate, settings, progress)
     scores = validate(student)
     report: dict[str, Any] = {
         "teacher": config.teacher,
         "registers": config.registers,
-        "images": len(paths),
-        "training": len(chosen),
+        "images": len(learnt) + len(held),
+        "training": len(learnt),
         "held_out": len(held),
         "parameters": sum(p.numel() for p in student.parameters()),
         "steps": done.step,
@@ -108,7 +104,28 @@ def distill_backbone(
     return report
 
 
-def _check(backbone: Backbone, out: Path, config: BackboneTraining, denoiser: Denoiser | None) -> None:
+def image_sides(images: Sequence[str | Path], config: BackboneTraining) -> tuple[list[Path], list[Path], str]:
+    """Split images into those to learn from and those held out; the third value identifies both.
+
+    Raises:
+        ImageError: there are fewer than two different images; an unreadable image is left out and logged.
+    """
+    found = readable(images, size_and_sha256)
+    paths, sha256s = [Path(images[i]) for i in found], [sha256 for _, sha256 in found.values()]
+    if len(set(sha256s)) < 2:
+        raise ImageError(
+            f"{len(paths)} files hold {len(set(sha256s))} different image; distillation needs at least 2, one of them "
+            "held out for validation, and many more to be of use"
+        )
+    sides = split(sha256s, config.validation, config.loop.seed)
+    learnt, held = ([paths[i] for i in side] for side in sides)
+    return learnt, held, sides_digest(*([sha256s[i] for i in side] for side in sides))
+
+
+def check_distilled(
+    backbone: Backbone, out: Path, config: BackboneTraining, denoiser: Denoiser | None, other: bool = False
+) -> None:
+    """Check the arguments of a distillation before anything is computed; `other`: the student is another model."""
     if out.suffix != ".safetensors":
         raise ConfigError(f"a backbone is written to a .safetensors file, got {str(out)!r}")
     if backbone.num_layers is None or not hasattr(families.core(backbone.model), "blocks"):
@@ -116,15 +133,21 @@ def _check(backbone: Backbone, out: Path, config: BackboneTraining, denoiser: De
             f"{backbone.name} is a wrapped model, whose parameters and layers are not timm's. Distill a backbone from "
             "dvt.load_backbone"
         )
-    if (denoiser is None) != (config.teacher == "views"):
+    if config.teacher == "raw" and not other:
+        raise ConfigError("the teacher 'raw' is for a student of another model; a backbone has its own tokens already")
+    if (denoiser is None) != (config.teacher != "denoiser"):
         needs = "needs a denoiser" if denoiser is None else "uses no denoiser, but one was given"
-        raise ConfigError(f"the teacher {config.teacher!r} {needs}; choose the teacher 'denoiser' with one, or 'views'")
+        others = "'views' or 'raw'" if other else "'views'"
+        raise ConfigError(
+            f"the teacher {config.teacher!r} {needs}; choose the teacher 'denoiser' with one, or {others}"
+        )
     if denoiser is not None:
         denoiser.check_fits(backbone)
 
 
-def _train(
+def train_student(
     student: Student,
+    groups: list[dict[str, Any]],
     teacher: Teacher,
     paths: Sequence[Path],
     canvas: Canvas,
@@ -134,15 +157,15 @@ def _train(
     settings: Mapping[str, Any],
     progress: Progress | None,
 ) -> Trained:
-    model: Any = student.backbone.model
+    """Train a student, in the run's folder beside `out`; `groups` are its parameters with their learning rates."""
     if config.grad_checkpointing:
-        _save_memory(model)
+        _save_memory(student.backbone.model)
     loss = partial(distillation_loss, teacher=teacher, canvas=canvas, prefix_weight=config.prefix_weight)
 
     def row(model: nn.Module) -> dict[str, float]:
         scores = validate(model)
-        beside = {f"no_op_{name}": scores["no_op"][name] for name in ("loss", "cosine")}
-        return {**{f"validation_{name}": value for name, value in scores["student"].items()}, **beside}
+        found = {f"validation_{name}": value for name, value in scores["student"].items()}
+        return found | {f"no_op_{name}": scores["no_op"][name] for name in ("loss", "cosine") if "no_op" in scores}
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "images") as threads:
         return train(
@@ -151,9 +174,7 @@ def _train(
             canvas_batches(paths, canvas, config, threads),
             config.loop,
             out.with_suffix(".run"),
-            groups=layer_groups(
-                model, config.layer_decay, config.loop.weight_decay, config.registers > 0, student.backbone.layer
-            ),
+            groups=groups,
             validate=row,
             progress=progress,
             settings=settings,
@@ -173,9 +194,10 @@ def _save_memory(model: nn.Module) -> None:
 _SETTINGS = ("teacher", "views", "shift", "registers", "prefix_weight", "layer_decay", "scale")
 
 
-def _settings(
-    backbone: Backbone, config: BackboneTraining, denoiser: Denoiser | None, chosen: list[str], held: list[str]
+def run_settings(
+    backbone: Backbone, config: BackboneTraining, denoiser: Denoiser | None, images: str
 ) -> dict[str, Any]:
+    """List what a run that is continued must agree in; `images` is the digest of :func:`image_sides`."""
     return {
         **{name: getattr(config, name) for name in _SETTINGS},
         "backbone": backbone.weights_sha256,
@@ -184,5 +206,5 @@ def _settings(
         "size": backbone.image_size,
         **backbone.precision_setting,
         "denoiser": None if denoiser is None else f"{weights_sha256(denoiser)} at strength {denoiser.strength}",
-        "images": sides_digest(chosen, held),
+        "images": images,
     }

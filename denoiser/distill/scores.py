@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.backbones import Backbone
 from dvt.denoiser.distill.shifted import Canvas, view_mean
 from dvt.denoiser.model import Denoiser
@@ -18,11 +19,17 @@ from dvt.tokens import Tokens
 Teacher = Callable[[Tensor, Tensor], tuple[Tensor, Tokens]]
 
 
-def make_teacher(backbone: Backbone, canvas: Canvas, denoiser: Denoiser | None = None) -> Teacher:
-    """Make a teacher: the denoiser after the frozen backbone, or without a denoiser the mean over views."""
+def make_teacher(backbone: Backbone, canvas: Canvas, denoiser: Denoiser | None = None, raw: bool = False) -> Teacher:
+    """Make a teacher: the denoiser after the frozen backbone, or without a denoiser the mean over views.
+
+    `raw` takes the backbone's tokens as they are.
+    """
 
     def teach(canvases: Tensor, shifts: Tensor) -> tuple[Tensor, Tokens]:
         backbone.to(canvases.device)  # in a run of several processes, accelerate chooses each one's device
+        if raw:
+            own = backbone(canvas.middle(canvases))
+            return own.patches, own
         if denoiser is None:
             return view_mean(backbone, canvas, canvases, shifts)
         with torch.no_grad():
@@ -44,16 +51,18 @@ def compare(found: Tokens, target: Tensor, own: Tokens, prefix_weight: float = 0
     """Compute MSE + (1 - cosine) to the teacher's patch tokens, plus `prefix_weight` times that of the prefix tokens.
 
     Args:
-        found: the student's tokens; registers that were added to the student are not compared.
-        target: (B, h, w, C).
+        found: the student's tokens; registers that were added to the student are not compared, and a student of
+            another model has no prefix tokens here.
+        target: (B, h, w, C), resampled to the student's grid.
         own: the original backbone's tokens.
         prefix_weight: at least 0.
 
     Returns:
         "loss", "mse", "cosine", and "prefix_cosine" if the original has prefix tokens.
     """
-    terms = reconstruction(found.patches.float(), target.float())
-    if count := own.prefix.shape[1]:
+    terms = reconstruction(found.patches.float(), grids.resample(target.float(), found.grid))
+    count = own.prefix.shape[1]
+    if count and found.prefix.shape[1]:
         kept = reconstruction(found.prefix[:, :count].float(), own.prefix.float())
         terms |= {"loss": terms["loss"] + prefix_weight * kept["loss"], "prefix_cosine": kept["cosine"]}
     return terms
@@ -66,14 +75,16 @@ def evaluate_student(
     """Average :func:`compare` over batches, without the prefix tokens' part of the loss.
 
     Returns:
-        The scores of "student", and of "no_op", the original backbone.
+        The scores of "student", and of "no_op", the original backbone, if the student is its copy.
     """
     device = next(student.parameters()).device
 
     def scored(batch: TrainingBatch) -> dict[str, dict[str, Tensor]]:
         images = batch["canvas"].to(device)
         target, own = teacher(images, batch["shifts"])
-        found = {"student": student(canvas.middle(images)), "no_op": own}
+        found = {"student": student(canvas.middle(images))}
+        if own.grid == found["student"].grid and found["student"].prefix.shape[1] >= own.prefix.shape[1]:
+            found["no_op"] = own
         return {name: compare(tokens, target, own) for name, tokens in found.items()}
 
     return mean_scores(scored(batch) for batch in batches)

@@ -33,6 +33,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
 def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt distill`; the exit code is 0 when the backbone is written."""
     from dvt.denoiser.distill.job import distill_backbone
+    from dvt.denoiser.distill.other import distill_student
 
     paths = find_images(command.images)
     settings = resolved(command, command="distill", images=paths)
@@ -43,9 +44,14 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
         begin_anew(command.out)
     with progress_bar(console) as progress:
         progress = keeping(progress, command.out, settings)
-        report = distill_backbone(backbone, paths, command.out, command.training, denoiser, progress)
+        common = (paths, command.out, command.training, denoiser, progress)
+        student = command.load_student()
+        if student is None:
+            report = distill_backbone(backbone, *common)
+        else:
+            report = distill_student(backbone, student, *common)
     keep_settings(command.out, settings)
-    _print_distillation(console, report, backbone.name)
+    _print_distillation(console, report, command.student or backbone.name)
     return 0, {**report, "settings": settings}
 
 
@@ -71,12 +77,14 @@ def export(command: Export, console: Console) -> tuple[int, dict[str, Any]]:
 
 def _print_distillation(console: Console, report: dict[str, Any], backbone: str) -> None:
     table = Table("held-out images", "MSE + 1 - cosine", "MSE", "cosine to the teacher", "prefix to the original")
-    for name, scores in {"no op": report["baselines"]["no_op"], "distilled": report["validation"]}.items():
-        table.add_row(name, *(f"{scores[key]:.4f}" if key in scores else "-" for key in _SCORES))
+    for name, scores in {**report["baselines"], "distilled": report["validation"]}.items():
+        table.add_row(name.replace("_", " "), *(f"{scores[key]:.4f}" if key in scores else "-" for key in _SCORES))
     console.print(table)
     counts = f"{report['training']} images to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
     out = shown(report["out"])
+    if "projection" in report:
+        console.print(f"projection to the teacher's tokens: {shown(report['projection'])}")
     console.print(f"backbone: {out}; give it to any command with --backbone {shown(backbone)} --weights {out}")
 
 

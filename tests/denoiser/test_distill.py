@@ -16,9 +16,10 @@ from dvt.backbones import load_backbone, wrap
 from dvt.denoiser.config import DenoiserConfig
 from dvt.denoiser.distill.card import read_card
 from dvt.denoiser.distill.config import BackboneTraining
-from dvt.denoiser.distill.examples import canvas_batches
+from dvt.denoiser.distill.examples import canvas_batches, held_out_batches
 from dvt.denoiser.distill.job import distill_backbone
-from dvt.denoiser.distill.scores import compare, distillation_loss, evaluate_student
+from dvt.denoiser.distill.other import OtherStudent, distill_student, read_projection
+from dvt.denoiser.distill.scores import compare, distillation_loss, evaluate_student, make_teacher
 from dvt.denoiser.distill.shifted import Canvas, view_mean
 from dvt.denoiser.distill.student import Student, layer_groups, with_registers
 from dvt.denoiser.model import Denoiser
@@ -536,3 +537,59 @@ def test_a_file_without_a_card(backbone, tmp_path):
 def test_settings_outside_their_range(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         short(**changes)
+
+
+# -- another model as the student
+
+
+def test_another_model_learns_its_teacher_through_a_projection(backbone, denoiser, photos, tmp_path):
+    """Its grid is finer than the teacher's, its channels are others; clean tokens and raw ones."""
+    small = load_backbone("test_vit2", pretrained=False, size=96)
+    for kind, cleaner in {"denoiser": denoiser, "raw": None}.items():
+        out = tmp_path / f"{kind}.safetensors"
+        config = short(teacher=kind)
+        report = distill_student(backbone, small, photos, out, config, cleaner)
+        mean, start, reached = (*report["baselines"].values(), report["validation"])
+        assert reached["loss"] < 0.9 * start["loss"] and start["loss"] < mean["loss"]
+        assert report["grid"] == small.grid((96, 96)) != backbone.grid((SIZE, SIZE)) and "prefix_cosine" not in reached
+        loaded, card = load_backbone("test_vit2", weights=out, size=96), read_card(out)
+        assert loaded.weights_sha256 == card["weights_sha256"] != small.weights_sha256
+        assert card["name"] == "test_vit2" and card["teacher"]["weights_sha256"] == backbone.weights_sha256
+        projection = read_projection(report["projection"])
+        assert projection(loaded(torch.rand(1, 3, 96, 96)).patches).shape == (1, *report["grid"], 64)
+        json.dumps(report)
+    again = distill_student(backbone, small, photos, out, config)  # the finished run: the same result
+    assert again["validation"] == report["validation"]
+    with pytest.raises(ConfigError, match="other settings"):
+        distill_student(backbone, load_backbone("test_vit2", pretrained=False, size=64), photos, out, config)
+
+
+def test_the_first_projection_is_the_least_squares_one(backbone, photos):
+    """With the teacher itself as the student it is the identity."""
+    model, canvas = OtherStudent(backbone, 64), Canvas.of(backbone)
+    config = BackboneTraining(teacher="raw")
+    teacher = make_teacher(backbone, canvas, raw=True)
+    mean = model.fit(teacher, canvas, held_out_batches(photos, canvas, config))
+    image = next(iter(held_out_batches(photos, canvas, config)))["canvas"]
+    expected = backbone(canvas.middle(image)).patches
+    found = model(canvas.middle(image)).patches
+    assert (found - expected).norm() < 0.02 * (expected - mean).norm()
+
+
+def test_students_that_cannot_be_are_refused(backbone, denoiser, photos, tmp_path):
+    out, small = tmp_path / "s.safetensors", load_backbone("test_vit2", pretrained=False)
+    with pytest.raises(
+        ConfigError, match="needs a denoiser; choose the teacher 'denoiser' with one, or 'views' or 'raw'"
+    ):
+        distill_student(backbone, small, photos, out)
+    with pytest.raises(ConfigError, match="for a student of another model"):
+        distill_backbone(backbone, photos, out, short(teacher="raw"))
+    with pytest.raises(ConfigError, match="choose a student that has them"):
+        distill_student(backbone, small, photos, out, short(teacher="raw", registers=2))
+    wrapped = wrap(nn.Conv2d(3, 8, 16, 16), lambda m, x: Tokens.of(m(x).movedim(1, -1)), patch_size=16, image_size=64)
+    with pytest.raises(BackboneError, match=r"the student .* is no timm model"):
+        distill_student(backbone, wrapped, photos, out, short(teacher="raw"))
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    with pytest.raises(WeightsError, match="cannot read a projection"):
+        read_projection(tmp_path / "no.safetensors")
+    assert not out.exists()

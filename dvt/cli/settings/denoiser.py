@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from dvt.cli.settings.common import DenoiserOptions, Options, Remade
+from dvt.cli.settings.common import BackboneOptions, DenoiserOptions, Options, Remade
 from dvt.denoiser.config import DenoiserTraining
 from dvt.denoiser.distill.config import BackboneTraining
+from dvt.errors import ConfigError
 from dvt.training.config import TrainingConfig
+
+if TYPE_CHECKING:
+    from dvt.backbones import Backbone
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,8 @@ class Train(Options, Remade):
 
 @dataclass(frozen=True)
 class Distill(DenoiserOptions, Remade):
-    """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean.
+    """Fine-tune a whole backbone to its denoiser's output (or --teacher views), so that its own tokens are clean; or,
+    with --student, another model to its clean or raw tokens.
 
     Run the same command again to continue an interrupted run. `accelerate launch --module dvt.cli distill ...` uses
     several GPUs.
@@ -58,8 +63,23 @@ class Distill(DenoiserOptions, Remade):
     """Files, folders (searched recursively), globs, or a .txt list of paths; no labels are needed."""
     out: Path
     """The .safetensors file to write; checkpoints and log.csv go beside it, to NAME.run."""
+    student: str | None = None
+    """Name of another timm model that learns the tokens, through a projection; by default a copy of the backbone."""
+    student_weights: str | None = None
+    """The student's weights to start from: a file, "random", or by default the hub's."""
+    student_size: int | None = None
+    """Shorter side of the student's input in pixels; by default the model's own."""
     training: Annotated[BackboneFlags, tyro.conf.arg(name="")] = field(default_factory=BackboneFlags)
     """Settings of the training."""
+
+    def load_student(self) -> Backbone | None:
+        """Load the student onto the device; None without --student."""
+        if self.student is None:
+            if self.student_weights is not None or self.student_size is not None:
+                raise ConfigError("--student-weights and --student-size describe a --student, which is missing")
+            return None
+        options = {"backbone": self.student, "weights": self.student_weights, "size": self.student_size}
+        return BackboneOptions(**options, device=self.device).load_exact()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
