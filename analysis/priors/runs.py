@@ -158,8 +158,7 @@ def train_prior(
     )
     if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
         on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it
-    report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started)
-    report |= {"left_out": len(tokens.skipped)}
+    report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started, len(tokens.skipped))
     prior.card["metrics"] = {name: report[name] for name in ("steps", "loss", "held_out_loss")}
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first
         prior.save(out / "prior.safetensors")

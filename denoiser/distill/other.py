@@ -103,19 +103,14 @@ def distill_student(
         As :func:`~dvt.denoiser.distill.job.distill_backbone`.
     """
     config, out, started = config or BackboneTraining(), Path(out), time.perf_counter()
-    check_distilled(backbone, out, config, denoiser, other=True)
-    if student.num_layers is None or not hasattr(families.core(student.model), "blocks"):
-        raise BackboneError(f"the student {student.name} is no timm model with blocks; take one from dvt.load_backbone")
-    if config.registers:
-        raise ConfigError("registers are added to a copy of the backbone; choose a student that has them")
+    _check(backbone, student, out, config, denoiser)
     learnt, held, digest = image_sides(images, config)
     canvas = Canvas.of(backbone, config.shift if config.teacher == "views" else 0.0)
     teacher = make_teacher(backbone, canvas, denoiser, raw=config.teacher == "raw")
     model = OtherStudent(student, backbone.feature_dim)
     mean = model.fit(teacher, canvas, held_out_batches(learnt[:_FITTED], canvas, config))
-    settings = run_settings(backbone, config, denoiser, digest) | {
-        "student": student.name, "student_weights": student.weights_sha256, "student_size": student.image_size,
-    }  # fmt: skip
+    about = {"student": student.name, "student_weights": student.weights_sha256, "student_size": student.image_size}
+    settings = run_settings(backbone, config, denoiser, digest) | about
 
     def validate(network: nn.Module) -> dict[str, dict[str, float]]:
         return evaluate_student(network, teacher, canvas, held_out_batches(held, canvas, config))
@@ -125,31 +120,33 @@ def distill_student(
     groups.append({"params": list(model.projection.parameters()), "lr_scale": 1.0})
     done = train_student(model, groups, teacher, learnt, canvas, config, out, validate, settings, progress)
     report = {
-        "teacher": config.teacher,
-        "student": student.name,
-        "grid": student.grid(student.image_size),
-        "images": len(learnt) + len(held),
-        "training": len(learnt),
-        "held_out": len(held),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "steps": done.step,
-        "checkpoint": str(done.checkpoint),
-        "validation": validate(model)["student"],
-        "baselines": baselines,
-        "seconds": time.perf_counter() - started,
-        "out": str(out),
-        "projection": str(projection_file(out)),
-    }
+        "teacher": config.teacher, "student": student.name, "grid": student.grid(student.image_size),
+        "images": len(learnt) + len(held), "training": len(learnt), "held_out": len(held),
+        "parameters": sum(p.numel() for p in model.parameters()), "steps": done.step,
+        "checkpoint": str(done.checkpoint), "validation": validate(model)["student"], "baselines": baselines,
+        "seconds": time.perf_counter() - started, "out": str(out), "projection": str(projection_file(out)),
+    }  # fmt: skip
     if is_first_process():
-        card = make_card(student, model.backbone, config, denoiser, report)
-        card["teacher"] = {"name": backbone.name, "weights_sha256": backbone.weights_sha256, "layer": backbone.layer}
-        save_state(
-            projection_file(out),
-            model.projection.state_dict(),
-            {"student": json.dumps(weights_sha256(model.backbone.model))},
-        )
-        save_with_card(model.backbone, out, card)
+        _save(model, out, make_card(student, model.backbone, config, denoiser, report), backbone)
     return report
+
+
+def _check(
+    backbone: Backbone, student: Backbone, out: Path, config: BackboneTraining, denoiser: Denoiser | None
+) -> None:
+    check_distilled(backbone, out, config, denoiser, other=True)
+    if student.num_layers is None or not hasattr(families.core(student.model), "blocks"):
+        raise BackboneError(f"the student {student.name} is no timm model with blocks; take one from dvt.load_backbone")
+    if config.registers:
+        raise ConfigError("registers are added to a copy of the backbone; choose a student that has them")
+
+
+def _save(model: OtherStudent, out: Path, card: dict[str, Any], teacher: Backbone) -> None:
+    """Write the projection, then the student."""
+    identity = {name: getattr(teacher, name) for name in ("name", "weights_sha256", "layer")}
+    about = {"student": json.dumps(model.backbone.weights_sha256)}
+    save_state(projection_file(out), model.projection.state_dict(), about)
+    save_with_card(model.backbone, out, {**card, "teacher": identity})
 
 
 class _Constant(nn.Module):

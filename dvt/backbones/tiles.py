@@ -113,7 +113,7 @@ class Tiling:
 
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:
-    """Spread windows evenly over a length, as few as overlap at least by a share of a side.
+    """List the starts of windows that spread evenly over a length, as few as overlap at least by a share of a side.
 
     >>> _starts(10, 4, 0.5), _starts(4, 4, 0.5), _starts(9, 4, 0)
     ([0, 2, 4, 6], [0], [0, 2, 5])

@@ -52,7 +52,7 @@ class JobOptions(BackboneOptions, Remade):
 
     @property
     def tiling(self) -> Tiling | None:
-        """How images are read in windows; None if each is read in one piece."""
+        """The windows in which images are read; None if each is read in one piece."""
         from dvt.backbones.tiles import Tiling
 
         return None if self.tile is None else Tiling(self.size)
