@@ -9,7 +9,7 @@ ARGS ?=
 # One thread a process: pytest runs two of them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: demo test test-all test-mmseg lint format types bench bench-check clean
+.PHONY: docs demo test test-all test-mmseg lint format types bench bench-check clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dvt demo
@@ -22,6 +22,10 @@ test-all: $(VENV)/.installed-test
 
 test-mmseg: $(MMSEG)/.installed
 	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/denoiser/test_mmseg.py $(ARGS)
+
+# The site, into build/site; a broken link or reference is an error.
+docs: $(VENV)/.installed-test
+	$(PY) -m mkdocs build --quiet
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check

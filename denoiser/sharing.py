@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from torch import Tensor, nn
 
 from dvt.backbones.hub import hub_or_cache, without_hub
 from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.denoiser.config import INSIDE, DenoiserConfig, check_strength
+from dvt.denoiser.model_card import model_card
 from dvt.denoiser.published import DISTILLED_HELP, published_denoiser, published_file
 from dvt.errors import BackboneError, ConfigError, WeightsError
 from dvt.files import similar, whole_file
 from dvt.schema import typed
 from dvt.showing import page_part, pca_colours, picture
-from dvt.text import markdown, visible
+from dvt.text import visible
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -219,44 +219,7 @@ class PretrainedDenoiser(nn.Module, ModelHubMixin):
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """Write the README.md of a folder or repository: what the denoiser is for, how to use it, and its card."""
-        backbone = str(self.card.get("backbone", "the backbone it was made for"))
-        data = ModelCardData(
-            library_name="denoising-vit",
-            pipeline_tag="image-feature-extraction",
-            tags=["denoising-vit", "vision-transformer", "dense-features"],
-            base_model=f"timm/{backbone}" if re.fullmatch(r"[\w-]+\.[\w.-]+", backbone, re.ASCII) else None,
-        )
-        rows = "\n".join(f"| {markdown(key)} | {markdown(_json(value))} |" for key, value in sorted(self.card.items()))
-        settings = _json(_description(self)["config"])
-        return ModelCard(
-            CARD.format(
-                data=data.to_yaml(), title=markdown(backbone), name=ascii(backbone), settings=settings, rows=rows
-            )
-        )
-
-
-CARD = """---
-{data}
----
-
-# Denoiser for {title}
-
-It takes the patch tokens of the backbone and gives them back without the artifacts that depend on their position.
-
-```python
-import dvt
-from dvt.denoiser import Denoiser
-
-backbone = dvt.load_backbone({name})
-clean = Denoiser.from_pretrained("this folder or repository").attach(backbone)
-```
-
-Settings: `{settings}`
-
-| card | |
-|---|---|
-{rows}
-"""
+        return model_card(self.card, _description(self)["config"])
 
 
 def _differences(card: Mapping[str, Any], backbone: Backbone) -> list[str]:

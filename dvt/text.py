@@ -114,7 +114,7 @@ def differing(theirs: Mapping[str, Any], mine: Mapping[str, Any], mine_are: str 
     >>> differing({"views": {"count": 12, "seed": 0}, "size": 224}, {"views": {"count": 6, "seed": 0}})
     'views.count 12 (you ask for 6), size 224 (you ask for none)'
     """
-    there, here = _flat(theirs), _flat(mine)
+    there, here = flat(theirs), flat(mine)
     changed = [name for name in there | here if there.get(name) != here.get(name) or (name in there) != (name in here)]
     had = (f"{name} {_brief(there[name])}" if name in there else f"no {name}" for name in changed)
     asked = (_brief(here[name]) if name in here else "none" for name in changed)
@@ -128,10 +128,11 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 90 else f"{text[:90]}..."
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """List nested values in one dictionary, by names such as "views.count"."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        found |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
+        found |= flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {before + name: value}
     return found
 
 

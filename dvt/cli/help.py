@@ -106,7 +106,7 @@ def markdown_page(commands: Mapping[str, Mapping[str, tuple[type, str]]]) -> str
 
 def _table(options: Iterable[Option]) -> str:
     rows = [f"| `{heading(each).replace('|', chr(92) + '|')}` | {_cell(sentence(each))} |" for each in options]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
+    return "\n".join(["| Option | Meaning |", "| --- | --- |", *rows])
 
 
 def _cell(text: str) -> str:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models.vision_transformer import Block
 
+import dvt
 from dvt.backbones import load_backbone
 from dvt.denoiser import PUBLISHED, Denoiser, DenoiserConfig, published_backbone_state, published_file
 from dvt.denoiser.config import DENOISER_KINDS
@@ -99,7 +100,7 @@ def test_a_folder_has_a_config_and_a_card_that_people_can_read(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["config"]["grid"] == [4, 5]
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model == "timm/vit_small_patch14_dinov2.lvd142m"
-    assert "10 photographs" in card.text and '"cosine": 0.9' in card.text
+    assert "10 photographs" in card.text and "| metrics.cosine | 0.9 |" in card.text and "{" not in card.text
     (tmp_path / "README.md").write_text("my own words")
     denoiser.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own words"
@@ -506,3 +507,25 @@ def test_a_file_of_other_types_is_refused(tmp_path, part, change):
     edited(path, **{part: about[part] | change})
     with pytest.raises(WeightsError, match=next(iter(change))):
         Denoiser.from_pretrained(path)
+
+
+def test_the_model_card_of_the_bundled_weights_loads_what_the_denoiser_accepts(tmp_path):
+    backbone = load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights())
+    denoiser = Denoiser(DenoiserConfig("subtract", 192, (14, 14)))
+    denoiser.card = {"backbone": backbone.name, "layer": -1, "weights_sha256": backbone.weights_sha256}
+    denoiser.card |= {"license": "cc-by-4.0", "dataset": "me/photographs", "data": {"images": 20, "held_out": 2}}
+    denoiser.save_pretrained(tmp_path / "folder")
+    card = ModelCard.load(tmp_path / "folder" / "README.md")
+    assert (card.data.license, card.data.datasets) == ("cc-by-4.0", "me/photographs")
+    assert "20 images, 2 of them held out" in card.text
+    code = (
+        card.text.partition("```python\n")[2]
+        .partition("```")[0]
+        .replace("this folder or repository", str(tmp_path / "folder"))
+    )
+    exec(code, names := {})  # its own check of the weights accepts what it names
+    assert names["clean"] is not None
+    denoiser.card = {"backbone": "vit_tiny_patch16_224", "weights_sha256": "f" * 64}
+    assert "ffffffffffff..." in str(denoiser.generate_model_card()) and "not stated" in str(
+        denoiser.generate_model_card()
+    )
