@@ -47,7 +47,7 @@ def test_the_tutorials_training_loop_runs_and_uses_clean_tokens(tmp_path, monkey
     names = {}
     exec(small, names)
     model, clean = names["model"], names["clean"]
-    assert type(clean) is type(model) is timm.models.VisionTransformer and names["loss"].isfinite()
+    assert isinstance(clean, timm.models.VisionTransformer) and names["loss"].isfinite()
     images = torch.rand(1, 3, 160, 160)
     raw = model.forward_features(images)[:, 1:].unflatten(1, (10, 10))
     wanted = names["denoiser"](raw).permute(0, 3, 1, 2)
