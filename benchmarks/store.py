@@ -1,7 +1,12 @@
-"""Reading a feature store beside other formats: items and batches a second, warm, in random order.
+"""Reading and writing a feature store beside other formats.
 
-python benchmarks/store.py                                   2,000 maps of 14 x 14 x 384 in half precision
+python benchmarks/store.py                                   2,000 maps of 14 x 14 x 384 in half precision, read
 python benchmarks/store.py --maps 200 --rounds 2             a small one
+python benchmarks/store.py --writing --grid 37 37 --channels 768 --maps 32
+
+Reading: items and batches a second, warm, in random order. Writing: MB a second into one shard, of wall-clock and of
+processor time, beside plain h5py (with and without the checksum), beside the bytes alone (what the disk takes), and
+beside HDF5's own filter into memory and from there to the disk, which is what this package did at first.
 
 Each way reads all maps in one order, and the ways take turns. Rates are those of the quickest round, because other
 programs on the machine can only slow it down; ratios are medians over the rounds. The store checks the checksum of all
@@ -12,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import statistics
 import tempfile
@@ -19,12 +25,14 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, default_collate
 
+from dvt.files import sync_path, write_whole
 from dvt.store import FeatureStore, Job, Record, StoreWriter
 from dvt.store.tools import export_store
 from tables import described_machine, table
@@ -113,6 +121,82 @@ def ways(folder: Path, order: list[int], batch: int) -> dict[str, Callable[[], N
     }
 
 
+def writers(folder: Path, maps: int, grid: tuple[int, int], channels: int) -> dict[str, Callable[[], None]]:
+    """What is compared: each writes the same maps, as one file, synced to the disk."""
+    rng = np.random.default_rng(0)
+    values = [rng.standard_normal((*grid, channels), dtype=np.float32).astype(np.float16) for _ in range(maps)]
+    names = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(maps)]
+    records = [
+        Record(f"{i:08}.jpg", name, (224, 224), {"raw": torch.from_numpy(each)})
+        for i, (name, each) in enumerate(zip(names, values, strict=True))
+    ]
+    writer = StoreWriter(folder / "store", Job("random", "0" * 64)).__enter__()
+    rows = grid[0] * grid[1]
+    content = b"".join(each.tobytes() for each in values)
+
+    def plain(target: str | io.BytesIO, checksum: bool) -> None:
+        with h5py.File(target, "w", libver=("v110", "v110")) as file:
+            data = file.create_dataset(
+                "raw", (maps * rows, channels), np.float16, chunks=(rows, channels), fletcher32=checksum
+            )
+            for i, each in enumerate(values):
+                data[i * rows : (i + 1) * rows] = each.reshape(-1, channels)
+
+    def synced(name: str, checksum: bool) -> None:
+        plain(str(folder / name), checksum)
+        sync_path(folder / name)
+
+    def in_memory() -> None:
+        kept = io.BytesIO()
+        plain(kept, True)
+        write_whole(folder / "memory.h5", kept.getvalue())
+
+    return {
+        "StoreWriter": lambda: drain([writer.write("shard", records)]),
+        "HDF5's filter, memory, disk": in_memory,
+        "h5py, fletcher32": lambda: synced("checked.h5", True),
+        "h5py, no checksum": lambda: synced("plain.h5", False),
+        "the bytes alone": lambda: write_whole(folder / "bytes", content),
+    }
+
+
+def measure_writing(options: argparse.Namespace) -> dict[str, object]:
+    """Let the ways take turns; rates are medians over the rounds, ratios medians of those of each round."""
+    wall: dict[str, list[float]] = {}
+    processor: dict[str, list[float]] = {}
+    megabytes = options.maps * options.grid[0] * options.grid[1] * options.channels * 2 / 1e6
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        compared = writers(Path(name), options.maps, tuple(options.grid), options.channels)
+        for number in range(options.rounds + 1):
+            for way, run in compared.items():
+                start = time.perf_counter(), time.process_time()
+                run()
+                if number:  # the first round warms up
+                    wall.setdefault(way, []).append(megabytes / (time.perf_counter() - start[0]))
+                    processor.setdefault(way, []).append(megabytes / (time.process_time() - start[1]))
+    middle = {way: (statistics.median(wall[way]), statistics.median(processor[way])) for way in wall}
+    table(
+        f"{megabytes:.0f} MB in one file, synced",
+        [
+            {
+                "way": way,
+                "MB/s": f"{a:,.0f}",
+                "MB/s of processor time": f"{b:,.0f}",
+                "images/s": f"{options.maps / megabytes * b:,.0f}",
+            }
+            for way, (a, b) in middle.items()
+        ],
+    )
+    ours = "StoreWriter"
+    ratios = {
+        f"{ours} over {way}": statistics.median(a / b for a, b in zip(processor[ours], processor[way], strict=True))
+        for way in processor
+        if way != ours
+    }
+    table("Of processor time", [{"ratio": of, "median": ratio} for of, ratio in ratios.items()])
+    return {"machine": described_machine(), "MB": megabytes, "MB a second": middle, "ratios": ratios}
+
+
 def drain(values: Iterable[object]) -> None:
     """Go through them and keep none."""
     for _ in values:
@@ -127,8 +211,13 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=384)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--writing", action="store_true", help="write instead of reading")
+    parser.add_argument("--folder", help="a folder on the disk to write to; else the temporary one")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.writing:
+        print(json.dumps({"writing": measure_writing(options)}))
+        return
     order = np.random.default_rng(1).permutation(options.maps).tolist()
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), options.maps, tuple(options.grid), options.channels)

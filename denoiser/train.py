@@ -19,6 +19,7 @@ from dvt.denoiser.model import Denoiser
 from dvt.denoiser.pairs import InMemory, Pairs, TrainingBatch, pair_batches, split
 from dvt.denoiser.scores import denoiser_loss, evaluate
 from dvt.denoiser.variants import fit_linear, fit_subtract
+from dvt.devices import default_device
 from dvt.errors import ConfigError
 from dvt.progress import Progress
 from dvt.store import FeatureStore
@@ -77,7 +78,7 @@ def train_denoiser(
         denoiser = subtract if config.kind == "subtract" else _fitted("linear", pairs, chosen)
     else:
         denoiser = _untrained(pairs, chosen, subtract, config)
-        denoiser.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        denoiser.to(device or default_device())
         report |= _train(denoiser, pairs, chosen, held, baselines, config, out.with_suffix(".run"), progress)
     denoiser = denoiser.cpu().eval()
     report |= {

@@ -21,6 +21,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from dvt.errors import ConfigError
 
@@ -28,7 +29,7 @@ MOST_BYTES = 64 << 20
 """Most bytes that are read of a file that describes other files: settings, lists, tables."""
 
 PART = ".part"
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _PART_NAME = re.compile(
     r"(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<host>[0-9a-f]{6})[0-9a-f]{10}" + re.escape(PART) + r"(\.\w+)?", re.DOTALL
 )
@@ -106,14 +107,16 @@ def whole_file(path: str | Path, *, suffix: str = "", beside: Sequence[str] = ()
         ) from error
 
 
-def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda: None) -> None:
+def write_whole(
+    path: Path, content: bytes | Callable[[BinaryIO], object], allowed: Callable[[], None] = lambda: None
+) -> None:
     """Write a file's bytes, synced, beside it, which then take the name `path`.
 
     Unfinished files of killed processes stay; the holder of the folder's lock removes them by :func:`remove_parts`.
 
     Args:
         path: path in an existing folder.
-        content: content of the file.
+        content: content of the file, or a function that writes it to the open file.
         allowed: called before the file is renamed; if it raises an OSError, the file is not renamed.
 
     Raises:
@@ -122,8 +125,11 @@ def write_whole(path: Path, content: bytes, allowed: Callable[[], None] = lambda
     part = _part_name(path)
     fd = os.open(part, _NEW, 0o666)
     try:
-        with open(fd, "wb") as file:
-            file.write(content)
+        with open(fd, "wb+", buffering=0 if callable(content) else -1) as file:
+            if callable(content):
+                content(file)
+            else:
+                file.write(content)
             file.flush()
             os.fsync(file.fileno())
         allowed()

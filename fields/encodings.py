@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from dvt.devices import has_kernels_of_cuda
 from dvt.errors import ConfigError, ShapeError
 from dvt.fields.config import EncodingKind, NeuralConfig, check_grid
 
@@ -209,7 +210,7 @@ def make_encoding(kind: EncodingKind, layout: GridLayout, table: Tensor) -> Torc
     """
     if kind not in ("auto", "torch", "tinycudann"):
         raise ConfigError(f"encoding is {kind!r}; it must be 'auto', 'torch' or 'tinycudann'")
-    usable = table.is_cuda and _tinycudann() is not None
+    usable = has_kernels_of_cuda(table.device) and _tinycudann() is not None
     if kind == "tinycudann" and not usable:
         raise ConfigError(
             f"encoding 'tinycudann' needs that package and a CUDA device, got {table.device}; use 'auto' or 'torch'"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.grids import Size
 
 # Number of random projections that represent all channels; they keep squared lengths on average.
@@ -45,17 +46,17 @@ class SignTest:
         self.grid, self.period = grid, period
         groups = min(groups, grid[0] * grid[1])
         blocks = (grids.lattice_blocks(period, side, groups) for side in (BLOCK, 1))
-        self.group = next(group for group in blocks if len(group.unique()) == groups).to(like.device)
+        self.group = upload(next(group for group in blocks if len(group.unique()) == groups), like.device)
         width = min(TEST_CHANNELS, channels)
         basis = torch.randn(channels, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.mix = torch.linalg.qr(basis).Q.to(like)
+        self.mix = upload(torch.linalg.qr(basis).Q.to(like.dtype), like.device)
         self.content = self.mix.new_zeros(period[0] * period[1], width)
         self.position = self.mix.new_zeros(groups * grid[0] * grid[1], width)
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def add(self, tokens: Tensor, offsets: Tensor, weights: Tensor | None = None) -> None:
         """Add windows: tokens (V, n, C), offsets (V, 2), weights (V, n) or None for 1."""
-        index = grids.lattice_index(self.grid, offsets, self.period).to(self.mix.device)
+        index = upload(grids.lattice_index(self.grid, offsets, self.period), self.mix.device)
         weights = self.mix.new_ones(index.shape) if weights is None else weights.to(self.mix)
         sketched = (tokens.to(self.mix) @ self.mix * weights[..., None]).flatten(0, 1)
         self.content.index_add_(0, index.flatten(), sketched)
@@ -84,7 +85,7 @@ def sign_flip_p_value(gram: Tensor) -> float:
     (0.125, 1.0)
     """
     rest = itertools.product((1.0, -1.0), repeat=len(gram) - 1)
-    signs = torch.tensor([(1.0, *each) for each in rest], dtype=gram.dtype, device=gram.device)
+    signs = upload(torch.tensor([(1.0, *each) for each in rest], dtype=gram.dtype), gram.device)
     lengths = ((signs @ gram) * signs).sum(-1)
     # The first choice is the observed one; rounding must not decide a tie against it.
     return float((lengths >= lengths[0] - 1e-9 * gram.diagonal().sum()).double().mean())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
-from dvt.devices import autocast, out_of_memory, upload
+from dvt.devices import autocast, finish, is_gpu, out_of_memory, upload
 from dvt.errors import ConfigError, ImageError, NonFiniteError
 from dvt.fields.batches import ViewBatch
 from dvt.fields.config import PRODUCT_VIEWS, DenoiseConfig, Product
@@ -264,7 +264,7 @@ def _solved(group: Sequence[TokenViews], config: DenoiseConfig, artifact: Tensor
 
 def images_together(config: DenoiseConfig, device: torch.device) -> int:
     """Choose how many images of one grid are solved together."""
-    return config.solve_images or (_GROUP if device.type == "cuda" and config.solver == "linear" else 1)
+    return config.solve_images or (_GROUP if is_gpu(device) and config.solver == "linear" else 1)
 
 
 def fit_images(
@@ -297,8 +297,7 @@ def denoise_image(
     start = time.perf_counter()
     fit = make_solver(config).fit(views, artifact)
     decomposition = fit.decompose(views.whole.patches[0], views.coords).weakened(config.strength)
-    if views.device.type == "cuda":
-        torch.cuda.current_stream(views.device).synchronize()
+    finish(views.device)
     seconds, extraction = time.perf_counter() - start, views.seconds
     return DecomposedImage(decomposition, views.whole.prefix[0], views.coords, fit, extraction, seconds - extraction)
 

@@ -9,17 +9,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dvt.backbones import Backbone, choose_precision
+from dvt.devices import Event, finish, handed_over, in_stream, is_gpu, new_stream, pinned, record
 from dvt.errors import ImageError
 from dvt.fields.batches import ViewBatch
 from dvt.fields.config import DenoiseConfig
@@ -43,7 +42,7 @@ ALL_TERMS = ("raw", "semantic", "artifact", "residual")
 
 OnImage = Callable[[Path, Tensor, DecomposedImage], None]
 #: (V, h, w, C) tokens, (V, h, w, 2) coordinates, and the event after which a GPU has both.
-TimedBatch = tuple[Tensor, Tensor, "torch.cuda.Event | None"]
+TimedBatch = tuple[Tensor, Tensor, "Event | None"]
 
 
 def denoise_images(
@@ -131,7 +130,8 @@ class DecomposeWork(Work):
         self.config, self.profile, self.on_image = config, profile, on_image
         self.terms = ALL_TERMS if keep_terms else ALL_TERMS[:2]
         self.device = backbone.device
-        self.overlap = self.device.type == "cuda" if config.overlap is None else config.overlap
+        self.gpu = is_gpu(self.device)
+        self.overlap = self.gpu if config.overlap is None else config.overlap
         self.group = images_together(config, self.device)
         self._flops: dict[Size, float] = {}
 
@@ -139,12 +139,12 @@ class DecomposeWork(Work):
         self, shards: Iterable[tuple[Shard, Tensor | None]], tick: Callable[[], None] = lambda: None
     ) -> Generator[ShardResult, None, None]:
         """Compute each shard; with overlap, the backbone meanwhile runs on the next ones."""
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" and self.overlap else None
+        stream = new_stream(self.device) if self.overlap else None
         start, waited = time.perf_counter(), 0.0
         with self._feed(shards) as feed:
             for group, streams in feed:
                 made = group[0].made
-                with nullcontext() if stream is None else torch.cuda.stream(stream):
+                with in_stream(self.device, stream):
                     self._solve([image for image in group if image.intake.used >= 0], streams)
                     for image in group:
                         made.records += self._finished(image, tick)
@@ -174,7 +174,7 @@ class DecomposeWork(Work):
     def _groups(self, shards: Iterable[tuple[Shard, Tensor | None]]) -> Generator[list[_Image], None, None]:
         """Group images to be solved together; they are of one shard, so they have one grid shape and artifact."""
         group: list[_Image] = []
-        depth = self.threads if self.device.type == "cuda" else int(self.overlap)  # a large image takes gigabytes
+        depth = self.threads if self.gpu else int(self.overlap)  # a large image takes gigabytes
         with reading_threads(self.threads) as readers:
             for image, loading in ahead(readers, self._load, _images(shards), depth):
                 with image.made.profile.timed("wait_images"):
@@ -193,7 +193,7 @@ class DecomposeWork(Work):
             raise ImageError(
                 f"there is no shared artifact for {entry.path!r}: none of the images to fit it to could be used"
             )
-        return pixels.pin_memory() if self.device.type == "cuda" else pixels
+        return pinned(pixels, self.device)
 
     def _sources(self, group: list[_Image]) -> list[_Source]:
         return [_Source(self, image) for image in group if image.intake.used >= 0]
@@ -204,10 +204,7 @@ class DecomposeWork(Work):
             image.views = TokenViews(self.backbone, image.intake.pixels, self.config.views, self.config.dtype)
             image.intake.pixels = image.intake.pixels if self.on_image else None
         for tokens, coords in self._counted(image.views):
-            ready = torch.cuda.Event(blocking=True) if self.device.type == "cuda" and self.overlap else None
-            if ready is not None:
-                ready.record(torch.cuda.current_stream(self.device))
-            yield tokens, coords, ready
+            yield tokens, coords, record(self.device, blocking=True) if self.overlap else None
 
     def _counted(self, views: TokenViews) -> Iterator[tuple[Tensor, Tensor]]:
         batches, grid = iter(views), (views.coords.shape[0], views.coords.shape[1])
@@ -229,8 +226,7 @@ class DecomposeWork(Work):
         artifact = None if made.artifact is None else made.artifact.to(self.device)
         fits, strength = fit_images(self.config, readings, artifact), self.config.strength
         found = [_decomposed(*each, strength) for each in zip(images, fits, strict=True)]
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+        finish(self.device)
         seconds = time.perf_counter() - start
         for image in images:
             made.profile.add(image.profile(self._flops, self.threads))
@@ -325,7 +321,7 @@ class _Reading:
             if batch is None:
                 return
             tokens, coords, _ = batch
-            yield _handed_over(tokens), _handed_over(coords)
+            yield handed_over(tokens), handed_over(coords)
 
 
 def _decomposed(
@@ -334,15 +330,5 @@ def _decomposed(
     if isinstance(fit, Exception):
         return fit
     whole, coords = image.views.whole, image.views.coords
-    raw, prefix, coords = (_handed_over(each) for each in (whole.patches, whole.prefix, coords))
+    raw, prefix, coords = (handed_over(each) for each in (whole.patches, whole.prefix, coords))
     return fit.decompose(raw[0], coords).weakened(strength), prefix[0], coords, fit
-
-
-def _handed_over(values: Tensor) -> Tensor:
-    """Mark values made on another CUDA stream as used on this one.
-
-    Otherwise PyTorch's allocator could reuse their memory, once they are freed, while this stream still reads it.
-    """
-    if values.is_cuda:
-        values.record_stream(torch.cuda.current_stream(values.device))
-    return values

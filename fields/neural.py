@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from dvt.devices import free_memory
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.fields.config import NeuralConfig
 from dvt.fields.decomposition import Fit
@@ -20,7 +21,7 @@ ViewBatches = Iterable[tuple[Tensor, Tensor]]
 OnStep = Callable[[int, int], None]
 
 _HALF_SAFE = 6e4
-_CUDA_RESERVE = 2**31
+_RESERVE = 2**31
 _CHUNK = 2**14
 
 
@@ -239,7 +240,8 @@ def _cache(views: ViewBatches) -> tuple[Tensor, Tensor, torch.device]:
 
 def _has_room(batch: Tensor, kept: int) -> bool:
     """Tell if the GPU can keep one more batch: joining needs the kept bytes once more, training needs the reserve."""
-    return not batch.is_cuda or torch.cuda.mem_get_info(batch.device)[0] > kept + batch.nbytes + _CUDA_RESERVE
+    free = free_memory(batch.device)
+    return free is None or free > kept + batch.nbytes + _RESERVE
 
 
 def _check_batch(tokens: Tensor, coords: Tensor, first: Tensor | None) -> None:

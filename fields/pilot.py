@@ -16,6 +16,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.fields.config import LinearConfig
 from dvt.fields.defects import Gate, Screen
 from dvt.fields.equations import NormalEquations
@@ -163,7 +164,7 @@ class Pilot:
         held = number % HELD_OUT == HELD_OUT // 2
         if not held.any():
             return [middle] * images, [choices[len(choices) // 2]] * images, [0.0] * images
-        fitted, held = (number[chosen].to(self.tokens.device) for chosen in (~held, held))
+        fitted, held = (upload(number[chosen], self.tokens.device) for chosen in (~held, held))
         equations, artifact = self._choose_weights(fitted, held, artifact, middle)
         values = self.mix.new_tensor(choices)
         errors = self._error(equations, values[:, None].expand(-1, images), artifact, held)
@@ -313,7 +314,7 @@ def _neighbours(coords: Tensor, nodes: Size) -> tuple[Tensor, Tensor]:
     places = coords.flatten(1, 2).cpu().numpy()
     points = [image.tobytes() for image in places]
     found = {
-        each: [near.to(coords.device).long() for near in _search(each, places.dtype.str, nodes)]
+        each: [upload(near, coords.device).long() for near in _search(each, places.dtype.str, nodes)]
         for each in dict.fromkeys(points)
     }
     tokens, others = (torch.stack(part) for part in zip(*(found[each] for each in points), strict=True))
@@ -337,4 +338,4 @@ def mix_channels(tokens: Tensor, seed: int) -> Tensor:
     width = min(PILOT_CHANNELS, channels)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(channels, width, generator=generator, dtype=torch.float64)).Q
-    return (basis * (channels / width) ** 0.5).to(tokens.device)
+    return upload(basis * (channels / width) ** 0.5, tokens.device)

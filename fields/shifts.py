@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.fields.batches import ViewBatch, check_batch, take_views
 from dvt.fields.config import ShiftConfig
@@ -129,7 +130,7 @@ class ShiftSolver:
         return ShiftFit(
             field=field.to(dtype).contiguous(),
             artifact=solution.artifact[0].view(height, width, -1).to(dtype),
-            centres=grids.lattice_centres((height, width), run.sums.period).to(field.device),
+            centres=upload(grids.lattice_centres((height, width), run.sums.period), field.device),
             noise=float(solution.left[0]) / max(freedom, 1.0),
             p_value=p_value,
             found=found,

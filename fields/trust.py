@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.fields.config import ShiftConfig
 from dvt.fields.pilot import geman_mcclure, mix_channels
 from dvt.fields.twoway import TwoWay
@@ -73,7 +74,8 @@ class Trust:
         solution = sums.solve(self.config.ridge)
         field, artifact = solution.field[0].to(sketched), solution.artifact[0].to(sketched)
         left = (sketched - field[self._index(offsets)] - artifact).norm(dim=-1)
-        return field, artifact, left[weights > 0.5].median()
+        # NaN beside a mask instead of fewer tokens, whose number a GPU would have to tell first.
+        return field, artifact, left.masked_fill(weights <= 0.5, float("nan")).nanmedian()
 
     def _sketch(self, tokens: Tensor) -> Tensor:
         dtype = torch.promote_types(tokens.dtype, torch.float32)
@@ -83,7 +85,7 @@ class Trust:
         return (sketched - self.ordinary).norm(dim=-1)
 
     def _index(self, offsets: Tensor) -> Tensor:
-        return grids.lattice_index(self.grid, offsets, self.period).to(self.mix.device)
+        return upload(grids.lattice_index(self.grid, offsets, self.period), self.mix.device)
 
 
 def _median_of_short(sketched: Tensor, long: Tensor) -> Tensor:

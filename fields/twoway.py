@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.devices import upload
 from dvt.errors import ConfigError
 from dvt.fields.equations import factor_artifact
 from dvt.grids import Size
@@ -50,6 +51,7 @@ class TwoWay:
         self.square = torch.zeros(images, dtype=torch.float64, device=like.device)
         self.offsets = torch.zeros(0, 2, dtype=torch.long)
         self.weights: Tensor | None = None
+        self._built: _System | None = None
 
     def add(self, tokens: Tensor, offsets: Tensor, weights: Tensor | None = None) -> None:
         """Add windows of every image: tokens (B, V, n, C), offsets (V, 2), weights (B, V, n) or None for 1.
@@ -66,6 +68,7 @@ class TwoWay:
         self.position += weighted.sum(1)
         self.square += (weighted * tokens).sum((1, 2, 3), dtype=torch.float64)
         self.offsets = torch.cat((self.offsets, offsets))
+        self._built = None
         if weights is not None:
             known = weights.new_zeros(len(weights), 0, weights.shape[2]) if self.weights is None else self.weights
             self.weights = torch.cat((known, weights), dim=1)
@@ -116,7 +119,7 @@ class TwoWay:
         return self._system().seen
 
     def _index(self, offsets: Tensor) -> Tensor:
-        return grids.lattice_index(self.grid, offsets, self.period).to(self.content.device)
+        return upload(grids.lattice_index(self.grid, offsets, self.period), self.content.device)
 
     def _weights(self) -> Tensor:
         ones = self.content.new_ones(1, len(self.offsets), self.position.shape[1])
@@ -126,7 +129,9 @@ class TwoWay:
         if self.weights is None:
             key = self.offsets.numpy().tobytes()
             return _shared_system(self.grid, self.period, key, str(self.content.device))
-        return _System(self._index(self.offsets), self.weights.double(), self.period[0] * self.period[1])
+        if self._built is None:
+            self._built = _System(self._index(self.offsets), self.weights.double(), self.period[0] * self.period[1])
+        return self._built
 
 
 class _System:

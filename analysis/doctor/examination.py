@@ -19,6 +19,7 @@ from dvt.analysis.measure.types import Decompose, DenoiserLike
 from dvt.analysis.metrics import log_norm_outliers, scores
 from dvt.analysis.metrics.nulls import Score, matched_noise
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
+from dvt.devices import finish_all
 from dvt.errors import ConfigError, DvtError
 from dvt.tokens import Tokens
 from dvt.views import resize
@@ -205,8 +206,7 @@ def _centred(maps: Tensor) -> Tensor:
 
 def settled_time(backbone: Backbone) -> float:
     """Wait until the device has finished, and return the time."""
-    if backbone.device.type == "cuda":
-        torch.cuda.synchronize(backbone.device)
+    finish_all(backbone.device)
     return time.perf_counter()
 
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dvt.devices import finish_all
+
 if TYPE_CHECKING:
     from dvt.backbones import Backbone
 
@@ -29,8 +31,7 @@ class Stopwatch:
         try:
             yield
         finally:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            finish_all(device)
             self.seconds[what] += time.perf_counter() - start - (sum(self.seconds.values()) - inner)
 
     def split(self, total: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.targets import PriorTarget
 from dvt.analysis.priors.token_set import Rows
 from dvt.backbones.weights import read_described, save_state
+from dvt.devices import default_device
 from dvt.errors import ConfigError, WeightsError
 from dvt.files import similar
 from dvt.schema import typed
@@ -114,7 +115,7 @@ def open_run(folder: str | Path, device: str | torch.device | None = None) -> Pr
         raise WeightsError(
             f"{str(folder)!r} holds no prior{hint or '; give a folder that `dvt prior train` wrote (its --out)'}"
         )
-    prior = Prior.load(folder / "prior.safetensors").to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prior = Prior.load(folder / "prior.safetensors").to(device or default_device())
     path = folder / "held_out.safetensors"
     names, held = read_described(path, "images", "the held-out images")
     try:

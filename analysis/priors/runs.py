@@ -47,6 +47,7 @@ from dvt.analysis.priors.token_set import (
 from dvt.analysis.priors.tower import JointSpace, load_tower
 from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone, weights_sha256
+from dvt.devices import default_device
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.files import remove_dead
 from dvt.images import find_images
@@ -135,7 +136,7 @@ def train_prior(
     split_of = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
     prior.card = _card(config, identity, target, space) | {"data": split_of, "labels": labels}
     prior.card["start"] = None if start is None else weights_sha256(prior)
-    prior.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    prior.to(device or default_device())
 
     def on_checkpoint(path: Path) -> None:
         # Only here, where a run with other settings has been refused: its folder must not change.

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 import dvt
 from dvt.cli.commands import parse, print_overview
-from dvt.cli.common import DryRun
+from dvt.cli.common import DryRun, is_first
 from dvt.cli.settings.common import Output
 from dvt.errors import ConfigError, DvtError
 from dvt.text import visible, visible_lines
@@ -77,14 +77,15 @@ def _run(arguments: list[str], errors: Console) -> int:
         raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
     command, function = parse(arguments)
     stream = sys.stderr if command.json else sys.stdout
-    console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False, quiet=command.quiet)
+    quiet = command.quiet or not is_first()
+    console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False, quiet=quiet)
     _start_logging(command, errors, arguments)
     try:
         code, result = function(command, console)
     except DryRun as stopped:
         code, result = 0, stopped.settings
         console.print_json(data=result)
-    if command.json:
+    if command.json and is_first():
         _write(json.dumps(result, default=str) + "\n")
     return _logged(code, "done" if code == 0 else "done in part")
 

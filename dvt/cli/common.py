@@ -140,7 +140,7 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> None:
     """Write a run's settings for --config and --resume into its folder; with `new`, only where there are none."""
     path = settings_file(str(out))
-    if int(os.environ.get("RANK", "0")) == 0 and not (new and path.exists()):
+    if is_first() and not (new and path.exists()):
         save_json(path, settings)
 
 
@@ -153,7 +153,7 @@ def begin_anew(out: Path) -> None:
     from dvt.training.checkpoint import locked_folder  # imports torch
 
     folder = settings_file(str(out)).parent
-    if int(os.environ.get("RANK", "0")) != 0 or not folder.exists():
+    if not is_first() or not folder.exists():
         return
     with locked_folder(folder):
         for pattern in _OF_RUNS:
@@ -180,6 +180,6 @@ def print_skipped(console: Console, failed: Sequence[tuple[str, str]]) -> None:
             console.print(f"[yellow]skipped {len(same)} images[/] ({names}): {shown(reason.replace(path, 'it'))}")
 
 
-def quiet_unless_first(console: Console) -> Console:
-    """Return the console in the first process of a distributed run, and a silent one in the others."""
-    return console if os.environ.get("RANK", "0") == "0" else Console(quiet=True)
+def is_first() -> bool:
+    """Tell whether this process speaks for the command: in a launch of several, the first."""
+    return os.environ.get("RANK", "0") == "0"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 import dvt
 from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
-from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.common import is_first, progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.errors import ConfigError
@@ -50,6 +50,8 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
+    if not is_first():
+        return (2 if summary.failed else 0), {}
     rows = [
         ("precision", settings["dtype"]),
         ("seconds in extraction", f"{summary.extraction_seconds:.1f}"),

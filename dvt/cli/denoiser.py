@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, quiet_unless_first, resolved, shown
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, resolved, shown
 from dvt.cli.settings.denoiser import Distill, Export, Train
 from dvt.denoiser.train import train_denoiser
 from dvt.devices import find_device
@@ -19,7 +19,7 @@ from dvt.images import find_images
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt train`; the exit code is 0 when the denoiser is written."""
     settings = resolved(command, command="train")
-    console, device = quiet_unless_first(console), find_device(command.device)
+    device = find_device(command.device)
     if command.overwrite:
         begin_anew(command.out)
     with progress_bar(console) as progress:
@@ -37,7 +37,6 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
 
     paths = find_images(command.images)
     settings = resolved(command, command="distill", images=paths)
-    console = quiet_unless_first(console)
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
     if command.overwrite:

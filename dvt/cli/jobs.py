@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dvt.cli.beside import clear_beside
-from dvt.cli.common import print_skipped, save_json, shown
+from dvt.cli.common import is_first, print_skipped, save_json, shown
 from dvt.cli.settings.jobs import JobOptions
 from dvt.errors import ConfigError
 from dvt.images import is_url
+from dvt.jobs import launched
 from dvt.jobs.run import check_run, run
 from dvt.jobs.work import Summary, Work
 from dvt.progress import Progress
@@ -69,8 +70,8 @@ def run_job(
         raise ConfigError(f"--ray-workers {command.ray_workers} is for --ray ADDRESS, which is missing")
     else:
         check_run(paths, command.out)  # before the model is loaded
-        runner = partial(run, make_work())
-    if command.overwrite:  # last, so that nothing is lost to a mistake in the other options
+        runner = partial(launched.run if launched.is_launched() else run, make_work())
+    if command.overwrite and is_first():  # last, so that nothing is lost to a mistake in the other options
         clear_store(Path(command.out), wait=command.wait)
         clear_beside(Path(command.out))
     summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, quiet_unless_first, resolved, shown
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, resolved, shown
 from dvt.cli.settings.common import DenoiserOptions
 from dvt.cli.settings.priors import PriorEvaluate, PriorLoop, PriorSample, PriorTrain
 from dvt.devices import find_device
@@ -24,7 +24,7 @@ def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
         raise ConfigError("give either images or --store, a feature store's folder")
     paths = find_images(command.images) if command.images else []
     settings = resolved(command, command="prior train", images=paths)
-    console, device = quiet_unless_first(console), find_device(command.device)
+    device = find_device(command.device)
     backbone = command.load() if paths and command.prior.needs_backbone else None
     if backbone is None and command.denoiser is not None:
         raise ConfigError(

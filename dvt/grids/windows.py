@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dvt.devices import upload
 from dvt.errors import ConfigError
 
 Size = tuple[int, int]
@@ -37,7 +38,7 @@ def offset_coords(centres: Tensor, offsets: Tensor, step: tuple[float, float]) -
         offsets: (V, 2) whole numbers of steps down and to the right.
         step: (vertical, horizontal) length of a step as a share of the window's sides.
     """
-    moved = offsets.flip(-1).to(centres) * centres.new_tensor([step[1], step[0]])
+    moved = upload(offsets.flip(-1) * torch.tensor([step[1], step[0]], dtype=centres.dtype), centres.device)
     return centres + moved[:, None, None, :]
 
 

@@ -30,7 +30,7 @@ from dvt.grids import Size
 from dvt.images import is_url
 from dvt.jobs.ahead import ahead, reading_threads
 from dvt.jobs.ray_pool import TRIES, Hello, LostCall, Pool, brief, connected
-from dvt.jobs.reduction import Reduction, as_stored, first_images, stored_artifacts, tree_sum
+from dvt.jobs.reduction import Reduction, first_images, stored_artifacts, tree_sum
 from dvt.jobs.run import shards_left
 from dvt.jobs.work import Failure, ShardResult, Summary, Work
 from dvt.progress import Progress
@@ -328,7 +328,7 @@ class _Actor:
 
     def finish(self, total: Any | None) -> Tensor | None:
         """Compute the array that images share from the sum of their parts."""
-        return None if total is None else as_stored(self._reduction().finish(total)).cpu()
+        return None if total is None else self._reduction().finished(total).cpu()
 
     def _reduction(self) -> Reduction:
         reduction = self.work().reduction

@@ -20,7 +20,7 @@ from dvt.backbones import Backbone, choose_precision
 from dvt.backbones.inference import in_halves
 from dvt.backbones.layers import choose_layers, layer_term
 from dvt.backbones.tiles import Tiling
-from dvt.devices import autocast
+from dvt.devices import Event, autocast, pinned, record
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.jobs.ahead import ahead, reading_threads
 from dvt.jobs.intake import Intake, distinct, read_copies
@@ -200,9 +200,7 @@ class ExtractWork(Work):
                 images.append(intake.pixels)
                 intake.pixels = None  # the batch holds a copy
         batch = torch.stack(images) if images else None
-        return _Loaded(
-            batch.pin_memory() if batch is not None and self.backbone.mean.is_cuda else batch, intakes, profile
-        )
+        return _Loaded(None if batch is None else pinned(batch, self.backbone.device), intakes, profile)
 
     def _prepare(self, pixels: Tensor, entry: ImageEntry) -> Tensor:
         return resize(pixels, self.input_size((pixels.shape[1], pixels.shape[2])))
@@ -219,14 +217,7 @@ class ExtractWork(Work):
         moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
         fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
         timer.mark("fetch")
-        return _Launched(
-            wide,
-            moved,
-            fits,
-            finite,
-            timer,
-            torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None,
-        )
+        return _Launched(wide, moved, fits, finite, timer, record(device))
 
     def _computed(self, images: Tensor) -> dict[str, Tensor]:
         return in_halves(self._maps, images.to(self.backbone.device, non_blocking=True))
@@ -316,7 +307,7 @@ class _Launched:
     fits: Tensor
     finite: Tensor
     timer: StageTimer
-    arrived: torch.cuda.Event | None
+    arrived: Event | None
 
     def fetch(self) -> tuple[dict[str, Tensor], list[bool]]:
         """Move the maps to the host, and find which images' are finite."""

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dvt.devices import Event, record
+
 if TYPE_CHECKING:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -151,28 +153,25 @@ class StageTimer:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._marks: list[tuple[str | None, float | torch.cuda.Event]] = []
+        self._marks: list[tuple[str | None, float | Event]] = []
 
     def mark(self, stage: str | None = None) -> None:
         """End a stage, which began at the previous mark; None leaves the time since that mark uncounted."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self.device))
-            self._marks.append((stage, event))
-        else:
-            self._marks.append((stage, time.perf_counter()))
+        event = record(self.device, timed=True)
+        self._marks.append((stage, time.perf_counter() if event is None else event))
 
     def seconds(self) -> dict[str, float]:
         """Sum the seconds of each stage; on a GPU this waits for its marks."""
         marks, found = list(self._marks), dict[str, float]()
+        if marks and not isinstance(marks[-1][1], float):
+            marks[-1][1].synchronize()  # the marks before it are in the same stream
         for (_, start), (stage, end) in pairwise(marks):
             if stage is not None:
                 found[stage] = found.get(stage, 0.0) + _between(start, end)
         return found
 
 
-def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+def _between(start: float | Event, end: float | Event) -> float:
     if isinstance(start, float) or isinstance(end, float):
-        return float(end) - float(start)  # type: ignore[arg-type]
-    end.synchronize()
+        return float(end) - float(start)
     return start.elapsed_time(end) / 1000

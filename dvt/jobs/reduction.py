@@ -46,7 +46,11 @@ class Reduction(ABC):
     def of(self, images: Sequence[ImageEntry]) -> Tensor | None:
         """Compute the array from these images in this process; None if none of them can be used."""
         total = tree_sum((self.part(image) for image in images), self.add_known)
-        return None if total is None else as_stored(self.finish(total))
+        return None if total is None else self.finished(total)
+
+    def finished(self, total: Any) -> Tensor:
+        """Compute the array as the store will hold it."""
+        return as_stored(self.finish(total))
 
     @classmethod
     def add_known(cls, first: Any | None, second: Any | None) -> Any | None:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
 
 from dvt.errors import ConfigError
 from dvt.images import is_url
@@ -16,11 +19,17 @@ from dvt.jobs.profile import Profile
 from dvt.jobs.reduction import Reduced
 from dvt.jobs.work import ShardResult, Summary, Work
 from dvt.progress import Progress
-from dvt.store import ImageEntry, Job, Shard, StoreWriter, plan
+from dvt.store import ImageEntry, Job, Record, Shard, StoreWriter, plan
 
 log = logging.getLogger(__name__)
 
 _LOOK_AHEAD = 64
+
+
+class ShardWriter(Protocol):
+    """Commit shards, as :class:`dvt.store.StoreWriter` does."""
+
+    def write(self, name: str, records: Sequence[Record], artifact: Tensor | None = None) -> Path: ...
 
 
 def run(
@@ -56,7 +65,7 @@ def run(
         if started:
             started(work.job)
         with summary.profile.timed("look"):
-            images = list(_listed(work, paths, summary, progress))
+            images = list(list_images(work, paths, summary, progress))
         committed = {path.stem for path in writer.folder.glob("*.h5")}
         shards = shards_left(images, writer.images, committed, work.job, work.shard_images)
         total, done = sum(len(shard.images) for shard in shards), 0
@@ -69,7 +78,7 @@ def run(
 
         shared = Reduced(work.reduction, images, out if writer.done else None, summary.profile)
         with closing(work.make(((shard, shared.of(shard)) for shard in shards), tick)) as making:
-            _save(writer, making, summary)
+            save_shards(writer, making, summary)
     summary.profile.wall = time.perf_counter() - start
     return summary
 
@@ -116,7 +125,8 @@ def shards_left(
     return untouched + [shard for part in parts for shard in plan(part, shard_images, job, by_grid=True)]
 
 
-def _listed(work: Work, paths: Sequence[str | Path], summary: Summary, progress: Progress) -> Iterator[ImageEntry]:
+def list_images(work: Work, paths: Sequence[str | Path], summary: Summary, progress: Progress) -> Iterator[ImageEntry]:
+    """Yield the entry of each image that can be read; report the others in the summary."""
     with reading_threads(work.threads) as readers:
         for number, (path, found) in enumerate(ahead(readers, work.index_image, paths, _LOOK_AHEAD)):
             with work.reported(path, summary.failed):
@@ -124,7 +134,7 @@ def _listed(work: Work, paths: Sequence[str | Path], summary: Summary, progress:
             progress("look", number + 1, len(paths))
 
 
-def _save(writer: StoreWriter, shards: Iterable[ShardResult], summary: Summary) -> None:
+def save_shards(writer: ShardWriter, shards: Iterable[ShardResult], summary: Summary) -> None:
     """Write each shard while the next one is computed; at most one waits to be written."""
     saving: Future[Profile] | None = None
     with ThreadPoolExecutor(1) as saver:
@@ -137,7 +147,7 @@ def _save(writer: StoreWriter, shards: Iterable[ShardResult], summary: Summary) 
             summary.profile.add(saving.result())
 
 
-def _written(writer: StoreWriter, made: ShardResult) -> Profile:
+def _written(writer: ShardWriter, made: ShardResult) -> Profile:
     profile = Profile()
     with profile.timed("write"):
         path = writer.write(made.shard.name, made.records, made.artifact)

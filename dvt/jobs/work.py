@@ -60,6 +60,13 @@ class Summary:
         self.shards += bool(made.records)
         self.profile.add(made.profile)
 
+    def merge(self, other: Summary) -> None:
+        """Add the summary of another process."""
+        for name in ("done", "skipped", "extraction_seconds", "fitting_seconds", "shards"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.failed += other.failed
+        self.profile.add(other.profile)
+
 
 @dataclass
 class ShardResult:

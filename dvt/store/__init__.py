@@ -20,7 +20,7 @@ bytes in one run are next to each other, each path with its own copy of the rows
 """
 
 from dvt.store.batches import StoredTokens, collate_tokens
-from dvt.store.format import TERMS, Record, shard_file
+from dvt.store.format import TERMS, Record, shard_file, write_shard
 from dvt.store.index import ShardIndex, damaged_shards, read_index
 from dvt.store.job import SCHEMA, ImageEntry, Job, Shard, plan
 from dvt.store.reader import FeatureStore
@@ -44,4 +44,5 @@ __all__ = [
     "plan",
     "read_index",
     "shard_file",
+    "write_shard",
 ]

@@ -1,4 +1,4 @@
-"""Make the bytes of one shard: check records, and write them to an HDF5 file in memory."""
+"""Make the bytes of one shard: check records, and write them to an HDF5 file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import h5py
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 import dvt
 from dvt.errors import ConfigError, NonFiniteError, ShapeError, StoreError
 from dvt.grids import Size
+from dvt.store.direct import Target, write_rows
 from dvt.store.job import Job, canonical, sha256_of
 
 TERMS = ("raw", "semantic", "artifact", "residual", "denoised")
@@ -63,9 +64,40 @@ def shard_file(
     dtype: str = "float16",
 ) -> bytes:
     """Make the bytes of a shard's file, the same on every machine; see :meth:`StoreWriter.write`."""
+    content = io.BytesIO()
+    write_shard(content, name, job, records, artifact, dtype)
+    return content.getvalue()
+
+
+def write_shard(
+    file: BinaryIO,
+    name: str,
+    job: Job,
+    records: Sequence[Record],
+    artifact: np.ndarray | Tensor | None = None,
+    dtype: str = "float16",
+) -> None:
+    """Write the bytes of a shard to an empty file, after all checks; see :meth:`StoreWriter.write`.
+
+    Raises:
+        OSError: the disk is full, or something else keeps the file from being written.
+    """
+    check_name(name)
+    target = Target(file)
+    try:
+        _write_content(target, job, records, artifact, dtype)
+    finally:
+        target.check()  # what else went wrong then followed from it
+
+
+def check_name(name: str) -> None:
+    """Refuse a shard's name that is no plain file name.
+
+    Raises:
+        StoreError: the name is too long or has other signs.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}", name):
         raise StoreError(f"{name!r} is not a valid shard name; use letters, digits, '.', '_' and '-' only")
-    return _shard_image(job, records, artifact, dtype)
 
 
 def _array(values: np.ndarray | Tensor, dtype: str = "float32") -> np.ndarray:
@@ -78,9 +110,18 @@ def _array(values: np.ndarray | Tensor, dtype: str = "float32") -> np.ndarray:
     return np.asarray(values, dtype=np.float32).astype(dtype, copy=False)
 
 
+def _plain(values: np.ndarray | Tensor) -> np.ndarray:
+    """Return half precision as it is, and all else in float32."""
+    return _array(values, "float16" if values.dtype in (torch.float16, np.float16) else "float32")
+
+
 def _peak(values: np.ndarray, what: str) -> float:
     """Find the largest magnitude."""
-    peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
+    if values.dtype == np.float16:  # NumPy compares their bits many times faster than the numbers, in the same order
+        positive, any_sign = (int(values.view(kind).max(initial=0)) for kind in (np.int16, np.uint16))
+        peak = float(np.uint16(max(positive, any_sign - 0x8000)).view(np.float16))
+    else:
+        peak = max(float(values.max(initial=0)), -float(values.min(initial=0)))
     if not np.isfinite(peak):
         raise NonFiniteError(
             f"{what} holds NaN or infinity and was not stored; leave this image out or check the weights"
@@ -117,11 +158,9 @@ def _check_records(records: Sequence[Record], artifact: np.ndarray | Tensor | No
     return sorted(terms), channels
 
 
-def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str) -> bytes:
-    """Make the bytes of a shard's file.
-
-    The file is made in memory and written by the caller, because HDF5 leaves a broken handle behind if a disk is full.
-    """
+def _write_content(
+    target: Target, job: Job, records: Sequence[Record], artifact: np.ndarray | Tensor | None, dtype: str
+) -> None:
     if dtype not in ("float16", "float32"):
         raise ConfigError(f"tokens are stored as float16 or float32, got {dtype!r}")
     terms, channels = _check_records(records, artifact)
@@ -130,15 +169,13 @@ def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Ten
     shared = None if artifact is None else _array(artifact)
     if _largest(records, shared) >= _FLOAT16_LIMIT:
         dtype = "float32"
-    content = io.BytesIO()
-    with _new_file(content) as file:
+    with _new_file(target) as file:
         _write_attributes(file, job)
         _write_index(_new_group(file, "index"), records, grids, offset)
         tokens = _new_group(file, "tokens")
         for term in terms:
             rows = _dataset(tokens, term, (int(offset[-1]), channels), dtype, int(grids.prod(1).max()))
-            for record, start, stop in zip(records, offset, offset[1:], strict=False):
-                rows[start:stop] = _array(record.terms[term], dtype).reshape(-1, channels)
+            write_rows(rows, [_array(record.terms[term], dtype).reshape(-1, channels) for record in records])
         if records[0].prefix is not None and len(records[0].prefix):
             prefix = _dataset(tokens, "prefix", (len(records), *records[0].prefix.shape), dtype, len(records))
             for i, record in enumerate(records):
@@ -146,11 +183,10 @@ def _shard_image(job: Job, records: Sequence[Record], artifact: np.ndarray | Ten
                     prefix[i] = _array(record.prefix, dtype)
         if shared is not None:
             _dataset(file, "artifact", shared.shape, dtype, len(shared))[:] = _array(shared, dtype)
-    return content.getvalue()
 
 
-def _new_file(content: io.BytesIO) -> h5py.File:
-    """Open an empty HDF5 file in memory, whose bytes depend only on its content, not on the time.
+def _new_file(target: Target) -> h5py.File:
+    """Open an empty HDF5 file, whose bytes depend only on its content, not on the time.
 
     The format of version 1.10 has checksums also for metadata, and older libraries can read it. The bytes are complete
     only after the file is closed: the image of an open file (H5Fget_file_image) has a wrong checksum in HDF5 1.14.
@@ -158,7 +194,7 @@ def _new_file(content: io.BytesIO) -> h5py.File:
     access, creation = h5py.h5p.create(h5py.h5p.FILE_ACCESS), h5py.h5p.create(h5py.h5p.FILE_CREATE)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     access.set_cache(0, 521, 4 * CHUNK_BYTES, 0.75)  # h5py's defaults, except for the size
-    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, content)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, target)
     creation.set_obj_track_times(False)  # h5py.File has this option only from version 3.15
     return h5py.File(h5py.h5f.create(b"shard", h5py.h5f.ACC_TRUNC, creation, access))
 
@@ -172,9 +208,9 @@ def _new_group(file: h5py.File, name: str) -> h5py.Group:
 def _largest(records: Sequence[Record], artifact: np.ndarray | None) -> float:
     peaks = [0.0 if artifact is None else _peak(artifact, "the shared artifact")]
     for record in records:
-        peaks += [_peak(_array(values), f"{term} of {record.path!r}") for term, values in record.terms.items()]
+        peaks += [_peak(_plain(values), f"{term} of {record.path!r}") for term, values in record.terms.items()]
         if record.prefix is not None:
-            peaks.append(_peak(_array(record.prefix), f"prefix of {record.path!r}"))
+            peaks.append(_peak(_plain(record.prefix), f"prefix of {record.path!r}"))
     return max(peaks)
 
 

@@ -6,14 +6,16 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from torch import Tensor
 
 from dvt.errors import StoreError
 from dvt.files import open_lock, remove_parts, take_lock, write_whole
-from dvt.store.format import Record, shard_file
+from dvt.store.format import Record, check_name, write_shard
 from dvt.store.index import StoredShard, read_shard, shard_files
 from dvt.store.job import Job
 
@@ -88,8 +90,9 @@ class StoreWriter:
         """
         if self._lock is None:
             raise StoreError("a StoreWriter writes inside its with block: `with StoreWriter(folder, job) as writer:`")
-        image = shard_file(name, self.job, records, artifact, dtype)  # all checks come before anything is written
-        target = commit_shard(self.folder, name, image, allowed=self._lock.check)
+        check_name(name)
+        content = partial(write_shard, name=name, job=self.job, records=records, artifact=artifact, dtype=dtype)
+        target = commit_shard(self.folder, name, content, allowed=self._lock.check)
         self.images.update((record.path, record.sha256) for record in records)
         self.done.update(record.sha256 for record in records)
         return target
@@ -129,13 +132,15 @@ def clear_store(folder: Path, wait: bool = True) -> None:
         raise StoreError(f"cannot clear the store {str(folder)!r}: {error.strerror or error}") from error
 
 
-def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], None] = lambda: None) -> Path:
-    """Write a shard's bytes into a folder, whole or not at all; the caller, or the driver of its job, holds the lock.
+def commit_shard(
+    folder: Path, name: str, content: bytes | Callable[[BinaryIO], None], allowed: Callable[[], None] = lambda: None
+) -> Path:
+    """Write a shard into a folder, whole or not at all; the caller, or the driver of its job, holds the lock.
 
     Args:
         folder: the store's folder.
         name: name of the shard.
-        image: the bytes, from :func:`shard_file`.
+        content: the bytes, from :func:`shard_file`, or a function that writes them to a file.
         allowed: called before the shard is renamed to its name; if it raises an OSError, no shard is written.
 
     Raises:
@@ -143,10 +148,10 @@ def commit_shard(folder: Path, name: str, image: bytes, allowed: Callable[[], No
     """
     target = folder / f"{name}.h5"
     try:
-        write_whole(target, image, allowed)
+        write_whole(target, content, allowed)
     except OSError as error:
         raise StoreError(
-            f"cannot write {str(target)!r} ({len(image)} bytes): {error.strerror or error}. The shards "
+            f"cannot write {str(target)!r}: {error.strerror or error}. The shards "
             "before it are safe; make room and run the same command again"
         ) from error
     return target

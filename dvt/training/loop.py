@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from dvt.devices import random_state_kept
 from dvt.errors import ConfigError, NonFiniteError, WeightsError
 from dvt.progress import Progress, silent
 from dvt.training.average import WeightAverage, copy_values
@@ -119,8 +120,7 @@ def train(
         # Not accelerate's end_training, which would also end the process group.
         stack.callback(lambda: [tracker.finish() for tracker in accelerator.trackers])
         run = TrainingRun(accelerator, model, loss, config, Path(folder), groups, settings or {})
-        cuda = [accelerator.device] if accelerator.device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))  # each step seeds torch's generators; restore them at the end
+        stack.enter_context(random_state_kept(accelerator.device))  # each step seeds torch's generators
         return run.run(batches, validate, on_checkpoint, progress or silent)
 
 

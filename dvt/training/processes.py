@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dvt.devices import default_device, is_gpu, pinned, seed_device
 from dvt.errors import ConfigError
 from dvt.training.config import TrainingConfig
 
@@ -44,7 +45,7 @@ def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> I
         raise ConfigError(f"the tracker {missing[0]} is not installed; `pip install {missing[0]}` or leave it out")
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     # By itself accelerate takes a GPU if there is one. Only in a launch of several processes may it choose.
-    cpu = not torch.cuda.is_available() if "LOCAL_RANK" in os.environ else device.type == "cpu"
+    cpu = not is_gpu(default_device() if "LOCAL_RANK" in os.environ else device)
     if config.precision == "fp16" and cpu:
         raise ConfigError("precision fp16 needs a GPU, and this run is on the CPU; use bf16 or no")
     states = [AcceleratorState, GradientState]
@@ -61,8 +62,9 @@ def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> I
             project_dir=str(folder),
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        if accelerator.num_processes == 1 and device.type == "cuda":
-            accelerator.state.device = device
+        if accelerator.num_processes == 1 and is_gpu(device):
+            # In both: every new view of the larger state copies the device of the smaller one.
+            PartialState().device = accelerator.state.device = device
         if config.batch_size % accelerator.num_processes:
             raise ConfigError(
                 f"batch_size {config.batch_size} does not divide among {accelerator.num_processes} processes; "
@@ -80,9 +82,7 @@ def seed_step(entropy: tuple[int, int, int], device: torch.device) -> None:
     """Seed torch's default generators for one step; the loop has saved the caller's states and restores them."""
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
     torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
+    seed_device(device, seed)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -93,6 +93,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """
     from accelerate.utils import recursively_apply, send_to_device
 
-    if device.type == "cuda":
-        batch = recursively_apply(lambda tensor: tensor if tensor.is_cuda else tensor.pin_memory(), batch)
+    if is_gpu(device):
+        batch = recursively_apply(lambda tensor: pinned(tensor, device), batch)
     return send_to_device(batch, device, non_blocking=True)

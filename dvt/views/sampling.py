@@ -59,9 +59,10 @@ def cut_window(image: Tensor, corner: tuple[int, int]) -> Tensor:
 
     Beyond its borders the image is mirrored.
     """
+    # The indices are made where the image is: from the host, each of them would wait for a GPU's queue.
     sides = zip(corner, image.shape[1:], strict=True)
-    rows, columns = (grids.mirrored(start + torch.arange(length), length) for start, length in sides)
-    return image[:, rows.to(image.device)][:, :, columns.to(image.device)]
+    rows, columns = (grids.mirrored(torch.arange(a, a + n, device=image.device), n) for a, n in sides)
+    return image[:, rows][:, :, columns]
 
 
 class Shifts:
