@@ -17,9 +17,8 @@ from torch import Tensor
 
 from dvt.errors import ConfigError
 
-#: An event or a stream of a device, such as torch.cuda.Event and torch.cuda.Stream.
+#: An event of a device, such as torch.cuda.Event.
 Event = Any
-Stream = Any
 
 
 def find_device(name: str) -> torch.device:
@@ -131,12 +130,12 @@ def finish_all(device: torch.device) -> None:
         _module(device).synchronize(device)
 
 
-def new_stream(device: torch.device) -> Stream | None:
+def new_stream(device: torch.device) -> Any | None:
     """Make a stream beside a GPU's current one; None on another device."""
     return _module(device).Stream(device) if is_gpu(device) else None
 
 
-def in_stream(device: torch.device, stream: Stream | None) -> AbstractContextManager:
+def in_stream(device: torch.device, stream: Any | None) -> AbstractContextManager:
     """Let a with block work in a stream of the device; None leaves the current one."""
     return nullcontext() if stream is None else _module(device).stream(stream)
 
@@ -166,7 +165,7 @@ def seed_device(device: torch.device, seed: int) -> None:
 
 @contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Restore the states of the default generators, of the CPU and of a GPU, after a with block."""
+    """Keep the states of the default generators, of the CPU and of a GPU, as they were before a with block."""
     gpus = [device] if is_gpu(device) else []
     kind = device.type if gpus else "cuda"  # torch wants one that it knows, also for none
     with torch.random.fork_rng(gpus, device_type=kind):

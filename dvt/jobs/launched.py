@@ -98,7 +98,7 @@ def _plan(
     started: Callable[[Job], None] | None,
     progress: Progress,
 ) -> _Plan:
-    """Lock the store until the end of the run, list the images and plan."""
+    """Hold the store's lock until the end of the run, list the images and plan."""
     writer, summary = stack.enter_context(StoreWriter(out, work.job, wait=wait)), Summary()
     if started:
         started(work.job)
@@ -135,10 +135,14 @@ def _reduced(state: PartialState, reduction: Reduction, planned: _Plan, progress
         images = first_images(planned.images, grid, reduction.images)
         parts = _parts(state, reduction, images, progress)
         total = tree_sum(parts, reduction.add_known) if state.is_main_process else [*parts] and None
-        artifact = _agreed(state, lambda total=total: None if total is None else reduction.finished(total).cpu())
+        artifact = _agreed(state, partial(_finished, reduction, total))
         if artifact is not None:
             found[grid] = artifact
     return found
+
+
+def _finished(reduction: Reduction, total: Any | None) -> Tensor | None:
+    return None if total is None else reduction.finished(total).cpu()
 
 
 def _parts(

@@ -112,5 +112,5 @@ def fletcher32(words: np.ndarray) -> int:
 
 
 def _folded(value: int) -> int:
-    """Reduce modulo 65535 as ones' complement does: only zero gives zero."""
+    """Take a value modulo 65535 as ones' complement does: only zero gives zero."""
     return (value - 1) % 65535 + 1 if value else 0

@@ -29,7 +29,7 @@ def waits(counts):
 
 
 @pytest.mark.parametrize(
-    ("product", "views", "most"), [("removed", SHIFTS, 20), ("ensembled", CROPS, 14)], ids=["removed", "ensembled"]
+    ("product", "views", "most"), [("removed", SHIFTS, 22), ("ensembled", CROPS, 16)], ids=["removed", "ensembled"]
 )
 def test_denoise(backbone, standin, photos, tmp_path, product, views, most):
     """Two batches of views and four maps an image; the solver of crops waits for eight images at once."""

@@ -179,7 +179,7 @@ Adapt Add Advance Answer Apply Ask Assign Average Bound Bring Build Call Centre 
 Clip Collect Colour Commit Compare Complete Compute Connect Convert Copy Correct Count Create
 Cut Decode Decompose Denoise Derive Describe Divide Do Download Draw Eliminate Embed Encode End
 Enlarge Escape Estimate Evaluate Export Express Fetch Fill Find Fine-tune Fit Flatten Fold Force Forget
-Gather Generate Give Group Guide Hand Hash Implement Import Include Infer Interpolate Invert Join Keep Learn Leave
+Gather Generate Give Group Guide Hand Hash Hold Implement Import Include Infer Interpolate Invert Join Keep Learn Leave
 Lend Let List Load Look Make Map Mark Match Measure Merge Minimise Mix Move Multiply Name
 Normalise Open Pair Part Permute Pick Place Plan Plant Predict Prepare Print Project Prune Put Raise
 Rank Read Record Recover Refit Refuse Remove Rename Replace Resample Reshape Resize Resolve Return
