@@ -23,11 +23,10 @@ test-all: $(VENV)/.installed-test
 test-mmseg: $(MMSEG)/.installed
 	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/denoiser/test_mmseg.py $(ARGS)
 
-<<<<<<< HEAD
 # The site, into build/site; a broken link or reference is an error.
 docs: $(VENV)/.installed-test
 	$(PY) -m mkdocs build --quiet
-=======
+
 # On a machine with one GPU, without a network, under ten minutes each. Without a GPU, `make test-gpu DEVICE=standin` and
 # `make bench-gpu DEVICE=standin SMOKE=--smoke` go the same way on the tests' stand-in.
 DEVICE ?= cuda
@@ -37,7 +36,6 @@ test-gpu: $(VENV)/.installed-test
 
 bench-gpu: $(VENV)/.installed-test
 	$(PY) benchmarks/gpu.py speed --device $(DEVICE) $(SMOKE) --out bench-gpu.json
->>>>>>> 88a63ae (Devices are asked about in one place; a stand-in for a GPU runs every command in the tests, and shows what waits)
 
 lint: $(VENV)/.installed-dev
 	$(PY) -m ruff check
