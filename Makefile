@@ -57,7 +57,7 @@ types: $(VENV)/.installed-dev
 # Each benchmark at a size that needs no data and takes minutes; the last line of each, JSON, goes to bench.jsonl.
 # The first leaves photographs for extract.py.
 BENCH := "cost.py flops local h200 --rounds 2 --photos build/bench-photos" "stage_one.py planted views --threads 1" \
-	"denoiser.py latency --threads 1 --batch 2 --repeats 5" "extract.py speed --images build/bench-photos" "overlap.py --smoke" "priors.py --smoke"
+	"denoiser.py latency --threads 1 --batch 2 --repeats 5" "extract.py speed --images build/bench-photos" "overlap.py --smoke" "priors.py --smoke" "store.py --maps 500 --rounds 5"
 bench: $(VENV)/.installed-test
 	rm -f bench.jsonl
 	for job in $(BENCH); do echo "== $$job"; $(PY) benchmarks/$$job > bench.txt || exit 1; cat bench.txt; \

@@ -126,6 +126,10 @@ def job(name: str) -> Ratio:
     return Ratio("higher", TIME, lambda r: row_of(r["cost"]["local"]["rows"], job=name)["predicted / measured"])
 
 
+def stored(name: str) -> Ratio:
+    return Ratio("higher", TIME, lambda r: r["store"]["ratios"][name])
+
+
 RATIOS: dict[str, Ratio] = {
     "extract over the bare loop, images a second": Ratio("higher", TIME, lambda r: r["speed"]["over_loop"]["median"]),
     "extract over the bare loop, processor": Ratio(
@@ -144,6 +148,9 @@ RATIOS: dict[str, Ratio] = {
     "extract, predicted over measured": job("extract"),
     "denoise, predicted over measured": job("denoise"),
     "training, predicted over measured": job("training"),
+    "a store's items over .npy files": stored("store[i] over .npy"),
+    "a store's batches over stacked .npy files": stored("store[[...]], two threads over .npy, stacked"),
+    "a store's loader over one of .npy files": stored("DataLoader of the store, two threads over DataLoader of .npy"),
     "a shard's bytes over the formula's": Ratio("lower", EXACT, lambda r: r["cost"]["local"]["stored_over_formula"]),
     "FLOPs off the formulas, 1 and the worst": Ratio("lower", QUALITY, lambda r: 1 + r["cost"]["flops"]["worst"]),
 }

@@ -8,9 +8,11 @@ Reading: items and batches a second, warm, in random order. Writing: MB a second
 processor time, beside plain h5py (with and without the checksum), beside the bytes alone (what the disk takes), and
 beside HDF5's own filter into memory and from there to the disk, which is what this package did at first.
 
-Each way reads all maps in one order, and the ways take turns. Rates are those of the quickest round, because other
-programs on the machine can only slow it down; ratios are medians over the rounds. The store checks the checksum of all
-that it reads, the others check nothing. The last line of the output is one JSON object.
+Each way reads all maps in one order, and the ways take turns. All are in the main process and in one thread, but for
+those of the store that say two: it reads a batch in as many threads as PyTorch is set to, which helps none of the
+others. Rates are those of the quickest round, because other programs on the machine can only slow it down; ratios are
+medians over the rounds. The store checks the checksum of all that it reads, the others check nothing.
+The last line of the output is one JSON object.
 """
 
 from __future__ import annotations
@@ -104,17 +106,30 @@ def ways(folder: Path, order: list[int], batch: int) -> dict[str, Callable[[], N
         sampler = RandomSampler(data, generator=torch.Generator().manual_seed(0))  # type: ignore[arg-type]
         return lambda: drain(DataLoader(data, batch, sampler=sampler))
 
+    def twice(way: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            torch.set_num_threads(2)
+            way()
+            torch.set_num_threads(1)
+
+        return run
+
+    def chosen() -> None:
+        drain(stored[part] for part in parts)
+
     return {
         "store[i], float32 with prefix": items(floats),
         "store[i]": items(stored),
         ".npy": items(npy),
         "mapped .npy": items(mapped),
         "safetensors": items(tensors),
-        "store[[...]]": lambda: drain(stored[part] for part in parts),
+        "store[[...]]": chosen,
+        "store[[...]], two threads": twice(chosen),
         ".npy, stacked": batches(npy),
         "mapped .npy, stacked": batches(mapped),
         "safetensors, stacked": batches(tensors),
         "DataLoader of the store": loaded(stored),
+        "DataLoader of the store, two threads": twice(loaded(stored)),
         "DataLoader of .npy": loaded(npy),
         "DataLoader of mapped .npy": loaded(mapped),
         "DataLoader of safetensors": loaded(tensors),
@@ -229,8 +244,10 @@ def main() -> None:
                 run()
                 seconds[way].append(time.perf_counter() - start)
     rates = {way: options.maps / min(taken) for way, taken in seconds.items()}
-    pairs = [("store[i]", ".npy"), ("store[[...]]", ".npy"), ("store[[...]]", ".npy, stacked")]
-    pairs.append(("DataLoader of the store", "DataLoader of .npy"))
+    pairs = [("store[i]", ".npy")]
+    for way in ("store[[...]]", "store[[...]], two threads"):
+        pairs += [(way, ".npy"), (way, ".npy, stacked")]
+    pairs += [(f"DataLoader of the store{more}", "DataLoader of .npy") for more in ("", ", two threads")]
     ratios = {
         f"{way} over {other}": statistics.median(b / a for a, b in zip(seconds[way], seconds[other], strict=True))
         for way, other in pairs

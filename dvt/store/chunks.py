@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 import numpy as np
@@ -19,9 +24,20 @@ from torch import Tensor
 
 from dvt.store.index import damage, opened
 
+_THREADS, _LEAST = 4, 8  # most threads that read a batch, and fewest reads for each
 _OPEN_FILES = 64  # per thread; on some systems a process may open only 256
 _KEPT_BYTES = 16 << 20  # per thread, of chunks that hold several images
 _WORDS = 256  # per row: the sum of 256 numbers below 2^16 is exact in single precision
+
+
+#: File, dataset, first row, and the tensor to fill.
+Request: TypeAlias = tuple[Path, str, int, Tensor]
+
+
+@cache
+def _readers(process: int) -> ThreadPoolExecutor:
+    """Return the threads of a process; those of its parent do not come with a fork."""
+    return ThreadPoolExecutor(_THREADS, "dvt-store")
 
 
 class ChunkReader(threading.local):
@@ -53,6 +69,23 @@ class ChunkReader(threading.local):
         except Exception:  # entering `damage` takes as long as the sum of a small chunk
             with damage(file):
                 raise
+
+    def read_all(self, requests: Sequence[Request]) -> None:
+        """Do several :meth:`read`, in as many threads as PyTorch computes with, which is one in a DataLoader's worker.
+
+        Raises as :meth:`read`.
+        """
+        count = min(torch.get_num_threads(), _THREADS, len(requests) // _LEAST)
+        if count < 2:
+            self._read_each(requests)
+            return
+        bounds = [k * len(requests) // count for k in range(count + 1)]
+        parts = [requests[low:high] for low, high in pairwise(bounds)]
+        list(_readers(os.getpid()).map(self._read_each, parts))
+
+    def _read_each(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.read(*request)
 
     def _by_rows(self, file: Path, name: str, places: _Places, start: int, out: Tensor) -> None:
         step = places.shape[0]

@@ -21,7 +21,7 @@ from dvt.files import similar
 from dvt.grids import Size
 from dvt.showing import page_part, pca_colours, picture
 from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
-from dvt.store.chunks import ChunkReader
+from dvt.store.chunks import ChunkReader, Request
 from dvt.store.format import Record, ordered_terms
 from dvt.store.index import StoredShard, damaged_shards, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
@@ -345,13 +345,13 @@ class FeatureStore(Dataset[StoredTokens]):
         terms = {term: torch.empty(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
         prefix = torch.empty(len(indices), self._prefix, channels, dtype=dtype)
         outs = [(f"tokens/{term}", values.flatten(1, 2).unbind()) for term, values in terms.items()]
+        wanted: list[Request] = []
         for (number, row), slot in sorted(zip(places, range(len(places)), strict=True)):
             shard = self._shards[number]
-            start = int(shard.offset[row])
-            for name, slots in outs:
-                self._chunks.read(shard.file, name, start, slots[slot])
+            wanted += [(shard.file, name, int(shard.offset[row]), slots[slot]) for name, slots in outs]
             if self._prefix:
-                self._chunks.read(shard.file, "tokens/prefix", row, prefix[slot : slot + 1])
+                wanted.append((shard.file, "tokens/prefix", row, prefix[slot : slot + 1]))
+        self._chunks.read_all(wanted)
         paths, sha256s = zip(*map(self._origin, indices), strict=True)
         labels = None if self._labels is None else collate_labels([self._label(i) for i in indices])
         numbers = torch.tensor(indices)

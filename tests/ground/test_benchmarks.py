@@ -149,9 +149,16 @@ def results(**changes):
             {"what": "extract", "processor_seconds": 2.0},
         ],
     }
+    stored = {
+        "store[i] over .npy": values["a store's items over .npy files"],
+        "store[[...]], two threads over .npy, stacked": values["a store's batches over stacked .npy files"],
+        "DataLoader of the store, two threads over DataLoader of .npy": values[
+            "a store's loader over one of .npy files"
+        ],
+    }
     flops = {"worst": values["FLOPs off the formulas, 1 and the worst"] - 1}
     return [
-        {"torch": "2", "cost": {"flops": flops, "local": local}},
+        {"torch": "2", "cost": {"flops": flops, "local": local}, "store": {"ratios": stored}},
         {"threads": 1, "planted": {"rows": solvers, "outliers": outliers}, "views": {"rows": views}},
         {"machine": {"cpu": "x"}, "latency": latency},
         {"machine": "x", "speed": speed},
