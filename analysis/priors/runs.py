@@ -132,11 +132,10 @@ def train_prior(
     space = None if config.tower is None else load_tower(config.tower)
     conditions, labels = make_conditions(config, tokens, space)
     given = [None if conditions is None else Chosen(conditions, side) for side in (chosen, held)]
-    prior = _initial(config, maps, conditions, tokens, start)
+    prior = _initial(config, maps, conditions, tokens, start).to(device or default_device())
     split_of = {"images": len(tokens), "held_out": len(held), "sha256": _digest(tokens.sha256s, chosen, held)}
     prior.card = _card(config, identity, target, space) | {"data": split_of, "labels": labels}
     prior.card["start"] = None if start is None else weights_sha256(prior)
-    prior.to(device or default_device())
 
     def on_checkpoint(path: Path) -> None:
         # Only here, where a run with other settings has been refused: its folder must not change.
