@@ -19,14 +19,17 @@ from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.sampling import draw_maps
 from dvt.analysis.priors.scoring import Yardstick, pixels, random_filters
 from dvt.analysis.priors.targets import PriorTarget
-from dvt.analysis.priors.token_set import Clean, split, square
+from dvt.analysis.priors.token_set import Clean, split, square, token_identity
 from dvt.analysis.priors.training import fit_prior
 from dvt.backbones import Backbone
+from dvt.backbones.weights import read_described, save_state
 from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images import load_image, readable, size_and_sha256
 from dvt.progress import Progress, silent
 from dvt.views import resize
+
+_KEPT = "comparison"
 
 Treatment = Callable[[Tensor], Tensor]
 """A function from an image (3, H, W) in [0, 1] at the backbone's size to patch tokens (h, w, C)."""
@@ -52,7 +55,6 @@ class Material:
     sha256s: list[str]
 
 
-@torch.no_grad()
 def look(
     paths: Sequence[Path],
     backbone: Backbone,
@@ -61,8 +63,9 @@ def look(
     shared: Callable[[list[Tensor]], Tensor] | None = None,
     denoiser: Clean | None = None,
     progress: Progress = silent,
+    keep: tuple[Path, dict[str, Any]] | None = None,
 ) -> Material:
-    """Compute the tokens of all kinds for all images.
+    """Compute the tokens of all kinds for all images, or read those that a file keeps.
 
     Args:
         paths: paths of the images.
@@ -72,12 +75,53 @@ def look(
         shared: computes the artifact (h, w, C) of some training images, for the kind "raw - G".
         denoiser: applied to raw tokens for the kind "denoiser".
         progress: called with ("look", images done, images).
+        keep: the file to keep the tokens in, with plain JSON values that say what else they depend on, such as the
+            settings of the treatments.
+
+    Raises:
+        ConfigError: the file keeps tokens of something else.
     """
+    given = (treatments or {}, shared, denoiser, progress)
+    if keep is None:
+        return _looked(paths, backbone, config, *given)
+    file, more = keep
+    wanted = {"side": config.prior.side, "held_out": config.prior.held_out, "seed": config.prior.loop.seed}
+    about = {**token_identity(backbone, denoiser), **wanted, **more, "kinds": config.kinds}
+    about = json.loads(json.dumps({**about, "images": [size_and_sha256(path)[1] for path in paths]}))
+    if file.exists():
+        there, state = read_described(file, _KEPT, "tokens of a comparison")
+        if not isinstance(there, dict) or there.get("from") != about:
+            raise ConfigError(f"{str(file)!r} keeps tokens of other images or settings; choose another folder")
+        return _opened(there, state)
+    material = _looked(paths, backbone, config, *given)
+    rest = {"grid": material.grid, "chosen": material.chosen, "held": material.held, "sha256s": material.sha256s}
+    state = {f"tokens {name}": values.contiguous() for name, values in material.tokens.items()}
+    described = {"from": about, **rest, "kinds": list(material.tokens)}
+    save_state(file, {"pictures": material.pictures, **state}, {_KEPT: json.dumps(described)})
+    return material
+
+
+def _opened(about: dict[str, Any], state: dict[str, Tensor]) -> Material:
+    tokens = {name: state[f"tokens {name}"] for name in about["kinds"]}
+    rows = (about["chosen"], about["held"], about["sha256s"])
+    return Material(state["pictures"], tokens, (about["grid"][0], about["grid"][1]), *rows)
+
+
+@torch.no_grad()
+def _looked(
+    paths: Sequence[Path],
+    backbone: Backbone,
+    config: Comparison,
+    treatments: Mapping[str, Treatment],
+    shared: Callable[[list[Tensor]], Tensor] | None,
+    denoiser: Clean | None,
+    progress: Progress,
+) -> Material:
     found = readable(paths, lambda path: (size_and_sha256(path)[1], square(load_image(path))))
     sha256s, images = [each[0] for each in found.values()], [each[1] for each in found.values()]
     chosen, held = split(sha256s, config.prior.held_out, config.prior.loop.seed)
     inputs = [resize(image, backbone.image_size) for image in images]
-    rows: dict[str, list[Tensor]] = {"raw": [], **{name: [] for name in treatments or {}}}
+    rows: dict[str, list[Tensor]] = {"raw": [], **{name: [] for name in treatments}}
     if denoiser is not None:
         rows["denoiser"] = []
     for done, image in enumerate(inputs, 1):
@@ -85,7 +129,7 @@ def look(
         rows["raw"].append(tokens.patches[0].cpu())
         if denoiser is not None:
             rows["denoiser"].append(denoiser(tokens).patches[0].cpu())
-        for name, treat in (treatments or {}).items():
+        for name, treat in treatments.items():
             rows[name].append(treat(image).cpu())
         progress("look", done, len(inputs))
     maps = {name: torch.stack(values) for name, values in rows.items()}

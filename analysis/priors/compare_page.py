@@ -25,7 +25,7 @@ def write_page(report: dict[str, Any], pictures: Mapping[str, Tensor], out: Path
         pictures: for each column (n, 3, S, S) in [0, 1].
         out: the folder.
     """
-    images = [_curves(report, out / "curves.png"), _samples(pictures, out / "samples.png")]
+    images = [_curves(report, out / "curves.png"), save_samples(pictures, out / "samples.png")]
     shown = "".join(
         f'<p><img style="max-width:100%" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
         for path in images
@@ -89,7 +89,8 @@ def _curves(report: dict[str, Any], path: Path) -> Path:
     return save(figure, path)
 
 
-def _samples(pictures: Mapping[str, Tensor], path: Path) -> Path:
+def save_samples(pictures: Mapping[str, Tensor], path: Path) -> Path:
+    """Write columns of pictures (n, 3, S, S), side by side and named, to a .png file."""
     from matplotlib.figure import Figure
 
     count = min(_ROWS, *(len(each) for each in pictures.values()))

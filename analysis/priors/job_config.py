@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dvt.analysis.priors.config import PriorTraining
+from dvt.analysis.priors.config import PriorConfig, PriorTraining
 from dvt.errors import ConfigError
 from dvt.training.config import TrainingConfig
 
@@ -59,9 +59,10 @@ class Loop:
     Args:
         rounds: number of refits.
         mix: synthetic samples per real one.
-        corrector: "none", or "centres", which replaces a sample by a random real image of its nearest cluster.
+        corrector: "none"; "centres", which replaces a sample by a random real image of its nearest cluster; or
+            "likelihood", which draws again among the samples, more often those that real images make likelier.
         gamma: strength of the correction: a sample is corrected with probability gamma / (1 + gamma).
-        clusters: number of the corrector's clusters.
+        clusters: number of the corrector's clusters or, for likelihood, of normal distributions in a mixture.
         round_steps: training steps per round, starting from the previous round's weights.
         seeds: number of loops; their spread gives the intervals.
 
@@ -71,7 +72,7 @@ class Loop:
 
     rounds: int = 4
     mix: float = 1.0
-    corrector: Literal["none", "centres"] = "none"
+    corrector: Literal["none", "centres", "likelihood"] = "none"
     gamma: float = 1.0
     clusters: int = 16
     round_steps: int = 200
@@ -83,8 +84,8 @@ class Loop:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.mix <= 100 or not 0 <= self.gamma < float("inf"):
             raise ConfigError(f"mix must lie in (0, 100] and gamma be at least 0, got {self.mix} and {self.gamma}")
-        if self.corrector not in ("none", "centres"):
-            raise ConfigError(f"corrector must be 'none' or 'centres', got {self.corrector!r}")
+        if self.corrector not in ("none", "centres", "likelihood"):
+            raise ConfigError(f"corrector must be 'none', 'centres' or 'likelihood', got {self.corrector!r}")
 
 
 @dataclass(frozen=True)
@@ -238,3 +239,64 @@ class TowerTraining:
             raise ConfigError(f"held_out is a share of the images in (0, 1), got {self.held_out}")
         if not self.prompts or any("{}" not in prompt for prompt in self.prompts):
             raise ConfigError(f"a prompt is a text with {{}} in place of the class, got {list(self.prompts)}")
+
+
+_ITIT_LOOP = TrainingConfig(
+    steps=500,
+    batch_size=24,
+    learning_rate=3e-3,
+    warmup=0.1,
+    ema=0.98,
+    checkpoint_every=500,
+    validate_every=0,
+    log_every=50,
+    keep=1,
+)
+
+
+@dataclass(frozen=True)
+class Itit:
+    """Hold the settings for two priors of discrete tokens, image to text and text to image, trained in a cycle.
+
+    Args:
+        side: side of the pictures in pixels, a multiple of `patch`.
+        patch: side of an image token in pixels.
+        codes: number of entries of the codebook of image tokens.
+        length: number of words of a text that are read.
+        pairs: share of the training images whose own text is known; the others and all texts are used without it.
+        weight: weight of the cycles' losses.
+        seeds: runs per row; their spread gives the intervals.
+        width: channels of both transformers.
+        depth: blocks of both transformers.
+        held_out: share of the images to hold out, where no test images are given.
+        loop: settings of the training loop.
+
+    Raises:
+        ConfigError: a value is outside its range.
+    """
+
+    side: int = 16
+    patch: int = 4
+    codes: int = 64
+    length: int = 6
+    pairs: float = 0.1
+    weight: float = 0.3
+    seeds: int = 3
+    width: int = 48
+    depth: int = 2
+    held_out: float = 0.2
+    loop: TrainingConfig = _ITIT_LOOP
+
+    def __post_init__(self) -> None:
+        if self.side < 1 or self.patch < 1 or self.side % self.patch:
+            raise ConfigError(f"side must be a multiple of the patch {self.patch}, got {self.side}")
+        if not 0 < self.pairs <= 1 or not 0 < self.held_out < 1 or not self.weight > 0:
+            raise ConfigError(
+                "pairs must lie in (0, 1], held_out in (0, 1) and weight above 0, got "
+                f"{self.pairs}, {self.held_out} and {self.weight}"
+            )
+        if self.codes < 2 or self.length < 1 or self.seeds < 2:
+            raise ConfigError(
+                f"codes and seeds must be at least 2 and length 1, got {self.codes}, {self.seeds} and {self.length}"
+            )
+        PriorConfig((1, 1), 1, 1, head="token", codes=self.codes, width=self.width, depth=self.depth)

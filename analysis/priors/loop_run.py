@@ -16,7 +16,7 @@ from dvt.analysis.priors.condition import Codebook
 from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.evaluate import kernel_distance
 from dvt.analysis.priors.job_config import Loop
-from dvt.analysis.priors.loops import Generate, Transform, closed_loop, mixing, nearest_cluster
+from dvt.analysis.priors.loops import Generate, Transform, closed_loop, likelihood, mixing, nearest_cluster
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.run_folder import PriorRun, open_run
@@ -125,8 +125,11 @@ def _corrector(real: Tensor, config: Loop, seed: int) -> Transform | None:
     if config.corrector == "none":
         return None
     rows = real.flatten(1)
-    codebook = Codebook.fit(rows, min(config.clusters, len(rows)), seed)
-    correct = mixing(nearest_cluster(codebook, rows), config.gamma)
+    if config.corrector == "likelihood":
+        target = likelihood(rows, config.clusters, seed=seed)
+    else:
+        target = nearest_cluster(Codebook.fit(rows, min(config.clusters, len(rows)), seed), rows)
+    correct = mixing(target, config.gamma)
     return lambda samples, generator: correct(samples.flatten(1), generator).view_as(samples)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,6 +131,50 @@ def nearest_cluster(codebook: Codebook, real: Tensor) -> Transform:
         share = torch.rand(len(samples), generator=generator, device=generator.device).to(counts.device)
         member = (share * counts[nearest]).long().clamp(max=counts[nearest] - 1)
         return real[order[starts[nearest] + member]].to(samples)
+
+    return draw
+
+
+_HEAVIEST = 20.0  # largest weight of a sample, as a multiple of the mean weight
+_FLATTENED = 1e-3  # added to the variances of whitened features, of which each is 1
+
+
+def likelihood(real: Tensor, components: int = 8, channels: int = 8, seed: int = 0) -> Transform:
+    """Make the correction that draws again among the samples with weights p*(x) / p(x), thinning what is too frequent.
+
+    p* and p are mixtures of normal distributions, fitted to the real features once and to the samples each time, both
+    in the leading principal components of the real ones, scaled to unit variance. Where the samples are distributed as
+    the real ones, all weights are about 1, so data without clusters keep their variance. What no sample shows cannot
+    come back.
+
+    Args:
+        real: (n, C) real features.
+        components: number of normal distributions in each mixture; fewer where there are fewer than 20 rows for each.
+        channels: largest number of principal components.
+        seed: seed of the fits.
+
+    Source:
+        Ours; sampling importance resampling is Rubin's, 1987.
+    """
+    from sklearn.mixture import GaussianMixture
+
+    def fitted(rows: Tensor) -> Any:
+        count = max(1, min(components, len(rows) // 20))
+        return GaussianMixture(count, reg_covar=_FLATTENED, random_state=seed).fit(rows.numpy())
+
+    values = real.double()
+    mean = values.mean(0)
+    _, sizes, directions = torch.linalg.svd(values - mean, full_matrices=False)
+    kept = min(channels, int((sizes > 1e-6 * sizes[0]).sum()))
+    basis = directions[:kept].T * (len(values) ** 0.5 / sizes[:kept])
+    truth = fitted((values - mean) @ basis)
+
+    def draw(samples: Tensor, generator: torch.Generator) -> Tensor:
+        rows = (samples.double().cpu() - mean) @ basis
+        ratio = torch.from_numpy(truth.score_samples(rows.numpy()) - fitted(rows).score_samples(rows.numpy()))
+        weights = ratio.softmax(0) * len(rows)
+        weights = weights.clamp(max=_HEAVIEST).to(generator.device)
+        return samples[torch.multinomial(weights, len(samples), replacement=True, generator=generator)]
 
     return draw
 

@@ -24,6 +24,7 @@ from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
 from dvt.cli.settings.priors import (
     PriorCompare,
     PriorEvaluate,
+    PriorItit,
     PriorLoop,
     PriorRepresent,
     PriorSample,
@@ -74,6 +75,7 @@ GROUPS: dict[str, dict[str, tuple[type, str]]] = {
         "prior loop": (PriorLoop, "dvt.cli.priors:loop"),
         "prior represent": (PriorRepresent, "dvt.cli.prior_learn:represent"),
         "prior tower": (PriorTower, "dvt.cli.prior_learn:tower"),
+        "prior itit": (PriorItit, "dvt.cli.prior_learn:itit"),
     },
     "this command line": {
         "config": (ConfigCommand, "dvt.cli.about:config"),

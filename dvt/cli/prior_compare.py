@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.priors import token_map
 from dvt.cli.settings.priors import PriorCompare
 from dvt.images import find_images
 
@@ -20,10 +21,10 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
     settings = resolved(command, command="prior compare", images=paths)
     backbone = command.load()
     treatments, shared = decompositions(backbone, command.views) if command.decompose else ({}, None)
+    keep = (command.out / "tokens.safetensors", {"decompose": command.decompose, "views": command.views})
+    denoiser = token_map(command, backbone)
     with progress_bar(console) as progress:
-        material = look(
-            paths, backbone, command.comparison, treatments, shared, command.token_function(backbone), progress
-        )
+        material = look(paths, backbone, command.comparison, treatments, shared, denoiser, progress, keep)
         report = compare_priors(material, command.out, command.comparison, progress=progress)
     _print(console, report)
     console.print(f"page: {shown(str(command.out / 'page.html'))}")

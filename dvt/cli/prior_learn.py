@@ -1,4 +1,4 @@
-"""Run `dvt prior represent|tower`: train encoders on a prior's samples, or an image-text tower."""
+"""Run `dvt prior represent|tower|itit`: encoders of a prior's samples, image-text towers, priors in a cycle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dvt.cli.common import progress_bar, resolved, shown
-from dvt.cli.settings.priors import PriorRepresent, PriorTower
+from dvt.cli.settings.priors import PriorItit, PriorRepresent, PriorTower
 from dvt.devices import find_device
 from dvt.images import find_images
 
@@ -55,4 +55,27 @@ def tower(command: PriorTower, console: Console) -> tuple[int, dict[str, Any]]:
         f"{report['retrieval']:.3f} of {report['held_out']} held-out images"
     )
     console.print(f"tower: {shown(report['out'])}")
+    return 0, {**report, "settings": settings}
+
+
+def itit(command: PriorItit, console: Console) -> tuple[int, dict[str, Any]]:
+    """Run `dvt prior itit`; the exit code is 0 when all runs are done."""
+    from dvt.analysis.priors.compare_page import with_interval
+    from dvt.analysis.priors.itit_run import run_itit
+
+    paths, test = find_images(command.images), find_images(command.test) if command.test else []
+    settings = resolved(command, command="prior itit", images=paths)
+    with progress_bar(console) as progress:
+        report = run_itit(paths, command.texts, command.out, command.itit, test, progress)
+    counts = report["images"]
+    console.print(
+        f"{counts['training']} images, {counts['pairs']} of them with a text; {counts['test']} to score on; chance "
+        f"{report['chance']:.3f}; real images judged right {report['real']:.3f}"
+    )
+    table = Table("share right", "image to text", "over pairs alone", "text to image", "over pairs alone")
+    for name, found in report["rows"].items():
+        names = ("image_to_text", "image_to_text_over_pairs", "text_to_image", "text_to_image_over_pairs")
+        table.add_row(name, *(with_interval(found[each]) for each in names))
+    console.print(table)
+    console.print(f"samples: {shown(str(command.out / 'samples.png'))}")
     return 0, {**report, "settings": settings}

@@ -149,14 +149,23 @@ def test_a_loop_with_a_corrector_in_feature_space_keeps_its_clusters():
     assert corrected < 0.8 < 1.2 < free  # .5 sqrt(2 ln 2) = .59 is the smoothing of one round alone
 
 
-def after_rounds(real, corrector, rounds=6):
-    """Resampling with a correction of every sample: the variance of what is left, as a share of the real one."""
+def variance(values):
+    return values.var(0).mean()
+
+
+def spread(values):
+    """Width of the middle half, which the few far points of a heavy tail do not move."""
+    return (values.quantile(0.75, 0) - values.quantile(0.25, 0)).mean()
+
+
+def after_rounds(real, corrector, rounds=6, measure=variance):
+    """Resampling with a correction of every second sample: what is left of the variance, as a share of the real one."""
 
     def fit(samples):
         return lambda count, draws: samples[torch.randint(len(samples), (count,), generator=draws)]
 
     *_, last = closed_loop(fit, real, generator(1), rounds=rounds, share=math.inf, transform=mixing(corrector, 1.0))
-    return last(len(real), generator(2)).var(0).mean() / real.var(0).mean()
+    return measure(last(len(real), generator(2))) / measure(real)
 
 
 @pytest.mark.parametrize("kind", ["normal", "heavy"])
@@ -170,6 +179,31 @@ def test_a_corrector_by_clusters_does_not_collapse_data_without_clusters(kind):
     shrunk = after_rounds(real, nearest_centre(codebook))
     assert float(kept) == pytest.approx(1, abs=0.12 if kind == "normal" else 0.35)
     assert float(shrunk) < 0.85 and float(shrunk) < float(kept) - 0.1
+
+
+def cloud(kind, count, seed=0):
+    """A normal cloud, or a heavy-tailed one (Student's t, 4 degrees of freedom)."""
+    values = noise(count, 2, seed=seed)
+    return values / noise(count, 4, seed=seed + 1).square().mean(1, keepdim=True).sqrt() if kind == "heavy" else values
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy"])
+def test_a_corrector_by_likelihood_keeps_what_is_right_and_repairs_what_is_too_wide(kind):
+    real = cloud(kind, 3000)
+    assert float(after_rounds(real, loops.likelihood(real), measure=spread)) == pytest.approx(1, abs=0.12)
+    wide = 1.6 * cloud(kind, 3000, seed=5)
+    mended = loops.likelihood(real)(wide, generator(3))
+    assert spread(wide) > 1.45 * spread(real)
+    assert float(spread(mended) / spread(real)) == pytest.approx(1, abs=0.12)
+    shifted = cloud(kind, 3000, seed=5) + 0.7
+    assert float(loops.likelihood(real)(shifted, generator(3)).median(0).values.abs().max()) < 0.2
+
+
+def test_a_corrector_by_likelihood_draws_from_the_samples_it_is_given():
+    real, made = noise(200, 40), noise(100, 40, seed=1)  # more channels than principal components
+    corrected = loops.likelihood(real)(made, generator())
+    rows = {tuple(row) for row in made.tolist()}
+    assert corrected.shape == made.shape and all(tuple(row) in rows for row in corrected.tolist())
 
 
 def test_a_corrector_by_clusters_answers_with_real_members_of_the_cluster():

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from dvt.analysis.priors.config import PriorTraining, Sampling
-from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Loop, Represent, TowerTraining
+from dvt.analysis.priors.job_config import Comparison, EncoderConfig, Itit, Loop, Represent, TowerTraining
 from dvt.cli.settings.common import DenoiserOptions, Options, Remade
 from dvt.training.config import TrainingConfig
 
@@ -171,3 +171,31 @@ class PriorTower(Options):
     """Labelled images to score on, in folders named after their class; by default the held-out images."""
     tower: Annotated[TowerFlags, tyro.conf.arg(name="")] = field(default_factory=TowerFlags)
     """Settings of the tower and its training."""
+
+
+@dataclass(frozen=True)
+class ItitFlags(Itit):
+    """Name the flags of the training loop without a prefix."""
+
+    loop: Annotated[TrainingConfig, tyro.conf.arg(name="")] = Itit.loop
+    """Settings of the training loop."""
+
+
+@dataclass(frozen=True)
+class PriorItit(Options):
+    """Train priors from image to text and back with few pairs, with and without cycles over unpaired images and texts.
+
+    Run the same command again to continue with the missing runs.
+    """
+
+    images: tyro.conf.Positional[tuple[str, ...]]
+    """Files, folders (searched recursively), globs, or a .txt list of paths; folders are named after a word of the
+    images' texts."""
+    texts: Path
+    """A file of JSON lines: {"image": NAME, "text": TEXT}, with names relative to the file."""
+    out: Path
+    """A folder for the runs, itit.json and samples.png."""
+    test: tuple[str, ...] = ()
+    """Images to score on, with texts in the same file; by default a share of the images is held out."""
+    itit: Annotated[ItitFlags, tyro.conf.arg(name="")] = field(default_factory=ItitFlags)
+    """Settings of the priors and their training."""
