@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dvt.errors import ConfigError
 from dvt.schema import check_ranges
@@ -20,6 +20,7 @@ TARGETS: dict[str, AnnotationKind] = {
     "discovery": "boxes",
 }
 
+DepthCrop = Literal["none", "nyu", "eigen", "garg"]
 Baseline = Literal["position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg"]
 BASELINES = ("position-only", "random", "subtract", "linear-removal", "view-averaging", "ph-reg")
 
@@ -195,6 +196,14 @@ class ProbeConfig:
             a row of its own; without it only the scores of classes are enlarged, bilinearly. For label and depth maps.
         transfer: also score the probe of raw features on each variant, and each variant's probe on raw features.
         views: number of views for view averaging, besides the whole image.
+        depth_scale: units of a depth map per metre (KITTI 256, NYU 1000); None means 1000 for whole numbers and 1 for
+            floats.
+        min_depth, max_depth: range in metres of the depths that are learnt and scored; None sets no upper end. The
+            field takes 1e-3 to 10 in NYU and to 80 in KITTI.
+        depth_crop: part of the image that depth is scored in: "nyu" (Eigen's, of 480 x 640), "eigen" or "garg" (of
+            KITTI), as shares of the image's sides.
+        masks: label maps are masks: 0 is class 0, whatever else (1, 255, a set bit) is class 1.
+        class_token: append each image's class token to each of its patch tokens, as DINOv2's linear depth head does.
         seed: seed of the crops, the views and the first probe.
         cache: folder for features and crops; None is the user's cache folder.
     """
@@ -219,6 +228,12 @@ class ProbeConfig:
     upsample: int = 1
     transfer: bool = False
     views: int = 10
+    depth_scale: float | None = None
+    min_depth: float = 0.0
+    max_depth: float | None = None
+    depth_crop: DepthCrop = "none"
+    masks: bool = False
+    class_token: bool = False
     seed: int = 0
     cache: Path | None = None
 
@@ -229,6 +244,7 @@ class ProbeConfig:
             "protocol": ("frames", "crops"),
             "evaluate": (None, "val", "test"),
             "bins": ("log", "linear"),
+            "depth_crop": get_args(DepthCrop),
             "position": ("none", "concatenate", "add"),
         }
         for name, allowed in choices.items():
@@ -240,6 +256,12 @@ class ProbeConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; it must be 1 or more")
+        if not 0 <= self.min_depth < (self.max_depth or float("inf")):
+            raise ConfigError(f"depths from {self.min_depth} to {self.max_depth} m hold nothing; give a wider range")
+        if self.depth_crop != "none" and self.protocol == "crops":
+            raise ConfigError("depth_crop is a part of whole frames; leave it or --protocol crops out")
+        if self.class_token and self.task in ("discovery", "correspondence"):
+            raise ConfigError(f"{self.task} compares patches, whose class token is the same; leave class_token out")
         if self.protocol == "crops" and TARGETS.get(self.task) not in ("labels", "depth"):
             raise ConfigError(f"{self.task} takes whole images only; crops need label or depth maps")
         if self.upsample > 1 and TARGETS.get(self.task) not in ("labels", "depth"):

@@ -85,7 +85,9 @@ def cached_crops(
 ) -> LabelledData:
     """Call :func:`write_crops` once for the same examples and seed: later calls open what the first one wrote."""
     files = [[split, e.name, *_stamp(e)] for split, part in data.splits.items() for e in part]
-    recipe = json.dumps([str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, CROP_SHARE, files])
+    parts = [str(data.root.resolve()), data.layout, data.ids, data.ignore, seed, CROP_SHARE, files]
+    read = [data.depth_scale, data.masks] if data.depth_scale or data.masks else []
+    recipe = json.dumps([*parts, *read])
     folder = cache / f"crops-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,14 @@ def _stamp(example: Example) -> list[int]:
 def _opened(data: LabelledData, folder: Path) -> LabelledData:
     """Open the crops with the classes and settings of the data that they were cut from."""
     crops = open_data(folder, data.target, layout="folder", ignore=(_void(data),) if data.target == "labels" else ())
+    if data.target == "depth":
+        crops = replace(crops, depth_scale=_units(data))
     return replace(crops, num_classes=data.num_classes, classes=data.classes, notes=data.notes)
+
+
+def _units(data: LabelledData) -> float:
+    """Choose the units per metre in which crops of depth maps are written: the data's own, if they are whole."""
+    return data.depth_scale if data.depth_scale is not None and data.depth_scale >= 100 else 1000.0
 
 
 def _void(data: LabelledData) -> int:
@@ -142,7 +151,13 @@ def _cut(
 
 def _plain(data: LabelledData, truth: Tensor) -> np.ndarray:
     if data.target == "depth":
-        return (truth * 1000).round().numpy().astype(np.uint16)
+        units = (truth * _units(data)).round()
+        if float(units.max()) > 65535:
+            raise DataError(
+                f"a depth of {float(truth.max()):.1f} m does not fit 16 bits at {_units(data):g} units per metre: "
+                "give --depth-scale 256, or --max-depth and frames instead of crops"
+            )
+        return units.numpy().astype(np.uint16)
     void = _void(data)
     return torch.where(truth == IGNORE, void, truth.int()).numpy().astype(np.uint8 if void == 255 else np.uint16)
 

@@ -4,7 +4,7 @@ Our layout, in which the split folders are optional::
 
     DATA/images/{train,val,test}/NAME.jpg
     DATA/annotations/{train,val,test}/NAME.png      class ids; `ignore` lists ids to leave out
-    DATA/depth/{train,val,test}/NAME.png            uint16 millimetres, 0 = no measurement
+    DATA/depth/{train,val,test}/NAME.png            uint16 millimetres (or another scale), 0 = no measurement
     DATA/boxes.json                                 {file: {"width", "height", "boxes": [[x0, y0, x1, y1]]}}
     DATA/{train,val,test}/CLASS/NAME.jpg            one class per image
 
@@ -24,13 +24,12 @@ from typing import TypeVar, get_args
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dvt.analysis.config import AnnotationKind
 from dvt.analysis.probes.layouts import IGNORE, LAYOUTS, PLAIN, SPLITS, Example, category_names, size_text, some
-from dvt.errors import ConfigError, DataError
-from dvt.images import image_size
+from dvt.errors import ConfigError, DataError, ImageError
+from dvt.images import image_size, load_stored
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,8 @@ Picked = TypeVar("Picked")
 
 
 MOST_CLASSES = 1000
-_METRES = 0.001
+_FORMS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
+_MILLIMETRES = 1000.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class LabelledData:
         ignore: further ids in the files to leave out.
         num_classes: K; 0 if :meth:`counted` must find it in the labels.
         notes: warnings for readers of a score, such as that the split was made here.
+        depth_scale: units of a depth map per metre; None means 1000 for whole numbers and 1 for floats.
+        masks: label maps are masks: 0 is class 0, and whatever else, 1 or 255, is class 1.
     """
 
     root: Path
@@ -66,6 +68,8 @@ class LabelledData:
     ignore: tuple[int, ...] = ()
     num_classes: int = 0
     notes: tuple[str, ...] = field(default=())
+    depth_scale: float | None = None
+    masks: bool = False
 
     def read(self, example: Example) -> Tensor:
         """Read the truth of an example.
@@ -81,8 +85,8 @@ class LabelledData:
             return torch.tensor(example.boxes, dtype=torch.float32)
         if self.target == "category":
             return torch.tensor(example.category, dtype=torch.int16)
-        values = _read_map(_path(example.truth))
-        return _depth(values, example) if self.target == "depth" else self._labels(values, example)
+        values = _read_map(_path(example.truth), self.target, self.masks)
+        return _depth(values, example, self.depth_scale) if self.target == "depth" else self._labels(values, example)
 
     def limited(self, **counts: int | None) -> LabelledData:
         """Keep at most the given number of examples of each split, evenly spaced; None keeps all."""
@@ -106,7 +110,7 @@ class LabelledData:
         if found[-1] == 255 and 254 not in found:
             raise DataError(
                 f"label maps in {str(self.root)!r} hold the ids {some(found)}; 255 usually marks pixels without a "
-                "label: give --ignore 255, or --classes 256 if it is a class"
+                "label: give --ignore 255, or --masks if maps are masks of 0 and 255, or --classes 256 if it is a class"
             )
         data = replace(self, num_classes=found[-1] + 1)
         if missing := sorted(set(range(found[-1])) - set(found)):
@@ -114,6 +118,8 @@ class LabelledData:
         return data
 
     def _labels(self, values: np.ndarray, example: Example) -> Tensor:
+        if self.masks:
+            values = self._mask(values, example)
         present = np.unique(values)
         known = len(self.ids) if self.ids is not None else self.num_classes or MOST_CLASSES
         if wrong := [int(v) for v in present if not 0 <= v < known and int(v) not in self.ignore]:
@@ -127,11 +133,24 @@ class LabelledData:
                 table[value] = value if self.ids is None else self.ids[value]
         return torch.from_numpy(table[values])
 
+    def _mask(self, values: np.ndarray, example: Example) -> np.ndarray:
+        """Turn a mask of 0 and one other value into 0 and 1; ids to leave out stay."""
+        void = np.isin(values, self.ignore)
+        others = sorted({int(value) for value in np.unique(values[~void])} - {0})
+        if len(others) > 1:
+            raise DataError(
+                f"{os.fspath(_path(example.truth))!r} holds {some(others)} beside 0; a mask has one other value: leave "
+                "--masks out for class ids, or give --ignore ID for ids that are not a class"
+            )
+        return np.where(void, values, values != 0)
 
-def _depth(values: np.ndarray, example: Example) -> Tensor:
+
+def _depth(values: np.ndarray, example: Example, scale: float | None) -> Tensor:
     if values.dtype == np.uint8:
-        raise DataError(f"{os.fspath(_path(example.truth))!r} is an 8-bit image; depth is 16 bits, in millimetres")
-    return torch.from_numpy(values.astype(np.float32) * np.float32(_METRES))
+        raise DataError(f"{os.fspath(_path(example.truth))!r} is an 8-bit image; depth is 16 bits or float")
+    units = scale or (1.0 if values.dtype == np.float32 else _MILLIMETRES)
+    metres = torch.from_numpy(values.astype(np.float32) / np.float32(units))
+    return torch.where(metres.isfinite(), metres, 0.0)  # some data sets mark holes by NaN or infinity
 
 
 def _path(truth: Path | None) -> Path:
@@ -140,18 +159,23 @@ def _path(truth: Path | None) -> Path:
     return truth
 
 
-def _read_map(path: Path) -> np.ndarray:
-    """Read the (H, W) integers of a single-channel image, palette indices included."""
-    image_size(path)  # refuses pipes, empty files and huge sizes in headers before anything is decoded
+def _read_map(path: Path, target: AnnotationKind, masks: bool) -> np.ndarray:
+    """Read the (H, W) values of a single-channel image, palette indices included, turned as its photograph is."""
     try:
-        with Image.open(path, formats=("PNG", "TIFF", "BMP", "GIF", "PPM")) as image:
-            values = np.asarray(image)
-            mode = image.mode
-    except Exception as error:  # decoders raise nearly anything on damaged bytes
-        raise DataError(f"cannot read {os.fspath(path)!r}: {error}") from error
-    if values.ndim != 2 or mode in ("1", "F"):
-        raise DataError(f"{os.fspath(path)!r} is of kind {mode}; a label or depth map has one channel of whole numbers")
-    return values.astype(np.uint8 if values.dtype == np.uint8 else np.int64)
+        image = load_stored(path)
+    except ImageError as error:
+        raise DataError(str(error)) from error
+    values = np.asarray(image)
+    taken = values.ndim == 2 and image.format in _FORMS and (image.mode != "1" or masks)
+    if not taken or (image.mode == "F") != (values.dtype == np.float32) or (image.mode == "F" and target != "depth"):
+        hint = "; give --masks for masks of 1 bit" if image.mode == "1" and target == "labels" else ""
+        raise DataError(
+            f"{os.fspath(path)!r} is a {image.format} of kind {image.mode}; a label map has one channel of whole "
+            f"numbers, a depth map one of whole numbers or floats, without loss ({', '.join(_FORMS)}){hint}"
+        )
+    if image.mode == "F":
+        return values.astype(np.float32)
+    return values.astype(np.uint8 if values.dtype in (np.uint8, np.bool_) else np.int64)
 
 
 # -- opening ----------------------------------------------------------------------------------------------------------
@@ -164,6 +188,8 @@ def open_data(
     layout: str = "auto",
     ignore: Sequence[int] = (),
     num_classes: int | None = None,
+    depth_scale: float | None = None,
+    masks: bool = False,
 ) -> LabelledData:
     """Find the examples below a folder, and check names and sizes.
 
@@ -173,6 +199,8 @@ def open_data(
         layout: one of :data:`LAYOUTS`; "auto" recognises it.
         ignore: ids in the label files to leave out, besides those that the layout leaves out.
         num_classes: K, for our folder layout; None finds it in the labels.
+        depth_scale: units of a depth map per metre (KITTI 256); None means 1000 for whole numbers and 1 for floats.
+        masks: label maps are masks of 0 and one other value, 1 or 255, or of 1 bit.
 
     Raises:
         DataError: nothing is found, pairs are missing (they are listed), names clash or sizes disagree.
@@ -185,6 +213,10 @@ def open_data(
         raise ConfigError(f"layout is {layout!r}; it must be auto or one of {', '.join(LAYOUTS)}")
     if num_classes is not None and not 1 <= num_classes <= MOST_CLASSES:
         raise ConfigError(f"the number of classes is {num_classes}; it must lie in 1 ... {MOST_CLASSES}")
+    if depth_scale is not None and not depth_scale > 0:
+        raise ConfigError(f"depth_scale is {depth_scale}; it is a number of units per metre, such as 256 or 1000")
+    if masks and num_classes not in (None, 2):
+        raise ConfigError(f"masks have 2 classes, got num_classes {num_classes}; leave one of the two out")
     if not root.is_dir():
         raise DataError(f"{str(root)!r} is not a folder; give the folder of the labelled data")
     name, base = _recognise(root, target, layout)
@@ -199,8 +231,11 @@ def open_data(
         found, notes = _made_split(found["all"], target)
     splits = {split: tuple(found[split]) for split in (*SPLITS, "all") if split in found}
     classes = category_names(base) if target == "category" else ()
-    wanted = len(classes) or (max(known.ids) + 1 if known.ids else num_classes or 0)
-    data = LabelledData(base, name, target, splits, classes, known.ids, (*known.ignore, *ignore), wanted, notes)
+    wanted = len(classes) or (max(known.ids) + 1 if known.ids else 2 if masks else num_classes or 0)
+    ignored = (*known.ignore, *ignore)
+    data = LabelledData(
+        base, name, target, splits, classes, known.ids, ignored, wanted, notes, depth_scale, masks and not known.ids
+    )
     _check_sizes(data)
     for note in notes:
         log.info("%s", note)

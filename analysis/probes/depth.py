@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dvt import grids
 from dvt.analysis.probes.probe import (
     HeadConfig,
     Maps,
@@ -137,6 +138,35 @@ def depth_errors(depth: Tensor, truth: Tensor) -> Tensor:
     ratio = torch.maximum(found / true, true / found)
     values = ((difference / true).mean(), difference.square().mean().sqrt(), (ratio < 1.25).double().mean())
     return torch.stack((torch.ones_like(values[0]), *values))
+
+
+#: Parts (top, bottom, left, right) of an image in which depth is scored, as shares of its sides: rows 45 to 471 and
+#: columns 41 to 601 of NYU's 480 x 640, and the two of KITTI (Eigen et al., 2014; Garg et al., 2016).
+CROPS: dict[str, tuple[float, float, float, float]] = {
+    "nyu": (45 / 480, 471 / 480, 41 / 640, 601 / 640),
+    "eigen": (0.3324324, 0.91351351, 0.03594771, 0.96405229),
+    "garg": (0.40810811, 0.99189189, 0.03594771, 0.96405229),
+}
+
+
+def kept_depth(truth: Tensor, low: float, high: float | None, crop: str = "none") -> Tensor:
+    """Mark depths outside of a range and of a part of the image as not measured (0).
+
+    Args:
+        truth: (H, W) metres.
+        low, high: range in metres, its lower end excluded; None sets no upper end.
+        crop: "none" or a name in :data:`CROPS`.
+
+    >>> kept_depth(torch.tensor([[0.5, 1.0, 9.0]]), 0.5, 8.0)
+    tensor([[0., 1., 0.]])
+    """
+    kept = (truth > low) & (truth <= (math.inf if high is None else high))
+    if crop != "none":
+        rows, columns = grids.share_of((truth.shape[0], truth.shape[1]), CROPS[crop])
+        inside = torch.zeros_like(kept)
+        inside[rows, columns] = True
+        kept &= inside
+    return torch.where(kept, truth, 0.0)
 
 
 def _extremes(targets: Sequence[Tensor]) -> tuple[float, float]:

@@ -242,6 +242,23 @@ def position_features(grid: Size, waves: int = 4, device: torch.device | None = 
     return (cosines[:, :, 0, :, None] * cosines[:, :, 1, None, :]).flatten(2)
 
 
+def with_class_token(tokens: Tokens) -> Tensor:
+    """Join the class token to each patch token of one image: (h, w, 2 C).
+
+    Raises:
+        ShapeError: the tokens have no prefix, or are of several images.
+
+    Source: DINOv2's linear evaluation of depth (Oquab et al., 2023, section 7.4).
+    """
+    if len(tokens) != 1 or not tokens.prefix.shape[1]:
+        raise ShapeError(
+            f"patches {tuple(tokens.patches.shape)} with prefix {tuple(tokens.prefix.shape)}: one image with a class "
+            "token is needed"
+        )
+    patches = tokens.patches[0]
+    return torch.cat((patches, tokens.prefix[0, :1].expand(*patches.shape[:2], -1)), dim=-1)
+
+
 def position_only(tokens: Tokens) -> Tokens:
     """Replace tokens by functions of their coordinates: the baseline of a task in which layout is a cue."""
     return Tokens.of(position_features(tokens.grid, device=tokens.patches.device).expand(len(tokens), -1, -1, -1))

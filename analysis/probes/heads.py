@@ -52,6 +52,7 @@ class HeadCard:
         neighbours: votes of "knn".
         method: of discovery, "lost" or "tokencut".
         centred: of discovery.
+        class_token: whether the class token follows each patch token in the features.
     """
 
     task: KeptTask
@@ -71,6 +72,7 @@ class HeadCard:
     neighbours: int = 20
     method: Literal["lost", "tokencut"] = "lost"
     centred: bool = True
+    class_token: bool = False
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -237,6 +239,7 @@ def kept_head(
         neighbours=config.neighbours,
         method=config.method,
         centred=config.centred,
+        class_token=config.class_token,
     )
     return SavedHead(card, probe)
 

@@ -18,7 +18,7 @@ from dvt.analysis.probes.classification import KnnClassification, LinearClassifi
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
 from dvt.analysis.probes.datasets import LabelledData, open_data, pick
-from dvt.analysis.probes.depth import DepthProbe
+from dvt.analysis.probes.depth import DepthProbe, kept_depth
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
 from dvt.analysis.probes.features import Lazy, default_cache, held
 from dvt.analysis.probes.layouts import IGNORE, Example, some
@@ -53,7 +53,15 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
     if config.task not in TARGETS:
         raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
     target = TARGETS[config.task]
-    data = open_data(config.data, target, layout=config.layout, ignore=config.ignore, num_classes=config.classes)
+    data = open_data(
+        config.data,
+        target,
+        layout=config.layout,
+        ignore=config.ignore,
+        num_classes=config.classes,
+        depth_scale=config.depth_scale,
+        masks=config.masks,
+    )
     name: str = config.evaluate or next((each for each in ("all", "test") if each in data.splits), "val")
     if name not in data.splits:
         raise DataError(f"{str(data.root)!r} has no split {name}; it has {', '.join(data.splits)}")
@@ -95,7 +103,7 @@ def run_probe(
     data = prepare(config, progress)
     examples = [*data.splits["train"], *data.splits["test"]]
     count = len(data.splits["train"])
-    truth = held(Lazy(len(examples), lambda i: _target(data, examples[i])))
+    truth = held(Lazy(len(examples), lambda i: _target(data, examples[i], config, scored=i >= count)))
     train, test = _parts(truth, count)
     notes = [*data.notes, *_notes(train, test, data)]
     source = _row_features(config, backbone, [example.image for example in examples], count, progress, layers)
@@ -180,11 +188,20 @@ def _row_features(
     layers: Sequence[int] = (),
 ) -> RowFeatures:
     views = ViewConfig(count=config.views, seed=config.seed)
-    return RowFeatures(backbone, images, train, _cache(config), views, config.position, config.seed, progress, layers)
+    if config.class_token and (not backbone.num_prefix_tokens or config.position == "concatenate"):
+        raise ConfigError(
+            f"{backbone.name} has no class token to append: leave class_token out"
+            if not backbone.num_prefix_tokens
+            else "a class token cannot be appended beside position features; choose one of class_token and position"
+        )
+    given = (config.position, config.seed, progress, layers, config.class_token)
+    return RowFeatures(backbone, images, train, _cache(config), views, *given)
 
 
-def _target(data: LabelledData, example: Example) -> Tensor:
+def _target(data: LabelledData, example: Example, config: ProbeConfig, scored: bool) -> Tensor:
     truth = data.read(example)
+    if data.target == "depth":
+        return kept_depth(truth, config.min_depth, config.max_depth, config.depth_crop if scored else "none")
     return boxes_from_pixels(truth, image_size(example.image)) if data.target == "boxes" else truth
 
 

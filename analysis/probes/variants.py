@@ -92,6 +92,7 @@ class RowFeatures:
         seed: seed of the noise.
         progress: called with (what, done, total).
         layers: further layers, the backbone's own last, each of which is a row, and all of them side by side another.
+        class_token: append the class token to each patch token, in the rows whose tokens have one.
     """
 
     def __init__(
@@ -105,7 +106,9 @@ class RowFeatures:
         seed: int,
         progress: Progress | None,
         layers: Sequence[int] = (),
+        class_token: bool = False,
     ) -> None:
+        self.class_token = class_token
         self.backbone, self.images, self.cache, self.progress = backbone, images, cache, progress
         self.views, self.position, self.seed = views, position, seed
         self.train = train or len(images)
@@ -125,7 +128,10 @@ class RowFeatures:
             found = tokens[i]
             if found.patches.ndim != 4 or len(found) != 1:
                 raise ShapeError(f"{name} gave patches {tuple(found.patches.shape)} for one image; return (1, h, w, C)")
-            patches = self.placed(name, found.to(self.device)).patches[0]
+            found = self.placed(name, found.to(self.device))
+            patches = (
+                features.with_class_token(found) if self.class_token and found.prefix.shape[1] else found.patches[0]
+            )
             if factor == 1:
                 return patches
             centres = places((patches.shape[0], patches.shape[1])).to(patches.device)
@@ -163,8 +169,9 @@ class RowFeatures:
         """Convert tokens to float32 and add position features, except for the rows of position alone and of noise."""
         if self.position == "none" or name in ("position-only", "random"):
             return tokens.to(torch.float32)
-        maps = [features.with_position(each.float(), self.position) for each in tokens.patches]
-        return Tokens.of(torch.stack(maps))
+        maps = torch.stack([features.with_position(each.float(), self.position) for each in tokens.patches])
+        fits = maps.shape[-1] == tokens.prefix.shape[-1]  # not with position features side by side
+        return Tokens(maps, tokens.prefix.float()) if fits else Tokens.of(maps)
 
     def _tokens(self, name: str, variant: Variant | None) -> Sequence[Tokens]:
         if name == RAW:

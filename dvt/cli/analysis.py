@@ -139,7 +139,7 @@ def _keep_head(command: ProbeCommand, backbone: Backbone, report: ProbeReport) -
     own = RAW if len(layers) < 2 else joined_row(backbone, layers)
     row = (own if denoiser is None else "denoised") + (UPSAMPLED if command.probe.upsample > 1 else "")
     identity = None if denoiser is None else denoiser.identity
-    channels = backbone.feature_dim * len(layers)
+    channels = backbone.feature_dim * len(layers) * (2 if command.probe.class_token else 1)
     return kept_head(command.probe, report.probes[row], backbone, layers, channels, identity, command.names)
 
 

@@ -82,6 +82,7 @@ class _Features:
         """Compute the features (h, w, C) of an image (3, H, W)."""
         import torch
 
+        from dvt.analysis.probes.features import with_class_token
         from dvt.backbones import Backbone as Inside
         from dvt.backbones.layers import joined_tokens
         from dvt.views import resize
@@ -93,4 +94,4 @@ class _Features:
             tokens = joined_tokens(model, inputs, self.card.layers).to(torch.float32)
             if self.clean is not None and model is self.backbone:
                 tokens = self.clean(tokens)
-        return tokens.patches[0].cpu()
+        return (with_class_token(tokens) if self.card.class_token else tokens.patches[0]).cpu()

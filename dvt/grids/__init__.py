@@ -174,6 +174,18 @@ def cells_to_pixels(square: tuple[int, int, int], grid: Size, image_size: Size) 
     return round(top * down), round(left * across), round((top + side) * down), round((left + side) * across)
 
 
+def share_of(size: Size, shares: tuple[float, float, float, float]) -> tuple[slice, slice]:
+    """Find the rows and columns of a part of an image: shares (top, bottom, left, right) of its sides, rounded down.
+
+    >>> share_of((480, 640), (45 / 480, 471 / 480, 41 / 640, 601 / 640))
+    (slice(45, 471, None), slice(41, 601, None))
+    """
+    top, bottom, left, right = (
+        int(share * length + 1e-6) for share, length in zip(shares, (size[0], size[0], size[1], size[1]), strict=True)
+    )
+    return slice(top, bottom), slice(left, right)
+
+
 def node_coords(resolution: Size, device=None) -> Tensor:
     """Compute the coordinates (rows, columns, 2) of a bilinear grid's nodes; its corners are the image's corners."""
     rows, columns = (torch.linspace(0, 1, n, dtype=torch.float64, device=device) for n in resolution)

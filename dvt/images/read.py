@@ -100,6 +100,21 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         return _colour(upright)
 
 
+def load_stored(path: str | Path) -> Image.Image:
+    """Load an image's values as they are stored (indices, 16 bits, floats), turned as :func:`load_image` does.
+
+    Raises:
+        ImageError: as :func:`load_image`.
+    """
+    with _opened(path) as (image, file):
+        image.load()
+        method = _TRANSPOSE.get(_orientation(image, file, path))
+        form = image.format
+        upright = image.transpose(method) if method is not None else image
+        upright.format = form
+        return upright
+
+
 def read_image(image: ImageLike) -> Tensor:
     """Read an image of any accepted type as (3, H, W) RGB in [0, 1]; a float tensor is returned unchanged.
 
