@@ -14,7 +14,10 @@ from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 if TYPE_CHECKING:
+    from dvt.analysis.search_index import SearchIndex
     from dvt.store import FeatureStore
+
+_CANDIDATES = 8  # images of an index compared for each one asked for
 
 Box = tuple[float, float, float, float]
 
@@ -45,8 +48,9 @@ def search(
     count: int = 10,
     centres: Callable[[grids.Size], Tensor] = grids.grid_centres,
     progress: Callable[[str, int, int], None] | None = None,
+    index: SearchIndex | None = None,
 ) -> list[Found]:
-    """Find the images of a store that look most like a query, by an exact search.
+    """Find the images of a store that look most like a query, by an exact search, or among an index's candidates.
 
     The store's mean token is subtracted from both, because denoised features are known only up to a constant vector.
     Whole images are compared by the cosine of their mean tokens. A region is compared with every window of as many
@@ -59,6 +63,7 @@ def search(
         count: the largest number of images to return.
         centres: maps a grid (h, w) to its patch centres, if patches overlap; by default they tile the images.
         progress: called with (what, done, total).
+        index: an index of the same store and term, which chooses the images to compare; None compares all.
 
     Returns:
         The images found, the best first.
@@ -77,24 +82,31 @@ def search(
         raise ShapeError(f"the query has shape {tuple(query.shape)}; this store is searched with (h, w, {channels})")
     if not bool(query.isfinite().all()):
         raise NonFiniteError("the query's tokens hold NaN or infinity; compute them again")
-    means = torch.stack([store[i].patches[0].float().mean((0, 1)) for i in range(len(store))])
-    centre = means.mean(0)
-    if box is None:
-        wanted = query.cpu().float().mean((0, 1)) - centre
-        values = nnf.cosine_similarity(means - centre, wanted[None])
-        found = [Found(path, float(value)) for path, value in zip(store.images, values, strict=True)]
-    else:
+    means = [_mean(store, i) for i in range(len(store))] if index is None else []
+    centre = torch.stack(means).mean(0) if index is None else index.centre
+    x0, y0, x1, y1 = 0, 0, query.shape[1], query.shape[0]
+    if box is not None:
         x0, y0, x1, y1 = grids.cells_in_box(box, centres((query.shape[0], query.shape[1])))
-        wanted = query[y0:y1, x0:x1].cpu().float().mean((0, 1)) - centre
-        found, paths = [], store.images
-        for i in range(len(store)):
+    mean = query[y0:y1, x0:x1].cpu().float().mean((0, 1))
+    wanted, found, paths = mean - centre, [], store.images
+    chosen = range(len(store)) if index is None else index.candidates(mean, _CANDIDATES * count)
+    for done, i in enumerate(chosen, 1):
+        if box is None:
+            own = means[i] if means else _mean(store, i)
+            found.append(Found(paths[i], float(nnf.cosine_similarity(own - centre, wanted, dim=0))))
+        else:
             tokens = store[i].patches[0].float() - centre
             value, cells = _best_window(tokens, wanted, (y1 - y0, x1 - x0))
             at = grids.box_of_cells(cells, centres((tokens.shape[0], tokens.shape[1]))).tolist()
             found.append(Found(paths[i], value, (at[0], at[1], at[2], at[3])))
-            if progress:
-                progress("images", i + 1, len(store))
+        if progress:
+            progress("images", done, len(chosen))
     return sorted(found, key=lambda each: -each.cosine)[:count]
+
+
+def _mean(store: FeatureStore, i: int) -> Tensor:
+    """Compute the mean token (C,) of an image."""
+    return store[i].patches[0].float().mean((0, 1))
 
 
 def _best_window(tokens: Tensor, wanted: Tensor, window: grids.Size) -> tuple[float, tuple[int, int, int, int]]:

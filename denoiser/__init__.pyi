@@ -5,6 +5,8 @@ from .config import DenoiserTraining as DenoiserTraining
 from .distill.card import read_card as read_card
 from .distill.config import BackboneTraining as BackboneTraining
 from .distill.job import distill_backbone as distill_backbone
+from .distill.other import distill_student as distill_student
+from .distill.other import read_projection as read_projection
 from .distill.student import with_registers as with_registers
 from .feature_maps import FeatureMaps as FeatureMaps
 from .folding import fold as fold

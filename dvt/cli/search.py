@@ -18,6 +18,7 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
     from dvt.analysis.pictures import save
     from dvt.analysis.search import search as found_in
     from dvt.analysis.search import search_figure
+    from dvt.analysis.search_index import SearchIndex
     from dvt.images import load_image
     from dvt.store import FeatureStore
 
@@ -37,7 +38,8 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
         for term in terms:
             stored = FeatureStore(command.store, term)
             centres = backbone.grid_centres
-            found[term] = found_in(stored, maps[term], command.box, command.count, centres, progress)
+            index = None if command.index is None else SearchIndex.opened(command.index, stored, progress)
+            found[term] = found_in(stored, maps[term], command.box, command.count, centres, progress, index)
 
     def photograph(path: str) -> Any:
         try:

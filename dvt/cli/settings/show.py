@@ -105,6 +105,9 @@ class SearchCommand(CleanOptions):
     """x0 y0 x1 y1 in [0, 1]: the part of the photograph to look for; by default whole images are compared."""
     count: int = 5
     """The largest number of images to show."""
+    index: Path | None = None
+    """Folder of a faiss index of the store, made if it is missing: it chooses the images that are compared. By default
+    all are."""
 
 
 @dataclass(frozen=True)
