@@ -1,3 +1,5 @@
+from .anyup import AnyUp as AnyUp
+
 # The names that `dvt.denoiser` offers; loaded when first used (lazy_loader), and read by type checkers.
 from .attach import denoised_backbone as denoised_backbone
 from .config import DenoiserConfig as DenoiserConfig

@@ -25,7 +25,6 @@ from dvt.grids import Size
 from dvt.images import ImageLike, read_image, several_images
 from dvt.jobs.profile import StageTimer
 from dvt.tokens import Tokens
-from dvt.upsampling import upsample
 from dvt.views import Shifts, ViewConfig, Views
 
 log = logging.getLogger(__name__)
@@ -147,13 +146,6 @@ class DecomposedImage:
     fit: Fit
     extraction_seconds: float
     fitting_seconds: float
-
-    def upsampled(self, image: Tensor, factor: int) -> Tensor:
-        """Upsample the semantic features to (factor h, factor w, C), guided by the image (3, H, W).
-
-        See :func:`dvt.upsample`.
-        """
-        return upsample(self.decomposition.semantic, image, factor, centres=self.coords)
 
 
 @overload

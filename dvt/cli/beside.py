@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from dvt.images.members import member_title
 from dvt.schema import read_json
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 #: The longest part of an image's name that is used; with hash, suffix and ".part", a name has fewer than 255 bytes.
@@ -81,13 +82,27 @@ def _earlier(console: Console, index: Path) -> dict[str, str]:
     return {}
 
 
-def fine_suffix(factor: int) -> str:
-    """Name the end of a file of features that are finer by this factor, so that factors do not share files."""
-    return f"-x{factor}.npy"
+def fine_suffix(factor: int, upsampler: str | None = None) -> str:
+    """Name the end of a file of finer features, so that factors and ways to upsample do not share files."""
+    return f"-x{factor}.npy" if upsampler is None else f"-x{factor}-anyup.npy"
 
 
-def check_upsample(factor: int, ray: str | None) -> None:
+def load_upsampler(source: str | None, device: torch.device) -> Callable[[Tensor, Tensor, int, Tensor], Tensor]:
+    """Make a function of (tokens, image, factor, patch centres) that upsamples; with a source, by AnyUp."""
+    if source is None:
+        from dvt.upsampling import upsample
+
+        return lambda tokens, image, factor, centres: upsample(tokens, image, factor, centres=centres)
+    from dvt.denoiser.anyup import AnyUp
+
+    learned = AnyUp.load(source).to(device)
+    return lambda tokens, image, factor, centres: learned.upsample(tokens, image, factor)
+
+
+def check_upsample(factor: int, ray: str | None, upsampler: str | None = None) -> None:
     """Refuse a factor out of range, and upsampling on a cluster, whose workers do not write beside the store."""
+    if upsampler is not None and factor == 1:
+        raise ConfigError(f"--upsampler {upsampler} says how to upsample; give a factor by --upsample, too")
     if factor < 1:
         raise ConfigError(f"upsample is {factor}; it must be 1 or more")
     if factor > 1 and ray is not None:

@@ -14,10 +14,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import dvt
-from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
+from dvt.cli.beside import check_upsample, fine_suffix, load_upsampler, names_beside, write_index, write_map
 from dvt.cli.common import is_first, progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
+from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
@@ -38,7 +39,7 @@ SCORED_IMAGES = 100
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt denoise`; the exit code is 0 if every image is in the store, 2 if some could not be read."""
-    check_upsample(command.upsample, command.ray)
+    check_upsample(command.upsample, command.ray, command.upsampler)
     if command.views is not None and command.views < 1:
         raise ConfigError(f"views is {command.views}; it must be 1 or more: one view cannot tell F from G, use dozens")
     config = _config(command)
@@ -161,20 +162,22 @@ class _Writer:
     def __init__(self, command: Denoise, paths: Sequence[Path | str]):
         self.command, self.out = command, Path(command.out)
         self.names = names_beside(paths)
+        self.suffix = fine_suffix(command.upsample, command.upsampler)
+        self.finer = load_upsampler(command.upsampler, find_device(command.device))
 
     def __call__(self, path: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         name = self.names[path]
         if self.command.pictures:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
-            fine = result.upsampled(pixels, self.command.upsample)
-            write_map(self.out / "upsampled" / f"{name}{fine_suffix(self.command.upsample)}", fine)
+            fine = self.finer(result.decomposition.semantic, pixels, self.command.upsample, result.coords)
+            write_map(self.out / "upsampled" / f"{name}{self.suffix}", fine)
 
     def finish(self, console: Console) -> None:
         """Write the index of each folder, and report the files that are missing there."""
         wanted = {
             "pictures": (".png", self.command.pictures),
-            "upsampled": (fine_suffix(self.command.upsample), self.command.upsample > 1),
+            "upsampled": (self.suffix, self.command.upsample > 1),
         }
         for folder, (suffix, asked) in wanted.items():
             if asked:

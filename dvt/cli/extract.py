@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.beside import check_upsample, fine_suffix, names_beside, write_index, write_map
+from dvt.cli.beside import check_upsample, fine_suffix, load_upsampler, names_beside, write_index, write_map
 from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
@@ -29,7 +29,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     config = ExtractConfig(
         command.precision, command.batch, command.images_a_shard, command.workers, layers, command.tiling
     )
-    check_upsample(command.upsample, command.ray)
+    check_upsample(command.upsample, command.ray, command.upsampler)
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
@@ -39,7 +39,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
     result = print_job(console, command, summary, seconds, [("precision", settings["dtype"])])
     if names:
-        write_index(console, Path(command.out) / "upsampled", names, fine_suffix(command.upsample))
+        write_index(console, Path(command.out) / "upsampled", names, fine_suffix(command.upsample, command.upsampler))
     return (2 if summary.failed else 0), result
 
 
@@ -55,14 +55,13 @@ class _Fine:
     def __init__(self, command: Extract, names: dict[Path, str], backbone: Backbone):
         self.factor, self.folder = command.upsample, Path(command.out) / "upsampled"
         self.names, self.backbone = names, backbone
+        self.suffix = fine_suffix(command.upsample, command.upsampler)
+        self.finer = load_upsampler(command.upsampler, backbone.device)
 
     def __call__(self, path: Path, pixels: Tensor, maps: Mapping[str, Tensor]) -> None:
-        from dvt.upsampling import upsample
-
         tokens = maps.get("denoised", maps["raw"]).float().to(self.backbone.device)
         centres = self.backbone.centres((pixels.shape[1], pixels.shape[2]))
-        fine = upsample(tokens, pixels, self.factor, centres=centres)
-        write_map(self.folder / f"{self.names[path]}{fine_suffix(self.factor)}", fine)
+        write_map(self.folder / f"{self.names[path]}{self.suffix}", self.finer(tokens, pixels, self.factor, centres))
 
 
 def merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:

@@ -18,7 +18,6 @@ from dvt.fields.shared import shared_artifact
 from dvt.grids import grid_centres
 from dvt.images import load_image
 from dvt.store import FeatureStore
-from dvt.upsampling import upsample
 from dvt.views import ViewConfig
 
 CONFIG = DenoiseConfig(views=ViewConfig(count=7, batch=4), linear=LinearConfig(resolution=12, smoothness=0.05))
@@ -176,13 +175,6 @@ def test_a_known_artifact_is_centred_so_that_its_mean_stays_in_the_field(tiny_ba
     centred, moved = (denoise(tiny_backbone, photo, CONFIG, each) for each in (known, known + 3))
     torch.testing.assert_close(moved.artifact, centred.artifact, atol=1e-5, rtol=0)
     torch.testing.assert_close(moved.semantic, centred.semantic, atol=1e-4, rtol=0)
-
-
-def test_finer_features_are_the_semantic_ones_guided_by_the_image(tiny_backbone, photo):
-    result = denoise_image(tiny_backbone, photo, CONFIG)
-    fine = result.upsampled(photo, 4)
-    assert torch.equal(fine, upsample(result.decomposition.semantic, photo, 4))
-    assert torch.equal(result.upsampled(photo, 1), result.decomposition.semantic)
 
 
 def test_the_neural_solver_takes_the_same_way(tiny_backbone, photo):

@@ -39,6 +39,9 @@ class Denoise(JobOptions):
     """Draw a picture for each image, in OUT/pictures; not with --ray."""
     upsample: int = 1
     """Also write the semantic features upsampled by this factor, guided by the image, to OUT/upsampled."""
+    upsampler: str | None = None
+    """Upsample by AnyUp instead of the filter: a file of its published weights, or "anyup" or "anyup-dinov2", which are
+    downloaded."""
     seed: int = 0
     """Seed of the views and the solver."""
     batch: int = 16

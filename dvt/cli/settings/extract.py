@@ -29,6 +29,9 @@ class Extract(LayersOptions, JobOptions):
     upsample: int = 1
     """Also write the denoised features, or without a denoiser the raw ones, upsampled by this factor, guided by the
     image, to OUT/upsampled."""
+    upsampler: str | None = None
+    """Upsample by AnyUp instead of the filter: a file of its published weights, or "anyup" or "anyup-dinov2", which are
+    downloaded."""
 
     @property
     def images_a_shard(self) -> int:
