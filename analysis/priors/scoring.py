@@ -24,6 +24,7 @@ from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.run_folder import PriorRun, open_run
 from dvt.analysis.priors.sampling import draw_maps, held_out_loss
 from dvt.analysis.priors.token_set import BATCH
+from dvt.analysis.probes.heads import SavedHead
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError
 from dvt.progress import Progress, silent
@@ -140,6 +141,51 @@ def measured(made: Tensor, own: Sequence[int], reals: Tensor, training: Tensor, 
     return answer
 
 
+@torch.no_grad()
+def judged(head: SavedHead, made: Tensor, own: Sequence[int], reals: Tensor) -> dict[str, Any]:
+    """Compare what a frozen segmentation head sees in generated features and in the real ones of the same images.
+
+    Args:
+        head: trained on real features of the backbone whose features are generated.
+        made: (N, h, w, C) generated features.
+        own: for each, the number of the real image that its condition comes from; the first of each is compared.
+        reals: (n, h, w, C) features of the held-out images.
+
+    Returns:
+        "matched", the share of tokens with the class of the same place in the own real image; "shuffled", with that of
+        other images; their difference in standard errors; and "shares", half the summed difference of the classes'
+        shares in all generated and all real tokens.
+
+    Raises:
+        ConfigError: the head labels no classes, or takes other features.
+    """
+    card, channels = head.card, reals.shape[-1]
+    if card.task not in ("segmentation", "knn") or card.upsample != 1 or card.channels != channels:
+        raise ConfigError(
+            f"a head for generated features of {channels} channels must be one for segmentation of as many, not "
+            f"upsampled; this one is for {card.task}, {card.channels} channels, upsampled {card.upsample} times"
+        )
+    first = [list(own).index(row) for row in range(len(reals))]
+    labels = [torch.stack(head.probe.predict(maps.float().cpu())) for maps in (made[first], reals)]
+    seen = [functional.one_hot(each, card.num_classes).double() for each in labels]
+    trip = round_trip_cosine(*seen)
+    shares = 0.5 * float((seen[0].mean((0, 1, 2)) - seen[1].mean((0, 1, 2))).abs().sum())
+    return {"matched": trip.matched, "shuffled": trip.shuffled, "sigmas": trip.sigmas, "shares": shares}
+
+
+def check_head(head: SavedHead, run: PriorRun, name: str) -> None:
+    """Refuse a head for a run that generates no features, or those of other weights."""
+    if run.target.kind != "features":
+        raise ConfigError(f"a head judges generated features, and {name!r} generates {run.target.kind}")
+    there, denoiser = run.prior.card.get("weights_sha256"), run.prior.card.get("denoiser")
+    if there != head.card.weights_sha256 or (denoiser is None) != (head.card.denoiser is None):
+        raise ConfigError(
+            f"the head was trained on features of {head.card.backbone} ({head.card.weights_sha256[:8]}, "
+            f"{'denoised' if head.card.denoiser else 'raw'}), and {name!r} generates those of "
+            f"{run.prior.card.get('backbone')} ({str(there)[:8]}, {'denoised' if denoiser else 'raw'})"
+        )
+
+
 def evaluate_priors(
     run_dirs: Sequence[str | Path],
     yardsticks: Sequence[Yardstick] | None = None,
@@ -147,6 +193,7 @@ def evaluate_priors(
     sampling: Sampling | None = None,
     device: str | torch.device | None = None,
     progress: Progress | None = None,
+    head: SavedHead | None = None,
 ) -> dict[str, Any]:
     """Measure runs on their held-out images, all by the same yardsticks.
 
@@ -157,10 +204,11 @@ def evaluate_priors(
         sampling: sampling settings.
         device: None takes a GPU if there is one.
         progress: called with ("evaluate", runs done, runs).
+        head: a frozen head of `dvt probe segmentation --save`, for runs that generate features.
 
     Returns:
-        A report ready for JSON: by run the held-out loss (1 is an untrained prior) and, by yardstick, what
-        :func:`measured` gives.
+        A report ready for JSON: by run the held-out loss (1 is an untrained prior), by yardstick what :func:`measured`
+        gives and, with a head, what :func:`judged` gives.
 
     Raises:
         ConfigError: there are no runs, or they used different images.
@@ -175,15 +223,23 @@ def evaluate_priors(
             f"the runs {', '.join(runs)} learnt from or held out different images: their numbers say nothing of each "
             "other. Evaluate each alone, or train them on the same images with the same --seed and --held-out"
         )
+    if head is not None:
+        for name, run in runs.items():
+            check_head(head, run, name)
     found = {}
     for number, (name, run) in enumerate(runs.items(), 1):
-        found[name] = _scores(Path(name), run, yardsticks or (pixels(), random_filters()), samples, sampling)
+        found[name] = _scores(Path(name), run, yardsticks or (pixels(), random_filters()), samples, sampling, head)
         (progress or silent)("evaluate", number, len(runs))
     return {"runs": found}
 
 
 def _scores(
-    folder: Path, run: PriorRun, yardsticks: Sequence[Yardstick], samples: int, sampling: Sampling | None
+    folder: Path,
+    run: PriorRun,
+    yardsticks: Sequence[Yardstick],
+    samples: int,
+    sampling: Sampling | None,
+    head: SavedHead | None,
 ) -> dict[str, Any]:
     seen, held = opened_tokens(folder / "tokens"), run.held["pictures"]
     apart = set(run.names)
@@ -197,9 +253,14 @@ def _scores(
         functional.interpolate(part.float(), side, mode="area") if part.shape[2:] != side else part.float()
         for part in (seen.pictures[chosen], held)
     )
-    return {
+    report = {
         "held_out_loss": held_out_loss(run.prior, run.held["maps"], run.conditions(slice(None))),
         "samples": len(made),
         "calls": calls,
         "yardsticks": {each.name: measured(made, own, reals, training, each) for each in yardsticks},
     }
+    if head is not None:
+        given = (run.target.restore(each).cpu() for each in (maps, run.held["maps"].float().to(maps)))
+        generated, real = given
+        report["head"] = judged(head, generated, own, real)
+    return report

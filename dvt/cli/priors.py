@@ -122,13 +122,15 @@ def _print_rounds(console: Console, distances: dict[str, Any], rounds: int) -> N
 def evaluate(command: PriorEvaluate, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt prior evaluate`; the exit code is 0 when all runs are measured."""
     from dvt.analysis.priors.scoring import evaluate_priors, pixels, random_filters
+    from dvt.analysis.probes.heads import SavedHead
 
     settings, device = resolved(command, command="prior evaluate"), find_device(command.device)
     sticks = [pixels(), random_filters()]
     if (third := third_model(command.yardstick, command.yardstick_weights, command.yardstick_size, device)) is not None:
         sticks.append(third)
+    head = None if command.head is None else SavedHead.load(command.head)
     with progress_bar(console) as progress:
-        report = evaluate_priors(command.run, sticks, command.count, command.sampling, device, progress)
+        report = evaluate_priors(command.run, sticks, command.count, command.sampling, device, progress, head)
     for name, found in report["runs"].items():
         _print_evaluation(console, name, found)
     return 0, {**report, "settings": settings}
@@ -161,4 +163,8 @@ def _print_evaluation(console: Console, name: str, found: dict[str, Any]) -> Non
             table.add_row(f"{stick}: memorised", f"{copies['share']:.3f}", "share; .05 is chance")
         for reason in scores["refused"]:
             table.add_row(f"{stick}: refused", "", reason)
+    if (seen := found.get("head")) is not None:
+        beside = f"{seen['shuffled']:.3f} other images; {seen['sigmas']:.1f} standard errors apart"
+        table.add_row("head: same class at a place", f"{seen['matched']:.3f}", beside)
+        table.add_row("head: classes' shares apart", f"{seen['shares']:.3f}", "0 as in real images, 1 at most")
     console.print(table)

@@ -11,6 +11,9 @@ from torch.nn import functional
 from dvt.analysis.priors import evaluate
 from dvt.analysis.priors.evaluate import frechet_distance, kernel_distance, memorisation, round_trip_cosine
 from dvt.analysis.priors.scaling import fit_floored_law, fit_power_law
+from dvt.analysis.priors.scoring import judged
+from dvt.analysis.probes.heads import HeadCard, SavedHead
+from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.tokens import Tokens
 
@@ -299,3 +302,31 @@ def test_the_null_of_memorisation():
 def test_too_few_held_out_images_are_refused():
     with pytest.raises(ShapeError, match=r"held-out must be .* at least 20"):
         memorisation(noise(5, 3), noise(5, 3), noise(19, 3))
+
+
+# --- a frozen head
+
+
+def head_of(channels, task="segmentation", upsample=1):
+    """A head that calls a token by the sign of its first channel."""
+    tokens = torch.randn(40, 2, 2, channels, generator=generator(7))
+    labels = [(each[..., 0] > 0).long() for each in tokens]
+    probe = KnnSegmentation(2, 1).fit(tokens, labels) if task == "knn" else LinearSegmentation(2).fit(tokens, labels)
+    card = HeadCard(task, "tiny", "abc", (-1,), (8, 8), 32, channels, num_classes=2, upsample=upsample)
+    return SavedHead(card, probe)
+
+
+def test_a_head_sees_in_generated_features_what_it_sees_in_equal_real_ones():
+    reals = torch.randn(12, 3, 3, 4, generator=generator(1))
+    reals[..., 0] = reals[..., 0].sign() * 3  # far from the border between the classes
+    same = judged(head_of(4), reals.repeat_interleave(2, 0), [row for row in range(12) for _ in range(2)], reals)
+    assert same["matched"] == 1 and same["shares"] == 0 and same["shuffled"] < 0.65
+    other = judged(head_of(4), reals.roll(1, 0), range(12), reals)
+    assert abs(other["matched"] - other["shuffled"]) < 0.15 and other["shares"] == 0
+    flipped = reals.clone()
+    flipped[..., 0] = 3
+    assert judged(head_of(4), flipped, range(12), reals)["shares"] > 0.3
+    with pytest.raises(ConfigError, match="4 channels, upsampled 2 times"):
+        judged(head_of(4, upsample=2), reals, range(12), reals)
+    with pytest.raises(ConfigError, match="features of 4 channels"):
+        judged(head_of(3), reals, range(12), reals)

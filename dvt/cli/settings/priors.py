@@ -79,6 +79,8 @@ class PriorEvaluate(Options):
     """A file with the yardstick's weights; "demo" means the small ViT that comes with dvt."""
     yardstick_size: int | None = None
     """Shorter side of the yardstick's input in pixels."""
+    head: Path | None = None
+    """A head of `dvt probe segmentation --save`, frozen, that compares generated features with the real ones."""
     count: int = 2000
     """The smallest number of samples per run."""
     sampling: Annotated[Sampling, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = field(default_factory=Sampling)
