@@ -85,9 +85,11 @@ def sample_prior(
         raise ConfigError(f"images and samples must be at least 1, got {images} and {samples}")
     run, out = open_run(run_dir, device), Path(out or Path(run_dir) / "samples.png")
     images = min(images, len(run.names))
-    rows = [row for row in range(images) for _ in range(samples)]
+    # Evenly over the held-out images, which lie in the order of their folders, such as classes.
+    shown = [number * len(run.names) // images for number in range(images)]
+    rows = [row for row in shown for _ in range(samples)]
     maps, calls = draw_maps(sampling or Sampling(), run.prior, run.conditions(rows), len(rows))
-    save(_figure(run, run.target.decode(maps).cpu(), images, samples), out)
+    save(_figure(run, run.target.decode(maps).cpu(), shown, samples), out)
     return {"out": str(out), "images": images, "samples": samples, "calls": calls}
 
 
@@ -130,15 +132,16 @@ def write_samples(
     return {"out": str(out), "files": [str(path) for path in files], "calls": calls}
 
 
-def _figure(run: PriorRun, generated: Tensor, images: int, samples: int) -> Any:
-    """Draw rows of held-out images with their samples; features are coloured like the real ones."""
+def _figure(run: PriorRun, generated: Tensor, shown: list[int], samples: int) -> Any:
+    """Draw rows of some held-out images with their samples; features are coloured like the real ones."""
     from matplotlib.figure import Figure
     from torchvision.utils import make_grid
 
-    first = [picture.float().permute(1, 2, 0) for picture in run.held["pictures"][:images]]
+    images = len(shown)
+    first = [picture.float().permute(1, 2, 0) for picture in run.held["pictures"][shown]]
     columns = [first]
     if run.target.kind == "features":
-        reals = list(run.target.restore(run.held["maps"][:images]))
+        reals = list(run.target.restore(run.held["maps"][shown]))
         colours = pca_colours(reals, *generated)
         columns.append(colours[:images])
         flat = colours[images:]
