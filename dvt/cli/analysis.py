@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.common import keep_settings, progress_bar, resolved, save_json, shown
+from dvt.cli.common import keep_settings, progress_bar, resolved, save_json, say_ahead, shown
 from dvt.cli.remedies import compared, product_command
 from dvt.cli.settings.analysis import Analyze, Doctor, ProbeCommand, ReportCommand
 from dvt.cli.settings.common import DenoiserOptions
@@ -46,6 +46,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
         analysis = replace(analysis, layers=(*analysis.layers, *command.layers_of(backbone)[:-1]))
     backbones = [backbone, *(command.load(name) for name in command.compare)]
     source = FeatureStore(command.store) if command.store else _decompose(backbone, command.product, command.views)
+    say_ahead(console, backbone, len(backbones) * _passes(command, len(paths)), f"{len(paths)} images")
     none: list[None] = [None] * len(command.compare)
     with progress_bar(console) as progress:
         report = measure(
@@ -71,6 +72,7 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     settings = resolved(command, command="doctor", images=paths)
     backbone = command.load()
     variants = _variants(command, backbone)
+    say_ahead(console, backbone, _doctors_passes(command, len(paths)), f"{len(paths)} images")
     commands: dict[str, str] = {}
     refused: dict[str, str] = {}
     products: dict[str, Decompose] = {}
@@ -165,6 +167,29 @@ def _decompose(backbone: Backbone, product: Product | None = None, views: int | 
     if views == 0:
         return None
     return _terms_of(backbone, DenoiseConfig(views=views, product=product))  # type: ignore[arg-type]
+
+
+def _passes(command: Analyze, images: int) -> int:
+    """Count the passes of a backbone that an analysis takes: whole images, windows, shifts and decompositions."""
+    config, views = command.analysis, 0
+    if command.store is None and command.views != 0:
+        views = _views(command.product, command.views)
+    images = min(images, config.images)
+    windows = min(images, config.share_images) * config.windows + min(images, config.shift_images) * 6
+    return images * (1 + views) + windows + 6 * views  # the last: the shift stability of two decompositions
+
+
+def _doctors_passes(command: Doctor, images: int) -> int:
+    config = command.doctor
+    images = min(images, config.images)
+    views = sum(_views(product) for product in _PRODUCTS) if command.remedies else 0
+    tried = min(images, config.product_images) * (1 + config.product_windows)
+    return images * (1 + config.windows) + (tried * views if command.remedies else _views())
+
+
+def _views(product: Product | None = None, views: int | None = None) -> int:
+    """Count the passes of one image's decomposition."""
+    return 1 + DenoiseConfig(views=views, product=product).views.count  # type: ignore[arg-type]
 
 
 def _terms_of(backbone: Backbone, config: DenoiseConfig) -> Decompose:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from typing import Any
 
 import tyro
@@ -14,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dvt.cli.help import about, help_text
+from dvt.cli.help import about, help_text, usage
 from dvt.cli.replay import defaults_from_file
 from dvt.cli.settings.about import Completion, ConfigCommand
 from dvt.cli.settings.analysis import Analyze, Doctor, Predict, ProbeCommand, ReportCommand
@@ -33,7 +35,7 @@ from dvt.cli.settings.priors import (
 )
 from dvt.cli.settings.remedies import FindRemedy
 from dvt.cli.settings.show import MatchCommand, SearchCommand, Show, View
-from dvt.cli.values import REGISTRY
+from dvt.cli.values import REGISTRY, refusal
 from dvt.errors import ConfigError
 from dvt.text import WIDTH
 
@@ -99,8 +101,17 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         raise SystemExit(0)
     default = defaults_from_file(name, settings, rest)
     given = {} if default is None else {"default": default}
-    with REGISTRY:
-        command: Any = tyro.cli(settings, prog=f"dvt {name}", args=rest, **given)
+    said = io.StringIO()
+    try:
+        with REGISTRY, redirect_stderr(said):
+            command: Any = tyro.cli(settings, prog=f"dvt {name}", args=rest, **given)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        wrong = refusal(said.getvalue())
+        if wrong.startswith("Missing from"):
+            wrong = f"something is missing; {usage(name, settings)}."
+        raise ConfigError(f"{wrong} `dvt {name} --help` lists all options") from stop
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
         module, _, attribute = place.partition(":")
@@ -123,7 +134,7 @@ def command_name(arguments: Sequence[str]) -> str:
     near = difflib.get_close_matches(typed, COMMANDS, 1, 0.5)
     if actions:
         guess = f"did you mean `dvt {near[0]}`? " if near and len(arguments) > 1 else ""
-        raise ConfigError(f"`dvt {arguments[0]}` takes one of {', '.join(actions)}; {guess}See `dvt --help`")
+        raise ConfigError(f"`dvt {arguments[0]}` takes one of {', '.join(actions)}; {guess}`dvt --help` lists them")
     guess = f"; did you mean {near[0]!r}?" if near else ";"
     raise ConfigError(f"there is no command {arguments[0]!r}{guess} `dvt --help` lists them")
 
@@ -134,7 +145,7 @@ def print_overview(console: Console) -> None:
     console.print("Clean dense features from Vision Transformers. Help on one: [bold]dvt COMMAND --help[/]")
     for title, commands in GROUPS.items():
         table = Table.grid(padding=(0, 2))
-        table.add_column(width=16)
+        table.add_column(width=2 + max(map(len, COMMANDS)))
         for name, (settings, _) in commands.items():
             table.add_row(
                 f"  [bold]{name}[/]", escape(about(settings).split("\n")[0].split(". ")[0].rstrip(".") or "-")

@@ -160,8 +160,8 @@ def _values(kind: Any) -> tuple[str, tuple[str, ...]]:
     if origin in (Union, types.UnionType):
         parts = [_values(each) for each in inner if each is not types.NoneType]
         choices = tuple(each for _, some in parts for each in some)
-        words = [each for each, some in parts if not some]
-        return "|".join((["{" + ",".join(choices) + "}"] if choices else []) + words), choices
+        listed = ["{" + ",".join(choices) + "}"] if choices else []
+        return "|".join(listed + [each for each, some in parts if not some]), choices
     if origin is tuple:
         many = inner[-1] is Ellipsis
         words, choices = _values(inner[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 from collections.abc import Callable
 from typing import Any, Literal, Union, get_args, get_origin
@@ -34,6 +35,27 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         is_instance=lambda value: value is None if optional and value is None else _matches(value, others[0]),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+def refusal(panel: str) -> str:
+    """Take from a panel of tyro's, which shows a whole option with its type and text, what is wrong, as one sentence.
+
+    >>> print(refusal("Value error\\n ---- \\n Error parsing --views: 'x' is not a whole number \\n ---- \\n For help"))
+    --views: 'x' is not a whole number.
+    """
+    parts: list[list[str]] = [[]]
+    for line in (re.sub("[\u2500-\u257f]", "-", each).strip(" -") for each in panel.splitlines()):
+        if line:
+            parts[-1].append(line)
+        elif parts[-1]:
+            parts.append([])
+    title, *first = parts[0] or [""]
+    text = re.sub(r"^Error parsing (\{[^}]*\}: )?", "", " ".join(first or parts[1] or [title]))
+    text = re.sub(r"^Unrecognized options: ([^,]*).*", r"there is no option \1", text)
+    near = next((part for part in parts if part[:1] == ["Perhaps you meant:"] and len(part) > 1), None)
+    if near is not None:
+        text += f"; did you mean --{near[1].split()[0]}?"
+    return text if text.endswith((".", "?")) else f"{text}."
 
 
 def _reader(kind: Any, optional: bool) -> tuple[str, Callable[[str], Any]] | None:

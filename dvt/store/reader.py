@@ -67,13 +67,10 @@ class FeatureStore(Dataset[StoredTokens]):
     ) -> None:
         self.path, self.dtype = Path(path), dtype
         self.chosen = (term,) if isinstance(term, str) else tuple(term)
-        files = shard_files(self.path)
-        if not files:
-            what = (
-                "it is not a shard, nor a folder with *.h5 shards" if self.path.exists() else "there is no such folder"
-            )
-            hint = "" if self.path.exists() else similar(self.path)
-            raise StoreError(f"{str(path)!r} is not a feature store: {what}{hint}")
+        if not (files := shard_files(self.path)):
+            there = "it is not a shard, nor a folder with *.h5 shards"
+            reason = there if self.path.exists() else f"there is no such folder{similar(self.path)}"
+            raise StoreError(f"{str(path)!r} is not a feature store: {reason}")
         self._shards = [read_shard(file) for file in files]
         first = self._shards[0]
         for shard in self._shards:

@@ -102,14 +102,15 @@ def test_a_rate_counts_only_what_was_seen_done():
         (("denoise", "a", "--out", "o", "--neural.steps", "0"), "steps is 0; it must be 2 or more", "NeuralConfig"),
         (("train", "a", "--out", "o", "--learning-rate", "fast"), "'fast' is not a number", "float"),
         (("probe", "segmentatoin", "a"), "did you mean 'segmentation'?", "None"),
+        (("denoise", "a"), "usage: dvt denoise IMAGES ... --out TEXT", "(required)"),
+        (("denoise", "a", "--out", "o", "--vews", "3"), "did you mean --views?", "None"),
+        (("denoise", "a", "--out"), "--out", "None"),
     ],
 )
 def test_a_value_of_another_kind_is_refused_in_plain_words(arguments, said, unsaid, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
-    words = " ".join(capsys.readouterr().err.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split())
-    refused = words.partition("Argument helptext")[0]
-    assert stop.value.code == 2 and said in refused and unsaid not in refused
+    assert main(list(arguments)) == 2
+    words = " ".join(capsys.readouterr().err.split())
+    assert words.startswith("error: ") and said in words and unsaid not in words and "helptext" not in words
 
 
 def test_what_may_be_left_out_is_none_in_any_case():
