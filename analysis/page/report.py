@@ -158,7 +158,10 @@ def _without_zeros(report: Report) -> tuple[Report, list[str]]:
     names = ", ".join(sorted({sections.label(entry["variant"]) for entry in zero}))
     images = len({entry["image"] for entry in zero})
     said = f"The {names} of {images} of {len({e['image'] for e in report.index['maps']})} images is zero and not shown."
-    return replace(report, index={**report.index, "maps": kept}), [said]
+    left = {(entry["backbone"], entry["variant"]) for entry in kept}
+    gone = {(entry["backbone"], entry["variant"]) for entry in zero} - left  # zero in all images
+    norms = [entry for entry in report.index["norms"] if (entry["backbone"], entry["variant"]) not in gone]
+    return replace(report, index={**report.index, "maps": kept, "norms": norms}), [said]
 
 
 def _reduced(report: Report, fit: PageBudget) -> list[str]:

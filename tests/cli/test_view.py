@@ -95,3 +95,24 @@ def test_the_server_answers_this_machine_by_its_name_only():
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+def test_a_store_with_a_term_that_is_zero_has_a_page(work):
+    """Of `--keep-terms`, where no token is an outlier: the residual is zero in all images."""
+    store = work / "terms"
+    options = [
+        "--weights",
+        "demo",
+        "--size",
+        "96",
+        "--views",
+        "4",
+        "--no-pictures",
+        "--keep-terms",
+        "--out",
+        str(store),
+    ]
+    assert main(["denoise", str(work / "a.png"), *options]) == 0
+    assert not FeatureStore(store).read(0, "residual").any()
+    page = store_page(store)
+    assert "residual" in page and "is zero and not shown" in page
