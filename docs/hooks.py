@@ -6,6 +6,7 @@ them without importing, does not know: it is shown a copy in which they lie as t
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,8 +15,11 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = {
+    f"notebooks/{path.stem}.md": f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.ipynb"))
+}
 #: Pages made of files elsewhere in the repository.
-ELSEWHERE = {"benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md"}
+ELSEWHERE = {"benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG.md", **NOTEBOOKS}
 _PARTS = ("fields", "denoiser", "analysis")
 
 
@@ -37,8 +41,31 @@ def on_files(files: Files, config: Any) -> Files:
 
     files.append(File.generated(config, "commands.md", content=markdown_page(GROUPS)))
     for name, source in ELSEWHERE.items():
-        files.append(File.generated(config, name, content=(ROOT / source).read_text()))
+        text = (ROOT / source).read_text()
+        files.append(File.generated(config, name, content=_notebook(text, source) if name in NOTEBOOKS else text))
     return files
+
+
+def _notebook(text: str, source: str) -> str:
+    """Write a notebook as a page: its words, its code, and the outputs that it was saved with."""
+    parts: list[str] = []
+    for cell in json.loads(text)["cells"]:
+        content = "".join(cell["source"])
+        parts.append(content if cell["cell_type"] == "markdown" else f"```python\n{content}\n```")
+        parts += [_output(each) for each in cell.get("outputs", ())]
+        if len(parts) == 1:
+            parts.append(f"The notebook is `{source}`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _output(output: dict[str, Any]) -> str:
+    data = output.get("data", {})
+    if (picture := data.get("image/png")) is not None:
+        return f'<img alt="output" src="data:image/png;base64,{"".join(picture).strip()}">'
+    if (page := data.get("text/html")) is not None:
+        return f"<div>{''.join(page)}</div>"
+    lines = "".join(output.get("text") or data.get("text/plain") or "").splitlines()
+    return "\n".join(["```text", *lines[:40], *(["..."] if len(lines) > 40 else []), "```"])
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -31,6 +31,7 @@ def test_the_site_builds_strictly(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in tmp_path.rglob("*.html")}
     assert {"index.html", "tutorial.html", "commands.html", "api/index.html", "troubleshooting.html"} <= pages
+    assert {f"notebooks/{path.stem}.html" for path in (ROOT / "examples").glob("*.ipynb")} <= pages
     assert "load_backbone" in (tmp_path / "site" / "api" / "index.html").read_text()
     assert "--product" in (tmp_path / "site" / "commands.html").read_text()
 
