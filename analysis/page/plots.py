@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STRIPS = 6
 _MAPS = 6
+_TICKS = 8  # blocks named under a curve over layers, at most
 
 
 def save_plots(report: Findings, folder: Path) -> list[Path]:
@@ -108,22 +109,29 @@ def layer_figure(report: Findings) -> Figure | None:
     curves = {each["label"]: _curve(report, each["label"]) for each in report.backbones}
     if all(len({row.layer for row in rows}) < 2 for rows in curves.values()):
         return None
-    names = [
-        name
+    drawn = {
+        name: {row.layer for rows in curves.values() for row in rows if row.metric == name and row.value is not None}
         for name in METRICS
-        if any(row.metric == name and row.value is not None for r in curves.values() for row in r)
-    ]
-    columns = 4
+    }
+    names = [name for name, layers in drawn.items() if len(layers) > 1]  # others have no curve
+    blocks = sorted({layer for layers in drawn.values() for layer in layers} - {-1})
+    final, columns = blocks[-1] + 1, 4
     figure, axes = _page(-(-len(names) // columns), columns, 3.1, 2.4)
     for axis, name in zip(axes.flat, names, strict=False):
         _frame(axis)
         for number, (label, rows) in enumerate(curves.items()):
             _draw_curve(
-                axis, [row for row in rows if row.metric == name and row.value is not None], label, _colour(number)
+                axis,
+                [row for row in rows if row.metric == name and row.value is not None],
+                final,
+                label,
+                _colour(number),
             )
         better = METRICS[name].better
         _title(axis, f"{METRICS[name].title} ({better} is better)")
-        axis.set_xlabel("block; the last point is after the final norm", fontsize=8)
+        ticks = [block for block in blocks[:: -(-len(blocks) // _TICKS)] if block < final - 1 or len(blocks) <= _TICKS]
+        axis.set_xticks([*ticks, final], [*map(str, ticks), "final"])
+        axis.set_xlabel("block; final: the last one, after the final norm", fontsize=8)
     if len(curves) > 1:
         axes.flat[0].legend(frameon=False, fontsize=8)
     return figure
@@ -134,9 +142,8 @@ def _curve(report: Findings, label: str) -> list[Row]:
     return sorted(rows, key=lambda row: (row.layer == -1, row.layer))
 
 
-def _draw_curve(axis: Any, rows: list[Row], label: str, colour: str) -> None:
-    last = max((row.layer for row in rows), default=-1) + 1
-    places = [last if row.layer == -1 else row.layer for row in rows]
+def _draw_curve(axis: Any, rows: list[Row], final: int, label: str, colour: str) -> None:
+    places = [final if row.layer == -1 else row.layer for row in rows]
     values = [row.value for row in rows]
     low = [row.value if row.low is None else row.low for row in rows]
     high = [row.value if row.high is None else row.high for row in rows]

@@ -19,7 +19,7 @@ from PIL import Image
 
 import dvt
 from dvt.analysis import AnalyzeConfig, DoctorConfig, Report, Row, analyze, diagnose
-from dvt.analysis.page.plots import pca_figure, position_figure
+from dvt.analysis.page.plots import layer_figure, pca_figure, position_figure
 from dvt.analysis.page.report import fitting, render, write_report
 from dvt.errors import ConfigError
 from dvt.tokens import Tokens
@@ -636,3 +636,14 @@ def test_numbers_and_charts_need_no_script(browser, page):
 
 def test_the_saved_report_makes_the_same_page(report, saved, page):
     assert render(report) == page.read_text(encoding="utf-8") == render(Report.load(saved))
+
+
+def test_the_last_point_of_a_curve_over_layers_is_the_final_norm_s(report):
+    """It lies behind the last block drawn, and is named; a metric of one layer has no curve."""
+    figure = layer_figure(report)
+    titles = [axis.get_title(loc="left") for axis in figure.axes if axis.lines]
+    assert titles and not any(title.startswith("Pooled") for title in titles)
+    for axis in figure.axes:
+        if axis.lines:
+            assert [tick.get_text() for tick in axis.get_xticklabels()] == ["0", "final"]
+            assert list(axis.lines[0].get_xdata()) == [0, 1]
