@@ -31,6 +31,7 @@ from PIL import Image
 
 import dvt
 from dvt.cli import main as run_dvt
+from dvt.errors import DvtError
 from dvt.files import whole_file
 
 HERE = Path(__file__).parent
@@ -264,7 +265,7 @@ def write_page(path: Path, title: str, lines: list[dict[str, str]], notes: list[
     listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
     style = (
         "body{font:16px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}"
-        "div{overflow-x:auto}table{border-collapse:collapse}th,td{padding:.3em .8em;text-align:right;"
+        "div{overflow-x:auto}table{border-collapse:collapse;font-size:.85em}th,td{padding:.3em .5em;text-align:right;"
         "border-bottom:1px solid #ccc;white-space:nowrap}td:first-child,th:first-child{text-align:left}"
     )
     page = f"""<!doctype html><html lang="en">
@@ -422,4 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except DvtError as error:  # data in another layout, weights that are not there
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

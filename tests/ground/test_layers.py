@@ -118,6 +118,15 @@ def test_a_module_imports_only_what_it_may(module):
         )
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_only_one_module_knows_what_devices_there_are(module):
+    """Names of devices that users give, to Ray for instance, are no questions about a device."""
+    if module != "dvt.devices":
+        asked = [line for line in MODULES[module].read_text().splitlines() if re.search(r"torch\.cuda|is_cuda", line)]
+        asked += re.findall(r"\.type [=!]= .cuda.", MODULES[module].read_text())
+        assert not asked, f"{module} asks for a kind of device: {asked}; dvt.devices has what it needs"
+
+
 def test_no_modules_import_each_other_in_a_circle():
     """Lazy imports, inside functions or by import_module, and those for type checkers count: who reads one must read
     the other too."""
