@@ -49,7 +49,10 @@ def shards(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.h5")}
 
 
-@pytest.mark.parametrize("name", JOBS)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("denoise", "extract")]
+
+
+@pytest.mark.parametrize("name", ["shared artifact", *SLOW])
 def test_two_processes_make_the_store_of_one(photos, tmp_path, monkeypatch, capsys, name):
     command, *more = JOBS[name]
     monkeypatch.chdir(tmp_path)
@@ -64,6 +67,7 @@ def test_two_processes_make_the_store_of_one(photos, tmp_path, monkeypatch, caps
     assert (json.loads(again.stdout)["done"], json.loads(again.stdout)["skipped"]) == (0, 5)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_first_ends_all(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["extract", "photos", "--out", "store", *WITH]) == 0
