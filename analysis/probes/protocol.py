@@ -264,8 +264,8 @@ def _class_notes(train: Sequence[Tensor], test: Sequence[Tensor], data: Labelled
 def _present(truth: Sequence[Tensor], num_classes: int) -> Tensor:
     seen = torch.zeros(num_classes + 1, dtype=torch.bool)
     for i in range(len(truth)):
-        seen[truth[i].unique().long()] = True  # IGNORE, -1, indexes the last entry
-    return seen[:-1]
+        seen |= torch.bincount((truth[i] - IGNORE).flatten(), minlength=num_classes + 1)[: num_classes + 1] > 0
+    return seen[1:]  # the first is IGNORE, -1
 
 
 def _void_notes(

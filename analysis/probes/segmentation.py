@@ -222,7 +222,9 @@ def near_boundaries(labels: Tensor, distance: int = NEAR) -> Tensor:
         for start in (0, 1):
             part = edges.narrow(axis, start, labels.shape[axis] - 1)
             part.copy_(torch.maximum(part, apart))
-    return nnf.max_pool2d(edges[None, None], 2 * distance + 1, 1, distance)[0, 0] > 0
+    side = 2 * distance + 1  # rows first, then columns: the maximum over a square, many times faster
+    rows = nnf.max_pool2d(edges[None, None], (side, 1), 1, (distance, 0))
+    return nnf.max_pool2d(rows, (1, side), 1, (0, distance))[0, 0] > 0
 
 
 def count_scores(counts: Tensor) -> dict[str, Tensor]:
