@@ -15,7 +15,8 @@ import torch.nn.functional as nnf
 from torch import Tensor, nn
 
 from dvt import demo_weights, grids
-from dvt.backbones import load_backbone
+from dvt.backbones import Backbone, load_backbone
+from dvt.backbones.layers import choose_layers
 from dvt.errors import ConfigError
 
 try:
@@ -38,7 +39,7 @@ __all__ = ["CamVidDataset", "DvtBackbone", "DvtLinearHead"]
 
 @MODELS.register_module()
 class DvtBackbone(BaseModule):
-    """Compute one feature map of a frozen backbone, raw or denoised, for mmseg.
+    """Compute feature maps of a frozen backbone, raw or denoised, for mmseg.
 
     Args:
         name: a single-scale timm model, as :func:`dvt.load_backbone` takes it.
@@ -46,13 +47,19 @@ class DvtBackbone(BaseModule):
         layer: block whose tokens are read; -1 is the last, after the final norm.
         size: input size in pixels, for models whose size is chosen when they are loaded.
         denoiser: file, folder or hub repository of a denoiser for this backbone and layer; None for raw tokens.
+        out_indices: blocks whose tokens are given, one map each, in their order, from one forward pass; the last one is
+            the denoiser's, and `layer` must be left out. None gives the one map of `layer`. Blocks before the last
+            come without the final norm.
+        stride: pixels between patches; below the patch they overlap, and maps are finer.
+        factors: enlargement of each map of `out_indices` (4, 2, 1 and 0.5 make a pyramid of a ViT, as heads such as
+            UPerHead and FPN expect); None keeps all as they are.
         force: accept a denoiser whose card names another backbone, layer or weights.
         pretrained: False for random weights, for tests.
         init_cfg: an argument of mmengine's; nothing is initialised here, so it must be None.
 
     Attributes:
         backbone: the :class:`~dvt.backbones.Backbone`, always in evaluation mode.
-        feature_dim: C, the channels of the map; the head's `in_channels` must be equal to it.
+        feature_dim: C, the channels of a map; the head's `in_channels` must be equal to it, for each map.
 
     Raises:
         BackboneError, WeightsError: the backbone or the denoiser cannot be made, or they do not fit each other.
@@ -67,30 +74,51 @@ class DvtBackbone(BaseModule):
         denoiser: str | None = None,
         force: bool = False,
         pretrained: bool = True,
+        out_indices: Sequence[int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        factors: Sequence[float] | None = None,
         init_cfg: None = None,
     ) -> None:
         super().__init__(init_cfg)
+        _check_maps(layer, out_indices, factors)
         backbone = load_backbone(
             name,
             weights=demo_weights() if weights == "demo" else weights,
             pretrained=pretrained,
-            layer=layer,
+            layer=layer if out_indices is None else out_indices[-1],
             size=size,
+            stride=stride,
         )
+        self.layers = (backbone.layer,) if out_indices is None else choose_layers(backbone, tuple(out_indices))
+        if out_indices is not None and len(self.layers) != len(out_indices):
+            raise ConfigError(f"out_indices {tuple(out_indices)} name a block twice; give each once")
+        self.factors = tuple(factors or [1] * len(self.layers))
+        self.denoiser = None
         if denoiser is not None:
-            from dvt.denoiser import Denoiser
-            from dvt.denoiser.attach import denoised_backbone
-
-            backbone = denoised_backbone(Denoiser.from_pretrained(denoiser), backbone, force)
+            backbone = self._denoised(backbone, denoiser, force)
         self.backbone = backbone.requires_grad_(False)
         self.feature_dim = backbone.feature_dim
         self._range_checked = False
 
-    def forward(self, images: Tensor) -> tuple[Tensor]:
-        """Compute one map (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
+    def _denoised(self, backbone: Backbone, file: str, force: bool) -> Backbone:
+        """Put a denoiser behind the last layer: inside the backbone if that is the only one."""
+        from dvt.denoiser import Denoiser
+        from dvt.denoiser.attach import denoised_backbone
+        from dvt.denoiser.config import INSIDE
+
+        denoiser = Denoiser.from_pretrained(file)
+        if len(self.layers) == 1 or denoiser.config.kind in INSIDE:
+            return denoised_backbone(denoiser, backbone, force)
+        denoiser.check_fits(backbone, force)
+        self.denoiser = denoiser.requires_grad_(False)
+        return backbone
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Compute maps (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
 
         An image whose size is not a multiple of the patch is resized to the nearest multiple, so that the map covers
         the whole image, as mmseg's heads assume when they enlarge it. For a model of fixed size every image is resized.
+        Maps of overlapping patches are sampled on cells of the stride that tile the image.
 
         Raises:
             ConfigError: the first images lie outside [0, 1], because the data preprocessor normalises them.
@@ -101,12 +129,30 @@ class DvtBackbone(BaseModule):
         with torch.no_grad():
             if wanted != size:
                 images = nnf.interpolate(images, wanted, mode="bilinear", align_corners=False, antialias=True)
-            return (backbone(images).patches.permute(0, 3, 1, 2).contiguous(),)
+            if len(self.layers) == 1:
+                return (self._map(backbone(images).patches, wanted, self.factors[0]),)
+            found = backbone.at_layers(images, self.layers)
+            last = found[self.layers[-1]]
+            if self.denoiser is not None:
+                found[self.layers[-1]] = last.with_patches(self.denoiser(last.patches, last.prefix))
+            pairs = zip(self.layers, self.factors, strict=True)
+            return tuple(self._map(found[layer].patches, wanted, factor) for layer, factor in pairs)
+
+    def _map(self, patches: Tensor, size: grids.Size, factor: float) -> Tensor:
+        """Move channels first, and sample the map on cells that tile an image of the size, enlarged by a factor."""
+        maps, backbone = patches.permute(0, 3, 1, 2).contiguous(), self.backbone
+        if backbone.stride == backbone.patch_size and factor == 1:
+            return maps
+        cells = [max(1, round(side / step * factor)) for side, step in zip(size, backbone.stride, strict=True)]
+        tiles = backbone.stride == backbone.patch_size
+        return grids.enlarge(maps, (cells[0], cells[1]), None if tiles else backbone.centres(size))
 
     def train(self, mode: bool = True) -> DvtBackbone:
         """Set the flag that mmengine expects; the frozen model inside stays in evaluation mode."""
         super().train(mode)
         self.backbone.eval()
+        if self.denoiser is not None:
+            self.denoiser.eval()
         return self
 
     def init_weights(self) -> None:
@@ -124,6 +170,15 @@ class DvtBackbone(BaseModule):
                 "give the data_preprocessor mean=[0, 0, 0], std=[255, 255, 255] and bgr_to_rgb=True"
             )
         self._range_checked = True
+
+
+def _check_maps(layer: int, out_indices: Sequence[int] | None, factors: Sequence[float] | None) -> None:
+    """Refuse settings of maps that contradict each other."""
+    if out_indices is not None and (not len(out_indices) or layer != -1):
+        raise ConfigError(f"out_indices {out_indices} name the blocks, one or more: leave layer={layer} out")
+    count = 1 if out_indices is None else len(out_indices)
+    if factors is not None and (len(factors) != count or not all(factor > 0 for factor in factors)):
+        raise ConfigError(f"factors {factors} must be positive, one for each of {count} maps")
 
 
 @MODELS.register_module()

@@ -93,7 +93,8 @@ def of_variant(config: Config, variant: str, denoiser: str | None, channels: int
     """The config of one of the runs, in a folder of its own."""
     config = copy.deepcopy(config)
     config.model.backbone.denoiser = denoiser
-    config.model.decode_head.in_channels = channels
+    several = not isinstance(config.model.decode_head.in_channels, int)
+    config.model.decode_head.in_channels = [channels] * len(config.model.decode_head.in_index) if several else channels
     config.work_dir = str(folder / variant)
     config.experiment_name = f"{folder.name}_{variant}_{time.time_ns()}"  # mmengine keeps one logger a name
     return config
@@ -136,7 +137,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
 
     iterations = config.train_cfg.max_iters
-    print(f"\n{args.config.stem}, {options['name']}, linear head, {iterations} iterations, test, per cent")
+    print(
+        f"\n{args.config.stem}, {options['name']}, {config.model.decode_head.type}, {iterations} iterations, test, per cent"
+    )
     print(table(results))
     report = {
         "config": str(args.config),

@@ -112,6 +112,51 @@ def test_the_map_is_the_backbones_tokens_raw_and_denoised(weights, make_denoiser
     assert (clean - raw).abs().max() > 0.1
 
 
+def test_several_blocks_and_a_pyramid(weights, make_denoiser):
+    images = torch.rand(2, 3, 64, 96)
+    plain = load_backbone("test_vit", weights)
+    maps = DvtBackbone("test_vit", weights, out_indices=(1, 3, 5))(images)
+    found = plain.at_layers(images, (1, 3, -1))
+    for given, layer in zip(maps, (1, 3, -1), strict=True):
+        torch.testing.assert_close(given.permute(0, 2, 3, 1), found[layer].patches)
+    file = make_denoiser()
+    clean = DvtBackbone("test_vit", weights, denoiser=file, out_indices=(1, 5))(images)
+    torch.testing.assert_close(clean[0], maps[0])
+    torch.testing.assert_close(clean[1].permute(0, 2, 3, 1), Denoiser.from_pretrained(file)(found[-1].patches))
+    pyramid = DvtBackbone("test_vit", weights, out_indices=(1, 3, 4, 5), factors=(4, 2, 1, 0.5))(images)
+    assert [tuple(each.shape[2:]) for each in pyramid] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    for options in (
+        {"out_indices": (1, 5), "layer": 3},
+        {"out_indices": ()},
+        {"out_indices": (5, -1)},
+        {"factors": (1, 2)},
+        {"out_indices": (1, 5), "factors": (1, 0)},
+    ):
+        with pytest.raises(ConfigError):
+            DvtBackbone("test_vit", weights, **options)
+
+
+def test_maps_of_overlapping_patches_tile_the_image(weights):
+    """Coordinates as features: each cell of the map holds its own place, inside the outermost patches."""
+    from dvt import grids
+
+    backbone = DvtBackbone("test_vit", weights, stride=8)
+    (given,) = backbone(torch.rand(1, 3, 64, 96))
+    assert given.shape == (1, 64, 8, 12)
+    centres = backbone.backbone.centres((64, 96))
+    places = backbone._map(centres[None], (64, 96), 1)[0].movedim(0, -1)
+    expected = grids.grid_centres((8, 12))
+    inside = ((expected >= centres[0, 0]) & (expected <= centres[-1, -1])).all(-1)
+    torch.testing.assert_close(places[inside], expected[inside])
+    assert inside.sum() == 6 * 10
+
+
+def test_uperhead_learns(weights, camvid, tmp_path, run):
+    options = (*SMALL, "model.decode_head.channels=16", "model.backbone.out_indices=(1,3,4,5)")
+    report = run.main(arguments(weights, camvid, tmp_path, config="upernet_camvid", options=options))
+    assert report["results"]["raw"]["mIoU"] > 20  # of 11 classes, of which four occur
+
+
 def test_an_earlier_layer_and_the_bundled_weights():
     backbone = DvtBackbone("vit_tiny_patch16_224", "demo", layer=5)
     assert backbone.feature_dim == 192 and backbone.backbone.layer == 5
