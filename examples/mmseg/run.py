@@ -137,9 +137,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
 
     iterations = config.train_cfg.max_iters
-    print(
-        f"\n{args.config.stem}, {options['name']}, {config.model.decode_head.type}, {iterations} iterations, test, per cent"
-    )
+    head = config.model.decode_head.type
+    print(f"\n{args.config.stem}, {options['name']}, {head}, {iterations} iterations, test, per cent")
     print(table(results))
     report = {
         "config": str(args.config),
