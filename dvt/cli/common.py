@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColu
 from rich.progress import Progress as ProgressBar
 
 from dvt.cli.replay import MANNERS, settings_file
+from dvt.errors import ConfigError
 from dvt.files import remove, whole_file
 from dvt.progress import Progress
 from dvt.text import visible
@@ -148,12 +149,14 @@ def begin_anew(out: Path) -> None:
     """Remove what a training wrote: the file, or in its folder the run's files; others stay.
 
     Raises:
-        ConfigError: another process trains there.
+        ConfigError: another process trains there, or takes part in this run.
     """
     from dvt.training.checkpoint import locked_folder  # imports torch
 
     folder = settings_file(str(out)).parent
-    if not is_first() or not folder.exists():
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # another process could find what this one is about to remove
+        raise ConfigError(f"--overwrite is for one process; remove {str(folder)!r} before a distributed run")
+    if not folder.exists():
         return
     with locked_folder(folder):
         for pattern in _OF_RUNS:

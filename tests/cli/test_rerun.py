@@ -113,3 +113,30 @@ def test_images_left_out_for_one_reason_are_printed_once(photos, capsys):
 )
 def test_a_duration_in_words(seconds, said):
     assert duration(seconds) == f"about {said}"
+
+
+def test_the_time_ahead_is_said_once_from_the_first_images_or_from_a_pass(monkeypatch):
+    import io
+    import time
+
+    from rich.console import Console
+
+    from dvt.backbones import load_backbone
+    from dvt.cli import common
+
+    monkeypatch.setattr(common, "_MEASURED", 0.05)
+    console = Console(file=(out := io.StringIO()), width=80)
+    with common.progress_bar(console) as progress:
+        for done in range(4):
+            time.sleep(0.1)
+            progress("images", done, 2000)
+    assert out.getvalue().count("ahead") == 1 and "minutes ahead for 199" in out.getvalue()
+    monkeypatch.setattr(common, "_WORTH_TELLING", 0.0)
+    common.say_ahead(console, load_backbone("test_vit", pretrained=False), 100, "3 images")
+    assert "3 images: about" in out.getvalue() and "100 passes of the backbone" in out.getvalue()
+
+
+def test_a_distributed_run_removes_nothing(run, photos, monkeypatch):
+    denoise(run, "--views", 4, "--no-pictures")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process" in run("train", "s", "--out", "d.safetensors", "--overwrite", expect=2)
