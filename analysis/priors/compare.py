@@ -83,22 +83,29 @@ def look(
     """
     given = (treatments or {}, shared, denoiser, progress)
     if keep is None:
-        return _looked(paths, backbone, config, *given)
+        return _of_kinds(_looked(paths, backbone, config, *given), config.kinds)
     file, more = keep
     wanted = {"side": config.prior.side, "held_out": config.prior.held_out, "seed": config.prior.loop.seed}
-    about = {**token_identity(backbone, denoiser), **wanted, **more, "kinds": config.kinds}
+    about = {**token_identity(backbone, denoiser), **wanted, **more}
     about = json.loads(json.dumps({**about, "images": [size_and_sha256(path)[1] for path in paths]}))
     if file.exists():
         there, state = read_described(file, _KEPT, "tokens of a comparison")
         if not isinstance(there, dict) or there.get("from") != about:
             raise ConfigError(f"{str(file)!r} keeps tokens of other images or settings; choose another folder")
-        return _opened(there, state)
+        return _of_kinds(_opened(there, state), config.kinds)
     material = _looked(paths, backbone, config, *given)
     rest = {"grid": material.grid, "chosen": material.chosen, "held": material.held, "sha256s": material.sha256s}
     state = {f"tokens {name}": values.contiguous() for name, values in material.tokens.items()}
     described = {"from": about, **rest, "kinds": list(material.tokens)}
     save_state(file, {"pictures": material.pictures, **state}, {_KEPT: json.dumps(described)})
-    return material
+    return _of_kinds(material, config.kinds)
+
+
+def _of_kinds(material: Material, kinds: Sequence[str]) -> Material:
+    """Select kinds of tokens, in the order given; all if none are given."""
+    if unknown := [name for name in kinds if name not in material.tokens]:
+        raise ConfigError(f"there are no tokens of kind {unknown[0]!r}; choose from {', '.join(material.tokens)}")
+    return replace(material, tokens={name: material.tokens[name] for name in kinds or material.tokens})
 
 
 def _opened(about: dict[str, Any], state: dict[str, Tensor]) -> Material:
@@ -141,10 +148,7 @@ def _looked(
     for side in (chosen, held):
         other[side] = torch.tensor(side).roll(1)
     maps["shuffled"] = raw[other]
-    kinds = config.kinds or tuple(maps)
-    if unknown := [name for name in kinds if name not in maps]:
-        raise ConfigError(f"there are no tokens of kind {unknown[0]!r}; choose from {', '.join(maps)}")
-    kept = {name: maps[name].flatten(1, 2).half() for name in kinds}
+    kept = {name: values.flatten(1, 2).half() for name, values in maps.items()}
     pictures = torch.stack([resize(image, (config.prior.side, config.prior.side)) for image in images])
     return Material(pictures, kept, (raw.shape[1], raw.shape[2]), chosen, held, sha256s)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dvt.errors import ConfigError
 from dvt.schema import check_ranges
@@ -187,9 +187,14 @@ class PriorTraining:
         self.prior((1, 1), 1, 1, (1, 1) if self.condition in ("patch", "both") else None)
 
     @property
+    def token_condition(self) -> Condition | None:
+        """The backbone's tokens that are the condition; None if they are not."""
+        return next((kind for kind in get_args(Condition) if kind == self.condition), None)
+
+    @property
     def needs_backbone(self) -> bool:
         """True if a backbone's tokens are the condition or the target."""
-        return self.condition in CONDITIONS or self.target == "features"
+        return self.token_condition is not None or self.target == "features"
 
     def to_json(self) -> dict[str, Any]:
         """List all settings in one flat dictionary, as a prior's card holds them."""

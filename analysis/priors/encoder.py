@@ -94,7 +94,7 @@ class ContrastiveLearner(nn.Module):
         Tian et al., StableRep, 2023; for hidden patches Tian et al., SynCLR, 2024, after Zhou et al., iBOT, 2022.
     """
 
-    def __init__(self, encoder: nn.Module, config: EncoderConfig, generator: torch.Generator) -> None:
+    def __init__(self, encoder: PictureEncoder, config: EncoderConfig, generator: torch.Generator) -> None:
         super().__init__()
         width = config.width
         self.encoder, self.config = encoder, config
@@ -103,7 +103,8 @@ class ContrastiveLearner(nn.Module):
         if config.masked:
             self.prototypes = nn.Linear(width, config.prototypes, bias=False)
             reset_weights(self.prototypes, generator)
-            self.teacher = deepcopy(nn.ModuleList([encoder, self.prototypes])).requires_grad_(False)
+            self.teacher = deepcopy(encoder).requires_grad_(False)
+            self.teacher_prototypes = deepcopy(self.prototypes).requires_grad_(False)
 
     def loss(self, pictures: Tensor, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Compute the loss of pictures (B, 3, S, S), of which those with equal ids (B,) are positives of each other."""
@@ -117,7 +118,7 @@ class ContrastiveLearner(nn.Module):
         alike = contrast(self.project(tokens.mean(1)), **self._given(ids))
         student, teacher = _SHARPNESS
         with torch.no_grad():
-            seen = _likeness(self.teacher[0].tokens(views)[hidden], self.teacher[1].weight)
+            seen = _likeness(self.teacher.tokens(views)[hidden], self.teacher_prototypes.weight)
             target = sinkhorn(seen / teacher)
         guess = _likeness(tokens[hidden], self.prototypes.weight) / student
         masked = -(target * guess.log_softmax(-1)).sum(-1).mean()
@@ -129,7 +130,8 @@ class ContrastiveLearner(nn.Module):
     @torch.no_grad()
     def _follow(self) -> None:
         mine = (*self.encoder.parameters(), *self.prototypes.parameters())
-        for slow, fast in zip(self.teacher.parameters(), mine, strict=True):
+        theirs = (*self.teacher.parameters(), *self.teacher_prototypes.parameters())
+        for slow, fast in zip(theirs, mine, strict=True):
             slow.lerp_(fast, 1 - _DECAY)
 
 

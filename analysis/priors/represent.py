@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from dvt.analysis.priors.reading import Wanted, opened_tokens, read_tokens
 from dvt.analysis.priors.run_folder import PriorRun, open_run
 from dvt.analysis.priors.sampling import draw_maps
 from dvt.analysis.priors.scaling import FlooredLaw, fit_floored_law
-from dvt.analysis.probes.classification import KnnClassification, LinearClassification
+from dvt.analysis.probes.classification import ClassificationProbe, KnnClassification, LinearClassification
 from dvt.backbones.weights import read_described, save_state
 from dvt.errors import ConfigError
 from dvt.files import whole_file
@@ -239,7 +239,7 @@ def _probed(
     encoders: Sequence[nn.Module], real: Pictures, test: Pictures, classes: int, config: Represent
 ) -> dict[str, list[float]]:
     """Score encoders by probes that are fitted on all real training images, whatever the encoder learnt from."""
-    probes = {
+    probes: dict[str, Callable[[], ClassificationProbe]] = {
         "kNN": partial(KnnClassification, classes, config.neighbours),
         "linear": partial(LinearClassification, classes),
     }

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dvt.analysis.priors.conditioning import keep_tower, make_conditions
-from dvt.analysis.priors.config import CONDITIONS, PriorTraining, Sampling
+from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import Wanted, kept_store, kept_tokens
@@ -173,8 +173,7 @@ def _tokens(
     images: Any, backbone: Backbone | None, folder: Path, config: PriorTraining, denoiser: Clean | None, say: Progress
 ) -> tuple[TokenSet, dict[str, Any]]:
     """Read the tokens of images or of a store, and a description of their origin."""
-    asked = config.condition if config.condition in CONDITIONS else None
-    wanted = Wanted(asked, config.target == "features", config.side, config.flips)
+    wanted = Wanted(config.token_condition, config.target == "features", config.side, config.flips)
     if isinstance(images, StoreTerm):
         if denoiser is not None or backbone is not None:
             raise ConfigError("a store already holds tokens: give neither a backbone nor a denoiser with it")

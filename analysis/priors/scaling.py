@@ -121,14 +121,15 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
     if not bool(torch.stack((d.log(), y)).isfinite().all()):
         raise ConfigError("sizes and losses must be positive and finite")
     d = d / d.log().mean().exp()
-    ks = torch.linspace(0.02, 5, 125, dtype=torch.float64)
     # Because of noise the smallest loss may lie below the floor, so floors above it are tried, too.
-    floors = torch.linspace(0, 1.4, 176, dtype=torch.float64) * float(y.min().exp())
-    squares, scales = _law_squares(d, y, ks, floors)
-    best = int(squares.argmin())
-    row, column = divmod(best, len(floors))
-    left = max(float(squares.min()), 1e-18)
-    within = squares <= left * (1 + float(snedecor.ppf(0.95, 1, len(d) - 3)) / (len(d) - 3))
+    tried = (torch.linspace(0.02, 5, 100).double(), torch.linspace(0, 1.4, 140).double() * float(y.min().exp()))
+    for _ in range(2):  # once over all values, once over those inside the intervals and their neighbours
+        ks, floors = tried
+        squares, scales = _law_squares(d, y, ks, floors)
+        left = max(float(squares.min()), 1e-18)
+        within = squares <= left * (1 + float(snedecor.ppf(0.95, 1, len(d) - 3)) / (len(d) - 3))
+        tried = (_finer(ks, within.any(1)), _finer(floors, within.any(0)))
+    row, column = divmod(int(squares.argmin()), len(floors))
     some_k, some_floor = ks[within.any(1)], floors[within.any(0)]
     unit = float(torch.as_tensor(sizes, dtype=torch.float64).log().mean().exp())
     return FlooredLaw(
@@ -141,6 +142,13 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
         float(scales[row, column]) * unit ** float(ks[row]),
         math.sqrt(left / (len(d) - 3)),
     )
+
+
+def _finer(values: Tensor, inside: Tensor) -> Tensor:
+    """Space as many values evenly over those inside and one neighbour on each side."""
+    found = inside.nonzero()[:, 0]
+    low, high = values[(found[0] - 1).clamp(min=0)], values[(found[-1] + 1).clamp(max=len(values) - 1)]
+    return low + (high - low) * torch.linspace(0, 1, len(values), dtype=values.dtype)
 
 
 def _law_squares(d: Tensor, y: Tensor, ks: Tensor, floors: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,9 @@ _COLDEST = 100.0  # largest factor of the cosines, as in CLIP
 class JointSpace(Protocol):
     """Encode pictures and texts as unit vectors of one space."""
 
-    identity: dict[str, Any]
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name of the model and what tells its weights."""
 
     def pictures(self, pictures: Tensor) -> Tensor:
         """Encode pictures (B, 3, S, S) in [0, 1] of any side S as (B, C)."""
@@ -158,7 +160,12 @@ class OpenClipTower(nn.Module):
             self._tokenize = open_clip.get_tokenizer(name)
         except (RuntimeError, OSError, ValueError) as error:
             raise ConfigError(f"open_clip has no model {name!r} with weights {weights!r}: {error}") from error
-        self.identity = {"tower": f"{OPEN_CLIP}{name}", "weights": weights}
+        self._identity = {"tower": f"{OPEN_CLIP}{name}", "weights": weights}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The name of the model and its weights."""
+        return self._identity
 
     @torch.no_grad()
     def pictures(self, pictures: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def clip_loss(tower: Tower, pictures: Tensor, texts: Sequence[str]) -> Tensor:
     """Compute CLIP's symmetric loss of pictures (B, 3, S, S) and B texts; equal texts are positives of each other."""
     number = {text: place for place, text in enumerate(dict.fromkeys(texts))}
     ids = torch.tensor([number[text] for text in texts], device=pictures.device)
-    given = {"positives": same(ids), "temperature": tower.temperature, "symmetric": True}
-    return contrast(tower.pictures(pictures), tower.texts(texts), **given)
+    seen, said = tower.pictures(pictures), tower.texts(texts)
+    return contrast(seen, said, positives=same(ids), temperature=tower.temperature, symmetric=True)
 
 
 @torch.no_grad()

@@ -37,7 +37,10 @@ def decompositions(backbone: Any, views: int | None = None) -> tuple[dict[str, A
     from dvt.fields.image import denoise
     from dvt.fields.shared import shared_artifact
 
-    products = {name: DenoiseConfig(product=name, views=views) for name in ("removed", "ensembled")}
+    products = {
+        name: DenoiseConfig(product=name, views=views)  # type: ignore[arg-type]
+        for name in ("removed", "ensembled")
+    }
     treatments = {
         name: lambda image, config=config: denoise(backbone, image, config).semantic
         for name, config in products.items()
