@@ -64,8 +64,8 @@ class Tiling:
     def corners(self, backbone: Backbone, size: Size) -> list[Size]:
         """List the (row, column) of each window's first patch; the last windows end with the image."""
         window = backbone.grid(backbone.image_size)
-        sides = [_starts(n, side, self.overlap) for n, side in zip(backbone.grid(size), window, strict=True)]
-        return list(product(*sides))
+        rows, columns = (_starts(n, side, self.overlap) for n, side in zip(backbone.grid(size), window, strict=True))
+        return list(product(rows, columns))
 
     def cut(self, backbone: Backbone, image: Tensor, corner: Size) -> Tensor:
         """Cut the window (3, H, W) out of an image whose first patch is at a corner."""
