@@ -145,7 +145,7 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
 
 
 def _finer(values: Tensor, inside: Tensor) -> Tensor:
-    """Space as many values evenly over those inside and one neighbour on each side."""
+    """Put as many values evenly over those inside and one neighbour on each side."""
     found = inside.nonzero()[:, 0]
     low, high = values[(found[0] - 1).clamp(min=0)], values[(found[-1] + 1).clamp(max=len(values) - 1)]
     return low + (high - low) * torch.linspace(0, 1, len(values), dtype=values.dtype)
