@@ -525,7 +525,7 @@ def test_a_node_may_die_or_come_in_mid_run(backbone, folder, tmp_path, what):
         "DURING": "sums" if "sums" in what else "shards",
     }
     command = [sys.executable, str(tmp_path / "nodes.py"), str(folder), str(tmp_path / "two"), str(notes)]
-    ended = subprocess.run([*command, what.split()[0]], env=environment, capture_output=True, text=True, timeout=280)
+    ended = subprocess.run([*command, what.split()[0]], env=environment, capture_output=True, text=True, timeout=1200)
     assert ended.returncode == 0, ended.stderr[-3000:]
     done, stored, failed, head = ended.stdout.split()[-4:]
     assert (done, failed) == ("11", "2") and int(stored) > 1
