@@ -54,7 +54,7 @@ def read_plain(path: str | Path, most: int = MOST_BYTES) -> bytes:
 
 
 def similar(path: str | Path) -> str:
-    """Suggest the file or folder whose name is most like that of a missing one; empty if none is.
+    """Find the file or folder whose name is most like that of a missing one; empty if none is.
 
     Returns:
         A clause for the end of a message: "; did you mean 'photos/b.jpg'?".

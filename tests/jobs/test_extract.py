@@ -387,7 +387,7 @@ def test_parts_merged_are_the_whole(tiny_backbone, folder, tmp_path):
 def test_stores_of_different_jobs_are_refused_and_what_differs_is_named(tiny_backbone, folder, tmp_path):
     extract_images(tiny_backbone, images_of(folder)[:2], tmp_path / "a", SMALL)
     extract_images(tiny_backbone, images_of(folder)[2:4], tmp_path / "b", replace(SMALL, dtype="bfloat16"))
-    with pytest.raises(StoreError, match=r"dtype 'bfloat16' \(you ask for 'float32'\)"):
+    with pytest.raises(StoreError, match=r"dtype 'bfloat16' \(the first has 'float32'\)"):
         merge_stores([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(StoreError, match="another job"):
