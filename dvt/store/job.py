@@ -88,7 +88,7 @@ class Job:
         """
         theirs, mine = ({**asdict(job), **asdict(job)["config"]} for job in (other, self))
         verbs = theirs.get("verb"), mine.get("verb")
-        if verbs[0] != verbs[1]:  # the settings of two commands are of different kinds
+        if all(verbs) and verbs[0] != verbs[1]:  # the settings of two commands are of different kinds
             return f"it was made by `dvt {verbs[0]}`, this is `dvt {verbs[1]}`"
         for each in (theirs, mine):
             del each["config"]

@@ -154,7 +154,7 @@ def test_a_prior_is_trained_sampled_and_evaluated(work, tmp_path, run):
     [
         (("train", "store", "--out", "d.safetensors", "--steps", -5), "steps must be at least 1, got -5"),
         (("prior", "train", "photos", "--out", "run", "--side", 15), "multiple of the patch"),
-        (("doctor", "photos", "--windows", 3), "windows even"),
+        (("doctor", "photos", "--windows", 3), "windows is 3; it must be an even number"),
         (("probe", "knn", "data", "--seeds", 0), "seeds is 0"),
         (("export", *WITH, "--out", "/proc/nope/a.pt2"), "cannot write"),
         (("prior", "sample", "run", "--out", "a.txt"), ".png"),
