@@ -115,6 +115,8 @@ def decomposition_figure(
     axes = figure.subplots(4, 4)
     for axis in axes.flat:
         axis.set_axis_off()
+        for part in (axis.xaxis, axis.yaxis, *axis.spines.values()):  # or the layout measures them all the same
+            part.set_visible(False)
     _colour_row(axes[0], image, raw, semantic, artifact, points, ratio)
     last = "left over" if residual is None else "residual"
     terms = {"raw": raw, "semantic": semantic, "artifact": artifact, last: rest}

@@ -70,19 +70,22 @@ SMOKE = {
 
 def check(options: argparse.Namespace) -> dict[str, Any]:
     """Run the tests on the device, and list how many of each file passed."""
-    with tempfile.TemporaryDirectory() as name:
-        report = Path(name) / "report.xml"
-        arguments = ["tests/device"] if not is_cuda(options) else ["tests", "-m", "gpu or device"]
-        arguments += ["-k", "standin or attached"] if options.smoke else []
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "0", f"--junitxml={report}", *arguments],
-            cwd=ROOT,
-            env={**os.environ, "DVT_TEST_DEVICE": options.device},
-            check=False,
-        )
-        rows = results(report)
+    parts = [["tests/device"], *([["tests", "-m", "gpu"]] if is_cuda(options) else [])]
+    rows, passed = [], True
+    for part in parts:
+        with tempfile.TemporaryDirectory() as name:
+            report = Path(name) / "report.xml"
+            words = [*part, *(["-k", "test_standin or attached"] if options.smoke else []), f"--junitxml={report}"]
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-n", "0", *words],
+                cwd=ROOT,
+                env={**os.environ, "DVT_TEST_DEVICE": options.device},
+                check=False,
+            )
+            passed = passed and done.returncode in (0, 5)  # 5: there is no such test
+            rows += results(report)
     table(f"tests on {options.device}", rows)
-    return {"rows": rows, "passed": done.returncode == 0}
+    return {"rows": rows, "passed": passed}
 
 
 def results(report: Path) -> Rows:

@@ -7,6 +7,7 @@ devices it can ever go back through.
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -26,17 +27,31 @@ def _load():
 
 
 STANDIN = _load()
-if STANDIN.missing() is None:
+#: The device that commands run on beside the CPU: the stand-in, or a GPU that there is, for `make test-gpu`.
+OTHER = os.environ.get("DVT_TEST_DEVICE", STANDIN.NAME)
+if STANDIN.missing() is None and OTHER == STANDIN.NAME:
     STANDIN.register()
 
 
 @pytest.fixture
 def standin():
     """The module of the stand-in, while torch.Generator and pin_memory know it."""
+    if OTHER != STANDIN.NAME:
+        pytest.skip(f"DVT_TEST_DEVICE asks for {OTHER}, not for the stand-in")
     if (reason := STANDIN.missing()) is not None:
         pytest.skip(reason)
     with STANDIN.present():
         yield STANDIN
+
+
+@pytest.fixture
+def other(request):
+    """The device beside the CPU."""
+    if OTHER == STANDIN.NAME:
+        return request.getfixturevalue("device")
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device here")
+    return torch.device(OTHER)
 
 
 @pytest.fixture
@@ -57,32 +72,28 @@ def photos(tmp_path_factory):
 
 
 class Places:
-    """Runs a command on the CPU and on the stand-in, each in a folder of its own, and compares what comes back."""
+    """Runs a command on the CPU and on the other device, each in a folder of its own, and compares what comes back."""
 
-    def __init__(self, module, folder, capsys):
-        self.module, self.folder, self.capsys = module, folder, capsys
-        self.counts = {}
+    def __init__(self, other, folder, capsys):
+        self.other, self.folder, self.capsys = other, folder, capsys
 
     def __call__(self, *arguments):
-        """The JSON results on the CPU and on the stand-in; "{here}" in an argument is the folder of either."""
-        return tuple(self._run(place, arguments) for place in ("cpu", self.module.NAME))
+        """The JSON results on the CPU and on the other; "{here}" in an argument is the folder of either."""
+        return tuple(self._run(place, arguments) for place in ("cpu", self.other))
 
     def _run(self, place, arguments):
         here = self.folder / place
         here.mkdir(exist_ok=True)
         words = [str(each).replace("{here}", str(here)) for each in (*arguments, "--device", place, "--json")]
-        with self.module.counted() as counts:
-            code = main(words)
+        code = main(words)
         out, errors = self.capsys.readouterr()
         assert code == 0, errors
-        if place != "cpu":
-            self.counts = dict(counts)
         return json.loads(out)
 
     def stores(self, name="store"):
-        """The tokens of all images in the CPU's store and in the stand-in's: lists of {term: values}."""
+        """The tokens of all images in the CPU's store and in the other's: lists of {term: values}."""
         found = []
-        for place in ("cpu", self.module.NAME):
+        for place in ("cpu", self.other):
             terms = FeatureStore(self.folder / place / name).terms
             stores = {term: FeatureStore(self.folder / place / name, term) for term in terms}
             images = range(len(next(iter(stores.values()))))
@@ -91,9 +102,9 @@ class Places:
 
 
 @pytest.fixture
-def places(standin, tmp_path, capsys):
+def places(other, tmp_path, capsys):
     """Runs a command on both devices; see `Places`."""
-    return Places(standin, tmp_path, capsys)
+    return Places(other.type, tmp_path, capsys)
 
 
 TIMES = (
