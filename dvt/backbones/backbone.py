@@ -240,7 +240,11 @@ class Backbone(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Normalise images (B, 3, H, W) in [0, 1] as the model wants them, in its dtype."""
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = torch.float32
+        for parameter in self.model.parameters():  # a loop, which PyTorch 2.6 can trace
+            if parameter.is_floating_point():
+                dtype = parameter.dtype
+                break
         return ((images - self.mean.to(images.dtype)) / self.std.to(images.dtype)).to(dtype)
 
     def _check(self, images: Tensor) -> None:

@@ -9,14 +9,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import dvt
 from dvt.denoiser import Denoiser, DenoiserConfig, denoised_backbone
+from dvt.denoiser.config import DenoiserTraining
+from dvt.denoiser.train import train_denoiser
 from dvt.errors import BackboneError, ShapeError
 from dvt.tokens import Tokens
+from dvt.training.config import TrainingConfig
 
 SMALL = {
     "hidden_size": 48,
@@ -399,3 +403,24 @@ def test_what_cannot_be_read_or_attached_is_refused(case):
     other.attach(model)
     with pytest.raises(BackboneError, match="none of the models"):
         dvt.wrap(nn.Linear(2, 2))
+
+
+def test_train_save_load_attach(case, tmp_path):
+    """A store of the wrapped model, a denoiser of it, kept in a file, and put into the model."""
+    _, model, backbone, batch = case
+    shape = backbone.input_size((64, 96))
+    for number, picture in enumerate(images(4, shape)):
+        pixels = (picture.permute(1, 2, 0) * 255).byte().numpy()
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    dvt.denoise_images(backbone, sorted(tmp_path.glob("*.png")), tmp_path / "store", dvt.DenoiseConfig(views=3))
+    settings = DenoiserTraining("block", heads=1, loop=TrainingConfig(steps=2, batch_size=2, learning_rate=1e-3))
+    train_denoiser(tmp_path / "store", tmp_path / "denoiser.safetensors", settings, device="cpu")
+    denoiser = Denoiser.from_pretrained(tmp_path / "denoiser.safetensors")
+    assert denoiser.card["weights_sha256"] == backbone.weights_sha256
+    found = dvt.wrap(denoiser.attach(model))(batch).patches
+    assert torch.equal(found, denoised_backbone(denoiser, backbone)(batch).patches)
+    assert not torch.equal(found, backbone(batch).patches)
+    other = copy.deepcopy(model)
+    next(value for value in dvt.wrap(other).model.parameters() if value.ndim > 1).data += 0.1
+    with pytest.raises(BackboneError, match="other weights"):
+        denoiser.attach(other)
