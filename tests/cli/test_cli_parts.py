@@ -202,3 +202,17 @@ def test_pictures_of_an_earlier_run_are_no_photographs(work, tmp_path, run):
 def test_an_image_of_one_patch_is_refused(tmp_path, run):
     photograph(tmp_path / "one.png", 0)
     run("denoise", tmp_path, "--out", tmp_path / "s", "--views", 3, *WITH[:4], "--size", 5, expect=2)
+
+
+def test_distill_teaches_another_model(work, tmp_path, run):
+    out = tmp_path / "small.safetensors"
+    arguments = ("distill", work / "photos", *WITH, "--teacher", "raw", "--steps", 4, "--batch-size", 2)
+    student = ("--student", "test_vit2", "--student-weights", "random", "--student-size", 48)
+    result = run(*arguments, *student, "--out", out)
+    assert result["student"] == "test_vit2" and result["grid"] == [3, 3]
+    assert set(result["baselines"]) == {"mean", "start"}
+    assert dvt.load_backbone("test_vit2", weights=out, size=48).feature_dim == 64
+    projection = dvt.denoiser.read_projection(result["projection"])
+    assert (projection.in_features, projection.out_features) == (64, 192)
+    error = run(*arguments, *student[2:], "--out", tmp_path / "none.safetensors", expect=2)
+    assert "--student, which is missing" in error and not (tmp_path / "none.safetensors").exists()

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from dvt.cli import main
 
 WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
@@ -69,6 +71,10 @@ def test_a_store_is_searched_for_a_photograph(photo, tmp_path, monkeypatch):
     best = json.loads((tmp_path / "found" / "search.json").read_text())["found"]["raw"][0]
     assert best["path"].endswith("c.png") and best["box"] == [0, 0, 0.5, 0.5]
     assert (tmp_path / "found" / "search.png").is_file()
+    pytest.importorskip("faiss")
+    assert main([*arguments, "--index", "index", "--out", "near"]) == 0
+    near = json.loads((tmp_path / "near" / "search.json").read_text())["found"]["raw"]
+    assert near[0] == best and (tmp_path / "index" / "raw.faiss").is_file()
     assert main([*arguments, "--layer", "5", "--out", "bad"]) == 2  # other features than the store's
     assert not (tmp_path / "bad").exists()
 
@@ -76,7 +82,6 @@ def test_a_store_is_searched_for_a_photograph(photo, tmp_path, monkeypatch):
 def test_a_clip_is_shown_in_colours_that_last(photo, tmp_path, monkeypatch, capsys):
     """What stands still in a film keeps its colour, whatever moves beside it."""
     import numpy as np
-    import pytest
     from PIL import Image
 
     av = pytest.importorskip("av")
