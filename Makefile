@@ -4,12 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # mmsegmentation's pins are exact, so it has an environment of its own.
 MMSEG := $(VENV)/mmseg
+# The lowest versions that pyproject.toml allows, on the oldest Python; extras of object storage, whose pins are many.
+LOWEST := $(VENV)/lowest
+OLDEST ?= python3.10
 # Arguments for pytest, for example `make test ARGS="tests/fields -k linear"`.
 ARGS ?=
 # One thread a process: pytest runs two of them.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-.PHONY: docs demo test test-all test-mmseg lint format types bench bench-check clean test-gpu bench-gpu
+.PHONY: docs demo test test-all test-mmseg test-lowest test-extras lint format types bench bench-check clean test-gpu bench-gpu
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/dvt demo
@@ -22,6 +25,15 @@ test-all: $(VENV)/.installed-test
 
 test-mmseg: $(MMSEG)/.installed
 	OMP_NUM_THREADS=1 $(MMSEG)/bin/python -m pytest tests/denoiser/test_mmseg.py $(ARGS)
+
+# Run it when a bound in pyproject.toml changes.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+# What `make test` skips for want of a package: stores and images on S3 (a server of its own stands in for Amazon's).
+test-extras: $(VENV)/.installed-test
+	$(PY) -m pip install --quiet "moto[server]>=5" "s3fs>=2024.2"
+	$(PYTEST) -rs tests/jobs/test_cluster.py tests/jobs/test_extract.py tests/ground/test_training.py $(ARGS)
 
 # The site, into build/site; a broken link or reference is an error.
 docs: $(VENV)/.installed-test
@@ -85,6 +97,12 @@ $(VENV)/.installed-test: pyproject.toml | $(PY)
 $(VENV)/.installed-dev: pyproject.toml | $(PY)
 	$(PY) -m pip install --quiet -e ".[dev]"
 	touch $(VENV)/.installed $(VENV)/.installed-test $@
+
+$(LOWEST)/.installed: pyproject.toml | $(PY)
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv venv --quiet --clear --python $(OLDEST) $(LOWEST)
+	$(VENV)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[test]"
+	touch $@
 
 $(MMSEG)/.installed: pyproject.toml | $(PY)
 	$(PYTHON) -m venv $(MMSEG)
