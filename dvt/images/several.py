@@ -32,10 +32,11 @@ def several_images(given: Any) -> Iterator[Tensor] | None:
         return None
     if not isinstance(given, Iterable):
         return None
-    what = f"the batch {tuple(given.shape)}" if batch else "the list"
-    if hasattr(given, "__len__") and not len(given):
+    several: Any = given
+    what = f"the batch {tuple(several.shape)}" if batch else "the list"
+    if hasattr(several, "__len__") and not len(several):
         raise ImageError(f"{what} holds no image; give one or more")
-    return _told(given, what)
+    return _told(several, what)
 
 
 def _told(images: Iterable[ImageLike], what: str) -> Iterator[Tensor]:
