@@ -601,6 +601,27 @@ def test_kinds_of_tokens_are_compared_on_one_split_and_budget(images, backbone, 
         compare_priors(replace(other, tokens={**seen.tokens, "doubled": other.tokens["doubled"]}), tmp_path, config)
 
 
+def test_a_comparison_keeps_its_tokens_and_selects_among_them(images, backbone, tmp_path):
+    paths, config, asked = sorted(images.iterdir()), comparison(), []
+
+    def doubled(image):
+        asked.append(image)
+        return 2 * backbone(image[None]).patches[0]
+
+    keep = (tmp_path / "tokens.safetensors", {"views": 3})
+    first = look(paths, backbone, config, {"doubled": doubled}, keep=keep)
+    count = len(asked)
+    some = replace(config, kinds=("raw", "doubled"))
+    again = look(paths, backbone, some, {"doubled": doubled}, keep=keep)
+    assert len(asked) == count and list(again.tokens) == ["raw", "doubled"]
+    assert torch.equal(again.tokens["doubled"], first.tokens["doubled"])
+    assert torch.equal(again.pictures, first.pictures) and (again.held, again.grid) == (first.held, first.grid)
+    with pytest.raises(ConfigError, match="other images or settings"):
+        look(paths, backbone, config, {"doubled": doubled}, keep=(keep[0], {"views": 4}))
+    with pytest.raises(ConfigError, match="other images or settings"):
+        look(paths[1:], backbone, config, {"doubled": doubled}, keep=keep)
+
+
 def test_comparisons_out_of_range_are_refused(images, backbone):
     with pytest.raises(ConfigError, match="not among"):
         Comparison(kinds=("shuffled",))
