@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -355,11 +357,16 @@ def connected(address: str, workers: int | None, threads: int) -> Iterator[Any]:
         options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": _LOCAL_OBJECTS}
     else:
         _knock(address)
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, **options)
     except (Exception, SystemExit) as error:  # Ray exits when a cluster does not answer
         reason = "it does not answer as Ray does" if isinstance(error, SystemExit) else " ".join(str(error).split())
         raise ConfigError(f"cannot connect to the Ray cluster at {address!r}: {reason}; {_ADDRESSES}") from error
+    if threading.current_thread() is threading.main_thread() and handler is not None:
+        # Ray's own raises SystemExit wherever the driver is, also inside its C++ code, which then aborts. Ended by the
+        # signal, the driver is missed by its workers as after SIGKILL, and shards are whole at every moment.
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield ray
     finally:

@@ -124,7 +124,7 @@ def test_a_killed_driver_of_ray_leaves_no_process(number, tmp_path):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.1)
     process.send_signal(number)
-    assert process.wait(300) in (-number, 128 + number, number)  # Ray ends its driver on SIGTERM by itself
+    assert process.wait(300) == -number  # Ray's own handler of SIGTERM would sometimes abort
     end = time.monotonic() + 300
     while session(process.pid):
         assert time.monotonic() < end, session(process.pid)
