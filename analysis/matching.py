@@ -76,12 +76,10 @@ def match_images(
     _check_pair(first, second, points, ratio)
     one, other = (nnf.normalize((t.float() - t.float().mean((0, 1))).flatten(0, 1), dim=-1) for t in (first, second))
     maps = (first, second)
-    centres = centres or tuple(grids.grid_centres((t.shape[0], t.shape[1])) for t in maps)  # type: ignore[assignment]
-    if any(c.shape != (*t.shape[:2], 2) for c, t in zip(centres, maps, strict=True)):
-        raise ShapeError(
-            f"centres {[tuple(c.shape) for c in centres]} do not fit maps {[tuple(t.shape) for t in maps]}"
-        )
-    places, others = (c.flatten(0, 1).to(t.device) for c, t in zip(centres, maps, strict=True))
+    known = centres or [grids.grid_centres((t.shape[0], t.shape[1])) for t in maps]
+    if any(c.shape != (*t.shape[:2], 2) for c, t in zip(known, maps, strict=True)):
+        raise ShapeError(f"centres {[tuple(c.shape) for c in known]} do not fit maps {[tuple(t.shape) for t in maps]}")
+    places, others = (c.flatten(0, 1).to(t.device) for c, t in zip(known, maps, strict=True))
     if points is not None:
         own = torch.cdist(points.to(places), places).argmin(1)
         value, where, _ = _nearest(one[own], other)

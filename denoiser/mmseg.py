@@ -93,7 +93,7 @@ class DvtBackbone(BaseModule):
         if out_indices is not None and len(self.layers) != len(out_indices):
             raise ConfigError(f"out_indices {tuple(out_indices)} name a block twice; give each once")
         self.factors = tuple(factors or [1] * len(self.layers))
-        self.denoiser = None
+        self.denoiser: nn.Module | None = None
         if denoiser is not None:
             backbone = self._denoised(backbone, denoiser, force)
         self.backbone = backbone.requires_grad_(False)

@@ -149,7 +149,7 @@ class DecomposedImage:
 
 
 @overload
-def denoise(
+def denoise(  # type: ignore[overload-overlap]  # a batch of pixels is an array, too
     backbone: Backbone,
     image: ImageLike,
     config: DenoiseConfig | None = None,

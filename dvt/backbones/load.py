@@ -237,15 +237,15 @@ def _load_weights(model: families.Model, state: State, size: Size | None, source
 @contextmanager
 def _made_for(model: families.Model, size: Size | None) -> Iterator[None]:
     """Tell timm's conversion, which reads the model's record, the input size that a file was made for."""
-    own = getattr(model, "pretrained_cfg", None)
-    changed = size is not None and isinstance(own, Mapping)
-    if changed:
-        model.pretrained_cfg = {**own, "input_size": (3, *size)}
+    own: Any = getattr(model, "pretrained_cfg", None)
+    if size is None or not isinstance(own, Mapping):
+        yield
+        return
+    model.pretrained_cfg = {**own, "input_size": (3, *size)}
     try:
         yield
     finally:
-        if changed:
-            model.pretrained_cfg = own
+        model.pretrained_cfg = own
 
 
 def _register_option(model: families.Model, state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -104,7 +104,8 @@ class ChunkReader(threading.local):
         if not 0 <= number < len(places.starts):
             raise ValueError(f"a dataset of {len(places.starts)} chunks has none of number {number}")
         values, tail = out.numpy().reshape(-1), self._tail
-        self._check(os.preadv(self._opened(file), [values, tail], places.starts[number]), places, values, tail)
+        found = os.preadv(self._opened(file), [values, tail], places.starts[number])  # type: ignore[list-item]
+        self._check(found, places, values, tail)
 
     def _held(self, file: Path, name: str, places: _Places, number: int) -> Tensor:
         """Read a chunk and keep it, because it also holds rows of other images."""
