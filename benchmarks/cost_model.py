@@ -174,33 +174,35 @@ class Solve:
 
     @property
     def columns(self) -> int:
-        """Right sides: the channels, and one for each position of G."""
-        return self.width + (self.positions if self.eliminate else 0)
+        """Right sides of both ways of the substitution; only the way there has one for each position of G."""
+        return 2 * self.width + (self.positions if self.eliminate else 0)
 
     @property
     def products(self) -> float:
-        """FLOPs in matrix products."""
+        """FLOPs in matrix products; the inverses of the factors' blocks take part in the substitution."""
         rows, side = self.nodes
         count, n = rows * side, self.positions
         known = 2.0 * count * n * self.width
         coupling = 2.0 * count * n * n + 2 * known if self.eliminate else known
-        return self.systems * (rows - 1) * (2 * side**3 + 4 * side**2 * self.columns) + coupling
+        factor = (rows - 1) * 4 * side**3
+        return self.systems * (factor + (2 * rows - 1) * 2 * side**2 * self.columns) + coupling
 
     @property
     def triangular(self) -> float:
-        """FLOPs in Cholesky factors and triangular solves."""
+        """FLOPs in Cholesky factors, their inverses and triangular solves."""
         rows, side = self.nodes
         n = self.positions
         artifact = n**3 / 3 + 2 * n**2 * self.width if self.eliminate else 0.0
-        return self.systems * rows * (4 * side**3 / 3 + 2 * side**2 * self.columns) + artifact
+        return self.systems * rows * 4 * side**3 / 3 + artifact
 
     @property
     def work(self) -> Work:
         rows, side = self.nodes
         count = rows * side
-        traffic = self.systems * 8 * count * self.columns * 12 + 20 * count * self.positions
-        # 5 kernels a row for the factor and 3 for each way of the substitution.
-        return Work(double=self.products + self.triangular, traffic=traffic, launches=11 * rows)
+        traffic = self.systems * 8 * count * self.columns * 6 + 20 * count * self.positions
+        # 6 kernels a row for the factor and 3 for each way of the substitution.
+        launches = (15 if self.eliminate else 12) * rows
+        return Work(double=self.products + self.triangular, traffic=traffic, launches=launches)
 
 
 def pilot_solves(grid: Size, tokens: int) -> list[Solve]:

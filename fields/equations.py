@@ -148,8 +148,8 @@ class NormalEquations:
     def _halfway(self, smoothness: Tensor) -> tuple[BlockTridiagonal, Tensor, Tensor]:
         """Decompose the fields' system K = L L'; return it, L^-1 A'WY (B, nodes, C) and L^-1 A'WP (B, nodes, n)."""
         system = self.system(smoothness)
-        copies = (tall.to(torch.float64, copy=True) for tall in (self.field_rhs, self.cross))
-        return system, *map(system.start, copies)
+        field, cross = (tall.to(torch.float64, copy=True) for tall in (self.field_rhs, self.cross))
+        return system, system.start(field), system.start(cross)
 
     def _artifact_equations(self, field: Tensor, cross: Tensor) -> tuple[Tensor, Tensor]:
         """Eliminate the field: compute the Schur complement (B, n, n) of g and its right-hand side (B, n, C)."""
