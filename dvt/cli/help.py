@@ -32,7 +32,9 @@ def help_text(name: str, settings: type, width: int = WIDTH) -> str:
 
 def about(settings: type) -> str:
     """Say what a command does: the text of its settings class, one line a paragraph."""
-    text = inspect.cleandoc(settings.__doc__ or "")  # none under python -OO
+    text = inspect.cleandoc(settings.__doc__ or "")
+    if text.startswith(f"{settings.__name__}("):  # under python -OO a dataclass has its signature instead
+        return ""
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
 
 
