@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.common import keep_settings, progress_bar, resolved, shown
 from dvt.cli.priors import token_map
 from dvt.cli.settings.priors import PriorCompare
 from dvt.images import find_images
@@ -26,6 +26,7 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
     with progress_bar(console) as progress:
         material = look(paths, backbone, command.comparison, treatments, shared, denoiser, progress, keep)
         report = compare_priors(material, command.out, command.comparison, progress=progress)
+    keep_settings(command.out, settings)
     _print(console, report)
     console.print(f"page: {shown(str(command.out / 'page.html'))}")
     return 0, {**report, "settings": settings}

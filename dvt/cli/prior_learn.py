@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.common import keep_settings, progress_bar, resolved, shown
 from dvt.cli.settings.priors import PriorItit, PriorRepresent, PriorTower
 from dvt.devices import find_device
 from dvt.images import find_images
@@ -22,6 +22,7 @@ def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str,
     settings, device = resolved(command, command="prior represent"), find_device(command.device)
     with progress_bar(console) as progress:
         report = represent(command.run, command.out, command.represent, test, command.sampling, device, progress)
+    keep_settings(command.out, settings)
     counts = report["pictures"]
     console.print(
         f"{counts['synthetic']} samples of {counts['conditions']} conditions, {counts['real']} real images, "
@@ -67,6 +68,7 @@ def itit(command: PriorItit, console: Console) -> tuple[int, dict[str, Any]]:
     settings = resolved(command, command="prior itit", images=paths)
     with progress_bar(console) as progress:
         report = run_itit(paths, command.texts, command.out, command.itit, test, progress)
+    keep_settings(command.out, settings)
     counts = report["images"]
     console.print(
         f"{counts['training']} images, {counts['pairs']} of them with a text; {counts['test']} to score on; chance "

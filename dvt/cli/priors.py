@@ -103,6 +103,7 @@ def loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
     settings, device = resolved(command, command="prior loop"), find_device(command.device)
     with progress_bar(console) as progress:
         report = loop_prior(command.run, command.out, command.loop, command.sampling, device, progress)
+    keep_settings(command.out, settings)
     _print_rounds(console, report["distances"], command.loop.rounds)
     return 0, {**report, "settings": settings}
 
