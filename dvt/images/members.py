@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import os
-import stat
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 from dvt.errors import ImageError
 from dvt.images.urls import MAX_BYTES, image_error
 from dvt.images.video import SUFFIXES as VIDEOS
-from dvt.images.video import chosen_frames, frame_bytes
+from dvt.images.video import chosen_frames, file_version, frame_bytes
 
 #: Suffixes of the files that hold images.
 CONTAINERS = (".tar", *VIDEOS)
@@ -110,13 +109,7 @@ def _tar_members(path: str) -> dict[str, tuple[int, int]]:
 
     The list is kept as long as the archive does not change.
     """
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise image_error(path, error) from error
-    if not stat.S_ISREG(status.st_mode):
-        raise image_error(path, "it is not a regular file")
-    return _scanned(path, status.st_mtime_ns, status.st_size)
+    return _scanned(path, *file_version(path))
 
 
 @functools.lru_cache(maxsize=16)

@@ -91,14 +91,23 @@ def frame_bytes(path: str, member: str) -> bytes:
     return b"P6 %d %d 255\n" % (pixels.shape[1], pixels.shape[0]) + pixels.tobytes()
 
 
-def _video(path: str) -> _Video:
+def file_version(path: str) -> tuple[int, int]:
+    """Return the time of change and the size of a regular file, which are other ones once it has changed.
+
+    Raises:
+        ImageError: there is no such file, or it is a folder or a device.
+    """
     try:
         status = os.stat(path)
     except OSError as error:
         raise image_error(path, error) from error
     if not stat.S_ISREG(status.st_mode):
         raise image_error(path, "it is not a regular file")
-    return _opened(path, status.st_mtime_ns, status.st_size)
+    return status.st_mtime_ns, status.st_size
+
+
+def _video(path: str) -> _Video:
+    return _opened(path, *file_version(path))
 
 
 @functools.lru_cache(maxsize=_OPEN)
