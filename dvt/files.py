@@ -62,7 +62,8 @@ def similar(path: str | Path) -> str:
     text = os.fspath(path)
     folder, name = os.path.split(text.rstrip("/"))
     with suppress(OSError, ValueError):
-        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1, 0.6)
+        others = [each for each in os.listdir(folder or ".") if each != name]  # it may be there, as another kind
+        near = difflib.get_close_matches(name, others, 1, 0.6)
         return f"; did you mean {os.path.join(folder, near[0])!r}?" if near else ""
     return ""
 

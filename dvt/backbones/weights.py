@@ -51,8 +51,10 @@ def read_state(path: str | Path) -> State:
 def read_content(path: Path) -> object:
     """Read all that a weights file holds, wrappers included; code in it is never run. Raises as :func:`read_state`."""
     if not path.is_file():
-        hint = similar(path) or "; give the path of a .safetensors file or of a .pth of tensors"
-        raise WeightsError(f"no weights file at {path}{hint}")
+        hint = "" if path.is_dir() else similar(path)
+        raise WeightsError(
+            f"no weights file at {path}{hint or '; give the path of a .safetensors file or of a .pth of tensors'}"
+        )
     readers: dict[str, Callable[[Path], object]] = dict.fromkeys((".pth", ".pt", ".bin"), _load_tensors)
     readers[".safetensors"] = load_file
     if path.suffix not in readers:

@@ -379,7 +379,7 @@ def test_a_published_denoiser_comes_from_the_hubs_cache(tmp_path):
     assert denoiser.card["backbone"] == name and denoiser.card["layer"] == -1
     assert denoiser.card["data"] == "voc_denoised"
     assert Denoiser.from_pretrained(published_file(name, **options)).card["backbone"] == name
-    with pytest.raises(WeightsError, match=r"imgnet_denoised/vit_base.*\n.*is the network reachable"):
+    with pytest.raises(WeightsError, match=r"(?s)imgnet_denoised/vit_base.*What helps:"):
         Denoiser.from_published(name, "imgnet_denoised", **options)
     with pytest.raises(WeightsError, match=r"known published files are voc_denoised: deit3_base"):
         Denoiser.from_published("resnet50.a1_in1k", **options)
@@ -392,7 +392,9 @@ def test_a_repository_comes_from_the_hubs_cache(tmp_path):
     put_in_cache(tmp_path / "hub", "someone/denoiser", "model.safetensors", tmp_path / "d" / "model.safetensors")
     options = {"cache_dir": tmp_path / "hub", "local_files_only": True}
     assert torch.equal(Denoiser.from_pretrained("someone/denoiser", **options)(tokens()), made()(tokens()))
-    with pytest.raises(WeightsError, match="no denoiser 'someone/else': there is no such file or folder"):
+    with pytest.raises(
+        WeightsError, match=r"(?s)denoiser 'someone/else', which is no file or folder here: .*What helps:"
+    ):
         Denoiser.from_pretrained("someone/else", **options)
     with pytest.raises(WeightsError, match="no denoiser 'not a name!'"):
         Denoiser.from_pretrained("not a name!", **options)

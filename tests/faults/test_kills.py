@@ -77,12 +77,12 @@ class TrainJob:
         pictures = [path for path in files if path.parent.name == "samples"]
         for early in pictures[:-1]:  # of a checkpoint that a kill came after, there may be none
             files.remove(early)
-        return {str(path.relative_to(folder)): self.content(path) for path in files}
+        return {str(path.relative_to(folder)): self.content(path, folder) for path in files}
 
-    def content(self, path):
-        """Read a file's bytes; of weights the tensors, as some metadata are written in any order."""
+    def content(self, path, folder):
+        """Read a file's bytes, without the folder's name; of weights the tensors, as some metadata have any order."""
         if path.suffix != ".safetensors":
-            return path.read_bytes()
+            return path.read_bytes().replace(bytes(folder), b"")
         return {name: value.numpy().tobytes() for name, value in load_file(path).items()}
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dvt.analysis import Report
-from dvt.analysis.priors.condition import read_texts
+from dvt.analysis.priors.texts import read_texts
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import opened_tokens
