@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import Tensor, nn
 
 from dvt.backbones.hub import hub_or_cache, without_hub
@@ -294,6 +295,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Any], State]:
 
 
 def _download(repository: str, options: Mapping[str, Any]) -> Path:
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise WeightsError(
+            f"no denoiser {repository!r}: there is no such file or folder, and no repository of the hub has such a "
+            "name; give the path of a .safetensors file, or organisation/name"
+        ) from error
     why: str | None = None
     try:
         with hub_or_cache() as why:

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dvt.analysis import Report
-from dvt.analysis.priors.texts import read_texts
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.reading import opened_tokens
 from dvt.analysis.priors.runs import open_run
+from dvt.analysis.priors.texts import read_texts
 from dvt.analysis.probes.datasets import open_data
 from dvt.backbones.names import resolved_name
 from dvt.backbones.weights import read_state
