@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,10 +38,12 @@ def _lasting_name(path: Path) -> str:
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
 
 
-def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffix: str) -> None:
+def write_index(
+    console: Console, folder: Path, names: Mapping[Path, str], suffix: str, failed: Iterable[tuple[str, str]] = ()
+) -> None:
     """Add each file and its image to FOLDER/index.json, keep earlier runs' entries, and report missing files.
 
-    A file is missing if its image was already in the store, or failed.
+    A file is missing if its image was in the store already; images that failed have been reported.
     """
     target = folder / "index.json"
     kept = _earlier(console, target)
@@ -49,11 +51,13 @@ def write_index(console: Console, folder: Path, names: Mapping[Path, str], suffi
     found = {file: path for file, path in files.items() if (folder / file).exists()}
     if found:
         save_json(target, {**kept, **found})
-    if missing := len(files) - len(found):
+        console.print(f"{folder.name}: {shown(str(folder))}")
+    unusable = {path for path, _ in failed}
+    if missing := sum(path not in unusable for file, path in files.items() if file not in found):
         console.print(
             f"[yellow]{missing} of {len(files)} images have no file in {shown(str(folder))}[/]: files beside the "
-            "store are written when an image is computed, and these images were in the store already or failed; give "
-            "another --out to get all files"
+            "store are written when an image is computed, and these images were in the store already; give another "
+            "--out to get all files"
         )
 
 

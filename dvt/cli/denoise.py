@@ -65,7 +65,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
         rows.append((f"position R², {term}", text))
     result = print_job(console, command, summary, seconds, rows)
     if each is not None:
-        each.finish(console)
+        each.finish(console, summary.failed)
     if position and summary.done + summary.skipped == 1:
         console.print(
             "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
@@ -135,7 +135,7 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
     )
     code, result = denoise(job, console)
     console.print(f"pictures: {shown(str(command.out / 'pictures' / '*.png'))}")
-    console.print(f"look at the store with `dvt inspect {shown(str(command.out))}`")
+    console.print(f"point at its patches with `dvt view {shown(str(command.out))}`; `dvt inspect` lists it")
     return code, result
 
 
@@ -173,15 +173,15 @@ class _Writer:
             fine = self.finer(result.decomposition.semantic, pixels, self.command.upsample, result.coords)
             write_map(self.out / "upsampled" / f"{name}{self.suffix}", fine)
 
-    def finish(self, console: Console) -> None:
-        """Write the index of each folder, and report the files that are missing there."""
+    def finish(self, console: Console, failed: Sequence[tuple[str, str]]) -> None:
+        """Write the index of each folder, and report the files that are missing there though their images are not."""
         wanted = {
             "pictures": (".png", self.command.pictures),
             "upsampled": (self.suffix, self.command.upsample > 1),
         }
         for folder, (suffix, asked) in wanted.items():
             if asked:
-                write_index(console, self.out / folder, self.names, suffix)
+                write_index(console, self.out / folder, self.names, suffix, failed)
 
     def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save

@@ -39,7 +39,8 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
         summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
     result = print_job(console, command, summary, seconds, [("precision", settings["dtype"])])
     if names:
-        write_index(console, Path(command.out) / "upsampled", names, fine_suffix(command.upsample, command.upsampler))
+        suffix = fine_suffix(command.upsample, command.upsampler)
+        write_index(console, Path(command.out) / "upsampled", names, suffix, summary.failed)
     return (2 if summary.failed else 0), result
 
 

@@ -70,7 +70,9 @@ def find_sources(specs: Sequence[str | Path]) -> list[Path | str]:
     specs = [specs] if isinstance(specs, (str, Path)) else list(specs)
     found = sorted({os.fspath(path) for spec in specs for path in _expand(os.fspath(spec), lists=True)})
     if not found:
-        given = ", ".join(repr(os.fspath(spec)) for spec in specs) or "an empty list"
+        if not specs:
+            raise ImageError("no images were given; give image files, folders, globs or a .txt list of paths")
+        given = ", ".join(repr(os.fspath(spec)) for spec in specs)
         raise ImageError(f"no images found in {given}{_instead(specs)}")
     unique = {path if is_url(path) else os.path.realpath(path): path for path in reversed(found)}
     return [path if is_url(path) else Path(path) for path in sorted(unique.values())]
