@@ -153,10 +153,11 @@ def begin_anew(out: Path) -> None:
     Raises:
         ConfigError: another process trains there, or takes part in this run.
     """
-    from dvt.training.checkpoint import locked_folder  # imports torch
+    from dvt.jobs.launched import is_launched  # both import torch
+    from dvt.training.checkpoint import locked_folder
 
     folder = settings_file(str(out)).parent
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # another process could find what this one is about to remove
+    if is_launched():  # another process could find what this one is about to remove
         raise ConfigError(f"--overwrite is for one process; remove {str(folder)!r} before a distributed run")
     if not folder.exists():
         return
