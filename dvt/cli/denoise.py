@@ -134,7 +134,6 @@ def demo(command: Demo, console: Console) -> tuple[int, dict[str, Any]]:
         keep_terms=True,
     )
     code, result = denoise(job, console)
-    console.print(f"pictures: {shown(str(command.out / 'pictures' / '*.png'))}")
     console.print(f"point at its patches with `dvt view {shown(str(command.out))}`; `dvt inspect` lists it")
     return code, result
 
