@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ ELSEWHERE = {"benchmarks.md": "benchmarks/README.md", "changelog.md": "CHANGELOG
 _PARTS = ("fields", "denoiser", "analysis")
 
 
+@event_priority(100)  # before mkdocstrings looks for the folder
 def on_config(config: Any) -> Any:
     """Show mkdocstrings the package as it is installed."""
     folder = ROOT / "build" / "site-sources"  # as mkdocs.yml says

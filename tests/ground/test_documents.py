@@ -1,6 +1,7 @@
 """The site builds without a warning, and the code of its pages runs."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ def code(page, holds):
 def test_the_site_builds_strictly(tmp_path):
     pytest.importorskip("material")
     pytest.importorskip("mkdocstrings")
+    shutil.rmtree(ROOT / "build" / "site-sources", ignore_errors=True)  # as in a new clone
     line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
