@@ -8,6 +8,7 @@ import logging
 import re
 import shlex
 import sys
+import traceback
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +23,14 @@ from dvt.text import visible, visible_lines
 log = logging.getLogger(__name__)
 
 #: What threads, shared libraries and oneDNN say when memory is too small.
-_NO_ROOM = ("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive")
+_NO_ROOM = (
+    *("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive"),
+    "bad_alloc",
+)
+_TOO_LITTLE_MEMORY = (
+    "there is too little memory for this; close other programs, give the process more, or take smaller batches, fewer "
+    "workers or a smaller size. The same command goes on where it was"
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,6 +48,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has ended
         return 1
     except Exception as error:
+        if _out_of_memory(error):
+            _free(error)
+            sys.stderr.write(f"error: {_TOO_LITTLE_MEMORY}\n")  # as it is: what shows errors needs memory, too
+            return _logged(2, f"error: {_TOO_LITTLE_MEMORY}")
         if (words := _words(error)) is None:
             log.error("failed", exc_info=True) if _file_handlers() else None
             raise
@@ -58,11 +70,6 @@ def _words(error: Exception) -> str | None:
     if isinstance(error, OSError):  # a path or a disk of the user's, which no function below has explained
         where = "" if error.filename is None else f"{str(error.filename)!r}: "
         return visible_lines(where + (error.strerror or str(error)))
-    if isinstance(error, (MemoryError, RuntimeError, ImportError)) and _out_of_memory(error):
-        return (
-            "there is too little memory for this; close other programs, give the process more, or take smaller "
-            "batches, fewer workers or a smaller size. The same command goes on where it was"
-        )
     return None
 
 
@@ -128,7 +135,9 @@ def _logged(code: int, words: str) -> int:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error, or what came before it, says that memory is too small."""
+    """Tell whether an error, or what came before it, says that memory is too small; not one that is told in words."""
+    if isinstance(error, (DvtError, OSError)):
+        return False
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM):
         return True
     if error.__context__ is not None and _out_of_memory(error.__context__):
@@ -138,6 +147,14 @@ def _out_of_memory(error: BaseException) -> bool:
     from dvt.devices import out_of_memory
 
     return out_of_memory(error)
+
+
+def _free(error: BaseException) -> None:
+    """Let go of what the functions held in which an error, and those before it, came up: there is nothing else left."""
+    before: BaseException | None = error
+    while before is not None:
+        traceback.clear_frames(before.__traceback__)
+        before = before.__context__
 
 
 def _visible_record(record: logging.LogRecord) -> bool:

@@ -54,8 +54,9 @@ import torch  # noqa: E402
 
 import dvt.cli  # noqa: E402
 
-# What commands import when they run.
+# What commands import when they run. OpenBLAS, which comes with SciPy, waits for ever for memory that it lacks at its start.
 for _name in (
+    *("scipy.stats", "scipy.ndimage", "sklearn.linear_model"),
     *("accelerate", "accelerate.utils", "matplotlib.figure", "matplotlib.backends.backend_agg", "safetensors.torch"),
     *("timm", "dvt.analysis", "dvt.analysis.measure", "dvt.analysis.pictures", "dvt.analysis.page.plots"),
     *("dvt.analysis.page.report", "dvt.backbones", "dvt.denoiser", "dvt.denoiser.attach", "dvt.denoiser.distill.job"),
