@@ -21,9 +21,9 @@ from dvt.denoiser.scores import denoiser_loss, evaluate
 from dvt.denoiser.variants import fit_linear, fit_subtract
 from dvt.devices import default_device
 from dvt.errors import ConfigError
-from dvt.progress import Progress
+from dvt.progress import Progress, is_first_process
 from dvt.store import FeatureStore
-from dvt.training import flat_settings, is_first_process, sides_digest, train
+from dvt.training import flat_settings, sides_digest, train
 
 log = logging.getLogger(__name__)
 

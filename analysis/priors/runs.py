@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -51,7 +50,7 @@ from dvt.devices import default_device
 from dvt.errors import ConfigError, NonFiniteError
 from dvt.files import remove_dead
 from dvt.images import find_images
-from dvt.progress import Progress, silent
+from dvt.progress import Progress, is_first_process, silent
 from dvt.training import Trained
 from dvt.training.checkpoint import read_tensors
 
@@ -156,11 +155,11 @@ def train_prior(
         progress=progress,
         settings={**_identity(prior), "prior": asdict(prior.config)},
     )
-    if os.environ.get("RANK", "0") == "0" and not _picture(out, done.checkpoint).exists():
+    if is_first_process() and not _picture(out, done.checkpoint).exists():
         on_checkpoint(done.checkpoint)  # a process was killed between the last checkpoint and what belongs to it
     report = _summary(done, prior, out, len(chosen), len(held), time.perf_counter() - started, len(tokens.skipped))
     prior.card["metrics"] = {name: report[name] for name in ("steps", "loss", "held_out_loss")}
-    if os.environ.get("RANK", "0") == "0":  # of several processes, the first
+    if is_first_process():
         prior.save(out / "prior.safetensors")
     return report
 

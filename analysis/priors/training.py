@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.run_folder import keep_run
 from dvt.analysis.priors.sampling import held_out_loss
 from dvt.analysis.priors.token_set import Rows
-from dvt.progress import Progress
+from dvt.progress import Progress, is_first_process
 from dvt.training import Trained, TrainingConfig, epoch_indices, train
 
 _CODED = 2000  # number of maps to which a codebook is fitted
@@ -80,6 +79,6 @@ def fit_prior(
         progress=progress,
         settings=settings,
     )
-    if os.environ.get("RANK", "0") == "0" and not (Path(folder) / "held_out.safetensors").exists():
+    if is_first_process() and not (Path(folder) / "held_out.safetensors").exists():
         keep_run(Path(folder), prior, held_out)
     return done

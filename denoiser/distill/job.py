@@ -28,8 +28,8 @@ from dvt.denoiser.model import Denoiser
 from dvt.denoiser.pairs import split
 from dvt.errors import BackboneError, ConfigError, ImageError
 from dvt.images import readable, size_and_sha256
-from dvt.progress import Progress
-from dvt.training import Trained, is_first_process, sides_digest, train
+from dvt.progress import Progress, is_first_process
+from dvt.training import Trained, sides_digest, train
 
 __all__ = ["BackboneTraining", "distill_backbone", "read_card"]
 

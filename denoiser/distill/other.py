@@ -24,9 +24,8 @@ from dvt.denoiser.distill.student import Student, layer_groups
 from dvt.denoiser.model import Denoiser
 from dvt.denoiser.pairs import TrainingBatch
 from dvt.errors import BackboneError, ConfigError, WeightsError
-from dvt.progress import Progress
+from dvt.progress import Progress, is_first_process
 from dvt.tokens import Tokens
-from dvt.training import is_first_process
 from dvt.views import resize
 
 _FITTED = 32  # images to which the first projection is fitted

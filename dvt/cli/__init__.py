@@ -15,9 +15,10 @@ from rich.markup import escape
 
 import dvt
 from dvt.cli.commands import parse, print_overview
-from dvt.cli.common import DryRun, is_first
+from dvt.cli.common import DryRun
 from dvt.cli.settings.common import Output
 from dvt.errors import ConfigError, DvtError
+from dvt.progress import is_first_process
 from dvt.text import visible, visible_lines
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def _run(arguments: list[str], errors: Console) -> int:
         raise ConfigError(f"an argument is empty ({empty[0]!r}); is a variable of the shell not set? Give a value")
     command, function = parse(arguments)
     stream = sys.stderr if command.json else sys.stdout
-    quiet = command.quiet or not is_first()
+    quiet = command.quiet or not is_first_process()
     console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False, quiet=quiet)
     _start_logging(command, errors, arguments)
     try:
@@ -92,7 +93,7 @@ def _run(arguments: list[str], errors: Console) -> int:
     except DryRun as stopped:
         code, result = 0, stopped.settings
         console.print_json(data=result)
-    if command.json and is_first():
+    if command.json and is_first_process():
         _write(json.dumps(result, default=str) + "\n")
     return _logged(code, "done" if code == 0 else "done in part")
 

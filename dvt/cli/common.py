@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from dvt.cli.replay import MANNERS, settings_file
 from dvt.errors import ConfigError
 from dvt.files import remove, whole_file
-from dvt.progress import Progress
+from dvt.progress import Progress, is_first_process
 from dvt.text import visible
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> None:
     """Write a run's settings for --config and --resume into its folder; with `new`, only where there are none."""
     path = settings_file(str(out))
-    if is_first() and not (new and path.exists()):
+    if is_first_process() and not (new and path.exists()):
         save_json(path, settings)
 
 
@@ -184,8 +183,3 @@ def print_skipped(console: Console, failed: Sequence[tuple[str, str]]) -> None:
         elif same[0] == path:
             names = ", ".join(map(shown, same[:3])) + (f" and {len(same) - 3} more" if len(same) > 3 else "")
             console.print(f"[yellow]skipped {len(same)} images[/] ({names}): {shown(reason.replace(path, 'it'))}")
-
-
-def is_first() -> bool:
-    """Tell whether this process speaks for the command: in a launch of several, the first."""
-    return os.environ.get("RANK", "0") == "0"

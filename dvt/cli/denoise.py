@@ -15,7 +15,7 @@ from rich.table import Table
 
 import dvt
 from dvt.cli.beside import check_upsample, fine_suffix, load_upsampler, names_beside, write_index, write_map
-from dvt.cli.common import is_first, progress_bar, resolved, shown
+from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.devices import find_device
@@ -27,6 +27,7 @@ from dvt.fields.tiled import TiledDecomposeWork
 from dvt.images import find_sources, is_url
 from dvt.images.own import is_store
 from dvt.jobs.work import Work
+from dvt.progress import is_first_process
 from dvt.store import FeatureStore, damaged_shards
 from dvt.text import visible
 
@@ -51,7 +52,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
-    if not is_first():
+    if not is_first_process():
         return (2 if summary.failed else 0), {}
     rows = [
         ("precision", settings["dtype"]),

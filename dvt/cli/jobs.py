@@ -14,14 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from dvt.cli.beside import clear_beside
-from dvt.cli.common import is_first, print_skipped, save_json, shown
+from dvt.cli.common import print_skipped, save_json, shown
 from dvt.cli.settings.jobs import JobOptions
 from dvt.errors import ConfigError
 from dvt.images import is_url
 from dvt.jobs import launched
 from dvt.jobs.run import check_run, run
 from dvt.jobs.work import Summary, Work
-from dvt.progress import Progress
+from dvt.progress import Progress, is_first_process
 from dvt.store import clear_store
 
 
@@ -71,7 +71,7 @@ def run_job(
     else:
         check_run(paths, command.out)  # before the model is loaded
         runner = partial(launched.run if launched.is_launched() else run, make_work())
-    if command.overwrite and is_first():  # last, so that nothing is lost to a mistake in the other options
+    if command.overwrite and is_first_process():  # last, so that nothing is lost to a mistake in the other options
         clear_store(Path(command.out), wait=command.wait)
         clear_beside(Path(command.out))
     summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)

@@ -9,4 +9,3 @@ from .loop import Batches as Batches
 from .loop import LossFunction as LossFunction
 from .loop import Trained as Trained
 from .loop import train as train
-from .processes import is_first_process as is_first_process

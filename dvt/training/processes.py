@@ -21,11 +21,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def is_first_process() -> bool:
-    """Tell whether this process writes the results: the first of a distributed run, or the only one."""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
 @contextmanager
 def accelerator_for(config: TrainingConfig, model: nn.Module, folder: Path) -> Iterator[Accelerator]:
     """Make the Accelerator of one run; with a single process it uses the model's device.

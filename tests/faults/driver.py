@@ -54,7 +54,7 @@ import torch  # noqa: E402
 
 import dvt.cli  # noqa: E402
 
-# What commands import when they run. OpenBLAS, which comes with SciPy, waits for ever for memory that it lacks at its start.
+# What commands import when they run. OpenBLAS, which comes with SciPy, waits for ever for memory that its start lacks.
 for _name in (
     *("scipy.stats", "scipy.ndimage", "sklearn.linear_model"),
     *("accelerate", "accelerate.utils", "matplotlib.figure", "matplotlib.backends.backend_agg", "safetensors.torch"),
