@@ -66,7 +66,13 @@ def test_without_docstrings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["extract", "photos", "--out", ""], ["extract", "photos", "--out="], ["inspect", ""]]
+    "arguments",
+    [
+        ["extract", "photos", "--out", ""],
+        ["extract", "photos", "--out="],
+        ["inspect", ""],
+        ["analyze", "photos", "--denoiser", ""],
+    ],
 )
 def test_an_empty_argument_is_no_working_folder(arguments, tmp_path):
     done = run([*DVT, *arguments], tmp_path)
