@@ -112,7 +112,7 @@ def forward(backbone: Backbone, batches: list[Tensor], dtype: str) -> None:
     """timm's own forward pass over normalised batches, and nothing else."""
     device = backbone.device
     for images in batches:
-        with autocast(device, getattr(torch, dtype)):
+        with autocast(device, dtype):
             backbone.model.forward_features((images.to(device) - backbone.mean) / backbone.std)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -31,7 +31,7 @@ import torch
 from dvt.backbones import Backbone, choose_precision, load_backbone
 from dvt.denoiser import Denoiser, DenoiserConfig, DenoiserTraining, train_denoiser
 from dvt.denoiser.attach import attach
-from dvt.devices import finish_all, is_gpu
+from dvt.devices import autocast, finish_all, is_gpu, out_of_memory
 from dvt.fields import LinearConfig, LinearSolver, NeuralConfig, NeuralSolver
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.images import denoise_images
@@ -53,6 +53,7 @@ FULL = {
     "views": (769, 37, 768),
     "steps": 500,
     "train_steps": 100,
+    "batches": (1, 2, 4, 8, 16, 32, 64, 128),
 }
 SMOKE = {
     "backbones": ("test_vit",),
@@ -62,6 +63,7 @@ SMOKE = {
     "views": (17, 6, 16),
     "steps": 10,
     "train_steps": 2,
+    "batches": (1, 2),
 }
 
 
@@ -111,6 +113,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         found["jobs"] = [row for each in size["backbones"] for row in jobs(each, size, device, folder / each)]
         found["latency"] = [latency(each, size, device) for each in size["backbones"]]
         table("one forward pass of 8 images, raw and with a denoiser", found["latency"])
+        found["forward"] = forward(size, device)
         found["writer"] = writer(options)
         found["whole"] = whole(size, device, folder / "whole")
     return found
@@ -189,6 +192,34 @@ def latency(name: str, size: dict[str, Any], device: torch.device) -> dict[str, 
                 both[key].append(timed(partial(model.forward_features, images), device))
     raw, denoised = (1e3 * statistics.median(times[2:]) for times in both.values())
     return {"backbone": name, "raw ms": raw, "denoised ms": denoised, "ratio": denoised / raw}
+
+
+def forward(size: dict[str, Any], device: torch.device) -> Rows:
+    """Images a second of the backbone alone by batch, doubled until the memory is full, and compiled at 16."""
+    name = size["backbones"][min(1, len(size["backbones"]) - 1)]
+    backbone = load_backbone(name, pretrained=False, size=size["size"]).to(device)
+    precision, rows = choose_precision(backbone), []
+    for batch in size["batches"]:
+        try:
+            rows.append({"batch": batch, **forward_rate(backbone.model.forward_features, backbone, precision, batch)})
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            break
+    if device.type == "cuda":  # the compiler knows no stand-in
+        compiled = torch.compile(backbone.model.forward_features)
+        rows.append({"batch": "16, compiled", **forward_rate(compiled, backbone, precision, 16)})
+    table(f"forward pass of {name} at {size['size']}, {precision}", rows)
+    return rows
+
+
+@torch.no_grad()
+def forward_rate(run: Callable[..., Any], backbone: Backbone, precision: str, batch: int) -> dict[str, float]:
+    """The first pass, in which a compiler works and memory is allocated, and the median rate of five more."""
+    images = torch.randn(batch, 3, *backbone.image_size, device=backbone.device)
+    with autocast(backbone.device, precision):
+        first, *seconds = [timed(partial(run, images), backbone.device) for _ in range(6)]
+    return {"first pass s": first, "images/s": batch / statistics.median(seconds)}
 
 
 def writer(options: argparse.Namespace) -> dict[str, Any]:

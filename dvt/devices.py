@@ -172,15 +172,33 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
         yield
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Use mixed precision for a forward pass; float32 means none."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """Use a precision, by its name, for a forward pass: float32 is PyTorch's own, tf32 shortens products on CUDA."""
+    if precision == "tf32":
+        return _short_products()
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, getattr(torch, precision))
+
+
+@contextmanager
+def _short_products() -> Iterator[None]:
+    """Let CUDA multiply float32 in TF32. The setting is the process's: no other thread may multiply meanwhile."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Tell whether a device multiplies in TF32: CUDA from compute capability 8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
     """Tell whether a device is fast in bfloat16: CUDA from compute capability 8, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return has_tf32(device)  # both came with the same generation
     if device.type != "cpu" or not hasattr(torch.cpu, "get_capabilities"):
         return False
     found = torch.cpu.get_capabilities()

@@ -230,7 +230,8 @@ class DenoiseConfig:
             uses float32 or better.
         solve_images: number of images of one grid shape that are solved together, with their tokens in memory. None
             takes 8 for a closed form on a GPU, else 1.
-        overlap: run the backbone on the next images while others are solved; None does so on a GPU.
+        overlap: run the backbone on the next images while others are solved; None does so on a GPU. Never in tf32, a
+            setting of the whole process, which would reach the solver.
 
     Raises:
         ConfigError: a setting is out of its range, or the product cannot be made of these views or by this solver.
@@ -252,15 +253,15 @@ class DenoiseConfig:
     shifts: ShiftConfig = field(default_factory=ShiftConfig)
     shared_artifact: bool = False
     shared_images: int = 32
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "float32"
     solve_images: int | None = None
     overlap: bool | None = None
 
     def __post_init__(self) -> None:
         if self.solver not in ("linear", "neural"):
             raise ConfigError(f"solver is {self.solver!r}; it must be 'linear' or 'neural'")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
+        if self.dtype not in ("auto", "float32", "tf32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'tf32', 'bfloat16' or 'float16'")
         self._fill_in()
         self._check_product()
         if not 0 <= self.strength <= 1:

@@ -56,7 +56,7 @@ class TokenViews:
                 f"{self.coords.shape[1]} patches; its decomposition needs at least 2 x 2: choose a larger size"
             )
         self.views = _drawn(upload(image, self.device), size, backbone, config)
-        self.dtype = getattr(torch, choose_precision(backbone, dtype))
+        self.dtype = choose_precision(backbone, dtype)
         self.timer = StageTimer(self.device)
         self._whole: Tokens | None = None
 

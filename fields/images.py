@@ -131,7 +131,8 @@ class DecomposeWork(Work):
         self.terms = ALL_TERMS if keep_terms else ALL_TERMS[:2]
         self.device = backbone.device
         self.gpu = is_gpu(self.device)
-        self.overlap = self.gpu if config.overlap is None else config.overlap
+        # TF32 is a setting of the whole process: in another thread, the solver would multiply in it at times.
+        self.overlap = (self.gpu if config.overlap is None else config.overlap) and config.dtype != "tf32"
         self.group = images_together(config, self.device)
         self._flops: dict[Size, float] = {}
 

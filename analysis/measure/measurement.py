@@ -78,7 +78,7 @@ class BackboneMeasurement:
         """Describe the backbone for the report: its label, and the part of its identity that readers compare."""
         spec = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self.backbone.identity).items()}
         described = {name: spec[name] for name in _DESCRIBED}
-        return {"label": self.label, **described, "precision": self.backbone.precision_name}
+        return {"label": self.label, **described, "precision": self.backbone.precision}
 
     # -- reading
 

@@ -68,8 +68,8 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
-    #: The dtype of forward passes, by autocast; see :func:`dvt.backbones.in_precision`.
-    precision: torch.dtype = torch.float32
+    #: The name of the precision of forward passes; see :func:`dvt.backbones.in_precision`.
+    precision: str = "float32"
 
     def __init__(
         self, model: nn.Module, tokens: TokensOf, spec: BackboneSpec, mean: Sequence[float], std: Sequence[float]
@@ -132,14 +132,9 @@ class Backbone(nn.Module):
         return self.mean.device
 
     @property
-    def precision_name(self) -> str:
-        """The precision of forward passes, such as "float32"."""
-        return str(self.precision).removeprefix("torch.")
-
-    @property
     def precision_setting(self) -> dict[str, str]:
         """The entry for the settings of a job: none for float32, so that jobs of before there was a choice go on."""
-        return {} if self.precision == torch.float32 else {"precision": self.precision_name}
+        return {} if self.precision == "float32" else {"precision": self.precision}
 
     @property
     def identity(self) -> BackboneSpec:
@@ -161,7 +156,7 @@ class Backbone(nn.Module):
         self._check(images)
         with autocast(self.device, self.precision):
             tokens = self._tokens(self.model, self.normalise(images))
-        tokens = tokens if self.precision == torch.float32 else tokens.to(torch.float32)
+        tokens = tokens if self.precision == "float32" else tokens.to(torch.float32)
         expected = (*self.grid((images.shape[2], images.shape[3])), self.feature_dim)
         if tuple(tokens.patches.shape[1:]) != expected or tokens.prefix.shape[1] != self.num_prefix_tokens:
             raise ShapeError(
@@ -197,7 +192,7 @@ class Backbone(nn.Module):
         self._check(images)
         with autocast(self.device, self.precision):
             found = families.layer_tokens(self.model, self.normalise(images), layers, self.patch_size, self.stride)
-        if self.precision == torch.float32:
+        if self.precision == "float32":
             return found
         return {layer: tokens.to(torch.float32) for layer, tokens in found.items()}
 

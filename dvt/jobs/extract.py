@@ -53,7 +53,7 @@ class ExtractConfig:
             layer is the term "raw", and the one that a denoiser takes.
     """
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "float32"
     batch: int = 32
     shard_images: int = 64
     workers: int | None = None
@@ -61,8 +61,8 @@ class ExtractConfig:
     tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'bfloat16' or 'float16'")
+        if self.dtype not in ("auto", "float32", "tf32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be 'auto', 'float32', 'tf32', 'bfloat16' or 'float16'")
         for name in ("batch", "shard_images", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -228,7 +228,7 @@ class ExtractWork(Work):
 
     @torch.no_grad()
     def _maps(self, images: Tensor) -> dict[str, Tensor]:
-        with autocast(images.device, getattr(torch, self.config.dtype)):
+        with autocast(images.device, self.config.dtype):
             own, several = self.backbone.layer, len(self.layers) > 1
             found = self.backbone.at_layers(images, self.layers) if several else {own: self.backbone(images)}
             maps = {layer_term(self.backbone, k): found[k].patches.float() for k in self.layers if k != own}

@@ -1,7 +1,8 @@
 """Do what the table of Denoising Vision Transformers does, from images to numbers beside the paper's.
 
 python run.py --model dinov2 --data VOC2012=/data/VOC2012 ADE20K=/data/ade NYUv2=/data/nyu VOC2007=/data/VOC2007
-python run.py --model clip --published --data VOC2012=/data/VOC2012      with the authors' own denoiser
+python run.py --model clip --published --data VOC2012=/data/VOC2012      with the authors' own denoiser from the hub
+python run.py --model clip --published FOLDER --data VOC2012=...         the same from a folder of their files
 python run.py --smoke                                                    all steps on tiny folders and the bundled model
 
 Stage one decomposes --images training images of VOC 2012, stage two trains a denoiser, and the probes score raw and
@@ -122,6 +123,28 @@ def training_images(options: argparse.Namespace, data: dict[str, Path]) -> list[
     return paths[: options.images]
 
 
+def given_denoiser(options: argparse.Namespace) -> Path | None:
+    """Find the denoiser that takes the place of stages one and two, and refuse one that does not fit; None without."""
+    from dvt.denoiser import Denoiser
+    from dvt.denoiser.published import published_file
+
+    name = options.backbone[0]
+    if options.denoiser is not None:
+        found = Path(options.denoiser)
+    elif options.published is None:
+        return None
+    elif options.published == "hub":
+        found = published_file(name)
+    else:
+        places = [Path(options.published) / each / f"{name}.pth" for each in ("voc_denoised", "")]
+        there = [place for place in places if place.is_file()]
+        if not there:
+            raise SystemExit(f"--published: there is neither {places[0]} nor {places[1]}")
+        found = there[0]
+    Denoiser.from_pretrained(found).check_fits(load(options))
+    return found.resolve()
+
+
 def predict(options: argparse.Namespace, counts: dict[str, int], images: list[Path]) -> dict[str, float]:
     """Predict minutes and dollars from one image of stage one and one forward pass, timed here."""
     import torch
@@ -151,8 +174,8 @@ def predict(options: argparse.Namespace, counts: dict[str, int], images: list[Pa
     forward = time.perf_counter() - start
     probes = sum(number for name, number in counts.items() if name != "stage one")
     found = {
-        "stage one": 0.0 if options.published else counts["stage one"] * seconds[-1] / 60,
-        "stage two": 0.0 if options.published else options.steps * 3 * 8 * forward / 12 / 60,
+        "stage one": 0.0 if options.denoiser else counts["stage one"] * seconds[-1] / 60,
+        "stage two": 0.0 if options.denoiser else options.steps * 3 * 8 * forward / 12 / 60,
         "probes": 2 * probes * forward / 60 * (1 + options.epochs / 25),
     }
     total = sum(found.values())
@@ -182,11 +205,7 @@ def steps(options: argparse.Namespace, data: dict[str, Path], images: list[Path]
     model += ["--size", options.size] if options.size else []
     listed = out / "training.txt"
     listed.write_text("".join(f"{path.resolve()}\n" for path in images))
-    denoiser: object = options.denoiser
-    if options.published:
-        from dvt.denoiser.published import published_file
-
-        denoiser = published_file(name)
+    denoiser = options.denoiser
     if denoiser is None:
         views = ["--views", options.views] if options.views else []
         stage = ["--product", "ensembled", "--solver", options.solver, *views, "--no-pictures"]
@@ -228,6 +247,7 @@ def rows(family: dict[str, Any], reports: dict[str, Any]) -> list[dict[str, Any]
                     "paper's raw": paper.get("raw"),
                     "paper's denoised": paper.get("denoised"),
                     "paper's difference": paper["denoised"] - paper["raw"] if paper else None,
+                    "paper's table": PAPER["tables"][task] if paper else "not sourced",
                 }
             )
     return found
@@ -240,9 +260,11 @@ def text(row: dict[str, Any]) -> dict[str, str]:
     def number(value: float | None, sign: str = "") -> str:
         return "-" if value is None else f"{100 * value:{sign}.2f}" if share else f"{value:{sign}.4f}"
 
-    cells = {"task": row["task"], "score": f"{row['score']} %" if share else row["score"]}
+    cells: dict[str, str] = {}
     for name, value in row.items():
-        if name == "interval":
+        if isinstance(value, str):
+            cells[name] = f"{value} %" if name == "score" and share else value
+        elif name == "interval":
             cells["95 %"] = "-" if value is None else f"[{number(value[0], '+')}, {number(value[1], '+')}]"
         elif name not in cells:
             cells[name] = number(value, "+" if "difference" in name else "")
@@ -362,7 +384,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10_000, help="of stage two")
     parser.add_argument("--epochs", type=int, default=25, help="of the linear heads")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--published", action="store_true", help="take the authors' denoiser from the hub")
+    published = "take the authors' denoiser from the hub, or from FOLDER: FOLDER/[voc_denoised/]NAME.pth"
+    parser.add_argument("--published", nargs="?", const="hub", metavar="FOLDER", help=published)
     parser.add_argument("--denoiser", help="a denoiser's file, instead of both stages; the authors' .pth too")
     parser.add_argument("--weights", help="the backbone's weights, a file instead of the hub")
     parser.add_argument("--size", type=int, help="shorter side of the model's input; by default the model's own")
@@ -401,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data = chosen_data(options)
     counts = check(options, data)
     images = training_images(options, data)
+    options.denoiser = given_denoiser(options)
     forecast = predict(options, counts, images)
     if options.only_check:
         return 0
@@ -408,7 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     reports = steps(options, data, images, options.out / key)
     found = rows(family, reports)
     lines = [text(row) for row in found]
-    notes = [f"{task}: {PAPER['sources'][task]}" for task in reports] + [PAPER["missing"]]
+    notes = [f"{task}: table {PAPER['tables'][task]} of the paper; {PAPER['sources'][task]}" for task in reports]
+    notes += [PAPER["about tables"], PAPER["missing"]]
     notes.append(f"took {(time.perf_counter() - start) / 60:.1f} minutes, predicted {forecast['total']:.1f}")
     if options.smoke:
         notes.insert(0, "SMOKE: tiny folders, made-up labels and the bundled model; our columns mean nothing here")

@@ -1,6 +1,8 @@
 """Every command that computes, on the CPU and on the stand-in: the same numbers, and nothing that a GPU refuses."""
 
+import json
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -34,6 +36,24 @@ def test_denoise(places, photos, more):
     for here, there in denoised(places, photos, *more):
         assert here.keys() == there.keys()
         assert all(close(here[term], there[term]) or not here[term].any() for term in here)
+
+
+def test_tf32_reaches_no_solver_beside_the_backbone(other, photos, tmp_path, monkeypatch):
+    """It is a setting of the process, so nothing is solved while the backbone computes, whatever is asked for."""
+    import dvt
+    from dvt.backbones import precision
+    from dvt.fields.config import DenoiseConfig
+    from dvt.fields.images import denoise_images
+
+    monkeypatch.setattr(precision, "has_tf32", lambda device: True)
+    backbone = dvt.load_backbone("vit_tiny_patch16_224", weights=dvt.demo_weights(), size=64).to(other)
+    seen = set()
+    backbone.model.blocks[0].register_forward_pre_hook(
+        lambda *given: seen.add((threading.current_thread(), torch.get_float32_matmul_precision()))
+    )
+    config = DenoiseConfig(views=6, dtype="tf32", overlap=True)
+    denoise_images(backbone, sorted(photos.iterdir())[:2], tmp_path / "store", config)
+    assert seen == {(threading.current_thread(), "high")} and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_denoise_by_gradient_descent(places, photos):
@@ -78,28 +98,34 @@ def test_a_remedy(places, photos, differ):
 
 
 def labelled(photos, folder):
-    """Data of all kinds: classes of pixels and of images, depth, boxes."""
+    """Data of all kinds: classes of pixels, depth and boxes, and in a folder beside, classes of images."""
     rng = np.random.default_rng(0)
     boxes = {}
     for split, seeds in (("train", range(6)), ("test", range(6, 9))):
         for kind in ("images", "annotations", "depth"):
-            (folder / kind / split).mkdir(parents=True)
+            (folder / "data" / kind / split).mkdir(parents=True)
+        for name in ("even", "odd"):
+            (folder / "classes" / split / name).mkdir(parents=True)
         for seed in seeds:
-            shutil.copy(photos / f"{seed}.png", folder / "images" / split)
+            shutil.copy(photos / f"{seed}.png", folder / "data" / "images" / split)
+            shutil.copy(photos / f"{seed}.png", folder / "classes" / split / ("odd" if seed % 2 else "even"))
             labels = rng.integers(0, 3, (9, 12), dtype=np.uint8).repeat(10, 0).repeat(10, 1)
-            Image.fromarray(labels).save(folder / "annotations" / split / f"{seed}.png")
-            Image.fromarray(1000 + 500 * labels.astype(np.uint16)).save(folder / "depth" / split / f"{seed}.png")
-            boxes[f"{seed}.png"] = {"width": 120, "height": 90, "boxes": [[20, 20, 80, 70]]}
-    return boxes
+            Image.fromarray(labels).save(folder / "data" / "annotations" / split / f"{seed}.png")
+            depth = Image.fromarray(1000 + 500 * labels.astype(np.uint16))
+            depth.save(folder / "data" / "depth" / split / f"{seed}.png")
+            boxes[f"{split}/{seed}.png"] = {"width": 120, "height": 90, "boxes": [[20, 20, 80, 70]]}
+    (folder / "data" / "boxes.json").write_text(json.dumps(boxes))
 
 
-@pytest.mark.parametrize("task", ["segmentation", "knn", "depth", "correspondence"])
+TASKS = ("segmentation", "knn", "depth", "correspondence", "discovery", "classification", "knn-classification")
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_probes(places, photos, tmp_path, differ, task):
-    labelled(photos, tmp_path / "data")
+    labelled(photos, tmp_path)
+    data = tmp_path / ("classes" if "classification" in task else "data")
     head = ("--head.epochs", 2) if task in ("segmentation", "depth") else ()
-    found = places(
-        "probe", task, tmp_path / "data", *WITH, *head, "--seeds", 1, "--cache", f"{HERE}/cache", "--views", 4
-    )
+    found = places("probe", task, data, *WITH, *head, "--seeds", 1, "--cache", f"{HERE}/cache", "--views", 4)
     assert found[0]["rows"] and not differ(*(each["rows"] for each in found), 0.02)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import dvt
 from dvt.backbones import Backbone, choose_precision, in_precision, precision
+from dvt.devices import autocast
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.images import denoise_job
@@ -47,7 +48,7 @@ def wrapped(offset: float) -> Backbone:
 
 def test_bfloat16_is_taken_where_it_is_fast_and_changes_little(vit, fast):
     assert choose_precision(vit) == "bfloat16"
-    assert 1e-4 < precision.precision_difference(vit, torch.bfloat16) < precision.MOST_DIFFERENCE
+    assert 1e-4 < precision.precision_difference(vit, "bfloat16") < precision.MOST_DIFFERENCE
 
 
 def test_a_loop_over_images_tries_a_model_out_once(fast, monkeypatch):
@@ -65,8 +66,8 @@ def test_commands_run_backbones_in_the_precision_asked_for(fast):
     from dvt.cli.settings.common import BackboneOptions
 
     taken = {kind: BackboneOptions(weights="demo", dtype=kind, device="cpu").load() for kind in ("auto", "float32")}
-    assert [each.precision for each in taken.values()] == [torch.bfloat16, torch.float32]
-    assert BackboneOptions(weights="demo", device="cpu").load_exact().precision == torch.float32
+    assert [each.precision for each in taken.values()] == ["bfloat16", "float32"]
+    assert BackboneOptions(weights="demo", device="cpu").load_exact().precision == "float32"
 
 
 def test_features_of_two_precisions_are_not_mixed_in_a_cache(vit, tmp_path):
@@ -85,8 +86,32 @@ def test_float32_is_taken_where_bfloat16_is_not_fast(vit, monkeypatch):
 
 
 def test_float32_is_taken_where_bfloat16_changes_much(fast):
-    assert precision.precision_difference(wrapped(100.0), torch.bfloat16) > precision.MOST_DIFFERENCE
+    assert precision.precision_difference(wrapped(100.0), "bfloat16") > precision.MOST_DIFFERENCE
     assert choose_precision(wrapped(100.0)) == "float32"
+
+
+def test_tf32_is_taken_on_cuda_where_bfloat16_changes_much(fast, monkeypatch):
+    sensitive = wrapped(100.0)
+    seen = []
+    sensitive.model.register_forward_pre_hook(lambda *given: seen.append(torch.get_float32_matmul_precision()))
+    monkeypatch.setattr(precision, "has_tf32", lambda device: True)
+    assert choose_precision(sensitive) == "tf32"
+    assert seen == ["highest", "highest", "highest", "high"] and torch.get_float32_matmul_precision() == "highest"
+    sensitive.precision = "tf32"
+    sensitive(torch.rand(1, 3, 64, 64))
+    assert seen[-1] == "high" and torch.get_float32_matmul_precision() == "highest"
+
+
+def test_tf32_ends_with_the_pass_that_fails():
+    with pytest.raises(ZeroDivisionError), autocast(torch.device("cuda"), "tf32"):
+        assert torch.backends.cuda.matmul.allow_tf32
+        _ = 1 / 0
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_tf32_is_refused_where_it_is_not(vit):
+    with pytest.raises(ConfigError, match="cpu does not have"):
+        choose_precision(vit, "tf32")
 
 
 def test_weights_of_another_precision_keep_it(fast):
@@ -123,7 +148,7 @@ def test_a_backbone_in_another_precision_shares_the_weights_and_gives_float32(vi
     with torch.no_grad():
         exact, found = vit(images), rough(images)
         layers = rough.at_layers(images, [3, -1])
-    assert rough.model is vit.model and rough.weights_sha256 == vit.weights_sha256 and vit.precision == torch.float32
+    assert rough.model is vit.model and rough.weights_sha256 == vit.weights_sha256 and vit.precision == "float32"
     assert found.patches.dtype == layers[3].patches.dtype == torch.float32
     difference = float((found.patches - exact.patches).norm() / exact.patches.norm())
     assert 1e-4 < difference < 0.01

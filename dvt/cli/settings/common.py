@@ -79,9 +79,9 @@ class BackboneOptions(Options):
     """Pixels between patches; patches overlap if it is smaller than their size."""
     size: int | None = None
     """Shorter side of the model's input in pixels; by default the model's own."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = "auto"
     """Precision of the backbone's forward pass. "auto" takes bfloat16 where the device is fast in it and a photograph's
-    tokens change by at most half a percent, else float32."""
+    tokens change by at most half a percent, else tf32 on CUDA by the same trial, else float32."""
 
     def __post_init__(self) -> None:
         if self.weights == "demo" and self.backbone == DEFAULT_BACKBONE:

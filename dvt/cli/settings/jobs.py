@@ -22,9 +22,10 @@ class JobOptions(BackboneOptions, Remade):
     """Files, folders (searched recursively), globs, URLs such as s3://bucket/folder, or a .txt list of these."""
     out: str
     """Folder of the feature store; with --ray also a URL."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = dataclasses.field(default="auto", kw_only=True)
+    dtype: Literal["auto", "float32", "tf32", "bfloat16", "float16"] = dataclasses.field(default="auto", kw_only=True)
     """Precision of the backbone's forward pass. "auto" takes bfloat16 if the device is fast in it and a photograph's
-    tokens change by at most half a percent, else float32; with --ray always float32, because workers may differ."""
+    tokens change by at most half a percent, else tf32 on CUDA by the same trial, else float32; with --ray always
+    float32, because workers may differ."""
     tile: int | None = dataclasses.field(default=None, kw_only=True)
     """Read each image in overlapping windows of this many pixels, blended; --size is then the image's shorter side, by
     default its own."""
@@ -42,7 +43,7 @@ class JobOptions(BackboneOptions, Remade):
     """Threads of each worker on CPUs; another number may change the last bits of tokens."""
 
     @property
-    def precision(self) -> Literal["auto", "float32", "bfloat16", "float16"]:
+    def precision(self) -> Literal["auto", "float32", "tf32", "bfloat16", "float16"]:
         """The precision to ask for, which is the same on every worker."""
         return "float32" if self.dtype == "auto" and self.ray is not None else self.dtype
 
