@@ -30,7 +30,7 @@ from PIL import Image
 import dvt
 from dvt.analysis.priors.compare import interval
 from dvt.analysis.priors.compare_page import with_interval
-from dvt.analysis.priors.conditioning import conditions_of_labels, conditions_of_texts
+from dvt.analysis.priors.conditions import conditions_of_labels, conditions_of_texts
 from dvt.analysis.priors.evaluate import kernel_distance
 from dvt.analysis.priors.job_config import EncoderConfig, TowerTraining
 from dvt.analysis.priors.run_folder import open_run

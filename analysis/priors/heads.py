@@ -12,7 +12,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dvt.analysis.priors.condition import Codebook
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.diffusion import (
     Preconditioned,

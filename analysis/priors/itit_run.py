@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.compare import interval
-from dvt.analysis.priors.condition import Codebook
 from dvt.analysis.priors.config import PriorConfig, Sampling
 from dvt.analysis.priors.job_config import Itit
 from dvt.analysis.priors.loops import TokenModel, itit_losses

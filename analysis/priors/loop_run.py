@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.compare import interval
-from dvt.analysis.priors.condition import Codebook
 from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.evaluate import kernel_distance
 from dvt.analysis.priors.job_config import Loop

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dvt.analysis.priors.condition import Codebook
+from dvt.analysis.priors.codebook import Codebook
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 Generate = Callable[[int, torch.Generator], Tensor]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvt.analysis.priors.condition import PseudoText, drop, pseudo_text
 from dvt.analysis.priors.config import MOST_GUIDANCE, PriorConfig
 from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.diffusion import Sampled, heun, karras_sigmas
 from dvt.analysis.priors.heads import ImageHead, Sampler, SampleRequest, TokenHead
-from dvt.analysis.priors.trunk import ConditionEmbedder, reset_weights
+from dvt.analysis.priors.pseudo_text import PseudoText, pseudo_text
+from dvt.analysis.priors.trunk import ConditionEmbedder, drop, reset_weights
 from dvt.backbones.weights import State, check_state, load_state, read_described, save_state
 from dvt.errors import ConfigError, WeightsError
 from dvt.grids import Size

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvt.analysis.priors.conditioning import keep_tower, make_conditions
+from dvt.analysis.priors.conditions import keep_tower, make_conditions
 from dvt.analysis.priors.config import PriorTraining, Sampling
 from dvt.analysis.priors.decoder import PixelDecoder
 from dvt.analysis.priors.prior import Prior

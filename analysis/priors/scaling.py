@@ -122,12 +122,14 @@ def fit_floored_law(sizes: Sequence[float], losses: Sequence[float | Sequence[fl
         raise ConfigError("sizes and losses must be positive and finite")
     d = d / d.log().mean().exp()
     # Because of noise the smallest loss may lie below the floor, so floors above it are tried, too.
-    tried = (torch.linspace(0.02, 5, 100).double(), torch.linspace(0, 1.4, 140).double() * float(y.min().exp()))
-    for _ in range(2):  # once over all values, once over those inside the intervals and their neighbours
+    tried = (torch.linspace(0.02, 5, 80).double(), torch.linspace(0, 1.4, 100).double() * float(y.min().exp()))
+    # First over all values, then over those inside wider intervals and their neighbours: k and floor go together, and a
+    # coarse grid has no point on the ends of the narrow ridge that they form.
+    for wider in (4, 4, 1):
         ks, floors = tried
         squares, scales = _law_squares(d, y, ks, floors)
         left = max(float(squares.min()), 1e-18)
-        within = squares <= left * (1 + float(snedecor.ppf(0.95, 1, len(d) - 3)) / (len(d) - 3))
+        within = squares <= left * (1 + wider * float(snedecor.ppf(0.95, 1, len(d) - 3)) / (len(d) - 3))
         tried = (_finer(ks, within.any(1)), _finer(floors, within.any(0)))
     row, column = divmod(int(squares.argmin()), len(floors))
     some_k, some_floor = ks[within.any(1)], floors[within.any(0)]
@@ -157,8 +159,11 @@ def _law_squares(d: Tensor, y: Tensor, ks: Tensor, floors: Tensor) -> tuple[Tens
     Both results are (k, floors).
     """
     powers = d[None] ** -ks[:, None]  # (k, n)
-    # A first guess from the line through the origin, then Newton steps in log a.
-    log_a = ((y.exp()[None, None] - floors[None, :, None]).clamp(min=1e-12).log() - powers.log()[:, None]).mean(-1)
+    # A first guess from the points above the floor, the farther the more; then Newton steps in log a. Noise may put
+    # points below the true floor, and these say nothing about the scale.
+    above = (y.exp()[None, None] - floors[None, :, None]).clamp(min=1e-12)
+    weights = (above / y.exp()).square()
+    log_a = (weights * (above.log() - powers.log()[:, None])).sum(-1) / weights.sum(-1)
     for _ in range(8):
         part = log_a.exp()[..., None] * powers[:, None]
         total = floors[None, :, None] + part

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dvt.analysis.priors.condition import Codebook
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.prior import Prior
 from dvt.analysis.priors.run_folder import keep_run
 from dvt.analysis.priors.sampling import held_out_loss

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dvt import grids
 from dvt.analysis.priors.config import PriorConfig
-from dvt.errors import ShapeError
+from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 
 
@@ -151,3 +151,17 @@ def reset_weights(module: nn.Module, generator: torch.Generator) -> None:
             nn.init.xavier_uniform_(value, generator=generator)
     for codebook in module.buffers():
         codebook.zero_()  # a codebook that is not set yet
+
+
+def drop(condition: Tensor, null: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Replace a random share of conditions (B, ...) by ``null``, for classifier-free guidance.
+
+    Args:
+        condition: (B, ...).
+        null: the replacement, learned or zero, broadcastable to one condition.
+        share: probability of replacement in [0, 1]; Lumos takes .1.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"the share of dropped conditions must lie in [0, 1], got {share}")
+    dropped = torch.rand(len(condition), generator=generator, device=generator.device) < share
+    return torch.where(dropped.to(condition.device).view(-1, *[1] * (condition.ndim - 1)), null, condition)

@@ -80,7 +80,7 @@ def sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]
 
 def _own_conditions(command: PriorSample) -> Any:
     """Make the requested conditions, or take those of the held-out images."""
-    from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels, conditions_of_texts
+    from dvt.analysis.priors.conditions import conditions_of_images, conditions_of_labels, conditions_of_texts
     from dvt.analysis.priors.runs import open_run
 
     if sum(map(bool, (command.condition, command.label, command.text))) > 1:

@@ -221,16 +221,20 @@ def test_an_exact_law_with_a_floor_is_found():
     assert fit_power_law(sizes, [0.3 + size**-0.5 for size in sizes]).k < 0.2
 
 
-@pytest.mark.parametrize("count", [6, 8])
-def test_the_intervals_cover_a_planted_exponent_and_floor(count):
+@pytest.mark.parametrize(
+    ("count", "k", "floor", "scatter"),
+    [(6, 0.5, 0.3, 0.05), (8, 0.5, 0.3, 0.05), (6, 1.0, 0.1, 0.05), (8, 0.35, 0.2, 0.03)],
+)
+def test_the_intervals_cover_a_planted_exponent_and_floor(count, k, floor, scatter):
     draws = generator(count)
     sizes = torch.logspace(1, 4, count, dtype=torch.float64)
     hits = {"k": 0, "floor": 0}
     for _ in range(200):
-        logs = (0.3 + 2 * sizes**-0.5).log() + 0.05 * torch.randn(count, generator=draws, dtype=torch.float64)
+        logs = (floor + 2 * sizes**-k).log() + scatter * torch.randn(count, generator=draws, dtype=torch.float64)
         law = fit_floored_law(sizes.tolist(), logs.exp().tolist())
-        hits["k"] += law.k_low <= 0.5 <= law.k_high
-        hits["floor"] += law.floor_low <= 0.3 <= law.floor_high
+        hits["k"] += law.k_low <= k <= law.k_high
+        hits["floor"] += law.floor_low <= floor <= law.floor_high
+    print(hits)
     assert all(0.9 <= each / 200 <= 0.99 for each in hits.values()), hits
 
 

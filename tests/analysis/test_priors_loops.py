@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from dvt.analysis.priors import loops
-from dvt.analysis.priors.condition import Codebook
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.loops import closed_loop, cycle_loss, mixing, nearest_centre, redraw, straight_through
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from dvt.analysis.priors.compare import Comparison, compare_priors, look
-from dvt.analysis.priors.conditioning import conditions_of_images, conditions_of_labels
+from dvt.analysis.priors.conditions import conditions_of_images, conditions_of_labels
 from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.job_config import Loop
 from dvt.analysis.priors.loop_run import loop_prior

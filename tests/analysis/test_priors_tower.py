@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvt.analysis.priors.conditioning import conditions_of_texts
+from dvt.analysis.priors.conditions import conditions_of_texts
 from dvt.analysis.priors.contrast import contrast
 from dvt.analysis.priors.job_config import EncoderConfig, TowerTraining
 from dvt.analysis.priors.prior import Prior

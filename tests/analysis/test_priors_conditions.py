@@ -10,10 +10,12 @@ from scipy.integrate import quad
 from scipy.stats import binomtest, chisquare
 from torch.nn import functional
 
-from dvt.analysis.priors.condition import Codebook, PseudoText, drop, pseudo_text
+from dvt.analysis.priors.codebook import Codebook
 from dvt.analysis.priors.contrast import contrast
+from dvt.analysis.priors.pseudo_text import PseudoText, pseudo_text
 from dvt.analysis.priors.texts import draw_texts, read_texts
 from dvt.analysis.priors.tower import OpenClipTower
+from dvt.analysis.priors.trunk import drop
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 
 OPEN_CLIP = importlib.util.find_spec("open_clip") is not None
