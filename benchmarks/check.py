@@ -149,8 +149,8 @@ RATIOS: dict[str, Ratio] = {
     "denoise, predicted over measured": job("denoise"),
     "training, predicted over measured": job("training"),
     "a store's items over .npy files": stored("store[i] over .npy"),
-    "a store's batches over stacked .npy files": stored("store[[...]], two threads over .npy, stacked"),
-    "a store's loader over one of .npy files": stored("DataLoader of the store, two threads over DataLoader of .npy"),
+    "a store's batches over stacked .npy files": stored("store[[...]] over .npy, stacked"),
+    "a store's loader over one of .npy files": stored("DataLoader of the store over DataLoader of .npy"),
     "a shard's bytes over the formula's": Ratio("lower", EXACT, lambda r: r["cost"]["local"]["stored_over_formula"]),
     "FLOPs off the formulas, 1 and the worst": Ratio("lower", QUALITY, lambda r: 1 + r["cost"]["flops"]["worst"]),
 }

@@ -10,8 +10,10 @@ beside HDF5's own filter into memory and from there to the disk, which is what t
 
 Each way reads all maps in one order, and the ways take turns. All are in the main process and in one thread, but for
 those of the store that say two: it reads a batch in as many threads as PyTorch is set to, which helps none of the
-others. Rates are those of the quickest round, because other programs on the machine can only slow it down; ratios are
-medians over the rounds. The store checks the checksum of all that it reads, the others check nothing.
+others. Seconds are of processor time, but of wall-clock time for ways of two threads and for what they are compared
+with. Rates are those of the quickest round, because other programs on the machine can only slow it down; ratios are
+medians over the rounds, with the quarters of rounds below and above left out for the interval. The store checks the
+checksum of all that it reads, the others check nothing.
 The last line of the output is one JSON object.
 """
 
@@ -40,6 +42,7 @@ from dvt.store.tools import export_store
 from tables import described_machine, table
 
 SHARD = 64
+TWO = ", two threads"
 
 
 class Files(Dataset[Tensor]):
@@ -124,12 +127,12 @@ def ways(folder: Path, order: list[int], batch: int) -> dict[str, Callable[[], N
         "mapped .npy": items(mapped),
         "safetensors": items(tensors),
         "store[[...]]": chosen,
-        "store[[...]], two threads": twice(chosen),
+        f"store[[...]]{TWO}": twice(chosen),
         ".npy, stacked": batches(npy),
         "mapped .npy, stacked": batches(mapped),
         "safetensors, stacked": batches(tensors),
         "DataLoader of the store": loaded(stored),
-        "DataLoader of the store, two threads": twice(loaded(stored)),
+        f"DataLoader of the store{TWO}": twice(loaded(stored)),
         "DataLoader of .npy": loaded(npy),
         "DataLoader of mapped .npy": loaded(mapped),
         "DataLoader of safetensors": loaded(tensors),
@@ -237,24 +240,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         write(Path(name), options.maps, tuple(options.grid), options.channels)
         compared = ways(Path(name), order, options.batch)
-        seconds: dict[str, list[float]] = {way: [] for way in compared}
+        seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in compared}
         for _ in range(options.rounds):
             for way, run in compared.items():
-                start = time.perf_counter()
+                start = time.process_time(), time.perf_counter()
                 run()
-                seconds[way].append(time.perf_counter() - start)
-    rates = {way: options.maps / min(taken) for way, taken in seconds.items()}
+                seconds[way].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    rates = {way: options.maps / min(each[TWO in way] for each in taken) for way, taken in seconds.items()}
     pairs = [("store[i]", ".npy")]
-    for way in ("store[[...]]", "store[[...]], two threads"):
+    for way in ("store[[...]]", f"store[[...]]{TWO}"):
         pairs += [(way, ".npy"), (way, ".npy, stacked")]
-    pairs += [(f"DataLoader of the store{more}", "DataLoader of .npy") for more in ("", ", two threads")]
-    ratios = {
-        f"{way} over {other}": statistics.median(b / a for a, b in zip(seconds[way], seconds[other], strict=True))
+    pairs += [(f"DataLoader of the store{more}", "DataLoader of .npy") for more in ("", TWO)]
+    rounds = {
+        f"{way} over {other}": [
+            theirs[TWO in way] / ours[TWO in way] for ours, theirs in zip(seconds[way], seconds[other], strict=True)
+        ]
         for way, other in pairs
     }
+    ratios = {of: statistics.median(each) for of, each in rounds.items()}
     table("Maps read", [{"way": way, "maps a second": f"{rate:,.0f}"} for way, rate in rates.items()])
-    table("Of the store over others", [{"ratio": of, "median": ratio} for of, ratio in ratios.items()])
+    table("Of the store over others", [{"ratio": of, "median": ratios[of], "half": half(rounds[of])} for of in ratios])
     print(json.dumps({"store": {"machine": described_machine(), "maps a second": rates, "ratios": ratios}}))
+
+
+def half(values: list[float]) -> str:
+    """The interval of the middle half."""
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{low:.2f} to {high:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Read whole chunks of a shard's datasets without HDF5, and check them against the checksums that it wrote.
 
 HDF5 is asked once for the places of a shard's chunks. Then each chunk is one read of the file, and its Fletcher-32 sum
-takes two matrix products, a third of the time of HDF5's own loop. No chunk is returned unchecked.
+takes two matrix products, a third of the time of HDF5's own loop, and a few small steps that a batch takes once for all
+its chunks. No chunk is returned unchecked.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ _THREADS, _LEAST = 4, 8  # most threads that read a batch, and fewest reads for 
 _OPEN_FILES = 64  # per thread; on some systems a process may open only 256
 _KEPT_BYTES = 16 << 20  # per thread, of chunks that hold several images
 _WORDS = 256  # per row: the sum of 256 numbers below 2^16 is exact in single precision
+_WORD = np.dtype("<u2")
+_SUMS = 32  # most chunks whose sums are finished at once
 
 
-#: File, dataset, first row, and the tensor to fill.
-Request: TypeAlias = tuple[Path, str, int, Tensor]
+#: File, dataset, first row, and the tensor to fill. Files are text, because a Path takes longer to look up.
+Request: TypeAlias = tuple[str, str, int, Tensor]
+#: File and checksum of a chunk.
+Mark: TypeAlias = tuple[str, int]
 
 
 @cache
@@ -48,27 +53,19 @@ class ChunkReader(threading.local):
     """
 
     def __init__(self) -> None:
-        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
-        self._places: dict[tuple[Path, str], _Places] = {}
-        self._kept: OrderedDict[tuple[Path, str, int], Tensor] = OrderedDict()
+        self._files: OrderedDict[str, _OpenFile] = OrderedDict()
+        self._places: dict[tuple[str, str], _Places] = {}
+        self._kept: OrderedDict[tuple[str, str, int], Tensor] = OrderedDict()
         self._buffer, self._tail = np.empty(0, np.uint8), np.empty(4, np.uint8)
         self._sums = Fletcher32()
 
-    def read(self, file: Path, name: str, start: int, out: Tensor) -> None:
+    def read(self, file: str, name: str, start: int, out: Tensor) -> None:
         """Fill `out` (rows, ...) with the rows of a dataset from `start`, converted to the type of `out`.
 
         Raises:
             StoreError: the shard is damaged, or cannot be read.
         """
-        try:
-            places = self._places.get((file, name)) or self._located(file, name)
-            if start % places.shape[0] == 0 and len(out) == places.shape[0] and out.dtype == places.kind:
-                self._straight(file, places, start // places.shape[0], out)
-            else:
-                self._by_rows(file, name, places, start, out)
-        except Exception:  # entering `damage` takes as long as the sum of a small chunk
-            with damage(file):
-                raise
+        self._read_each([(file, name, start, out)])
 
     def read_all(self, requests: Sequence[Request]) -> None:
         """Do several :meth:`read`, in as many threads as PyTorch computes with, which is one in a DataLoader's worker.
@@ -84,10 +81,25 @@ class ChunkReader(threading.local):
         list(_readers(os.getpid()).map(self._read_each, parts))
 
     def _read_each(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self.read(*request)
+        try:
+            for file, name, start, out in requests:
+                self._fill(file, name, start, out)
+        finally:
+            self._compare()
 
-    def _by_rows(self, file: Path, name: str, places: _Places, start: int, out: Tensor) -> None:
+    def _fill(self, file: str, name: str, start: int, out: Tensor) -> None:
+        """Do a :meth:`read`, but for the comparison of checksums."""
+        try:
+            places = self._places.get((file, name)) or self._located(file, name)
+            if start % places.shape[0] == 0 and out.shape[0] == places.shape[0] and out.dtype == places.kind:
+                self._straight(file, places, start // places.shape[0], out)
+            else:
+                self._by_rows(file, name, places, start, out)
+        except Exception:  # entering `damage` takes as long as the sum of a small chunk
+            with damage(file):
+                raise
+
+    def _by_rows(self, file: str, name: str, places: _Places, start: int, out: Tensor) -> None:
         step = places.shape[0]
         stop = start + len(out)
         if not 0 <= start <= stop <= places.rows:
@@ -99,42 +111,53 @@ class ChunkReader(threading.local):
             chunk = self._fresh(file, places, number) if whole else self._held(file, name, places, number)
             out[low - start : high - start].copy_(chunk[low - first : high - first])
 
-    def _straight(self, file: Path, places: _Places, number: int, out: Tensor) -> None:
+    def _straight(self, file: str, places: _Places, number: int, out: Tensor) -> None:
         """Read a chunk into the memory of a contiguous tensor of its type and shape."""
         if not 0 <= number < len(places.starts):
             raise ValueError(f"a dataset of {len(places.starts)} chunks has none of number {number}")
         values, tail = out.numpy().reshape(-1), self._tail
         found = os.preadv(self._opened(file), [values, tail], places.starts[number])  # type: ignore[list-item]
-        self._check(found, places, values, tail)
+        self._add(file, found, places, values, tail)
 
-    def _held(self, file: Path, name: str, places: _Places, number: int) -> Tensor:
+    def _held(self, file: str, name: str, places: _Places, number: int) -> Tensor:
         """Read a chunk and keep it, because it also holds rows of other images."""
         key = (file, name, number)
         if key not in self._kept:
-            self._kept[key] = self._fresh(file, places, number).clone()
+            chunk = self._fresh(file, places, number).clone()
+            self._compare()  # a chunk that is kept is not checked again
+            self._kept[key] = chunk
             while len(self._kept) > 1 and sum(chunk.nbytes for chunk in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
 
-    def _fresh(self, file: Path, places: _Places, number: int) -> Tensor:
+    def _fresh(self, file: str, places: _Places, number: int) -> Tensor:
         """Read a chunk into this thread's buffer, which the next chunk overwrites."""
         size = places.bytes + 4
         if len(self._buffer) < size:
             self._buffer = np.empty(size, np.uint8)
         content = self._buffer[:size]
         found = os.preadv(self._opened(file), [content], places.starts[number])  # type: ignore[list-item]
-        self._check(found, places, content[:-4], content[-4:])
+        self._add(file, found, places, content[:-4], content[-4:])
         return torch.from_numpy(content[:-4].view(places.dtype)).view(places.shape)
 
-    def _check(self, found: int, places: _Places, values: np.ndarray, tail: np.ndarray) -> None:
-        """Check that a chunk was read whole, and its sum."""
+    def _add(self, file: str, found: int, places: _Places, values: np.ndarray, tail: np.ndarray) -> None:
+        """Check that a chunk was read whole, and take in its numbers for the comparison with its checksum."""
         if found != places.bytes + 4:
             raise ValueError("a chunk of tokens lies beyond its end")
-        if self._sums(values.view("<u2")) != int(tail.view("<u4")[0]):
-            raise ValueError("a chunk of tokens does not match its checksum")
+        words = values.view(_WORD)
+        if not self._sums.takes(len(words)):
+            self._compare()
+        self._sums.add(words, (file, int.from_bytes(tail, "little")))
 
-    def _opened(self, file: Path) -> int:
+    def _compare(self) -> None:
+        """Compare the sums of the chunks read since the last call with their checksums."""
+        for (file, expected), found in self._sums.finished():
+            if found != expected:
+                with damage(file):
+                    raise ValueError("a chunk of tokens does not match its checksum")
+
+    def _opened(self, file: str) -> int:
         if (known := self._files.get(file)) is not None:
             self._files.move_to_end(file)
             return known.descriptor
@@ -143,9 +166,9 @@ class ChunkReader(threading.local):
             self._files.popitem(last=False)
         return self._files[file].descriptor
 
-    def _located(self, file: Path, name: str) -> _Places:
+    def _located(self, file: str, name: str) -> _Places:
         if (file, name) not in self._places:
-            with opened(file) as handle:
+            with opened(Path(file)) as handle:
                 self._places[file, name] = _Places.of(handle[name])
         return self._places[file, name]
 
@@ -186,7 +209,7 @@ class _Places:
 class _OpenFile:
     """Hold a file descriptor, and close it when the object is deleted, as h5py does."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         self.descriptor = -1
         self.descriptor = os.open(path, os.O_RDONLY)
 
@@ -206,27 +229,48 @@ class Fletcher32:
     """
 
     def __init__(self) -> None:
-        self._words = np.empty(0, np.float32)
-        self._numbers = np.empty(0)
+        self._count = 0
+        self._marks: list[Mark] = []
         self._ones = np.ones(_WORDS, np.float32)
-        self._columns = np.arange(_WORDS, dtype=np.float64)
 
-    def __call__(self, words: np.ndarray) -> int:
-        count = len(words)
-        rows = -(-count // _WORDS)
-        if len(self._words) != rows * _WORDS:
-            self._words, self._numbers = np.zeros(rows * _WORDS, np.float32), np.arange(rows, dtype=np.float64)
-        self._words[:count] = words
-        if count < len(self._words):
-            self._words[count:] = 0
-        table = self._words.reshape(rows, _WORDS)
-        by_row = (table @ self._ones).astype(np.float64)  # exact, as all that follows: below 2^53
-        places = _WORDS * int(by_row @ self._numbers)
-        for first in range(0, rows, _WORDS):
-            block = table[first : first + _WORDS]
-            places += int((self._ones[: len(block)] @ block) @ self._columns)
-        total = int(by_row.sum())
-        return _folded(count * total - places) << 16 | _folded(total)
+    def takes(self, count: int) -> bool:
+        """Whether a chunk of `count` words can be added before the sums of the others are finished."""
+        return not self._marks or (count == self._count and len(self._marks) < _SUMS)
+
+    def add(self, words: np.ndarray, mark: Mark) -> None:
+        """Add up the words of a chunk over rows and over columns; `mark` comes back with its sum."""
+        if len(words) != self._count:
+            self._resize(len(words))
+        self._words[: self._count] = words
+        rows, columns = self._outs[len(self._marks)]
+        np.matmul(self._table, self._ones, out=rows)
+        np.matmul(self._ones[: self._table.shape[1]], self._table, out=columns)
+        self._marks.append(mark)
+
+    def finished(self) -> list[tuple[Mark, int]]:
+        """Return the sums of the chunks added since the last call."""
+        marks, self._marks = self._marks, []
+        if not marks:
+            return []
+        found = (self._sums[: len(marks)].astype(np.float64) @ self._weights).tolist()  # exact: below 2^53
+        return [
+            (mark, _folded(self._count * int(total) - _WORDS * int(row) - int(column)) << 16 | _folded(int(total)))
+            for mark, (total, row, column) in zip(marks, found, strict=True)
+        ]
+
+    def _resize(self, count: int) -> None:
+        """Make room for chunks of `count` words, in blocks of equally many rows, at most 256."""
+        blocks = -(-count // _WORDS**2)
+        height = -(-count // (blocks * _WORDS))
+        rows, columns = blocks * height, blocks * _WORDS
+        self._words = np.zeros(rows * _WORDS, np.float32)
+        self._table = self._words.reshape(blocks, height, _WORDS)
+        self._sums = np.zeros((_SUMS, rows + columns), np.float32)
+        self._outs = [(each[:rows].reshape(blocks, height), each[rows:].reshape(blocks, _WORDS)) for each in self._sums]
+        self._weights = np.zeros((rows + columns, 3))  # of the words, of the row's number, of the column's
+        self._weights[:rows, 0], self._weights[:rows, 1] = 1, np.arange(rows)
+        self._weights[rows:, 2] = np.tile(np.arange(_WORDS), blocks)
+        self._count = count
 
 
 def _folded(total: int) -> int:

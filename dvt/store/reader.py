@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import os
 from collections import Counter
@@ -235,7 +236,7 @@ class FeatureStore(Dataset[StoredTokens]):
         self._check_term(term)
         shard, row = self._at(i)
         out = torch.empty(*shard.grid[row].tolist(), shard.channels, dtype=getattr(torch, shard.dtype))
-        self._chunks.read(shard.file, f"tokens/{term}", int(shard.offset[row]), out.view(-1, shard.channels))
+        self._chunks.read(str(shard.file), f"tokens/{term}", int(shard.offset[row]), out.view(-1, shard.channels))
         return out.numpy()
 
     def record(self, i: int) -> Record:
@@ -251,7 +252,7 @@ class FeatureStore(Dataset[StoredTokens]):
         if not shard.prefix:
             return None
         out = torch.empty(1, shard.prefix, shard.channels, dtype=getattr(torch, shard.dtype))
-        self._chunks.read(shard.file, "tokens/prefix", row, out)
+        self._chunks.read(str(shard.file), "tokens/prefix", row, out)
         return out[0].numpy()
 
     def artifact(self, i: int) -> np.ndarray | None:
@@ -314,11 +315,11 @@ class FeatureStore(Dataset[StoredTokens]):
         terms = {}
         for term in self.chosen:
             values = torch.empty(grid[0] * grid[1], channels, dtype=dtype)
-            self._chunks.read(shard.file, f"tokens/{term}", start, values)
+            self._chunks.read(str(shard.file), f"tokens/{term}", start, values)
             terms[term] = values.view(1, *grid, channels)
         prefix = torch.empty(1, self._prefix, channels, dtype=dtype)
         if self._prefix:
-            self._chunks.read(shard.file, "tokens/prefix", row, prefix)
+            self._chunks.read(str(shard.file), "tokens/prefix", row, prefix)
         path, sha256 = self._origin(i)
         labels = None if self._labels is None else collate_labels([self._label(i)])
         return StoredTokens(
@@ -339,15 +340,15 @@ class FeatureStore(Dataset[StoredTokens]):
         places = [self._where[i] for i in indices]
         if dtype is None:
             dtype = getattr(torch, max({self._shards[shard].dtype for shard, _ in places}))
-        terms = {term: torch.empty(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
+        terms = {term: _room(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
         prefix = torch.empty(len(indices), self._prefix, channels, dtype=dtype)
         outs = [(f"tokens/{term}", values.flatten(1, 2).unbind()) for term, values in terms.items()]
         wanted: list[Request] = []
         for (number, row), slot in sorted(zip(places, range(len(places)), strict=True)):
             shard = self._shards[number]
-            wanted += [(shard.file, name, int(shard.offset[row]), slots[slot]) for name, slots in outs]
+            wanted += [(str(shard.file), name, int(shard.offset[row]), slots[slot]) for name, slots in outs]
             if self._prefix:
-                wanted.append((shard.file, "tokens/prefix", row, prefix[slot : slot + 1]))
+                wanted.append((str(shard.file), "tokens/prefix", row, prefix[slot : slot + 1]))
         self._chunks.read_all(wanted)
         paths, sha256s = zip(*map(self._origin, indices), strict=True)
         labels = None if self._labels is None else collate_labels([self._label(i) for i in indices])
@@ -383,6 +384,12 @@ class FeatureStore(Dataset[StoredTokens]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of a store of {len(self)}")
         return i % len(self)
+
+
+def _room(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return an unfilled tensor in NumPy's memory, for which it asks for huge pages: a batch is full of new ones."""
+    content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(content).view(dtype).view(shape)
 
 
 def _numbers(index: Any, count: int) -> list[int]:

@@ -151,10 +151,8 @@ def results(**changes):
     }
     stored = {
         "store[i] over .npy": values["a store's items over .npy files"],
-        "store[[...]], two threads over .npy, stacked": values["a store's batches over stacked .npy files"],
-        "DataLoader of the store, two threads over DataLoader of .npy": values[
-            "a store's loader over one of .npy files"
-        ],
+        "store[[...]] over .npy, stacked": values["a store's batches over stacked .npy files"],
+        "DataLoader of the store over DataLoader of .npy": values["a store's loader over one of .npy files"],
     }
     flops = {"worst": values["FLOPs off the formulas, 1 and the worst"] - 1}
     return [

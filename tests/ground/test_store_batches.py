@@ -70,7 +70,14 @@ def test_checksums_are_those_of_hdf5(count, seed, kind):
         dataset = file.create_dataset("x", data=words, chunks=(count,), fletcher32=True)
         dataset.file.flush()
         _, content = dataset.id.read_direct_chunk((0,))
-    assert Fletcher32()(words) == int.from_bytes(content[-4:], "little")
+    sums = Fletcher32()
+    for number, part in enumerate((words[::-1], words)):
+        assert sums.takes(count)
+        sums.add(part, ("x", number))
+    assert sums.takes(count) and not sums.takes(count + 1)
+    _, (mark, found) = sums.finished()
+    assert (mark, found) == (("x", 1), int.from_bytes(content[-4:], "little"))
+    assert sums.finished() == [] and sums.takes(count + 1)
 
 
 def test_numbers_slices_lists_arrays_and_paths(even):
@@ -209,6 +216,7 @@ def test_a_chunk_that_was_changed_is_refused_in_a_batch_too(even):
     for index in (5, slice(None), [0, 5]):
         with pytest.raises(StoreError, match=r"shard-004\.h5.*damaged.*checksum.*delete it and run"):
             features[index]
+        assert len(features[[0, 4, 9]]) == 3  # nothing is left over from the batch that was refused
     path.write_bytes(content[:place])
     with pytest.raises(StoreError, match=r"shard-004\.h5.*damaged"):
         features[5]
