@@ -7,6 +7,7 @@ its chunks. No chunk is returned unchecked.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -37,6 +38,12 @@ _SUMS = 32  # most chunks whose sums are finished at once
 Request: TypeAlias = tuple[str, str, int, Tensor]
 #: File and checksum of a chunk.
 Mark: TypeAlias = tuple[str, int]
+
+
+def empty_batch(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Make an unfilled tensor in NumPy's memory, for which it asks for huge pages: a batch is full of new ones."""
+    content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
+    return torch.from_numpy(content).view(dtype).view(shape)
 
 
 @cache
@@ -234,7 +241,7 @@ class Fletcher32:
         self._ones = np.ones(_WORDS, np.float32)
 
     def takes(self, count: int) -> bool:
-        """Whether a chunk of `count` words can be added before the sums of the others are finished."""
+        """Tell whether a chunk of `count` words can be added before the sums of the others are finished."""
         return not self._marks or (count == self._count and len(self._marks) < _SUMS)
 
     def add(self, words: np.ndarray, mark: Mark) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import operator
 import os
 from collections import Counter
@@ -22,7 +21,7 @@ from dvt.files import similar
 from dvt.grids import Size
 from dvt.showing import page_part, pca_colours, picture
 from dvt.store.batches import GridBatches, Ragged, StoredTokens, collate_labels, collate_tokens
-from dvt.store.chunks import ChunkReader, Request
+from dvt.store.chunks import ChunkReader, Request, empty_batch
 from dvt.store.format import Record, ordered_terms
 from dvt.store.index import StoredShard, damaged_shards, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
@@ -340,7 +339,7 @@ class FeatureStore(Dataset[StoredTokens]):
         places = [self._where[i] for i in indices]
         if dtype is None:
             dtype = getattr(torch, max({self._shards[shard].dtype for shard, _ in places}))
-        terms = {term: _room(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
+        terms = {term: empty_batch(len(indices), *grid, channels, dtype=dtype) for term in self.chosen}
         prefix = torch.empty(len(indices), self._prefix, channels, dtype=dtype)
         outs = [(f"tokens/{term}", values.flatten(1, 2).unbind()) for term, values in terms.items()]
         wanted: list[Request] = []
@@ -384,12 +383,6 @@ class FeatureStore(Dataset[StoredTokens]):
         if not -len(self) <= i < len(self):
             raise IndexError(f"image {i} of a store of {len(self)}")
         return i % len(self)
-
-
-def _room(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return an unfilled tensor in NumPy's memory, for which it asks for huge pages: a batch is full of new ones."""
-    content = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(content).view(dtype).view(shape)
 
 
 def _numbers(index: Any, count: int) -> list[int]:
