@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dvt import grids
 from dvt.errors import ConfigError, NonFiniteError, ShapeError
 from dvt.files import whole_file
 from dvt.upsampling import upsample
@@ -157,6 +158,13 @@ def _painted(colours: Tensor, components: int, masked: bool) -> Tensor:
     return torch.where(colours[..., -1:] > 0.5, found, 1.0) if masked else found
 
 
+def _placed(image: ShownImage, colours: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the colours at the places where overlapping patches look; upsampled ones are there already."""
+    if any(each.shape[:2] != image.maps[term].shape[:2] for term, each in colours.items()):
+        return colours
+    return {term: grids.drawn_cells(each, image.centres) for term, each in colours.items()}
+
+
 def save_gallery(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Tensor]], out: str | Path) -> list[Path]:
     """Write one picture per image, with photograph and maps side by side, and one page, index.html, for offline use.
 
@@ -169,7 +177,7 @@ def save_gallery(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Te
         The files written; each is whole or absent.
     """
     out, written, parts = Path(out), [], []
-    for number, (image, maps) in enumerate(zip(images, colours, strict=True)):
+    for number, (image, maps) in enumerate(zip(images, map(_placed, images, colours), strict=True)):
         path = out / f"{number:04}-{image.name.replace('/', '_')}.png"
         _save_strip(image, maps, path)
         written.append(path)
@@ -187,7 +195,7 @@ def save_clip(images: Sequence[ShownImage], colours: Sequence[Mapping[str, Tenso
 
     The colours are those of :func:`pca`, so a colour means the same in all frames.
     """
-    frames = [_film_frame(image, maps) for image, maps in zip(images, colours, strict=True)]
+    frames = [_film_frame(image, _placed(image, maps)) for image, maps in zip(images, colours, strict=True)]
     with whole_file(path) as part:
         frames[0].save(part, "WEBP", save_all=True, append_images=frames[1:], duration=_FRAME_MS, loop=0, quality=90)
     return Path(path)

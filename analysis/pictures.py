@@ -26,18 +26,18 @@ _MARKS = ("#E69F00", "#56B4E9", "#CC79A7", "#F0E442")
 INK = "#222222"
 
 
-def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
+def choose_points(semantic: Tensor, count: int = 4, centres: Tensor | None = None) -> Tensor:
     """Choose patches that represent the parts of a picture, the same for the same map: (count, 2) coordinates (x, y).
 
     The tokens, without those at the border if the map is large enough, are clustered into twice as many clusters as
     points. The largest cluster is taken first, then repeatedly the one whose centre is farthest from those taken. Each
     is represented by the patch nearest to its centre that leaves room for the marks. If there are fewer different
-    tokens than `count`, fewer points are returned.
+    tokens than `count`, fewer points are returned. `centres`, (h, w, 2), are those of patches that overlap.
     """
     from sklearn.cluster import KMeans
 
     height, width = semantic.shape[:2]
-    centres = grids.grid_centres((height, width)).flatten(0, 1)
+    centres = (grids.grid_centres((height, width)) if centres is None else centres.cpu()).flatten(0, 1)
     margin = 1.5 / torch.tensor([width, height])
     inner = ((centres > margin) & (centres < 1 - margin)).all(-1)
     if int(inner.sum()) < 4 * count:
@@ -60,14 +60,15 @@ def choose_points(semantic: Tensor, count: int = 4) -> Tensor:
     return places[points]
 
 
-def similarity(tokens: Tensor, point: Tensor) -> Tensor:
+def similarity(tokens: Tensor, point: Tensor, centres: Tensor | None = None) -> Tensor:
     """Compute the cosine similarity (h, w), in [-1, 1], of every token of an (h, w, C) map to the token at (x, y).
 
     The map's mean is removed first: semantic features are only known up to one constant vector, and that constant
-    would dominate the cosine.
+    would dominate the cosine. `centres`, (h, w, 2), are those of patches that overlap.
     """
     centred = tokens.float() - tokens.float().mean((0, 1))
-    centres = grids.grid_centres((tokens.shape[0], tokens.shape[1]), tokens.device)
+    centres = grids.grid_centres((tokens.shape[0], tokens.shape[1])) if centres is None else centres
+    centres = centres.to(tokens.device)
     nearest = (centres - point.to(centres)).square().sum(-1).flatten().argmin()
     return torch.cosine_similarity(centred, centred.flatten(0, 1)[nearest], dim=-1)
 
@@ -79,6 +80,7 @@ def decomposition_figure(
     artifact: Tensor,
     residual: Tensor | None = None,
     points: Tensor | None = None,
+    centres: Tensor | None = None,
 ) -> Figure:
     """Draw one image's decomposition: features in colour, norms, and similarities in raw and semantic features.
 
@@ -89,6 +91,7 @@ def decomposition_figure(
         artifact: the position artifact, of the same shape.
         residual: the input-dependent residual; None shows raw - semantic - artifact instead.
         points: up to four (x, y) in [0, 1]^2 to which all tokens are compared; None chooses by :func:`choose_points`.
+        centres: (h, w, 2) of the patches, if they overlap; None means that they tile the image.
 
     Returns:
         A matplotlib figure without a window; a notebook shows it, :func:`save` writes it.
@@ -101,7 +104,7 @@ def decomposition_figure(
     if points is not None and (points.ndim != 2 or points.shape[1] != 2 or not 1 <= len(points) <= len(_MARKS)):
         raise ShapeError(f"points must be (1 to {len(_MARKS)}, 2), got {tuple(points.shape)}")
     raw, semantic, artifact = (each.detach().cpu().float() for each in (raw, semantic, artifact))
-    points = choose_points(semantic, len(_MARKS)) if points is None else points.cpu()
+    points = choose_points(semantic, len(_MARKS), centres) if points is None else points.cpu()
     rest = raw - semantic - artifact if residual is None else residual.detach().cpu().float()
 
     # Images narrower than 1:2 or flatter than 1:5 are stretched to that ratio, or titles would collide.
@@ -121,7 +124,13 @@ def decomposition_figure(
     last = "left over" if residual is None else "residual"
     terms = {"raw": raw, "semantic": semantic, "artifact": artifact, last: rest}
     _norm_row(figure, axes[1], terms, ratio)
-    _similarity_rows(figure, axes[2:], raw, semantic, points, ratio)
+    _similarity_rows(
+        figure, axes[2:], [[similarity(each, p, centres) for p in points] for each in (raw, semantic)], points, ratio
+    )
+    for picture in (each for axis in axes.flat for each in axis.images):
+        values = torch.as_tensor(picture.get_array())
+        if values.shape[:2] == raw.shape[:2]:
+            picture.set_data(grids.drawn_cells(values, centres).numpy())
     return figure
 
 
@@ -182,8 +191,7 @@ def _norm_title(name: str, norm: Tensor, top: float) -> str:
     return f"Norm, {name} (median {median:.3g})"
 
 
-def _similarity_rows(figure: Figure, axes: Any, raw: Tensor, semantic: Tensor, points: Tensor, aspect: float) -> None:
-    maps = [[similarity(tokens, point) for point in points] for tokens in (raw, semantic)]
+def _similarity_rows(figure: Figure, axes: Any, maps: list[list[Tensor]], points: Tensor, aspect: float) -> None:
     low = float(torch.stack([each for row in maps for each in row]).quantile(0.02))
     low = min(low, 0.9)
     for row, name in enumerate(("raw", "semantic")):

@@ -100,6 +100,16 @@ def load_backbone(
     return timm_backbone(model, name, layer, patch, steps, image_size)
 
 
+def named_patch_size(name: str) -> Size:
+    """Find the size (height, width) of a timm model's patches, without its weights.
+
+    Raises:
+        BackboneError: timm has no such model.
+    """
+    with torch.device("meta"):
+        return families.patch_size(_create(resolved_name(name), pretrained=False))
+
+
 def _given_state(weights: str | Path | Mapping[str, Tensor] | None) -> State | None:
     if weights is None:
         return None

@@ -188,7 +188,8 @@ class _Writer:
 
         parts = result.decomposition.to("cpu")
         residual = parts.residual if parts.residual.any() else None
-        save(decomposition_figure(pixels.cpu(), parts.raw, parts.semantic, parts.artifact, residual), target)
+        terms = (parts.raw, parts.semantic, parts.artifact, residual)
+        save(decomposition_figure(pixels.cpu(), *terms, centres=result.coords.cpu()), target)
 
 
 def _position(store: Path) -> dict[str, dict[str, float]]:

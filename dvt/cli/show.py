@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -10,13 +10,17 @@ from rich.markup import escape
 
 from dvt.cli.common import progress_bar, resolved
 from dvt.cli.settings.show import Show
-from dvt.errors import ConfigError, ImageError
+from dvt.errors import BackboneError, ConfigError, ImageError
 from dvt.images.members import film_of, member_title
 from dvt.images.own import is_store
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dvt.analysis.gallery import ShownImage
+    from dvt.grids import Size
     from dvt.progress import Progress
+    from dvt.store import FeatureStore
 
 
 def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
@@ -52,6 +56,7 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
     resolved(command, command="show", images=store.images)
     terms = command.terms or store.terms
     chosen = pick(range(len(store)), command.count)
+    centres = _patch_centres(store, needed=command.upsample > 1)
     for done, i in enumerate(chosen, 1):
         record = store.record(i)
         maps = {term: torch.from_numpy(store.read(i, term)).float() for term in terms}
@@ -59,8 +64,35 @@ def _stored(command: Show, progress: Progress) -> Iterator[ShownImage]:
             pixels = load_image(record.path)
         except ImageError:
             pixels = None
-        yield ShownImage(member_title(record.path), maps, pixels, film_of(record.path))
+        places = None if centres is None else centres(store.grids[i])
+        yield ShownImage(member_title(record.path), maps, pixels, film_of(record.path), places)
         progress("images", done, len(chosen))
+
+
+def _patch_centres(store: FeatureStore, needed: bool) -> Callable[[Size], Tensor] | None:
+    """Return what finds the patch centres of a store's grids; None where patches tile the image."""
+    from functools import partial
+
+    from dvt import grids
+    from dvt.backbones.families import pair
+    from dvt.backbones.load import named_patch_size
+
+    job, first = store.job, store.grids[0]
+    if job.stride is None:
+        return None
+    stride = pair(job.stride)  # type: ignore[arg-type]
+    if job.size is not None and min(n * d for n, d in zip(first, stride, strict=True)) == min(pair(job.size)):  # type: ignore[arg-type]
+        return None
+    try:
+        return partial(grids.overlapping_centres, patch=named_patch_size(job.backbone), stride=stride)
+    except BackboneError as error:
+        if not needed:
+            return None
+        raise ConfigError(
+            f"the patches of {str(store.path)!r} overlap (stride {stride[0]} x {stride[1]}), and to upsample their "
+            f"maps the size of a patch is needed, which the name {job.backbone!r} does not tell: {error}. Show the "
+            "maps without --upsample, or in Python call dvt.upsample(..., centres=backbone.grid_centres(grid))"
+        ) from error
 
 
 def _computed(command: Show, progress: Progress) -> Iterator[ShownImage]:

@@ -25,6 +25,8 @@ from dvt.grids.windows import (  # noqa: F401  (offered to others from here)
     offset_coords,
 )
 
+_DRAWN = 4  # pixels per cell and side of a map whose cells are not equally large
+
 
 def fit_size(image_size: Size, shorter_side: int, patch: Size) -> Size:
     """Compute the model input size (H, W) that keeps an image's aspect ratio.
@@ -101,6 +103,22 @@ def cell_edges(centres: Tensor) -> tuple[Tensor, Tensor]:
     lines = centres[:, 0, 1], centres[0, :, 0]
     rows, columns = (torch.cat((m.new_zeros(1), (m[1:] + m[:-1]) / 2, m.new_ones(1))) for m in lines)
     return rows, columns
+
+
+def drawn_cells(values: Tensor, centres: Tensor | None) -> Tensor:
+    """Enlarge a map (h, w, ...) for a picture that fills the image's rectangle, by the value of the nearest centre.
+
+    Args:
+        centres: (h, w, 2) of the map's patches. If they tile the image, or are None, each value is one pixel as it is.
+    """
+    grid = (values.shape[0], values.shape[1])
+    if centres is None or torch.allclose(centres.cpu(), grid_centres(grid), atol=1e-4):
+        return values
+    rows, columns = (
+        torch.bucketize((torch.arange(_DRAWN * n) + 0.5) / (_DRAWN * n), edges[1:-1].contiguous())
+        for n, edges in zip(grid, cell_edges(centres.cpu()), strict=True)
+    )
+    return values[rows[:, None], columns]
 
 
 def cell_pixels(centres: Tensor, size: Size, count: int) -> tuple[Tensor, Tensor]:

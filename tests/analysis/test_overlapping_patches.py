@@ -7,6 +7,7 @@ import torch
 
 import dvt
 from dvt import grids
+from dvt.analysis import pictures
 from dvt.analysis.matching import match_images
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import Lost, lost, token_cut
@@ -114,3 +115,32 @@ def test_matches_are_the_centres_of_patches():
     found = match_images(tokens, tokens.flip(1), centres=(centres, centres))
     assert {tuple(each) for each in found.first.tolist()} == {tuple(each) for each in centres.flatten(0, 1).tolist()}
     torch.testing.assert_close(found.first[:, 0], 1 - found.second[:, 0])
+
+
+def test_pictures_of_cells_are_labels_of_the_nearest_centres():
+    size = (80, 80)
+    tokens, labels = exact(size)
+    centres = grids.patch_centres(size, PATCH, STRIDE)
+    drawn = grids.drawn_cells(tokens.argmax(-1), centres)
+    assert drawn.shape == (4 * 9, 4 * 9)
+    rows, columns = ((grids.grid_centres(tuple(drawn.shape))[..., k] * size[1 - k]).long() for k in (1, 0))
+    assert (drawn == labels[rows, columns]).all()
+    plain = tokens[:5, :5]
+    assert grids.drawn_cells(plain, grids.patch_centres(size, PATCH)) is plain is grids.drawn_cells(plain, None)
+
+
+def test_a_figure_draws_overlapping_patches_at_their_places():
+    size = (80, 80)
+    centres = grids.patch_centres(size, PATCH, STRIDE)
+    tokens, labels = exact(size)
+    point = centres[3, 4]
+    figure = pictures.decomposition_figure(
+        torch.rand(3, *size), tokens, tokens, torch.zeros_like(tokens), points=point[None], centres=centres
+    )
+    found = next(axis for axis in figure.axes if axis.get_title(loc="left") == "Similarity to point 1, semantic")
+    alike = torch.as_tensor(found.images[0].get_array()) > 0.99
+    rows, columns = ((grids.grid_centres(tuple(alike.shape))[..., k] * size[1 - k]).long() for k in (1, 0))
+    here = labels[int(point[1] * size[0]), int(point[0] * size[1])]
+    assert torch.equal(alike, labels[rows, columns] == here)
+    chosen = pictures.choose_points(tokens, 4, centres)
+    assert all((centres == each).all(-1).any() for each in chosen)

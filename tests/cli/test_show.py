@@ -2,9 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
+from dvt import grids
+from dvt.analysis import gallery
 from dvt.cli import main
+from dvt.store import Job, Record, StoreWriter
 
 WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
 
@@ -107,3 +112,34 @@ def test_a_clip_is_shown_in_colours_that_last(photo, tmp_path, monkeypatch, caps
     assert main(["show", "clip.mp4#3", *WITH, "--views", "0", "--out", "one"]) == 0
     assert not (tmp_path / "one" / "clip.webp").exists()
     assert main(["show", "clip.mp4#9", *WITH, "--out", "none"]) == 2
+
+
+def test_maps_of_overlapping_patches_lie_at_their_centres(photo, tmp_path, monkeypatch, capsys):
+    """A store's maps are drawn and upsampled as the photograph's own are, though it does not hold the patch size."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(photo[:, :256].mul(255).byte().movedim(0, -1).numpy()).save("a.png")
+    centres, upsample = [], gallery.upsample
+    monkeypatch.setattr(
+        gallery, "upsample", lambda *a, **options: (centres.append(options["centres"]), upsample(*a, **options))[1]
+    )
+    for stride in ("8", "16"):
+        own = (*WITH, "--stride", stride)
+        assert main(["extract", "a.png", *own, "--out", f"store{stride}"]) == 0
+        for factor in ("1", "2"):
+            assert main(["show", f"store{stride}", "--upsample", factor, "--out", "stored"]) == 0
+            assert main(["show", "a.png", *own, "--views", "0", "--upsample", factor, "--out", "own"]) == 0
+            drawn = [np.asarray(Image.open(tmp_path / name / "0000-a.png"), np.int16) for name in ("stored", "own")]
+            assert np.abs(drawn[0] - drawn[1]).max() < 9  # a store holds half precision
+    assert torch.equal(centres[0], grids.patch_centres((64, 128), (16, 16), (8, 8))) and torch.equal(*centres[:2])
+    assert centres[2] is None
+
+
+def test_a_patch_size_that_cannot_be_known_is_said(tmp_path, capsys):
+    values = {"raw": np.zeros((3, 3, 4), np.float16)}
+    with StoreWriter(tmp_path / "store", Job("my-own-model", "0" * 64, stride=8, size=32)) as writer:
+        writer.write("one", [Record("x.jpg", "a" * 64, (32, 32), values)])
+    assert main(["show", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["show", str(tmp_path / "store"), "--upsample", "2", "--out", str(tmp_path / "fine")]) == 2
+    assert "overlap (stride 8 x 8)" in capsys.readouterr().err and not (tmp_path / "fine").exists()
