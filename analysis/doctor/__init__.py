@@ -15,7 +15,7 @@ from dvt.analysis.doctor.examination import Examination, settled_time
 from dvt.analysis.measure.sample import read_pixels, spread
 from dvt.analysis.measure.types import Decompose, DenoiserLike
 from dvt.errors import ImageError
-from dvt.images import ImageLike, usable_images
+from dvt.images import ImageLike, image_list, usable_images
 from dvt.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def diagnose(
     'none'
     """
     config, denoisers = config or DoctorConfig(), dict(denoisers or {})
-    given = list(images)
+    given = image_list(images)
     if not given:
         raise ImageError("no image was given; the doctor needs at least one, ten or more are better")
     exam = Examination(backbone, config, denoisers, dict(products or {}))

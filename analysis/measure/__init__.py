@@ -20,7 +20,7 @@ from dvt.analysis.metrics.scores import Row
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
 from dvt.errors import ConfigError
-from dvt.images import ImageLike
+from dvt.images import ImageLike, image_list
 from dvt.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def analyze(
     mappings = _one_each("variants", mappings, len(backbones))
     sources = list(semantic) if isinstance(semantic, (list, tuple)) else semantic
     sources = _one_each("semantic", sources, len(backbones))
-    sample = choose_sample(list(images), config, backbones, [store for store in map(store_of, sources) if store])
+    sample = choose_sample(image_list(images), config, backbones, [store for store in map(store_of, sources) if store])
     watch, arrays, shown = Stopwatch(), Arrays(), spread(len(sample), config.shown)
     rows: list[Row] = []
     maps: list[Shown] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,20 @@ from dvt.analysis.priors.token_set import BATCH, Clean, Rows, TokenSet, token_id
 from dvt.analysis.priors.tower import OPEN_CLIP, JointSpace, Tower, load_tower
 from dvt.backbones import Backbone
 from dvt.errors import BackboneError, ConfigError
+from dvt.images import ImageLike, image_list
 from dvt.progress import silent
 
 TOWER_FILE = "tower.safetensors"  # in a run's folder
 
 
 def conditions_of_images(
-    card: dict[str, Any], paths: Sequence[Path], backbone: Backbone, denoiser: Clean | None = None
+    card: dict[str, Any], images: Iterable[ImageLike] | str | Path, backbone: Backbone, denoiser: Clean | None = None
 ) -> Tensor:
     """Make conditions (n, M, C) from images.
 
     Args:
         card: the prior's card.
-        paths: paths of the images.
+        images: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W), or a folder of them.
         backbone: the backbone of the training.
         denoiser: the denoiser of the training, if any.
 
@@ -48,7 +49,7 @@ def conditions_of_images(
         raise BackboneError(
             f"the prior was trained on other tokens ({'; '.join(changed)}); give the same backbone, size and denoiser"
         )
-    seen = read_tokens(list(paths), backbone, Wanted(card["condition"], False, 8), denoiser, silent)
+    seen = read_tokens(image_list(images), backbone, Wanted(card["condition"], False, 8), denoiser, silent)
     assert seen.conditions is not None
     return seen.conditions[list(range(len(seen)))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -31,7 +32,7 @@ from dvt.analysis.priors.token_set import (
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
 from dvt.files import check_regular, open_lock, replaced_folder, take_lock
-from dvt.images import file_sha256, load_image
+from dvt.images import ImageLike, file_sha256, load_image, read_image
 from dvt.progress import Progress
 from dvt.schema import checked, read_json, typed
 from dvt.store import FeatureStore
@@ -74,7 +75,7 @@ class Wanted:
 
 @torch.no_grad()
 def read_tokens(
-    paths: Sequence[Path],
+    given: Sequence[ImageLike],
     backbone: Backbone | None,
     wanted: Wanted,
     denoiser: Clean | None,
@@ -86,7 +87,7 @@ def read_tokens(
     An image that cannot be read is left out, with a warning.
 
     Args:
-        paths: paths of the images.
+        given: paths of the images, or pixels.
         backbone: gets the images at its own input size; None if no tokens are wanted.
         wanted: what to keep of each image.
         denoiser: applied to the tokens, if given.
@@ -97,31 +98,31 @@ def read_tokens(
         NonFiniteError: a token is NaN or infinite.
         ImageError: no image can be read.
     """
-    kept = _Kept(folder, 2 * len(paths) if wanted.flips else len(paths))
+    kept = _Kept(folder, 2 * len(given) if wanted.flips else len(given))
     names: list[str] = []
     sha256s: list[str] = []
     skipped: list[str] = []
     grid = None
     for mirror in (False, True) if wanted.flips else (False,):
-        for start in range(0, len(paths), BATCH):
+        for start in range(0, len(given), BATCH):
             images = []
-            for path in paths[start : start + BATCH]:
+            for number, each in enumerate(given[start : start + BATCH], start + 1):
                 try:
-                    sha256 = file_sha256(path)
-                    image = square(load_image(path))
+                    image = square(read_image(each))
+                    name, sha256 = _identity(each, number)
                 except ImageError as error:
                     if not mirror:
                         log.warning("left out: %s", error)
                         skipped.append(str(error))
                     continue
                 images.append(image.flip(2) if mirror else image)
-                names.append(str(path))
+                names.append(name)
                 sha256s.append(sha256)
             if images:
                 grid = _look(images, backbone, wanted, denoiser, kept) or grid
-            progress("look", min(start + BATCH, len(paths)), len(paths))
+            progress("look", min(start + BATCH, len(given)), len(given))
     if not names:
-        raise ImageError(f"none of the {len(paths)} images can be read; the first: {skipped[0]}")
+        raise ImageError(f"none of the {len(given)} images can be read; the first: {skipped[0]}")
     mirrored = len(names) // 2 if wanted.flips else 0
     arrays = kept.done(len(names))
     return TokenSet(
@@ -134,6 +135,13 @@ def read_tokens(
         mirrored,
         tuple(skipped),
     )
+
+
+def _identity(image: ImageLike, number: int) -> tuple[str, str]:
+    """Return the name of an image and the hash of its file; of pixels their number and their own hash."""
+    if isinstance(image, (str, Path)):
+        return str(image), file_sha256(image)
+    return f"image {number}", hashlib.sha256(read_image(image).contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 def _look(
@@ -233,8 +241,13 @@ def kept_tokens(
     When several processes call this at once, one reads and the others wait for it.
 
     Raises:
-        ConfigError: the folder keeps tokens of something else.
+        ConfigError: the folder keeps tokens of something else, or an image is not given by its path.
     """
+    if pixels := [each for each in paths if not isinstance(each, (str, Path))]:
+        raise ConfigError(
+            f"a folder keeps the tokens of images by their paths, and one was given as {type(pixels[0]).__name__}; "
+            "save the images to files and give their paths"
+        )
     about = {**token_identity(backbone, denoiser), "wanted": vars(wanted), "images": [str(path) for path in paths]}
     with _lock(folder):
         if (folder / "about.json").exists():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from dvt.denoiser.remedies.outliers import OutlierTokens, block_norms, find_outl
 from dvt.denoiser.remedies.rasa import fit_rasa
 from dvt.denoiser.remedies.registers import fit_registers
 from dvt.errors import ConfigError, DvtError
-from dvt.images import ImageLike, usable_images
+from dvt.images import ImageLike, image_list, usable_images
 from dvt.progress import Progress
 
 
 def fit_remedy(
     remedy: Remedy,
     backbone: Backbone,
-    images: Sequence[ImageLike] = (),
+    images: Iterable[ImageLike] | str | Path = (),
     config: RemedyConfig | None = None,
     progress: Progress | None = None,
 ) -> Denoiser:
@@ -33,7 +34,8 @@ def fit_remedy(
         remedy: one of :data:`REMEDIES`. "registers" and "defect" remove norm outliers, the others artifacts of
             position; "noise" and "insid3" need no images.
         backbone: the backbone, whose tokens at its own layer the remedy changes.
-        images: paths, or images (3, H, W) in [0, 1]; no labels are needed, ten or more are better.
+        images: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W), or a folder of them; no labels are needed,
+            ten or more are better.
         config: settings of the remedies.
         progress: called with (what, done, total).
 
@@ -55,7 +57,8 @@ def fit_remedy(
     if remedy not in _FITS:
         raise ConfigError(f"there is no remedy {remedy!r}; it must be one of {', '.join(REMEDIES)}")
     if remedy not in WITHOUT_IMAGES:
-        images = [images[i] for i in usable_images(images, backbone.input_size)]
+        given = image_list(images)
+        images = [given[i] for i in usable_images(given, backbone.input_size)]
     denoiser = _FITS[remedy](backbone, images, config, progress)
     denoiser.card |= {
         "remedy": remedy,
@@ -72,12 +75,12 @@ def fit_remedy(
 
 def fit_remedies(
     backbone: Backbone,
-    images: Sequence[ImageLike] = (),
+    images: Iterable[ImageLike] | str | Path = (),
     config: RemedyConfig | None = None,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Denoiser], dict[str, str]]:
     """Fit all remedies that a backbone can take; return them by name, and for the others the reason of refusal."""
-    found, refused = {}, {}
+    found, refused, images = {}, {}, image_list(images)
     for remedy in REMEDIES:
         try:
             found[str(remedy)] = fit_remedy(remedy, backbone, images, config, progress)

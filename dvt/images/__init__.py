@@ -17,7 +17,7 @@ from dvt.images.read import (
     size_and_sha256,
     usable_images,
 )
-from dvt.images.several import several_images
+from dvt.images.several import image_list, several_images
 from dvt.images.urls import MAX_BYTES, is_url, url_files
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "file_sha256",
     "find_images",
     "find_sources",
+    "image_list",
     "image_size",
     "is_url",
     "load_image",

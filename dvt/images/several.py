@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from dvt.errors import ImageError
+from dvt.images.find import find_images
 from dvt.images.read import ImageLike, read_image
 
 
@@ -37,6 +38,26 @@ def several_images(given: Any) -> Iterator[Tensor] | None:
     if hasattr(several, "__len__") and not len(several):
         raise ImageError(f"{what} holds no image; give one or more")
     return _told(several, what)
+
+
+def image_list(given: Any) -> list[ImageLike]:
+    """List the images of one argument, which is an image, a list, batch or other iterable of images, or a folder.
+
+    Nothing is read. An empty list stays empty.
+
+    Raises:
+        ImageError: it is none of these, or the path leads to no image.
+    """
+    if isinstance(given, (str, Path)):
+        return list(find_images([given]))
+    one = isinstance(given, (Tensor, np.ndarray)) and given.ndim != 4
+    if one or isinstance(given, Image.Image):
+        return [given]
+    if isinstance(given, (Mapping, bytes)) or not isinstance(given, Iterable):
+        raise ImageError(
+            f"images were given as {type(given).__name__}; give a list of paths, PIL images, NumPy arrays or tensors"
+        )
+    return list(given)
 
 
 def _told(images: Iterable[ImageLike], what: str) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from dvt.analysis.priors.config import PriorConfig
 from dvt.analysis.priors.job_config import Loop
 from dvt.analysis.priors.loop_run import loop_prior
 from dvt.analysis.priors.prior import Prior
-from dvt.analysis.priors.reading import Wanted, opened_tokens, read_tokens
+from dvt.analysis.priors.reading import Wanted, kept_tokens, opened_tokens, read_tokens
 from dvt.analysis.priors.runs import (
     PriorTraining,
     Sampling,
@@ -37,6 +37,7 @@ from dvt.analysis.priors.token_set import read_conditions, split, square
 from dvt.backbones import wrap
 from dvt.errors import BackboneError, ConfigError, ImageError, NonFiniteError, StoreError, WeightsError
 from dvt.images import file_sha256, load_image
+from dvt.progress import silent
 from dvt.store import ImageEntry, Job, Record, StoreWriter, plan
 from dvt.tokens import Tokens
 from dvt.training import TrainingConfig
@@ -275,6 +276,13 @@ def test_conditions_of_images_are_those_of_the_training(images, backbone, tmp_pa
     run = open_run(tmp_path / "run", "cpu")
     made = conditions_of_images(run.prior.card, [Path(name) for name in run.names], backbone)
     torch.testing.assert_close(made.float(), run.held["conditions"].float(), atol=1e-2, rtol=1e-3)
+    pixels = [load_image(name) for name in run.names]
+    assert torch.equal(conditions_of_images(run.prior.card, pixels, backbone), made)
+    assert torch.equal(conditions_of_images(run.prior.card, pixels[0], backbone), made[:1])
+    with pytest.raises(ImageError, match="given as int"):
+        conditions_of_images(run.prior.card, 7, backbone)
+    with pytest.raises(ConfigError, match="given as Tensor"):
+        kept_tokens(tmp_path / "kept", pixels, backbone, Wanted("cls", False, 8), None, silent)
     with pytest.raises(BackboneError, match="trained on other tokens"):
         conditions_of_images(run.prior.card, sorted(images.iterdir())[:1], backbone, Scaled(2.0))
 

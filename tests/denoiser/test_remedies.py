@@ -4,8 +4,10 @@ import copy
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dvt
 from dvt import grids
@@ -506,6 +508,19 @@ def test_the_doctor_names_the_remedy_of_planted_outliers():
     assert page.kind == "norm outliers" and page.outliers.value > 0.01
     assert registers.outliers == 0 and defect.outliers < 0.005
     assert page.best in ways and page.command == commands[page.best] and page.command in str(page)
+
+
+def test_a_remedy_takes_images_in_every_form(tmp_path):
+    backbone, drawn = stand_in(0.5), []
+    for number, each in enumerate(pictures(3)):
+        drawn.append(Image.fromarray(each.mul(255).byte().movedim(0, -1).numpy()))
+        drawn[-1].save(tmp_path / f"{number}.png")
+    forms = [tmp_path, sorted(tmp_path.iterdir()), drawn, [np.asarray(each) for each in drawn]]
+    found = [fit_remedy("rasa", backbone, form).state_dict() for form in forms]
+    assert all(torch.equal(each[name], found[0][name]) for each in found for name in found[0])
+    assert fit_remedy("rasa", backbone, np.asarray(drawn[0])).card["images"] == 1
+    with pytest.raises(ImageError, match="given as dict"):
+        fit_remedy("rasa", backbone, {"image": drawn[0]})
 
 
 def test_remedies_are_refused_in_plain_words():

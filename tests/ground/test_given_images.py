@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from dvt.errors import ImageError
-from dvt.images import load_image, read_image
+from dvt.images import image_list, load_image, read_image
 
 
 def test_every_form_of_one_image_gives_the_same_pixels(tmp_path):
@@ -50,3 +50,18 @@ def test_a_pil_image_is_turned_as_its_file_is(tmp_path):
 def test_other_pixels_are_refused_by_what_was_given(image, said):
     with pytest.raises(ImageError, match=said):
         read_image(image)
+
+
+def test_images_of_one_argument_are_listed(tmp_path):
+    array = np.zeros((5, 7, 3), np.uint8)
+    Image.fromarray(array).save(tmp_path / "b.png")
+    Image.fromarray(array).save(tmp_path / "a.png")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert image_list(tmp_path) == image_list(str(tmp_path)) == image_list(iter(paths)) == paths
+    assert image_list(str(paths[0])) == paths[:1]
+    one = torch.zeros(3, 5, 7)
+    assert image_list(one)[0] is one and len(image_list(array)) == len(image_list(Image.fromarray(array))) == 1
+    assert len(image_list(torch.zeros(2, 3, 5, 7))) == 2 and image_list([]) == []
+    for wrong in (7, None, b"a.png", {"image": one}):
+        with pytest.raises(ImageError, match=f"given as {type(wrong).__name__}"):
+            image_list(wrong)
