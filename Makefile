@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
-# mmsegmentation's pins are exact, so it has an environment of its own.
+# mmsegmentation's pins are exact, so it has an environment of its own. uv fills it in a minute; pip looks for versions that
+# fit together for more than twenty.
 MMSEG := $(VENV)/mmseg
 # The lowest versions that pyproject.toml allows, on the oldest Python; extras of object storage, whose pins are many.
 LOWEST := $(VENV)/lowest
@@ -105,6 +106,7 @@ $(LOWEST)/.installed: pyproject.toml | $(PY)
 	touch $@
 
 $(MMSEG)/.installed: pyproject.toml | $(PY)
-	$(PYTHON) -m venv $(MMSEG)
-	$(MMSEG)/bin/python -m pip install --quiet -e ".[test,mmseg]"
+	$(PY) -m pip install --quiet uv
+	$(VENV)/bin/uv venv --quiet --clear --python $(PYTHON) $(MMSEG)
+	$(VENV)/bin/uv pip install --quiet --python $(MMSEG)/bin/python -e ".[test,mmseg]"
 	touch $@
