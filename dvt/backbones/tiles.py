@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from dvt import grids
-from dvt.backbones.backbone import Backbone
+from dvt.backbones.backbone import MAX_PATCHES, Backbone
 from dvt.errors import ConfigError, ImageError
 from dvt.grids import Size
+from dvt.views import resize_part
 
 MOST_PATCHES = 1 << 18
 """The largest number of patches of an image that is read in windows: 8192 x 8192 pixels at a patch of 16."""
@@ -50,7 +51,14 @@ class Tiling:
 
         Raises:
             ImageError: it would have more than :data:`MOST_PATCHES` patches.
+            ConfigError: a window itself has more patches than a backbone takes at once.
         """
+        window, (rows, columns) = backbone.image_size, backbone.grid(backbone.image_size)
+        if rows * columns > MAX_PATCHES:
+            raise ConfigError(
+                f"a window of {window[0]} x {window[1]} pixels has {rows} x {columns} patches, more than "
+                f"{MAX_PATCHES}; choose a smaller --tile, such as the size that the model was trained at"
+            )
         shorter = max(self.size or min(image_size), *backbone.image_size)
         size = grids.fit_size(image_size, shorter, backbone.patch_size)
         height, width = backbone.grid(size)
@@ -68,10 +76,10 @@ class Tiling:
         return list(product(rows, columns))
 
     def cut(self, backbone: Backbone, image: Tensor, corner: Size) -> Tensor:
-        """Cut the window (3, H, W) out of an image whose first patch is at a corner."""
+        """Cut the window (3, H, W) whose first patch is at a corner out of an image that is yet to be resized."""
         top, left = (place * step for place, step in zip(corner, backbone.stride, strict=True))
-        height, width = backbone.image_size
-        return image[:, top : top + height, left : left + width]
+        size = self.input_size(backbone, (image.shape[1], image.shape[2]))
+        return resize_part(image, size, (top, left), backbone.image_size)
 
     def blended(
         self,
@@ -79,37 +87,78 @@ class Tiling:
         image: Tensor,
         compute: Callable[[Tensor], dict[str, Tensor]],
         batch: int,
+        dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor]:
         """Compute the maps of all windows and blend them.
 
         Args:
             backbone: gives the windows' size and patches.
-            image: (3, H, W) of :meth:`input_size`.
+            image: (3, H, W) of any size, uint8 or floats in [0, 1]; each window is resized by itself.
             compute: maps windows (B, 3, H', W') to maps (B, h', w', C) and vectors (B, P, C), by name.
             batch: windows at a time.
+            dtype: of the maps; one whose values do not fit into it is float32 all the same.
 
         Returns:
-            Maps (h, w, C) of the whole image, and the mean vectors (P, C) of the windows, in float32.
+            Maps (h, w, C) of the whole image, and the mean vectors (P, C) of the windows in float32, on the CPU.
         """
-        size = (image.shape[1], image.shape[2])
-        grid, window = backbone.grid(size), backbone.grid(backbone.image_size)
-        weight, corners = _weights(window), self.corners(backbone, size)
-        total: dict[str, Tensor] = {}
-        share = torch.zeros(*grid, 1)
+        size = self.input_size(backbone, (image.shape[1], image.shape[2]))
+        grid, corners = backbone.grid(size), self.corners(backbone, size)
+        blend, means = _Blend(grid, backbone.grid(backbone.image_size), dtype), dict[str, Tensor]()
         for some in _groups(corners, batch):
             found = compute(torch.stack([self.cut(backbone, image, corner) for corner in some]))
+            found = {name: values.float().cpu() for name, values in found.items()}
+            for number, corner in enumerate(some):
+                blend.add(corner, {name: values[number] for name, values in found.items() if values.ndim == 4})
             for name, values in found.items():
-                if name not in total:
-                    shape = grid if values.ndim == 4 else (values.shape[1],)
-                    total[name] = torch.zeros(*shape, values.shape[-1])
-                for (row, column), each in zip(some, values.float().cpu(), strict=True):
-                    if values.ndim == 4:
-                        total[name][row : row + window[0], column : column + window[1]] += weight * each
-                    else:
-                        total[name] += each / len(corners)
-            for row, column in some:
-                share[row : row + window[0], column : column + window[1]] += weight
-        return {name: values / share if values.ndim == 3 else values for name, values in total.items()}
+                if values.ndim == 3:
+                    means[name] = means.get(name, 0) + values.sum(0) / len(corners)
+        return {**blend.finished(), **means}
+
+
+class _Blend:
+    """Blend the maps of windows that come row by row; full precision is kept of those rows only that still change."""
+
+    def __init__(self, grid: Size, window: Size, dtype: torch.dtype):
+        self.grid, self.dtype, self.weight = grid, dtype, _weights(window)
+        self.top = 0  # the first row that still changes
+        self.shares = torch.zeros(window[0], grid[1], 1)
+        self.sums: dict[str, Tensor] = {}
+        self.maps: dict[str, Tensor] = {}
+
+    def add(self, corner: Size, maps: dict[str, Tensor]) -> None:
+        """Add the maps (h', w', C) of a window."""
+        row, column = corner
+        self._finish(row)
+        place = slice(column, column + self.weight.shape[1])
+        for name, values in maps.items():
+            if name not in self.maps:
+                self.sums[name] = torch.zeros(*self.shares.shape[:2], values.shape[-1])
+                self.maps[name] = torch.empty(*self.grid, values.shape[-1], dtype=self.dtype)
+            self.sums[name][:, place] += self.weight * values
+        self.shares[:, place] += self.weight
+
+    def finished(self) -> dict[str, Tensor]:
+        """Return the maps (h, w, C) after the last window, which ends with the image."""
+        self._finish(self.grid[0])
+        return self.maps
+
+    def _finish(self, row: int) -> None:
+        """Store the rows above a window's first, and begin as many below."""
+        count = row - self.top
+        if count == 0:
+            return
+        for name, sums in self.sums.items():
+            values = sums[:count] / self.shares[:count]
+            if not values.to(self.maps[name].dtype).isfinite().all():
+                self.maps[name] = self.maps[name].float()
+            self.maps[name][self.top : row] = values
+            self.sums[name] = _moved(sums, count)
+        self.shares, self.top = _moved(self.shares, count), row
+
+
+def _moved(rows: Tensor, count: int) -> Tensor:
+    """Leave out the first rows, and add as many of zeros at the end."""
+    return torch.cat((rows[count:], torch.zeros_like(rows[:count])))
 
 
 def _starts(length: int, side: int, overlap: float) -> list[int]:

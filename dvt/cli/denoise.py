@@ -24,18 +24,22 @@ from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
 from dvt.fields.tiled import TiledDecomposeWork
-from dvt.images import find_sources, is_url
+from dvt.images import find_sources, is_url, read_image
 from dvt.images.own import is_store
 from dvt.jobs.work import Work
 from dvt.progress import is_first_process
 from dvt.store import FeatureStore, damaged_shards
 from dvt.text import visible
+from dvt.tokens import Tokens
 
 if TYPE_CHECKING:
     import torch
 
 # Enough images for a stable probe; more would only take memory.
 SCORED_IMAGES = 100
+
+# Cells a side of a map, and pixels a side of a photograph, that are drawn and scored; of more, every n-th.
+MOST_CELLS, _MOST_PIXELS = 200, 2000
 
 
 def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
@@ -89,7 +93,7 @@ def _denoising(command: Denoise, config: DenoiseConfig, on_image: _Writer | None
         "keep_terms": command.keep_terms,
         "shard_images": command.images_a_shard,
         "strict": command.strict,
-        "on_image": on_image,
+        "on_image": on_image if command.pictures or command.upsample > 1 else None,
     }
     if command.tiling is not None:
         return TiledDecomposeWork(command.load_exact(), config, command.tiling, **common)
@@ -170,7 +174,8 @@ class _Writer:
         if self.command.pictures:
             self._picture(self.out / "pictures" / f"{name}.png", pixels, result)
         if self.command.upsample > 1:
-            fine = self.finer(result.decomposition.semantic, pixels, self.command.upsample, result.coords)
+            semantic = result.decomposition.semantic.float()
+            fine = self.finer(semantic, read_image(pixels), self.command.upsample, result.coords)
             write_map(self.out / "upsampled" / f"{name}{self.suffix}", fine)
 
     def finish(self, console: Console, failed: Sequence[tuple[str, str]]) -> None:
@@ -186,10 +191,16 @@ class _Writer:
     def _picture(self, target: Path, pixels: torch.Tensor, result: DecomposedImage) -> None:
         from dvt.analysis.pictures import decomposition_figure, save
 
-        parts = result.decomposition.to("cpu")
-        residual = parts.residual if parts.residual.any() else None
-        terms = (parts.raw, parts.semantic, parts.artifact, residual)
-        save(decomposition_figure(pixels.cpu(), *terms, centres=result.coords.cpu()), target)
+        raw, semantic, artifact, residual = (_thinned(each).cpu() for each in result.decomposition.terms().values())
+        pixels = read_image(_thinned(pixels.movedim(0, -1), _MOST_PIXELS).movedim(-1, 0)).cpu()
+        terms = (raw, semantic, artifact, residual if residual.any() else None)
+        save(decomposition_figure(pixels, *terms, centres=_thinned(result.coords).cpu()), target)
+
+
+def _thinned(values: torch.Tensor, most: int = MOST_CELLS) -> torch.Tensor:
+    """Take every n-th cell of a map (h, w, C) that has more than a number of rows or columns."""
+    every = -(-max(values.shape[:2]) // most)
+    return values[::every, ::every]
 
 
 def _position(store: Path) -> dict[str, dict[str, float]]:
@@ -200,8 +211,9 @@ def _position(store: Path) -> dict[str, dict[str, float]]:
 
     scores = {}
     for term in ("raw", "semantic"):
-        maps = FeatureStore(store, term)
-        tokens = [maps[index] for index in range(min(len(maps), SCORED_IMAGES))]
+        maps = FeatureStore(store, term, dtype=None)
+        some = [_thinned(maps[index].patches[0])[None].float() for index in range(min(len(maps), SCORED_IMAGES))]
+        tokens = [Tokens(each, each.new_empty(1, 0, each.shape[-1])) for each in some]
         if min(min(each.grid) for each in tokens) >= 2:
             generator = torch.Generator().manual_seed(0)
             scores[term] = dataclasses.asdict(with_null(position_decodability, tokens, generator))

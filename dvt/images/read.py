@@ -85,6 +85,11 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         ImageError: the file is missing, unreadable, empty, truncated, corrupt, not an image, of an unsupported kind,
             larger than :data:`MAX_PIXELS` (refused by its header, before anything is decoded), or has another hash.
     """
+    return _floating(load_pixels(path, sha256))
+
+
+def load_pixels(path: str | Path, sha256: str | None = None) -> Tensor:
+    """Load an image as :func:`load_image` does, but uint8, a quarter, if its colours are opaque and have 8 bits."""
     with _opened(path) as (image, file):
         if sha256 is not None and _sha256(file, path) != sha256:
             raise ImageError("its bytes changed since it was listed; run the same command again")
@@ -95,9 +100,7 @@ def load_image(path: str | Path, sha256: str | None = None) -> Tensor:
         method = _TRANSPOSE.get(_orientation(image, file, path))
         transparent = image.info.get("transparency")
         upright = image.transpose(method) if method is not None else image
-        if upright.mode.startswith(("I", "F")):
-            return _grey(np.asarray(upright), upright.mode, transparent).expand(3, -1, -1).contiguous()
-        return _colour(upright)
+        return _rgb(upright, transparent)
 
 
 def load_stored(path: str | Path) -> Image.Image:
@@ -129,10 +132,7 @@ def read_image(image: ImageLike) -> Tensor:
         return load_image(image)
     if isinstance(image, Image.Image):
         upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith(("I", "F")):
-            grey = _grey(np.asarray(upright), upright.mode, upright.info.get("transparency"))
-            return grey.expand(3, -1, -1).contiguous()
-        return _colour(upright)
+        return _floating(_rgb(upright, upright.info.get("transparency")))
     if not isinstance(image, (Tensor, np.ndarray)):
         raise ImageError(f"an image was given as {type(image).__name__}; give a path, PIL image, NumPy array or tensor")
     last = isinstance(image, np.ndarray)
@@ -140,7 +140,7 @@ def read_image(image: ImageLike) -> Tensor:
     # Copy, because torch does not take arrays that are read-only or have negative strides.
     pixels = torch.from_numpy(image.transpose(2, 0, 1).copy()) if isinstance(image, np.ndarray) else image
     if pixels.dtype == torch.uint8:
-        return pixels.to(torch.float32) / 255
+        return _floating(pixels)
     if not pixels.is_floating_point():
         raise ImageError(f"pixels of type {image.dtype} were given; give uint8 in 0 to 255, or floats in [0, 1]")
     low, high = float(pixels.min()), float(pixels.max())
@@ -375,12 +375,25 @@ def _grey(values: np.ndarray, mode: str, transparent: object) -> Tensor:
     return grey
 
 
-def _colour(image: Image.Image) -> Tensor:
-    """Convert any 8-bit image to (3, H, W) float32 in [0, 1], transparency composited over white."""
-    pixels = np.array(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+def _rgb(image: Image.Image, transparent: object) -> Tensor:
+    """Convert an image to (3, H, W): uint8, or float32 where it has more bits or is composited over white."""
+    if image.mode.startswith(("I", "F")):
+        return _grey(np.asarray(image), image.mode, transparent).expand(3, -1, -1).contiguous()
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    image = image if image.mode == mode else image.convert(mode)
+    pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
+    for top in range(0, image.height, 256):  # at once, Pillow would make several copies
+        part = pixels[top : top + 256]
+        part[:] = image.crop((0, top, image.width, top + len(part)))
     rgb = torch.from_numpy(pixels).movedim(-1, 0)
-    out = torch.empty(3, *pixels.shape[:2]).copy_(rgb[:3]).div_(255)
-    if len(rgb) == 4:
-        alpha = rgb[3].float().div_(255)
-        out.mul_(alpha).add_(1 - alpha)
-    return out
+    if len(rgb) == 3:
+        return rgb
+    alpha = rgb[3].float().div_(255)
+    return _floating(rgb[:3]).mul_(alpha).add_(1 - alpha)
+
+
+def _floating(pixels: Tensor) -> Tensor:
+    """Convert uint8 pixels (3, H, W) to float32 in [0, 1]; floats are returned unchanged."""
+    if pixels.dtype != torch.uint8:
+        return pixels
+    return torch.empty(pixels.shape, device=pixels.device).copy_(pixels).div_(255)

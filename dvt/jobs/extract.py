@@ -22,6 +22,7 @@ from dvt.backbones.layers import choose_layers, layer_term
 from dvt.backbones.tiles import Tiling
 from dvt.devices import Event, autocast, pinned, record
 from dvt.errors import ConfigError, NonFiniteError
+from dvt.images import read_image
 from dvt.jobs.ahead import ahead, reading_threads
 from dvt.jobs.intake import Intake, distinct, read_copies
 from dvt.jobs.profile import Profile, StageTimer
@@ -180,8 +181,9 @@ class ExtractWork(Work):
     ) -> Iterator[tuple[_BatchTask, _Loaded, _Launched | None]]:
         """Yield each batch after the next one is launched: the GPU has work while this one's maps are fetched."""
         behind: tuple[_BatchTask, _Loaded, _Launched | None] | None = None
-        with ThreadPoolExecutor(_AHEAD) as gatherers:
-            for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, _AHEAD):
+        depth = _AHEAD if self.tiling is None else 1
+        with ThreadPoolExecutor(depth) as gatherers:
+            for task, loading in ahead(gatherers, lambda task: self._load(task, readers), tasks, depth):
                 with task.made.profile.timed("wait_images"):
                     loaded = loading.result()
                 launched = None if loaded.images is None else self._launch(loaded.images)
@@ -192,18 +194,21 @@ class ExtractWork(Work):
             yield behind
 
     def _load(self, task: _BatchTask, readers: ThreadPoolExecutor) -> _Loaded:
-        reading = [readers.submit(read_copies, copies, self._prepare) for copies in task.copies]
+        large = self.tiling is not None
+        reading = [readers.submit(read_copies, copies, self._prepare, large) for copies in task.copies]
         intakes, images, profile = [future.result() for future in reading], [], Profile(readers=self.threads)
         for intake in intakes:
             profile.add(intake.profile)
             if intake.pixels is not None:
                 images.append(intake.pixels)
                 intake.pixels = None  # the batch holds a copy
-        batch = torch.stack(images) if images else None
-        return _Loaded(None if batch is None else pinned(batch, self.backbone.device), intakes, profile)
+        if not images or large:
+            return _Loaded(images[0][None] if images else None, intakes, profile)
+        return _Loaded(pinned(torch.stack(images), self.backbone.device), intakes, profile)
 
     def _prepare(self, pixels: Tensor, entry: ImageEntry) -> Tensor:
-        return resize(pixels, self.input_size((pixels.shape[1], pixels.shape[2])))
+        size = self.input_size((pixels.shape[1], pixels.shape[2]))
+        return resize(pixels, size) if self.tiling is None else pixels
 
     def _launch(self, images: Tensor) -> _Launched:
         device = self.backbone.device
@@ -212,8 +217,8 @@ class ExtractWork(Work):
         wide = self._computed(images) if self.tiling is None else self._tiled(images[0], self.tiling)
         timer.mark("backbone")
         narrow = {name: values.half() for name, values in wide.items()}
-        fits = torch.stack([values.isfinite().all() for values in narrow.values()]).all()
-        finite = torch.stack([values.isfinite().flatten(1).all(1) for values in wide.values()]).all(0)
+        fits = torch.stack([_finite(values).all() for values in narrow.values()]).all()
+        finite = torch.stack([_finite(values) for values in wide.values()]).all(0)
         moved = {name: values.to("cpu", non_blocking=True) for name, values in narrow.items()}
         fits, finite = fits.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
         timer.mark("fetch")
@@ -223,7 +228,7 @@ class ExtractWork(Work):
         return in_halves(self._maps, images.to(self.backbone.device, non_blocking=True))
 
     def _tiled(self, image: Tensor, tiling: Tiling) -> dict[str, Tensor]:
-        found = tiling.blended(self.backbone, image, self._computed, self.config.batch)
+        found = tiling.blended(self.backbone, image, self._computed, self.config.batch, torch.float16)
         return {name: values[None] for name, values in found.items()}
 
     @torch.no_grad()
@@ -254,8 +259,20 @@ class ExtractWork(Work):
             terms = {name: values[row] for name, values in maps.items()} if row >= 0 else {}
             prefix = terms.pop("prefix", None)
             if self.on_image and error is None and row >= 0 and loaded.images is not None:
-                self.on_image(Path(intake.copies[intake.used].path), loaded.images[row], terms)
+                pixels = loaded.images[row]
+                if self.tiling is not None:
+                    pixels = resize(read_image(pixels), self.input_size((pixels.shape[1], pixels.shape[2])))
+                self.on_image(Path(intake.copies[intake.used].path), pixels, terms)
             yield from self.records(intake, terms, prefix, error, task.made.failed, tick)
+
+
+def _finite(values: Tensor) -> Tensor:
+    """Tell which of the maps (B, ...) are finite, without a tensor of their size."""
+    flat = values.flatten(1)
+    if flat.shape[1] == 0:
+        return torch.ones(len(flat), dtype=torch.bool, device=flat.device)
+    low, high = flat.aminmax(dim=1)
+    return low.isfinite() & high.isfinite()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dvt.errors import ImageError
 from dvt.grids import Size
-from dvt.images import is_url, load_image
+from dvt.images import is_url, load_image, load_pixels
 from dvt.jobs.profile import Profile
 from dvt.store import ImageEntry, Shard
 
@@ -29,7 +29,8 @@ class Intake:
 
     Args:
         copies: the entries whose files have equal bytes.
-        pixels: (3, H, W) RGB in [0, 1], or the result of `prepare`; None if no copy could be read.
+        pixels: (3, H, W) RGB in [0, 1], or the result of `prepare`; None if no copy could be read. Of large images
+            those of :func:`dvt.images.load_pixels`.
         size: (H, W) of the image in pixels.
         used: index of the copy that was read, -1 for none.
         errors: by index, the reasons why earlier copies could not be read.
@@ -50,7 +51,9 @@ class Intake:
 
 
 def read_copies(
-    copies: Sequence[ImageEntry], prepare: Callable[[Tensor, ImageEntry], Tensor] = lambda pixels, entry: pixels
+    copies: Sequence[ImageEntry],
+    prepare: Callable[[Tensor, ImageEntry], Tensor] = lambda pixels, entry: pixels,
+    large: bool = False,
 ) -> Intake:
     """Read the first copy that can be read.
 
@@ -60,12 +63,13 @@ def read_copies(
     Args:
         copies: entries of equal bytes.
         prepare: converts (3, H, W) pixels to the kept form; an ImageError that it raises is the copy's error.
+        large: keep 8 bits of pixels that have no more, a quarter of the memory.
     """
     found = Intake(copies, profile=Profile(images=1))
     with found.profile.timed("read"):
         for number, entry in enumerate(copies):
             try:
-                pixels = load_image(entry.path, entry.sha256)
+                pixels = (load_pixels if large else load_image)(entry.path, entry.sha256)
                 found.pixels = prepare(pixels, entry)
             except ImageError as error:
                 found.errors[number] = error

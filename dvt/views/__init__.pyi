@@ -6,3 +6,4 @@ from .sampling import cut as cut
 from .sampling import cut_window as cut_window
 from .sampling import draw_boxes as draw_boxes
 from .sampling import resize as resize
+from .sampling import resize_part as resize_part

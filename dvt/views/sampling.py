@@ -15,6 +15,8 @@ from dvt.errors import ShapeError
 from dvt.grids import Size
 from dvt.views.config import ViewConfig
 
+_PART_ROWS = 32  # rows of a part of a resized image that are computed together
+
 
 def draw_boxes(config: ViewConfig, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw random boxes in [0, 1]^2 and flips.
@@ -43,6 +45,43 @@ def resize(image: Tensor, size: Size) -> Tensor:
     batched = image if image.ndim == 4 else image[None]
     out = nnf.interpolate(batched, size=tuple(size), mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
     return out if image.ndim == 4 else out[0]
+
+
+def resize_part(image: Tensor, size: Size, corner: Size, part: Size) -> Tensor:
+    """Compute a part of :func:`resize` without the rest, to rounding: (3, *part) floats, for images that are large.
+
+    Args:
+        image: (3, H, W), uint8 or floats in [0, 1], on the CPU.
+        size: (H', W') to which the whole image would be resized.
+        corner: (row, column) of the part's first pixel in the resized image.
+        part: (height, width) of the part.
+    """
+    sides = zip(image.shape[1:], size, corner, part, strict=True)
+    (top, down), (left, across) = (_cubic(length, new, first, count) for length, new, first, count in sides)
+    found = []
+    for some in down.split(_PART_ROWS):  # an image that shrinks has many pixels for a part
+        used = some.any(0).nonzero().flatten()
+        first, last = int(used[0]), int(used[-1]) + 1
+        pixels = image[:, top + first : top + last, left : left + across.shape[1]]
+        pixels = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
+        found.append(some[:, first:last] @ (pixels @ across.T))
+    return torch.cat(found, 1).clamp(0, 1)
+
+
+def _cubic(length: int, new: int, start: int, count: int) -> tuple[int, Tensor]:
+    """Compute the weights (count, n) of pixels in an antialiased bicubic resize of a side, and the first pixel's place.
+
+    They are those of torch.nn.functional.interpolate (Keys' cubic, a = -0.5).
+    """
+    scale = length / new
+    wide = max(scale, 1.0)
+    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * scale
+    first = max(0, math.floor(float(centres[0]) - 2 * wide))
+    last = min(length, math.ceil(float(centres[-1]) + 2 * wide))
+    x = (torch.arange(first, last, dtype=torch.float64) + 0.5 - centres[:, None]).abs() / wide
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0))
+    return first, (weights / weights.sum(1, keepdim=True)).float()
 
 
 def cut(image: Tensor, pixels: Tensor, flips: Tensor, size: Size) -> Tensor:

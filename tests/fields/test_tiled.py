@@ -1,5 +1,9 @@
 """Large images in windows: blended, without seams, to the numbers of one piece where those do not depend on it."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -132,16 +136,52 @@ def test_batches_of_windows_change_nothing():
     assert one["raw"].shape == (10, 15, 64) and one["prefix"].shape == (1, 64)
 
 
+@pytest.mark.parametrize("size", [(100, 150), (70, 400), (300, 64)])
+@pytest.mark.parametrize("new", [(96, 160), (48, 80), (160, 160), (300, 64)])
+def test_a_part_of_a_resized_image_is_computed_without_the_rest(size, new):
+    pixels = torch.randint(256, (3, *size), generator=torch.Generator().manual_seed(0)).byte()
+    whole = dvt.views.resize(pixels / 255, new)
+    for corner in ((0, 0), (16, 32), (new[0] - 32, new[1] - 16)):
+        found = dvt.views.resize_part(pixels, new, corner, (32, 16))
+        torch.testing.assert_close(found, whole[:, corner[0] :, corner[1] :][:, :32, :16], atol=2e-4, rtol=0)
+
+
+def test_maps_are_in_half_precision_unless_their_values_do_not_fit():
+    backbone, image = local(), smooth(128, 192)
+    for scale, kind in ((1, torch.float16), (1e6, torch.float32)):
+        found = Tiling().blended(backbone, image, lambda x, s=scale: {"raw": s * backbone(x).patches}, 4, torch.float16)
+        assert found["raw"].dtype == kind
+        torch.testing.assert_close(found["raw"].float(), scale * backbone(image[None]).patches[0], atol=1e-3, rtol=2e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
+@pytest.mark.parametrize("verb", ["extract", "denoise"])
+def test_memory_holds_the_bytes_of_a_large_image_and_its_tokens_alone(verb, tmp_path):
+    """Pillow's pixels take 4 bytes each and ours 3, for a moment together; floats would be 12 more each time."""
+    sides = {"small": 64, "large": 5120}
+    for name, side in sides.items():
+        Image.new("RGB", (side, side), (200, 100, 50)).save(tmp_path / f"{name}.png")
+    script = Path(__file__).with_name("tiled_memory.py")
+    printed = subprocess.run(
+        [sys.executable, script, verb, tmp_path], capture_output=True, text=True, check=True
+    ).stdout
+    assert int(printed) < 10 * sides["large"] ** 2
+
+
 def test_what_cannot_be_tiled_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="overlap is 1"):
         Tiling(overlap=1)
     with pytest.raises(ImageError, match="more than 262144"):
         Tiling().input_size(local(), (1, 30_000_000))
+    with pytest.raises(ConfigError, match="312 x 312 patches, more than 16384; choose a smaller --tile"):
+        Tiling().input_size(local(size=4992), (320, 480))
+    with pytest.raises(ConfigError, match="only 1 x 1 patches"):
+        TiledDecomposeWork(local(size=16), DenoiseConfig(), Tiling())
     with pytest.raises(ConfigError, match="shared artifact"):
         TiledDecomposeWork(local(), DenoiseConfig(shared_artifact=True), Tiling())
 
 
-def test_the_commands_read_large_images_in_windows(tmp_path, monkeypatch, capsys):
+def test_the_commands_read_large_images_in_windows(tmp_path, monkeypatch, capsys, caplog):
     from dvt.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -152,5 +192,13 @@ def test_the_commands_read_large_images_in_windows(tmp_path, monkeypatch, capsys
     assert FeatureStore("raw").grids == [(12, 19)] and FeatureStore("clean").grids == [(10, 15)]
     assert np.load(next((tmp_path / "raw" / "upsampled").glob("*.npy"))).shape[:2] == (24, 38)
     assert len(list((tmp_path / "clean" / "pictures").glob("*.png"))) == 1
+    odd = ("a.png", "--weights", "demo", "--tile", "70")  # divides neither the image nor by the patch
+    assert main(["extract", *odd, "--out", "odd"]) == main(["denoise", *odd, "--out", "odd2", "--views", "2"]) == 0
+    assert FeatureStore("odd").grids == FeatureStore("odd2").grids == [(12, 19)]
+    assert "64 x 64 instead" in caplog.text
+    for side, said in ((0, "tile is 0; give"), (10, "less than a patch of 16 x 16"), (5000, "choose a smaller")):
+        for verb in ("extract", "denoise"):
+            assert main([verb, *odd[:-1], str(side), "--out", "none"]) == 2
+            assert said in " ".join(capsys.readouterr().err.split())
     assert main(["denoise", *options, "--out", "clean", "--views", "4"]) == 2
     assert "another job" in " ".join(capsys.readouterr().err.split())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from dvt.cli.settings.common import BackboneOptions, Remade
+from dvt.errors import ConfigError
 
 if TYPE_CHECKING:
     from dvt.backbones.tiles import Tiling
@@ -56,4 +57,8 @@ class JobOptions(BackboneOptions, Remade):
         """The windows in which images are read; None if each is read in one piece."""
         from dvt.backbones.tiles import Tiling
 
-        return None if self.tile is None else Tiling(self.size)
+        if self.tile is None:
+            return None
+        if self.tile < 1:
+            raise ConfigError(f"tile is {self.tile}; give the side of a window in pixels, such as 518")
+        return Tiling(self.size)
