@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dvt.errors import ImageError
 from dvt.files import similar
-from dvt.images.members import expand_container, is_container, split_member
+from dvt.images.members import CONTAINERS, expand_container, is_container, split_member
 from dvt.images.own import is_own_picture, is_store
 from dvt.images.read import regular_file
 from dvt.images.urls import fetching, is_url, url_files
@@ -123,6 +123,11 @@ def _inside(path: str) -> list[str]:
 
 
 def _expand_url(url: str, lists: bool) -> Iterator[str]:
+    if re.split(r"[#?]" if url.startswith("http") else "#", url)[0].lower().endswith(CONTAINERS):
+        raise ImageError(
+            f"{_short(url)} is an archive or a video behind a URL, and those are read from files alone: download it "
+            "first (curl -O, aws s3 cp, gsutil cp), then give the file"
+        )
     if lists and url.lower().endswith(".txt"):
         yield from _read_list(url)
     elif url.startswith(("http://", "https://")):  # here "?" begins a query, and folders cannot be listed

@@ -384,7 +384,7 @@ def _rgb(image: Image.Image, transparent: object) -> Tensor:
     pixels = np.empty((image.height, image.width, len(mode)), np.uint8)
     for top in range(0, image.height, 256):  # at once, Pillow would make several copies
         part = pixels[top : top + 256]
-        part[:] = image.crop((0, top, image.width, top + len(part)))
+        part[:] = np.asarray(image.crop((0, top, image.width, top + len(part))))
     rgb = torch.from_numpy(pixels).movedim(-1, 0)
     if len(rgb) == 3:
         return rgb

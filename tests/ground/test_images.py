@@ -573,6 +573,14 @@ def test_lists_hold_urls_and_lists_behind_urls_hold_names_beside_them(bucket, tm
         find_images([tmp_path / "list.txt"])
 
 
+@pytest.mark.parametrize("name", ["s.tar", "s.tar#a.png", "clip.MP4#::5", "*.tar"])
+def test_an_archive_or_a_video_behind_a_url_is_refused_with_the_way_out(bucket, tmp_path, name):
+    (tmp_path / "list.txt").write_text(f"https://localhost/{name}\n")
+    for given in (f"memory://bucket/{name}", f"http://localhost/{name}", tmp_path / "list.txt"):
+        with pytest.raises(ImageError, match="download it first"):
+            find_sources([given])
+
+
 def test_an_image_behind_a_url_is_the_image(bucket, tmp_path):
     _, content = bucket
     for url in ("memory://bucket/a.png", f"file://{tmp_path}/image.png"):
