@@ -15,6 +15,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import dvt
+from dvt.backbones.export import export
 from dvt.denoiser import Denoiser, DenoiserConfig, denoised_backbone
 from dvt.denoiser.config import DenoiserTraining
 from dvt.denoiser.train import train_denoiser
@@ -424,3 +425,33 @@ def test_train_save_load_attach(case, tmp_path):
     next(value for value in dvt.wrap(other).model.parameters() if value.ndim > 1).data += 0.1
     with pytest.raises(BackboneError, match="other weights"):
         denoiser.attach(other)
+
+
+#: Sizes that the files of denoised backbones take, as (.pt2, .onnx); None where the export refuses the model.
+EXPORTED = dict.fromkeys(PREFIX, ("one", "any")) | {
+    "dinov2 registers": ("one", "one"),
+    "dinov3": ("any", "any"),
+    "mae": ("one", "one"),
+    "open_clip": ("one", "one"),
+    "siglip 2": (None, None),
+    "torchvision": (None, None),
+    "dino repository": (None, None),
+    "dino repository, registers": (None, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["pt2", "onnx"])
+def test_exports_are_those_of_the_table_of_models(case, form, tmp_path):
+    """docs/models.md lists them."""
+    name, _, backbone, _ = case
+    clean, wanted = denoised_backbone(made(48), backbone), EXPORTED[name][form == "onnx"]
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    if wanted is None:
+        with pytest.raises(BackboneError, match=r"cannot trace .*\(batch\)"):
+            export(clean, tmp_path / f"clean.{form}")
+        return
+    done = export(clean, tmp_path / f"clean.{form}")
+    assert done.dynamic_grid == (wanted == "any") and done.deviation < 1e-5
