@@ -574,6 +574,8 @@ def test_wrap_takes_a_transformers_dinov2(registers):
     transformers = pytest.importorskip("transformers")
     options = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "patch_size": 14, "image_size": 70}
     if registers:
+        if not hasattr(transformers, "Dinov2WithRegistersModel"):
+            pytest.skip(f"transformers {transformers.__version__} has no Dinov2WithRegistersModel")
         config = transformers.Dinov2WithRegistersConfig(**options, num_register_tokens=registers)
         model = transformers.Dinov2WithRegistersModel(config)
     else:
