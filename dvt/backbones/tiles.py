@@ -143,7 +143,7 @@ class _Blend:
         return self.maps
 
     def _finish(self, row: int) -> None:
-        """Store the rows above a window's first, and begin as many below."""
+        """Keep the rows above a window's first, and begin as many below."""
         count = row - self.top
         if count == 0:
             return
@@ -157,7 +157,7 @@ class _Blend:
 
 
 def _moved(rows: Tensor, count: int) -> Tensor:
-    """Leave out the first rows, and add as many of zeros at the end."""
+    """Move rows up by a number of them, and fill the last with zeros."""
     return torch.cat((rows[count:], torch.zeros_like(rows[:count])))
 
 
