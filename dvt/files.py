@@ -278,18 +278,20 @@ def sync_path(path: Path) -> None:
 
 
 def writable(path: Path) -> Path:
-    """Make the folder of a file and check that it is writable, before hours of work rather than after them.
+    """Check that a file can be written, before hours of work rather than after them; its folder is made with it.
 
     Raises:
-        ConfigError: the place is not writable, or weights could not be read back under that name.
+        ConfigError: the place is not writable or a folder, or weights could not be read back under that name.
     """
     try:
         str(path if path.suffix == ".safetensors" else "").encode()
     except UnicodeError as error:  # file names are bytes on Linux; safetensors writes such files, and reads none
         raise ConfigError(f"the name {str(path)!r} is no UTF-8, and weights are read by such names only") from error
+    if path.is_dir():
+        raise ConfigError(f"cannot write {str(path)!r}: it is a folder; give the name of a file in it")
+    nearest = next(each for each in path.absolute().parents if os.path.lexists(each))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new_part(path).unlink()
+        new_part(nearest / path.name).unlink()
     except OSError as error:
         raise ConfigError(f"cannot write {str(path)!r}: {error.strerror or error}; choose another place") from error
     return path

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dvt import grids
+from dvt.errors import ImageError
 from dvt.grids import Size
 
 # Size of a block, in numbers, above which several threads are faster than one.
@@ -166,11 +167,21 @@ def solve_artifact(schur: Tensor, rhs: Tensor, ridge: float) -> Tensor:
 
 
 def factor_artifact(schur: Tensor, ridge: float) -> Tensor:
-    """Compute the Cholesky factor that :func:`solve_artifact` uses."""
+    """Compute the Cholesky factor that :func:`solve_artifact` uses.
+
+    Raises:
+        ImageError: the equations are singular: the views are too few.
+    """
     n = schur.shape[-1]
     scale = schur.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(schur.dtype).tiny)
     fixed = schur + scale / n + ridge * scale * torch.eye(n, device=schur.device, dtype=schur.dtype)
-    return torch.linalg.cholesky(fixed)
+    try:
+        return torch.linalg.cholesky(fixed)
+    except torch.linalg.LinAlgError as error:
+        raise ImageError(
+            f"the views of an image of {n} patches do not tell its artifact from its content: give more views, or a "
+            "larger size"
+        ) from error
 
 
 class BlockTridiagonal:

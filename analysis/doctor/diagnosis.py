@@ -59,6 +59,8 @@ class Diagnosis:
         products: the names of those treated that are products of stage one.
         one_pass: the best of the denoisers alone, which add no forward pass, or None.
         one_pass_command: the command that makes `one_pass`.
+        how: the commands that carry out `remedy`, in order; empty if they are unknown.
+        denoise_product: the product whose decomposition took `denoise_seconds`, if it is known.
     """
 
     backbone: str
@@ -82,6 +84,8 @@ class Diagnosis:
     products: tuple[str, ...] = ()
     one_pass: str | None = None
     one_pass_command: str | None = None
+    how: tuple[str, ...] = ()
+    denoise_product: str | None = None
 
     @property
     def nearest(self) -> str | None:
@@ -99,7 +103,7 @@ class Diagnosis:
     def to_text(self) -> str:
         """Write the page as text."""
         parts = [self._answer(), self._evidence(), self._what_to_do(), self._costs(), self._harms()]
-        return wrapped("\n\n".join(part for part in parts if part))
+        return "\n\n".join(part for part in parts if part)
 
     __str__ = to_text
 
@@ -114,7 +118,7 @@ class Diagnosis:
             "both": "Yes: tokens depend on their position, and some have norms far beyond the others.",
         }
         count = "one image" if self.images == 1 else f"{self.images} images"
-        return f"Does {self.backbone} need denoising? ({count})\n{answers[self.kind]}"
+        return wrapped(f"Does {self.backbone} need denoising? ({count})\n{answers[self.kind]}")
 
     def _evidence(self) -> str:
         limit, lines = self.config, ["What was measured"]
@@ -127,21 +131,21 @@ class Diagnosis:
             lines.append(f"  images that have such tokens        {self.outlier_images:.0%}")
         if self.layout is not None:
             lines.append(f"  position R2 without the artifact    {_score_text(self.layout)}: their layout")
-        return "\n".join([*lines, *(f"  ! {each}" for each in self.warnings)])
+        return wrapped("\n".join([*lines, *(f"  ! {each}" for each in self.warnings)]))
 
     def _what_to_do(self) -> str:
         if self.remedy == "none":
             return ""
         texts = {
-            "subtract": "Subtract one map: the artifact is the same in all images. `dvt train STORE --kind subtract` "
-            "finds it; applying it costs nothing.",
+            "subtract": "Subtract one map: the artifact is the same in all images. `dvt train` of the kind subtract "
+            "finds it in a store of `dvt denoise`; applying it costs nothing.",
             "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
-            "cannot remove it. Its default product stays closest to the backbone's own tokens. For many images train a "
-            "denoiser: `dvt denoise --product ensembled`, which suits labelled tasks better, then `dvt train STORE`.",
-            "denoiser": "A trained denoiser: `dvt denoise --product ensembled` some hundred images, `dvt train STORE`; "
-            "a map that is "
-            "subtracted cannot see norm outliers. Or a backbone with registers, which `dvt remedy registers` adds "
-            "without training; `dvt doctor --remedies` compares.",
+            "cannot remove it. Its default product, removed, stays closest to the backbone's own tokens. For many "
+            "images train a denoiser: `dvt denoise` with the product ensembled, which suits labelled tasks better, "
+            "then `dvt train`.",
+            "denoiser": "A trained denoiser: `dvt denoise` of some hundred images with the product ensembled, then "
+            "`dvt train`; a map that is subtracted cannot see norm outliers. Or a backbone with registers, which `dvt "
+            "remedy` adds without training; --remedies compares.",
         }
         if self.shared is None and self.remedy == "per image":
             texts["per image"] = (
@@ -153,11 +157,8 @@ class Diagnosis:
             advice.append(
                 f"One map for all images would leave a position share of {left_share(self.own, self.shared):.3f}."
             )
-        lines = [
-            "What to do",
-            *(f"  {each}" for each in advice),
-        ]
-        return "\n".join([*lines, *self._compared()])
+        commands = [shell_lines(each) for each in self.how if self.command is None]  # a quoted name is not wrapped
+        return "\n".join(["What to do", *(wrapped(f"  {each}") for each in advice), *commands, *self._compared()])
 
     def _compared(self) -> list[str]:
         """Write a line for each of those given, and which of them to take."""
@@ -170,7 +171,7 @@ class Diagnosis:
             lines.append(_row(each, width, "  the best" if each.name == self.best else ""))
         if self.best is None:
             least = f" {self.nearest} leaves least." if self.nearest else ""
-            lines.append(f"  None of those given removes enough.{least}")
+            lines.append(wrapped(f"  None of those given removes enough.{least}"))
         if self.command is not None:
             lines.append(f"  {'Take' if self.best else 'The nearest'} {self.best or self.nearest}:")
             lines.append(shell_lines(self.command))
@@ -189,8 +190,9 @@ class Diagnosis:
         for each in self.treated:
             lines.append(f"  {each.name:<24} {each.milliseconds:.1f} ms more an image")
         if self.denoise_seconds is not None:
-            lines.append(f"  {'dvt denoise':<24} {self.denoise_seconds:.1f} s an image")
-        return "\n".join(lines) if self.remedy != "none" or len(lines) > 2 else ""
+            made = "dvt denoise" + (f" ({self.denoise_product})" if self.denoise_product else "")
+            lines.append(f"  {made:<24} {self.denoise_seconds:.1f} s an image")
+        return wrapped("\n".join(lines)) if self.remedy != "none" or len(lines) > 2 else ""
 
     def _harms(self) -> str:
         if self.remedy == "none":
@@ -202,7 +204,7 @@ class Diagnosis:
         ]
         if self.layout is not None and self.layout.value >= self.config.layout and self.layout.beyond_chance:
             lines.append("  Here position is a cue: these photos share a layout, so start from a lower strength.")
-        return "\n".join(lines)
+        return wrapped("\n".join(lines))
 
 
 def _row(each: Treated, width: int, mark: str) -> str:

@@ -27,6 +27,7 @@ from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images import load_image, readable, size_and_sha256
 from dvt.progress import Progress, silent
+from dvt.text import differing
 from dvt.views import resize
 
 _KEPT = "comparison"
@@ -90,8 +91,7 @@ def look(
     about = json.loads(json.dumps({**about, "images": [size_and_sha256(path)[1] for path in paths]}))
     if file.exists():
         there, state = read_described(file, _KEPT, "tokens of a comparison")
-        if not isinstance(there, dict) or there.get("from") != about:
-            raise ConfigError(f"{str(file)!r} keeps tokens of other images or settings; choose another folder")
+        _check_kept(file, there, about)
         return _of_kinds(_opened(there, state), config.kinds)
     material = _looked(paths, backbone, config, *given)
     rest = {"grid": material.grid, "chosen": material.chosen, "held": material.held, "sha256s": material.sha256s}
@@ -99,6 +99,19 @@ def look(
     described = {"from": about, **rest, "kinds": list(material.tokens)}
     save_state(file, {"pictures": material.pictures, **state}, {_KEPT: json.dumps(described)})
     return _of_kinds(material, config.kinds)
+
+
+def _check_kept(file: Path, there: Any, about: dict[str, Any]) -> None:
+    """Refuse tokens that are kept of other images or settings."""
+    source = there.get("from") if isinstance(there, dict) else None
+    if source == about:
+        return
+    if not isinstance(source, dict):
+        raise ConfigError(f"{str(file)!r} keeps no readable tokens of a comparison; begin anew (--overwrite)")
+    raise ConfigError(
+        f"{str(file)!r} keeps tokens of other images or settings: {differing(source, about)}. Continue with its own "
+        "(--resume), begin anew in its place (--overwrite), or choose another folder"
+    )
 
 
 def _of_kinds(material: Material, kinds: Sequence[str]) -> Material:

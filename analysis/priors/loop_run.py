@@ -25,6 +25,7 @@ from dvt.analysis.priors.scoring import Yardstick, pixels, pooled, random_filter
 from dvt.analysis.priors.training import fit_prior
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.images import file_sha256
 from dvt.progress import Progress, silent
 
 _FEWEST = 20  # held-out images that a distance needs
@@ -68,8 +69,11 @@ def loop_prior(
     source = seen.pictures if seen.patches is None else seen.patches
     real = run.target.standardise(run.target.encode(source[chosen].float(), source[chosen].float()))
     found: list[dict[str, list[float]]] = []
+    sampling, prior = sampling or Sampling(), file_sha256(Path(run_dir) / "prior.safetensors")
+    progress("rounds", 0, config.seeds * config.rounds)
     for seed in range(config.seeds):
-        found.append(_one(run, real, held, seed, Path(out) / f"seed-{seed}", config, sampling or Sampling(), sticks))
+        folder = Path(out) / f"seed-{seed}"
+        found.append(_one(run, real, held, seed, folder, config, sampling, sticks, prior))
         progress("rounds", (seed + 1) * config.rounds, config.seeds * config.rounds)
     beside = _distances(run.pictures_of(real), held, sticks)
     by_round = {name: zip(*(each[name] for each in found), strict=True) for name in beside}
@@ -92,8 +96,12 @@ def _one(
     config: Loop,
     sampling: Sampling,
     sticks: Sequence[Yardstick],
+    sha256: str,
 ) -> dict[str, list[float]]:
     """Run the loop with one seed; return the distances by yardstick, before the loop and after each round."""
+    # What each round's samples depend on; more rounds or seeds continue the same loop.
+    about = {name: value for name, value in asdict(config).items() if name in ("mix", "corrector", "gamma", "clusters")}
+    about |= {"sampling": asdict(sampling), "prior": sha256}
     prior = Prior(run.prior.config, torch.Generator().manual_seed(0)).to(next(run.prior.parameters()).device)
     prior.load_state_dict(run.prior.state_dict())
     rounds = iter(range(1, config.rounds + 1))
@@ -107,7 +115,8 @@ def _one(
         loop = replace(PriorTraining().loop, steps=config.round_steps, batch_size=min(64, len(samples)), seed=seed)
         loop = replace(loop, checkpoint_every=config.round_steps, validate_every=0, ema=0.98)
         prior.train()
-        fit_prior(prior, (samples, None), (run.held["maps"], None), loop, folder / f"round-{next(rounds)}")
+        given = ((samples, None), (run.held["maps"], None))
+        fit_prior(prior, *given, loop, folder / f"round-{next(rounds)}", settings=about)
         return generate
 
     def distances(count: int = len(real)) -> dict[str, float]:

@@ -27,6 +27,7 @@ from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images import file_sha256
 from dvt.progress import Progress, silent
+from dvt.text import differing
 
 _FEWEST = 20  # test images
 _LAW_SIZES = 5
@@ -98,6 +99,7 @@ def represent(
     tested = _test(run, names, [Path(path) for path in test], int(real.pictures.shape[2]), progress)
     made = _made(Path(run_dir), run, real, out / "samples.safetensors", config, sampling or Sampling())
     jobs = _jobs(config, made, real)
+    progress("encoders", 0, len(jobs))
     scores: dict[str, dict[str, list[float]]] = {}
     for number, (name, pictures, ids, masked) in enumerate(jobs, 1):
         encoders = [_trained(name, pictures, ids, seed, masked, config, out / "encoders") for seed in _seeds(config)]
@@ -162,7 +164,11 @@ def _made(folder: Path, run: PriorRun, real: Pictures, path: Path, config: Repre
     if path.exists():
         there, state = read_described(path, "samples", "samples of a prior")
         if there != about:
-            raise ConfigError(f"{str(path)!r} holds other samples; choose another folder")
+            changed = differing(there if isinstance(there, dict) else {}, about)
+            raise ConfigError(
+                f"{str(path)!r} holds other samples: {changed}. Continue with their settings "
+                "(--resume), begin anew in their place (--overwrite), or choose another folder"
+            )
         return Pictures(state["pictures"].float(), state["conditions"], state["classes"])
     seen = opened_tokens(folder / "tokens")
     some = torch.randperm(len(real), generator=torch.Generator().manual_seed(sampling.seed))[:wanted]

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 import dvt
 from dvt.cli.commands import parse, print_overview
-from dvt.cli.common import DryRun
+from dvt.cli.common import DryRun, leaving_nothing
 from dvt.cli.settings.common import Output
 from dvt.errors import ConfigError, DvtError
 from dvt.progress import is_first_process
@@ -89,7 +89,8 @@ def _run(arguments: list[str], errors: Console) -> int:
     console = Console(stderr=command.json, soft_wrap=not stream.isatty(), emoji=False, quiet=quiet)
     _start_logging(command, errors, arguments)
     try:
-        code, result = function(command, console)
+        with leaving_nothing(command):
+            code, result = function(command, console)
     except DryRun as stopped:
         code, result = 0, stopped.settings
         console.print_json(data=result)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from dvt.cli.common import keep_settings, progress_bar, resolved, save_json, say_ahead, shown
-from dvt.cli.remedies import compared, product_command
+from dvt.cli.common import check_place, keep_settings, progress_bar, resolved, save_json, say_ahead, shown
+from dvt.cli.remedies import compared, product_command, remedy_commands
 from dvt.cli.settings.analysis import Analyze, Doctor, ProbeCommand, ReportCommand
 from dvt.cli.settings.common import DenoiserOptions
 from dvt.errors import ConfigError
 from dvt.fields.config import DenoiseConfig, Product
-from dvt.fields.image import denoise_image
+from dvt.fields.image import check_views, denoise_image
 from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
@@ -22,6 +22,7 @@ from dvt.text import visible_lines, wrapped
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from dvt.analysis.doctor import Diagnosis
     from dvt.analysis.measure import Decompose
     from dvt.analysis.probes.heads import SavedHead
     from dvt.analysis.probes.table import ProbeReport
@@ -36,6 +37,7 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
     """Run `dvt analyze`; the exit code is 0 when the report is written."""
     from dvt.analysis.measure import analyze as measure
 
+    check_place(command.out, "analyze")
     paths = find_images(command.images)
     settings = resolved(command, command="analyze", images=paths)
     if command.views is not None and command.views < 0:
@@ -92,11 +94,17 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
             products=products,
             progress=progress,
         )
+    how = remedy_commands(diagnosis.remedy, command, command.images)
+    diagnosis = replace(diagnosis, how=how, denoise_product=None if products else _PRODUCTS[0])
+    _print_diagnosis(console, diagnosis, refused)
+    return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
+
+
+def _print_diagnosis(console: Console, diagnosis: Diagnosis, refused: dict[str, str]) -> None:
     console.print(visible_lines(diagnosis.to_text()), markup=False, highlight=False)
     for reason in dict.fromkeys(refused.values()):
         names = ", ".join(name for name, why in refused.items() if why == reason)
         console.print(f"\n{wrapped(visible_lines(f'{names}: {reason}'))}", markup=False, highlight=False)
-    return 0, {**diagnosis.to_json(), "refused": refused, "settings": settings}
 
 
 def probe(command: ProbeCommand, console: Console) -> tuple[int, dict[str, Any]]:
@@ -166,7 +174,9 @@ def _decompose(backbone: Backbone, product: Product | None = None, views: int | 
     """Make the function that decomposes an image by stage one; None if `views` is 0."""
     if views == 0:
         return None
-    return _terms_of(backbone, DenoiseConfig(views=views, product=product))  # type: ignore[arg-type]
+    config = DenoiseConfig(views=views, product=product)  # type: ignore[arg-type]
+    check_views(backbone, config.views)
+    return _terms_of(backbone, config)
 
 
 def _passes(command: Analyze, images: int) -> int:

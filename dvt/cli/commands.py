@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dvt.cli.help import about, help_text, usage
+from dvt.cli.options import Option, options_of
 from dvt.cli.replay import defaults_from_file
 from dvt.cli.settings.about import Completion, ConfigCommand
 from dvt.cli.settings.analysis import Analyze, Doctor, Predict, ProbeCommand, ReportCommand
@@ -110,7 +112,7 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
             raise
         wrong = refusal(said.getvalue())
         if wrong.startswith("Missing from"):
-            wrong = f"something is missing; {usage(name, settings)}."
+            wrong = f"{_missing(settings, said.getvalue())} must be given; {usage(name, settings)}."
         raise ConfigError(f"{wrong} `dvt {name} --help` lists all options") from stop
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
@@ -118,6 +120,17 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         return getattr(importlib.import_module(module), attribute)(command, console)
 
     return command, function
+
+
+def _missing(settings: type, panel: str) -> str:
+    """Name what a command line lacks, by the texts that tyro's panel shows of it."""
+    told = re.sub("[\\s\u2500-\u257f]", "", panel)
+    lacking = [each for each in options_of(settings) if each.required and re.sub(r"\s", "", each.text) in told]
+    return " and ".join(" ".join([*each.flags[-1:], each.values]) + _among(each) for each in lacking)
+
+
+def _among(option: Option) -> str:
+    return f" (one of {', '.join(option.choices)})" if option.choices and not option.flags else ""
 
 
 def command_name(arguments: Sequence[str]) -> str:
@@ -131,7 +144,7 @@ def command_name(arguments: Sequence[str]) -> str:
             return name
     actions = [each.split()[1] for each in COMMANDS if each.startswith(f"{arguments[0]} ")]
     typed = " ".join(arguments[:2]) if actions else arguments[0]
-    near = difflib.get_close_matches(typed, COMMANDS, 1, 0.5)
+    near = difflib.get_close_matches(typed, COMMANDS, 1, 0.6)
     if actions:
         guess = f"did you mean `dvt {near[0]}`? " if near and len(arguments) > 1 else ""
         raise ConfigError(f"`dvt {arguments[0]}` takes one of {', '.join(actions)}; {guess}`dvt --help` lists them")

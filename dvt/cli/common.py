@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as ProgressBar
 
-from dvt.cli.replay import MANNERS, settings_file
-from dvt.errors import ConfigError
+from dvt.cli.replay import MANNERS, command_of, settings_file
+from dvt.cli.settings.common import Remade
+from dvt.errors import ConfigError, DvtError
 from dvt.files import remove, whole_file
 from dvt.progress import Progress, is_first_process
 from dvt.text import visible
@@ -54,7 +55,8 @@ def progress_bar(console: Console):
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with ProgressBar(*columns, console=console, transient=True) as bar:
+    # Where nobody sees it move, it would only leave an empty line.
+    with ProgressBar(*columns, console=console, transient=True, disable=not console.is_interactive) as bar:
         tasks: dict[str, Any] = {}
 
         told: set[str] = set()
@@ -89,18 +91,22 @@ def duration(seconds: float) -> str:
     return f"about {round(seconds / 60)} minutes" if seconds < 5400 else f"about {seconds / 3600:.1f} hours"
 
 
+#: Images of the passes that are timed: most passes are of windows, several at a time, which takes less for each.
+_TOGETHER = 4
+
+
 def say_ahead(console: Console, backbone: Backbone, passes: int, what: str) -> None:
     """Measure a forward pass, and say how long many of them take, with half as much again for everything else."""
     import torch
 
     size = backbone.image_size
-    noise = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
+    noise = torch.rand(_TOGETHER, 3, *size, generator=torch.Generator().manual_seed(0)).to(backbone.device)
     with torch.no_grad():
         moments = [time.perf_counter()]
         for _ in range(4):  # the first pass of a model is slower, and any of them may be disturbed
             float(backbone(noise).patches.sum())  # waits for a GPU
             moments.append(time.perf_counter())
-    ahead = 1.5 * passes * min(after - before for before, after in pairwise(moments))
+    ahead = 1.5 * passes * min(after - before for before, after in pairwise(moments)) / _TOGETHER
     if ahead >= _WORTH_TELLING:
         console.print(f"{what}: {duration(ahead)} ahead, {passes} passes of the backbone", style="dim")
 
@@ -124,8 +130,11 @@ def resolved(settings: Any, /, **found: Any) -> dict[str, Any]:
     Call it before anything that takes long.
 
     Raises:
+        ConfigError: the place to write to holds a run of another command.
         DryRun: --dry-run was given; :func:`dvt.cli.main` prints the settings.
     """
+    if isinstance(settings, Remade):
+        check_place(settings.out, found["command"], settings.overwrite)  # type: ignore[attr-defined]
     given = {name: value for name, value in dataclasses.asdict(settings).items() if name not in MANNERS}
     values = json.loads(json.dumps({**given, **found}, default=str))
     if settings.dry_run:
@@ -146,29 +155,71 @@ def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> 
         save_json(path, settings)
 
 
-def begin_anew(out: Path) -> None:
-    """Remove what a training wrote: the file, or in its folder the run's files; others stay.
+@contextmanager
+def leaving_nothing(command: Any) -> Iterator[None]:
+    """Remove the folder of a command that was refused, if it made it and nothing but settings and locks is in it."""
+    folder = settings_file(str(getattr(command, "out", None) or ".")).parent
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        yield
+    except DvtError:
+        with suppress(OSError):
+            if made and all(each.name == "config.json" or each.suffix == ".lock" for each in folder.iterdir()):
+                remove(folder)
+                for each in made[1:]:
+                    each.rmdir()
+        raise
+
+
+def check_place(out: Path | str, name: str, overwrite: bool = False) -> None:
+    """Refuse a place where another command keeps its run, which cannot go on, and whose settings would be lost.
+
+    Raises:
+        ConfigError: it does, and is not to be overwritten.
+    """
+    place, made_by = settings_file(str(out)).parent, command_of(str(out))
+    if made_by in (None, name):
+        return
+    stores = {made_by, name} <= {"denoise", "extract"}
+    if stores and overwrite:
+        return
+    anew = ", or begin anew in its place (--overwrite)" if stores else ""
+    raise ConfigError(
+        f"{shown(place)!r} was made by `dvt {visible(str(made_by))}`, and this is `dvt {name}`: choose another "
+        f"--out{anew}"
+    )
+
+
+def begin_anew(out: Path, name: str) -> None:
+    """Remove what a run of a command wrote: the file, or in its folder the run's files; others stay.
 
     Raises:
         ConfigError: another process trains there, or takes part in this run.
     """
     from dvt.jobs.launched import is_launched  # both import torch
-    from dvt.training.checkpoint import locked_folder
+    from dvt.training.checkpoint import checkpoints_in, locked_folder
 
     folder = settings_file(str(out)).parent
     if is_launched():  # another process could find what this one is about to remove
         raise ConfigError(f"--overwrite is for one process; remove {str(folder)!r} before a distributed run")
-    if not folder.exists():
+    if command_of(str(out)) is None and not checkpoints_in(folder):  # files of these names may be the user's own
         return
     with locked_folder(folder):
-        for pattern in _OF_RUNS:
+        for pattern in (*_OF_RUNS.get(name, ()), "step-*", "log.csv", "config.json"):
             for each in folder.glob(pattern):
                 remove(each)
     if out.suffix == ".safetensors":
         remove(out)
 
 
-_OF_RUNS = ("step-*", "log.csv", "config.json", "tokens", "samples", "prior.safetensors", "held_out.safetensors")
+#: What commands write into their folder beside checkpoints, log and settings.
+_OF_RUNS = {
+    "prior train": ("tokens", "samples", "prior.safetensors", "held_out.safetensors"),
+    "prior compare": ("tokens.safetensors", "runs", "compare.json", "page.html", "curves.png", "samples.png"),
+    "prior loop": ("seed-*", "loop.json"),
+    "prior represent": ("samples.safetensors", "encoders", "represent.json", "curves.png"),
+    "prior itit": ("runs", "itit.json", "samples.png"),
+}
 
 
 def print_skipped(console: Console, failed: Sequence[tuple[str, str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from dvt.cli.common import progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
 from dvt.cli.settings.denoise import Demo, Denoise, Inspect
 from dvt.devices import find_device
-from dvt.errors import ConfigError
+from dvt.errors import ConfigError, DvtError
 from dvt.fields.config import DenoiseConfig
 from dvt.fields.image import DecomposedImage
 from dvt.fields.images import DecomposeWork
@@ -35,6 +36,10 @@ from dvt.tokens import Tokens
 if TYPE_CHECKING:
     import torch
 
+_ABOUT_R2 = (
+    "position R²: how well a patch's place is read from its features, on images not seen: 1 is exactly, 0 or less not "
+    "at all, as it should be"
+)
 # Enough images for a stable probe; more would only take memory.
 SCORED_IMAGES = 100
 
@@ -52,10 +57,11 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     _check_terms(command)
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
-    console.print(f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver")
+    head = f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver"
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
-        summary, seconds = run_job(command, partial(_denoising, command, config, each), paths, settings, bar)
+        make, begun = partial(_denoising, command, config, each), partial(console.print, head)
+        summary, seconds = run_job(command, make, paths, settings, bar, begun)
     if not is_first_process():
         return (2 if summary.failed else 0), {}
     rows = [
@@ -71,10 +77,9 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     result = print_job(console, command, summary, seconds, rows)
     if each is not None:
         each.finish(console, summary.failed)
-    if position and summary.done + summary.skipped == 1:
-        console.print(
-            "[dim]With one image the probe is scored on its own tokens, which flatters it: use ten or more.[/]"
-        )
+    if position:
+        few = "With one image the probe is scored on its own tokens, which flatters it: use ten or more."
+        console.print(f"[dim]{_ABOUT_R2 if summary.done + summary.skipped > 1 else few}[/]")
     return (2 if summary.failed else 0), {**result, **({"position": position} if known else {})}
 
 
@@ -216,5 +221,6 @@ def _position(store: Path) -> dict[str, dict[str, float]]:
         tokens = [Tokens(each, each.new_empty(1, 0, each.shape[-1])) for each in some]
         if min(min(each.grid) for each in tokens) >= 2:
             generator = torch.Generator().manual_seed(0)
-            scores[term] = dataclasses.asdict(with_null(position_decodability, tokens, generator))
+            with suppress(DvtError):  # a handful of tokens may not be enough for a score
+                scores[term] = dataclasses.asdict(with_null(position_decodability, tokens, generator))
     return scores

@@ -21,7 +21,7 @@ def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
     settings = resolved(command, command="train")
     device = find_device(command.device)
     if command.overwrite:
-        begin_anew(command.out)
+        begin_anew(command.out, "train")
     with progress_bar(console) as progress:
         progress = keeping(progress, command.out, settings)
         _, report = train_denoiser(command.store, command.out, command.training, progress=progress, device=device)
@@ -40,7 +40,7 @@ def distill(command: Distill, console: Console) -> tuple[int, dict[str, Any]]:
     backbone = command.load()
     denoiser = command.load_denoiser(backbone)
     if command.overwrite:
-        begin_anew(command.out)
+        begin_anew(command.out, "distill")
     with progress_bar(console) as progress:
         progress = keeping(progress, command.out, settings)
         common = (paths, command.out, command.training, denoiser, progress)

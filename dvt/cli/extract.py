@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from dvt.cli.beside import check_upsample, fine_suffix, load_upsampler, names_beside, write_index, write_map
-from dvt.cli.common import progress_bar, resolved, shown
+from dvt.cli.common import keep_settings, keeping, progress_bar, resolved, shown
 from dvt.cli.jobs import print_job, run_job
+from dvt.cli.replay import settings_file
 from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
@@ -33,10 +34,11 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
-    console.print(f"{shown(command.backbone)}{behind}: {len(paths)} images")
+    head = f"{shown(command.backbone)}{behind}: {len(paths)} images"
     with progress_bar(console) as bar:
         names = names_beside(paths) if command.upsample > 1 else {}
-        summary, seconds = run_job(command, partial(_extraction, command, config, names), paths, settings, bar)
+        make, begun = partial(_extraction, command, config, names), partial(console.print, head)
+        summary, seconds = run_job(command, make, paths, settings, bar, begun)
     result = print_job(console, command, summary, seconds, [("precision", settings["dtype"])])
     if names:
         suffix = fine_suffix(command.upsample, command.upsampler)
@@ -81,6 +83,12 @@ def export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]]
     """Run `dvt store export`; the exit code is 0 when the folder is written."""
     settings = resolved(command, command="store export")
     with progress_bar(console) as progress:
-        images = export_store(command.store, command.out, command.form, command.terms, progress=progress)
+        progress = keeping(progress, command.out, settings)
+        given = (command.store, command.out, command.form, command.terms)
+        images = export_store(*given, overwrite=command.overwrite, progress=progress)
+    if command.form == "zarr":  # whose readers warn of every file that they do not know
+        settings_file(str(command.out)).unlink(missing_ok=True)
+    else:
+        keep_settings(command.out, settings)
     console.print(f"{shown(str(command.out))}: {images} images as {command.form}")
     return 0, {"images": images, "out": str(command.out), "settings": settings}

@@ -127,7 +127,9 @@ def completion(shell: str, commands: Mapping[str, tuple[type, str]]) -> str:
         options = [each for each in options_of(settings) if each.flags]
         cases.append(f'    "{name}") words="{" ".join(flag for each in options for flag in each.flags)}" ;;')
         values += [
-            f'    "{name} {each.flags[-1]}") words="{" ".join(each.choices)}" ;;' for each in options if each.choices
+            f'    "{name} {(each.flags or name.split())[-1]}") words="{" ".join(each.choices)}" ;;'
+            for each in options_of(settings)
+            if each.choices
         ]
     script = _BASH.format(first=" ".join(first), cases="\n".join(cases), values="\n".join(values))
     return ("autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else "") + script
@@ -138,7 +140,7 @@ _BASH = """_dvt() {{
   case "$name" in prior|store) name="$name ${{COMP_WORDS[2]}}" ;; esac
   if [ "$COMP_CWORD" -eq 1 ]; then words="{first} --help --version"
   elif [ "$COMP_CWORD" -eq 2 ] && [ "${{name% *}}" != "$name" ]; then name="${{COMP_WORDS[1]}} "; fi
-  [ -z "$words" ] && case "$name $before" in
+  [ -z "$words" ] && [[ "$now" != -* ]] && case "$name $before" in
 {values}
   esac
   if [ -z "$words" ] && {{ [[ "$now" == -* ]] || [ "$name" = "${{COMP_WORDS[1]}} " ]; }}; then case "$name" in

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,19 @@ from rich.table import Table
 
 from dvt.cli.beside import clear_beside
 from dvt.cli.common import print_skipped, save_json, shown
+from dvt.cli.options import options_of
+from dvt.cli.replay import settings_file
 from dvt.cli.settings.jobs import JobOptions
-from dvt.errors import ConfigError
+from dvt.errors import ConfigError, StoreError
 from dvt.images import is_url
+from dvt.images.own import is_store
 from dvt.jobs import launched
 from dvt.jobs.run import check_run, run
 from dvt.jobs.work import Summary, Work
 from dvt.progress import Progress, is_first_process
-from dvt.store import clear_store
+from dvt.schema import read_json
+from dvt.store import Job, clear_store
+from dvt.text import flat
 
 
 def run_job(
@@ -31,6 +37,7 @@ def run_job(
     paths: Sequence[Path | str],
     settings: dict[str, Any],
     bar: Progress,
+    begun: Callable[[], None] = lambda: None,
 ) -> tuple[Summary, float]:
     """Run a job, on Ray or in this process, and return its summary and its seconds.
 
@@ -41,6 +48,7 @@ def run_job(
         settings: settings to save beside the shards once the store is known to belong to this job; the chosen
             precision replaces "auto".
         bar: a progress bar of :func:`dvt.cli.common.progress_bar`.
+        begun: called when all is checked and the work begins.
 
     Raises:
         ConfigError: the store is a URL and --ray is missing.
@@ -50,6 +58,7 @@ def run_job(
     def started(job: Any) -> None:
         settings["dtype"] = job.config["dtype"]  # "auto" was resolved
         save_settings(command.out, {"job": job.attributes(), **settings})
+        begun()
 
     if command.overwrite and is_url(command.out):
         raise ConfigError(
@@ -70,12 +79,57 @@ def run_job(
         raise ConfigError(f"--ray-workers {command.ray_workers} is for --ray ADDRESS, which is missing")
     else:
         check_run(paths, command.out)  # before the model is loaded
-        runner = partial(launched.run if launched.is_launched() else run, make_work())
+        work = make_work()
+        if not command.overwrite:
+            _check_settings(command, settings, work.job)
+        runner = partial(launched.run if launched.is_launched() else run, work)
     if command.overwrite and is_first_process():  # last, so that nothing is lost to a mistake in the other options
         clear_store(Path(command.out), wait=command.wait)
         clear_beside(Path(command.out))
     summary = runner(paths, command.out, wait=command.wait, started=started, progress=bar)
     return summary, time.perf_counter() - start
+
+
+def _check_settings(command: JobOptions, settings: dict[str, Any], job: Job) -> None:
+    """Refuse a store that the user has made with other settings; those that only follow from them are left out."""
+    try:
+        kept = read_json(settings_file(command.out))
+        there = Job.from_attributes(kept["job"])
+    except (OSError, ConfigError, KeyError, TypeError, ValueError):  # the writer looks at the shards themselves
+        return
+    if there.digest == job.digest or not is_store(command.out):
+        return
+    if changed := _changed(command, kept, settings, there, job):
+        raise StoreError(
+            f"the store {command.out!r} was made with {', '.join(changed)}. Go on with its own settings (--resume), "
+            "begin anew in its place (--overwrite), or choose another --out"
+        )
+
+
+def _changed(command: JobOptions, kept: dict[str, Any], settings: dict[str, Any], there: Job, here: Job) -> list[str]:
+    """List the options that differ between two runs and that change the tokens, as they are given."""
+    theirs, mine = (flat({**asdict(job), "config": {}, **asdict(job)["config"]}) for job in (there, here))
+    differing = {name for name in theirs | mine if theirs.get(name) != mine.get(name)}
+    old, new, found = flat(kept), flat(settings), []
+    kind: Any = type(command)
+    options = {".".join(each.field): each for each in options_of(kind) if each.flags}
+    changed = {name: each.field[-1] for name, each in options.items() if name in old and old[name] != new.get(name)}
+    for name, last in changed.items():
+        about = [each for each in differing if last in each.split(".") or each.startswith(_SHORT.get(last, last))]
+        about = [each for each in about if each.split(".")[-1] not in {*changed.values()} - {last}]
+        if not about:
+            continue
+        pair = [old[name], new[name]]
+        both = [each for each in about if each in theirs and each in mine]
+        if len(both) == 1:  # what was chosen where nothing was given
+            pair = [job[both[0]] if given is None else given for given, job in zip(pair, (theirs, mine), strict=True)]
+        before, asked = (" ".join(map(str, each if isinstance(each, (list, tuple)) else [each])) for each in pair)
+        found.append(f"{options[name].flags[-1]} {before} (you ask for {asked})".replace("None", "none"))
+    return found
+
+
+#: Options of which the job's settings have another name.
+_SHORT = {"tile": "tiling"}
 
 
 def save_settings(out: str, content: dict[str, Any]) -> None:

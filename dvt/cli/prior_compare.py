@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import keep_settings, progress_bar, resolved, shown
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, resolved, shown
 from dvt.cli.priors import token_map
 from dvt.cli.settings.priors import PriorCompare
 from dvt.images import find_images
@@ -23,7 +23,10 @@ def compare(command: PriorCompare, console: Console) -> tuple[int, dict[str, Any
     treatments, shared = decompositions(backbone, command.views) if command.decompose else ({}, None)
     keep = (command.out / "tokens.safetensors", {"decompose": command.decompose, "views": command.views})
     denoiser = token_map(command, backbone)
+    if command.overwrite:
+        begin_anew(command.out, "prior compare")
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         material = look(paths, backbone, command.comparison, treatments, shared, denoiser, progress, keep)
         report = compare_priors(material, command.out, command.comparison, progress=progress)
     keep_settings(command.out, settings)

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dvt.cli.common import keep_settings, progress_bar, resolved, shown
+from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, resolved, shown
 from dvt.cli.settings.priors import PriorItit, PriorRepresent, PriorTower
 from dvt.devices import find_device
 from dvt.images import find_images
@@ -20,7 +20,10 @@ def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str,
 
     test = find_images(command.test) if command.test else []
     settings, device = resolved(command, command="prior represent"), find_device(command.device)
+    if command.overwrite:
+        begin_anew(command.out, "prior represent")
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = represent(command.run, command.out, command.represent, test, command.sampling, device, progress)
     keep_settings(command.out, settings)
     counts = report["pictures"]
@@ -48,13 +51,17 @@ def tower(command: PriorTower, console: Console) -> tuple[int, dict[str, Any]]:
 
     paths, test = find_images(command.images), find_images(command.test) if command.test else []
     settings = resolved(command, command="prior tower", images=paths)
+    if command.overwrite:
+        begin_anew(command.out, "prior tower")
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = train_tower(paths, command.text_file, command.out, command.tower, test, progress)
     console.print(
         f"{report['training']} images to learn from, {report['words']} words; zero-shot accuracy "
         f"{report['zero_shot']:.3f} of {report['test']} images (chance {report['chance']:.3f}); own text nearest "
         f"{report['retrieval']:.3f} of {report['held_out']} held-out images"
     )
+    keep_settings(command.out, settings)
     console.print(f"tower: {shown(report['out'])}")
     return 0, {**report, "settings": settings}
 
@@ -66,7 +73,10 @@ def itit(command: PriorItit, console: Console) -> tuple[int, dict[str, Any]]:
 
     paths, test = find_images(command.images), find_images(command.test) if command.test else []
     settings = resolved(command, command="prior itit", images=paths)
+    if command.overwrite:
+        begin_anew(command.out, "prior itit")
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = run_itit(paths, command.texts, command.out, command.itit, test, progress)
     keep_settings(command.out, settings)
     counts = report["images"]

@@ -34,7 +34,7 @@ def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
     denoiser = None if backbone is None else token_map(command, backbone)
     source = paths if command.store is None else StoreTerm(command.store, command.term)
     if command.overwrite:
-        begin_anew(command.out)
+        begin_anew(command.out, "prior train")
     with progress_bar(console) as progress:
         progress = keeping(progress, command.out, settings)
         report = train_prior(source, backbone, command.out, command.prior, denoiser, progress, device, command.start)
@@ -101,7 +101,10 @@ def loop(command: PriorLoop, console: Console) -> tuple[int, dict[str, Any]]:
     from dvt.analysis.priors.loop_run import loop_prior
 
     settings, device = resolved(command, command="prior loop"), find_device(command.device)
+    if command.overwrite:
+        begin_anew(command.out, "prior loop")
     with progress_bar(console) as progress:
+        progress = keeping(progress, command.out, settings)
         report = loop_prior(command.run, command.out, command.loop, command.sampling, device, progress)
     keep_settings(command.out, settings)
     _print_rounds(console, report["distances"], command.loop.rounds)

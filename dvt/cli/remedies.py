@@ -74,6 +74,17 @@ def product_command(product: str, command: BackboneOptions, given: Sequence[str]
     return shlex.join(["dvt", "denoise", *given, *_options(command), "--product", product, "--out", "features"])
 
 
+def remedy_commands(remedy: str, command: BackboneOptions, given: Sequence[str]) -> tuple[str, ...]:
+    """Write the commands that carry out what the doctor advises for the images given."""
+    train = "dvt train features --out denoiser.safetensors"
+    commands = {
+        "subtract": (product_command("removed", command, given), f"{train} --kind subtract"),
+        "per image": (product_command("removed", command, given),),
+        "denoiser": (product_command("ensembled", command, given), train),
+    }
+    return commands.get(remedy, ())
+
+
 def _options(command: BackboneOptions) -> list[str]:
     """List the options that name the backbone, as they were given."""
     weights = [] if command.weights is None else ["--weights", command.weights]

@@ -16,7 +16,7 @@ from dvt.cli.options import Option, options_of
 from dvt.cli.settings.common import Output, Remade
 from dvt.errors import ConfigError
 from dvt.files import read_plain
-from dvt.schema import checked, parsed_json
+from dvt.schema import checked, parsed_json, read_json
 from dvt.text import visible, wrapped
 
 #: What a run's file holds beside its settings.
@@ -33,6 +33,16 @@ def settings_file(place: str) -> Path:
     """
     path = Path(place)
     return (path.with_suffix(".run") if path.suffix == ".safetensors" else path) / "config.json"
+
+
+def command_of(place: str) -> str | None:
+    """Read which command wrote the settings that a run's place holds; None if it holds none."""
+    try:
+        kept = read_json(settings_file(place))
+    except (OSError, ConfigError):
+        return None
+    name = kept.get("command") if isinstance(kept, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def defaults_from_file(name: str, settings: type, arguments: Sequence[str]) -> Any:

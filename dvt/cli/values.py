@@ -20,6 +20,8 @@ def _rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
     """Read numbers and choices, and either of them where None is allowed, which tyro shows as one more choice."""
     members = get_args(info.type) if get_origin(info.type) in (Union, types.UnionType) else (info.type,)
     others = [each for each in members if each is not types.NoneType]
+    if others and all(get_origin(each) is Literal for each in others):
+        others = [Literal[tuple(choice for each in others for choice in get_args(each))]]
     if len(others) != 1 or (reader := _reader(others[0], len(members) > 1)) is None:
         return None
     metavar, read = reader
@@ -51,7 +53,9 @@ def refusal(panel: str) -> str:
             parts.append([])
     title, *first = parts[0] or [""]
     text = re.sub(r"^Error parsing (\{[^}]*\}: )?", "", " ".join(first or parts[1] or [title]))
-    text = re.sub(r"^Unrecognized options: ([^,]*).*", r"there is no option \1", text)
+    text = re.sub(r"^Unrecognized options: (-[^,]*).*", r"there is no option \1", text)
+    text = re.sub(r"^Unrecognized options: ([^,]*).*", r"\1 is one argument too many", text)
+    text = re.sub(r"^Missing value for argument '(.*)'\. Expected (\S+) values?\.?", r"\1 must be given a value", text)
     near = next((part for part in parts if part[:1] == ["Perhaps you meant:"] and len(part) > 1), None)
     if near is not None:
         text += f"; did you mean --{near[1].split()[0]}?"
@@ -81,8 +85,8 @@ def _choice(text: str, allowed: tuple[str, ...]) -> str:
     if text in allowed:
         return text
     near = difflib.get_close_matches(text, allowed, 1, 0.5)
-    guess = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"{text!r} is not among the choices; {guess}There are {', '.join(allowed)}")
+    guess = f"did you mean {near[0]!r}? There" if near else "there"
+    raise ValueError(f"{text!r} is not among the choices; {guess} are {', '.join(allowed)}")
 
 
 def _matches(value: Any, kind: Any) -> bool | Literal["~"]:

@@ -23,6 +23,8 @@ def view(command: View, console: Console) -> tuple[int, dict[str, Any]]:
 
     if command.out is not None and command.out.suffix.lower() not in (".html", ".htm"):
         raise ConfigError(f"the page is a web page: --out ends in .html, got {shown(str(command.out))}")
+    if not 0 <= command.port < 1 << 16:
+        raise ConfigError(f"port is {command.port}; it must lie in 0..65535, and 0 takes a free one")
     settings = resolved(command, command="view")
     if command.out is not None:
         writable(command.out)

@@ -16,12 +16,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dvt.errors import ConfigError, StoreError
-from dvt.files import open_lock, replaced, take_lock
+from dvt.files import MOST_BYTES, open_lock, remove, replaced, take_lock
 from dvt.progress import Progress
+from dvt.schema import parsed_json, read_json
 from dvt.store.format import CHUNK_BYTES
 from dvt.store.job import ImageEntry, Job, plan
 from dvt.store.reader import FeatureStore
 from dvt.store.writer import StoreWriter
+from dvt.text import differing
 
 INDEX = "index.json"
 
@@ -106,6 +108,7 @@ def export_store(
     form: Literal["npy", "zarr", "safetensors"] = "npy",
     terms: Sequence[str] = (),
     *,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> int:
     """Write a store in a format that can be read without dvt.
@@ -125,6 +128,7 @@ def export_store(
         out: a new folder, or the folder of an interrupted export.
         form: "npy", "zarr" or "safetensors".
         terms: which terms; all by default.
+        overwrite: remove what an earlier export wrote to `out`, and nothing else, first.
         progress: called with (what, done, total) after every image.
 
     Returns:
@@ -146,7 +150,8 @@ def export_store(
     if unknown := [term for term in terms if term not in source.terms]:
         raise StoreError(f"{str(store)!r} holds the terms {', '.join(source.terms)}, not {', '.join(unknown)}")
     try:
-        with _started(out) as marker:
+        wanted = {**asdict(source.job), "format": form, "terms": terms or source.terms}
+        with _started(out, wanted, overwrite) as marker:
             writers[form](source, out, terms or source.terms, progress or (lambda what, done, total: None), *zarr)
             marker.unlink()
     except OSError as error:
@@ -159,15 +164,16 @@ _TENSOR_FILE_BYTES = 256 << 20  # tensors are held in memory until their file is
 
 
 @contextmanager
-def _started(out: Path) -> Iterator[Path]:
-    """Make the folder and a marker file in it, which shows until the end that the export is unfinished.
+def _started(out: Path, wanted: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """Make the folder and a marker file in it, which shows until the end that the export is unfinished, and which.
 
     One process at a time can lock the marker. After locking it, check that it is still the folder's: a process that
     finished meanwhile removed it, and the lock on a removed file excludes nobody.
     """
     marker = out / _UNFINISHED
-    if os.path.lexists(out) and not (out.is_dir() and (os.path.lexists(marker) or not any(out.iterdir()))):
-        raise StoreError(f"{str(out)!r} exists and is not an unfinished export; choose a new folder")
+    if not _may_export(out, marker) and not (overwrite and _own(out)):
+        done = "holds an export that is done: begin anew in its place (--overwrite), or"
+        raise StoreError(f"{str(out)!r} {done if _own(out) else 'exists and is no export:'} choose a new folder")
     out.mkdir(parents=True, exist_ok=True)
     fd = open_lock(marker)
     try:
@@ -176,9 +182,55 @@ def _started(out: Path) -> Iterator[Path]:
             raise StoreError(f"another process exports to {str(out)!r}; wait for it, or choose another folder")
         if linked := next((path for path in out.rglob("*") if _linked(path)), None):
             raise StoreError(f"{str(linked)!r} is a link, which an export never makes; choose a new folder")
+        if overwrite:
+            _remove_export(out)
+        elif changed := _changed(fd, wanted):
+            raise StoreError(
+                f"{str(out)!r} holds an unfinished export with other settings: {changed}. Finish it with its own "
+                "(--resume), begin anew in its place (--overwrite), or choose a new folder"
+            )
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(wanted).encode(), 0)
         yield marker
     finally:
         os.close(fd)
+
+
+def _may_export(out: Path, marker: Path) -> bool:
+    """Tell whether a place is free for an export, or holds an unfinished one."""
+    return not os.path.lexists(out) or (out.is_dir() and (os.path.lexists(marker) or not any(out.iterdir())))
+
+
+def _changed(marker: int, wanted: dict[str, Any]) -> str:
+    """Say in what an unfinished export differs; one that a killed process had only begun is of any settings."""
+    try:
+        kept = parsed_json(os.pread(marker, MOST_BYTES, 0))
+    except ConfigError:
+        return ""
+    return differing(kept, json.loads(json.dumps(wanted))) if isinstance(kept, dict) else ""
+
+
+def _own(out: Path) -> bool:
+    """Tell whether a folder holds an export, whole or not."""
+    if (out / _UNFINISHED).exists():
+        return True
+    try:
+        kept = read_json(out / INDEX) if (out / INDEX).exists() else read_json(out / "zarr.json")
+    except (OSError, ConfigError):
+        return False
+    kept = kept.get("attributes", kept) if isinstance(kept, dict) else {}
+    return {"terms", "images"} <= kept.keys() or str(kept.get("schema", "")).startswith("dvt-features/")
+
+
+def _remove_export(out: Path) -> None:
+    """Remove what exports of any format write; other files stay."""
+    zarr = [out / name for name in ("zarr.json", "tokens", "index")] if (out / "zarr.json").exists() else []
+    files = [*out.glob("[0-9]" * 5 + ".safetensors"), *out.glob("*/" + "[0-9]" * 8 + ".npy")]
+    for each in (*files, *zarr, out / INDEX, out / "config.json"):
+        remove(each)
+    for folder in {each.parent for each in files} - {out}:
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _linked(path: Path) -> bool:

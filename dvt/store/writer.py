@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -13,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 from torch import Tensor
 
-from dvt.errors import StoreError
+from dvt.errors import DvtError, StoreError
 from dvt.files import open_lock, remove_parts, take_lock, write_whole
 from dvt.store.format import Record, check_name, write_shard
 from dvt.store.index import StoredShard, read_shard, shard_files
@@ -43,8 +44,10 @@ class StoreWriter:
         self.done: set[str] = set()
         self.images: set[tuple[str, str]] = set()
         self._lock: _Lock | None = None
+        self._made: list[Path] = []
 
     def __enter__(self) -> StoreWriter:
+        self._made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(self.folder, self.wait)
@@ -62,10 +65,22 @@ class StoreWriter:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._lock is None:
+            return
+        if kind is None or issubclass(kind, DvtError):  # an interrupted run goes on with the settings that it left
+            self._leave_no_trace()
+        self._lock.release()
+        self._lock = None
+
+    def _leave_no_trace(self) -> None:
+        """Remove the folder if this writer made it and nothing came to be in it."""
+        with suppress(OSError):
+            if self._made and set(os.listdir(self.folder)) <= {"config.json", "writer.lock"}:
+                for name in os.listdir(self.folder):
+                    (self.folder / name).unlink()
+                for each in self._made:
+                    each.rmdir()
 
     def write(
         self,
@@ -101,12 +116,14 @@ class StoreWriter:
         for file in shard_files(self.folder):
             shard = read_shard(file)
             if shard.job.digest != self.job.digest:
-                raise StoreError(
-                    f"the folder {str(self.folder)!r} holds another job's tokens: {self.job.differences(shard.job)}. "
-                    "Go on with its own settings (--resume), begin anew in its place (--overwrite), or choose another "
-                    "output folder"
-                )
+                raise StoreError(f"the folder {str(self.folder)!r} holds another job's tokens: {self._ways_out(shard)}")
             yield shard
+
+    def _ways_out(self, shard: StoredShard) -> str:
+        own = self.job.config.get("verb") == shard.job.config.get("verb")  # only a command's own run can go on
+        go_on = "Go on with its own settings (--resume), begin" if own else "Begin"
+        differences = self.job.differences(shard.job)
+        return f"{differences}. {go_on} anew in its place (--overwrite), or choose another output folder"
 
 
 def clear_store(folder: Path, wait: bool = True) -> None:

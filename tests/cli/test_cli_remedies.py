@@ -1,12 +1,19 @@
 """`dvt remedy`, and the commands that take what it writes."""
 
+import re
+import shlex
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import dvt
+from dvt.cli.commands import parse
+from dvt.cli.remedies import remedy_commands
+from dvt.cli.settings.analysis import Doctor
 from dvt.denoiser import Denoiser, DenoiserConfig
+from dvt.text import shell_lines
 
 WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64")
 
@@ -59,6 +66,27 @@ def test_the_doctor_compares_the_remedies_and_says_how_to_get_one(work, run):
     assert {each["name"] for each in alone["treated"]} == {"noise", "insid3", "removed", "ensembled"}
     assert "about this one image" in alone["text"]
     assert "fitted to images" in alone["refused"]["rasa"]
+
+
+def test_the_commands_of_the_doctor_run_as_they_are_printed(work, tmp_path, run):
+    """From a folder whose name the shell would split."""
+    photos = tmp_path / "my 'photos'"
+    photos.symlink_to(work / "photos")
+    plain = run("doctor", photos, *WITH[:4], "--size", 96, "--windows", 4)
+    assert plain["kind"] == "position" and "dvt denoise (removed)" in plain["text"]
+    compared = run("doctor", photos, *WITH, "--windows", 4, "--remedies")
+    texts = [plain["text"], compared["text"]]
+    for remedy in ("subtract", "per image", "denoiser"):
+        how = remedy_commands(remedy, Doctor((str(photos),), weights="demo", size=64, layer=-2), (str(photos),))
+        texts.append("\n".join(shell_lines(each) for each in how))
+    found = [
+        line for text in texts for line in re.sub(r" \\\n\s+", " ", text).split("\n") if line.startswith("    dvt ")
+    ]
+    assert len(found) >= 7
+    for line in found:
+        command, _ = parse(shlex.split(line)[1:])
+        assert getattr(command, "images", (str(photos),)) in ((str(photos),), ())
+        assert str(command.out) in ("features", "denoiser.safetensors") or command.out.suffix == ".safetensors"
 
 
 def test_test_time_registers_are_taken_by_doctor_analyze_probe_and_export(work, tmp_path, run):

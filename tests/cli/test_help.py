@@ -106,6 +106,8 @@ def test_the_page_of_the_documents_lists_every_command():
         (["dvt", "denoise", "photos", "--product", "e"], ["ensembled"]),
         (["dvt", "prior", "train", "--trackers", "w"], ["wandb"]),
         (["dvt", "denoise", "pho"], []),
+        (["dvt", "probe", "seg"], ["segmentation"]),
+        (["dvt", "probe", "--siz"], ["--size"]),
     ],
 )
 def test_shells_complete(shell, words, wanted):

@@ -30,7 +30,7 @@ def test_a_store_goes_on_with_its_own_settings_or_begins_anew(run, photos):
     (photos / "s" / "notes.txt").write_text("mine")
     before = {file.name: file.read_bytes() for file in (photos / "s").glob("*.h5")}
     said = denoise(run, "--views", 6, expect=2)
-    assert "views.count 5 (you ask for 6)" in said and "strength 0.5 (you ask for none)" in said
+    assert "--views 5 (you ask for 6)" in said and "--strength 0.5 (you ask for 1.0)" in said
     assert "--resume" in said and "--overwrite" in said and "seed" not in said
     again = run("denoise", "c.png", "--out", "s", "--resume")  # the views, the strength, the size and the weights
     assert (again["done"], len(FeatureStore("s"))) == (1, 3)
@@ -79,7 +79,7 @@ def test_the_strength_of_a_denoiser_belongs_to_the_job(run, photos):
     stored = FeatureStore("x", "denoised").job.config["denoiser"]["strength"]
     assert stored == 0.5
     said = run("extract", "a.png", *WITH, "--denoiser", "n.safetensors", "--out", "x", expect=2)
-    assert "denoiser.strength 0.5 (you ask for 1.0)" in said
+    assert "--strength 0.5 (you ask for 1.0)" in said
     assert "also give --denoiser" in run("extract", "a.png", *WITH, "--strength", 0.5, "--out", "y", expect=2)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dvt import grids
-from dvt.errors import ConfigError, NonFiniteError, ShapeError
+from dvt.errors import ConfigError, ImageError, NonFiniteError, ShapeError
 from dvt.fields import LinearConfig, LinearSolver
 from dvt.fields.equations import BlockTridiagonal, NormalEquations, solve_artifact
 from dvt.fields.planted import Planted, PlantedConfig, relative_error
@@ -546,3 +546,8 @@ def test_cuda_equals_cpu(photo, config):
         strict=True,
     ):
         torch.testing.assert_close(one.cpu(), other, atol=5e-3, rtol=1e-3)
+
+
+def test_equations_that_too_few_views_leave_singular_are_told_in_words():
+    with pytest.raises(ImageError, match="give more views"):
+        solve_artifact(-torch.eye(4, dtype=torch.float64), torch.zeros(4, 2, dtype=torch.float64), 0.0)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from dvt.cli.settings.common import LayersOptions, Output
+from dvt.cli.settings.common import LayersOptions, Output, Remade
 from dvt.cli.settings.jobs import JobOptions
 
 
@@ -55,13 +55,13 @@ class StoreMerge(Output):
 
 
 @dataclass(frozen=True)
-class StoreExport(Output):
+class StoreExport(Output, Remade):
     """Write a store as .npy files (one per image and term), as one zarr group, or as safetensors files."""
 
     store: tyro.conf.Positional[Path]
     """A folder of shards, or one shard."""
     out: Path
-    """A new folder."""
+    """A new folder, or that of an interrupted export."""
     form: Annotated[Literal["npy", "zarr", "safetensors"], tyro.conf.arg(name="format")] = "npy"
     """The format to write; zarr needs the package of that name."""
     terms: tuple[str, ...] = ()

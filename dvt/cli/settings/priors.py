@@ -88,7 +88,7 @@ class PriorEvaluate(Options):
 
 
 @dataclass(frozen=True)
-class PriorCompare(DenoiserOptions):
+class PriorCompare(DenoiserOptions, Remade):
     """Compare priors conditioned on raw and on clean tokens, with the same seeds, split and budget, over steps.
 
     Run the same command again to continue with the missing runs.
@@ -110,7 +110,7 @@ class PriorCompare(DenoiserOptions):
 
 
 @dataclass(frozen=True)
-class PriorLoop(Options):
+class PriorLoop(Options, Remade):
     """Refit a prior without a condition on its own samples, round after round, and measure how it changes."""
 
     run: tyro.conf.Positional[Path]
@@ -134,7 +134,7 @@ class RepresentFlags(Represent):
 
 
 @dataclass(frozen=True)
-class PriorRepresent(Options):
+class PriorRepresent(Options, Remade):
     """Train encoders on a prior's samples, and probe them on real labels beside encoders of real images."""
 
     run: tyro.conf.Positional[Path]
@@ -160,7 +160,7 @@ class TowerFlags(TowerTraining):
 
 
 @dataclass(frozen=True)
-class PriorTower(Options):
+class PriorTower(Options, Remade):
     """Train a small image-text tower on images and their texts, with rewrites, and score it by the names of classes."""
 
     images: tyro.conf.Positional[tuple[str, ...]]
@@ -184,7 +184,7 @@ class ItitFlags(Itit):
 
 
 @dataclass(frozen=True)
-class PriorItit(Options):
+class PriorItit(Options, Remade):
     """Train priors from image to text and back with few pairs, with and without cycles over unpaired images and texts.
 
     Run the same command again to continue with the missing runs.
