@@ -139,7 +139,8 @@ def check_distilled(
         needs = "needs a denoiser" if denoiser is None else "uses no denoiser, but one was given"
         others = "'views' or 'raw'" if other else "'views'"
         raise ConfigError(
-            f"the teacher {config.teacher!r} {needs}; choose the teacher 'denoiser' with one, or {others}"
+            f"the teacher {config.teacher!r} {needs}; choose the teacher 'denoiser' with one, or {others} "
+            "(on the command line: --denoiser FILE, or --teacher)"
         )
     if denoiser is not None:
         denoiser.check_fits(backbone)

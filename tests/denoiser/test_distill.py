@@ -578,9 +578,7 @@ def test_the_first_projection_is_the_least_squares_one(backbone, photos):
 
 def test_students_that_cannot_be_are_refused(backbone, denoiser, photos, tmp_path):
     out, small = tmp_path / "s.safetensors", load_backbone("test_vit2", pretrained=False)
-    with pytest.raises(
-        ConfigError, match="needs a denoiser; choose the teacher 'denoiser' with one, or 'views' or 'raw'"
-    ):
+    with pytest.raises(ConfigError, match=r"or 'views' or 'raw' \(on the command line: --denoiser FILE, or --teacher"):
         distill_student(backbone, small, photos, out)
     with pytest.raises(ConfigError, match="for a student of another model"):
         distill_backbone(backbone, photos, out, short(teacher="raw"))
