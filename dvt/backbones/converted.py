@@ -15,9 +15,7 @@ logger = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
 #: The beginnings of an encoder's parameter names in timm, in the DINO repositories and in transformers.
-_STARTS = (
-    r"(patch_embed\.|embeddings\.patch_embed|embeddings\.cls_token|blocks\.0\.|conv1\.|vision_model\.embeddings\.)"
-)
+_STARTS = r"(patch_embed\.|embeddings\.patch_embed|embeddings\.cls_token|blocks\.0\.|conv1\.)"
 _START = re.compile(rf"^(.*?){_STARTS}")
 #: Parts of prefixes that identify the encoder to take if a file holds several; earlier parts have priority.
 PREFERRED = ("teacher", "target", "ema", "momentum", "student")

@@ -8,6 +8,7 @@ import huggingface_hub.constants
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import dvt
 from dvt.backbones import load_backbone
@@ -70,7 +71,9 @@ def test_folders_of_timm_and_transformers(tmp_path, monkeypatch):
     x = images(1, (96, 64))
     torch.testing.assert_close(backbone(x).patches.flatten(1, 2), model.forward_features(backbone.normalise(x))[:, 1:])
     assert backbone.name.partition(".")[0] == "test_vit"
-    config = transformers.Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=70)
+    config = transformers.Dinov2Config(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=70, patch_size=14
+    )
     theirs = spread(transformers.Dinov2Model(config))
     theirs.save_pretrained(tmp_path / "theirs")
     for name in (str(tmp_path / "theirs"), f"hf:{tmp_path / 'theirs'}"):
@@ -119,6 +122,13 @@ def test_weights_of_transformers_give_its_outputs(name, tmp_path):
     expected = expected if norm is None else getattr(model, norm)(expected)
     scale = expected.abs().max()
     torch.testing.assert_close(found.patches / scale, expected / scale, rtol=0, atol=1e-5)
+    if family in ("CLIPVision", "SiglipVision"):  # as the hub has them: both towers, and each below its name
+        state = {key.removeprefix("vision_model."): value for key, value in model.state_dict().items()}
+        both = {f"vision_model.{key}": value for key, value in state.items()}
+        both |= {"text_model.embeddings.token_embedding.weight": torch.ones(9, 8), "logit_scale": torch.ones(())}
+        save_file(both, tmp_path / "both.safetensors")
+        again = load_backbone(name, weights=tmp_path / "both.safetensors")
+        assert torch.equal(again(batch).patches, found.patches)
 
 
 def outputs(state, path):
