@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, get_args
@@ -92,19 +91,20 @@ class LabelledData:
         """Keep at most the given number of examples of each split, evenly spaced; None keeps all."""
         return replace(self, splits={name: pick(part, counts.get(name)) for name, part in self.splits.items()})
 
-    def counted(self) -> LabelledData:
-        """Add the number of classes; if the layout does not give it, read all labels of all splits.
+    def counted(self, truth: Iterable[Tensor] | None = None) -> LabelledData:
+        """Add the number of classes; if the layout does not give it, find it in the labels of all splits.
+
+        Args:
+            truth: those labels, if they have been read already.
 
         Raises:
             DataError: the ids seem to be colours or regions (more than MOST_CLASSES), or 255 seems to mark void pixels.
         """
         if self.num_classes or self.target not in ("labels", "category"):
             return self
-        seen: Counter[int] = Counter()
-        for examples in self.splits.values():
-            for example in examples:
-                seen.update(torch.unique(self.read(example)).tolist())
-        found = sorted(set(seen) - {IGNORE})
+        if truth is None:
+            truth = (self.read(example) for examples in self.splits.values() for example in examples)
+        found = sorted({value for labels in truth for value in present_ids(labels)} - {IGNORE})
         if not found:
             raise DataError(f"every pixel of every label map in {str(self.root)!r} is ignored ({self.ignore})")
         if found[-1] == 255 and 254 not in found:
@@ -120,16 +120,16 @@ class LabelledData:
     def _labels(self, values: np.ndarray, example: Example) -> Tensor:
         if self.masks:
             values = self._mask(values, example)
-        present = np.unique(values)
+        present = present_ids(torch.from_numpy(values)) if values.dtype == np.uint8 else np.unique(values).tolist()
         known = len(self.ids) if self.ids is not None else self.num_classes or MOST_CLASSES
-        if wrong := [int(v) for v in present if not 0 <= v < known and int(v) not in self.ignore]:
+        if wrong := [v for v in present if not 0 <= v < known and v not in self.ignore]:
             raise DataError(
                 f"{os.fspath(_path(example.truth))!r} holds the ids {some(wrong)}; class ids lie in 0 ... {known - 1}. "
                 "Give --ignore ID for ids that are not a class, or --classes N if there are more classes"
             )
-        table = np.full(int(present.max(initial=0)) + 1, IGNORE, dtype=np.int16)
+        table = np.full(max(present, default=0) + 1, IGNORE, dtype=np.int16)
         for value in present:
-            if int(value) not in self.ignore:
+            if value not in self.ignore:
                 table[value] = value if self.ids is None else self.ids[value]
         return torch.from_numpy(table[values])
 
@@ -143,6 +143,11 @@ class LabelledData:
                 "--masks out for class ids, or give --ignore ID for ids that are not a class"
             )
         return np.where(void, values, values != 0)
+
+
+def present_ids(labels: Tensor) -> list[int]:
+    """List the ids in labels from IGNORE up, in order; counting them is many times faster than sorting pixels."""
+    return (torch.bincount(labels.flatten().int() - IGNORE).nonzero()[:, 0] + IGNORE).tolist()
 
 
 def _depth(values: np.ndarray, example: Example, scale: float | None) -> Tensor:
@@ -190,6 +195,7 @@ def open_data(
     num_classes: int | None = None,
     depth_scale: float | None = None,
     masks: bool = False,
+    check: bool = True,
 ) -> LabelledData:
     """Find the examples below a folder, and check names and sizes.
 
@@ -201,6 +207,7 @@ def open_data(
         num_classes: K, for our folder layout; None finds it in the labels.
         depth_scale: units of a depth map per metre (KITTI 256); None means 1000 for whole numbers and 1 for floats.
         masks: label maps are masks of 0 and one other value, 1 or 255, or of 1 bit.
+        check: check sizes; without it, :func:`check_sizes` is for the part of the examples that is used.
 
     Raises:
         DataError: nothing is found, pairs are missing (they are listed), names clash or sizes disagree.
@@ -236,10 +243,9 @@ def open_data(
     data = LabelledData(
         base, name, target, splits, classes, known.ids, ignored, wanted, notes, depth_scale, masks and not known.ids
     )
-    _check_sizes(data)
     for note in notes:
         log.info("%s", note)
-    return data
+    return check_sizes(data) if check else data
 
 
 def _recognise(root: Path, target: str, layout: str) -> tuple[str, Path]:
@@ -273,8 +279,12 @@ def _made_split(examples: list[Example], target: str) -> tuple[dict[str, list[Ex
     return {name: part for name, part in parts.items() if part}, (note,)
 
 
-def _check_sizes(data: LabelledData) -> None:
-    """Check that label and depth maps are as large as their images."""
+def check_sizes(data: LabelledData) -> LabelledData:
+    """Check that label and depth maps are as large as their images, and return the data.
+
+    Raises:
+        DataError: some are not; the message lists them.
+    """
     wrong = []
     for examples in data.splits.values():
         for example in examples:
@@ -284,6 +294,7 @@ def _check_sizes(data: LabelledData) -> None:
                     wrong.append(f"{example.image} {size_text(sizes[0])} and {example.truth} {size_text(sizes[1])}")
     if wrong:
         raise DataError(f"{len(wrong)} images and their maps differ in size (height x width): {some(wrong)}")
+    return data
 
 
 def pick(items: Sequence[Picked], count: int | None) -> tuple[Picked, ...]:

@@ -60,7 +60,9 @@ def held(items: Sequence[Tensor]) -> Sequence[Tensor]:
     """Read the items into memory if all are likely to take less than 2 GB; otherwise return them unchanged."""
     if not len(items):
         return items
-    return list(items) if items[0].nbytes * len(items) < _HELD_BYTES else items
+    first = items[0]
+    few = first.nbytes * len(items) < _HELD_BYTES
+    return [first, *(items[i] for i in range(1, len(items)))] if few else items
 
 
 def default_cache() -> Path:

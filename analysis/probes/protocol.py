@@ -17,7 +17,7 @@ from dvt.analysis.config import TARGETS, ProbeConfig
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.correspondence import Correspondence, WarpConfig, correspondence
 from dvt.analysis.probes.crops import cached_crops
-from dvt.analysis.probes.datasets import LabelledData, open_data, pick
+from dvt.analysis.probes.datasets import LabelledData, check_sizes, open_data, pick, present_ids
 from dvt.analysis.probes.depth import DepthProbe, kept_depth
 from dvt.analysis.probes.discovery import TRIVIAL_MARGINS, Lost, TokenCut
 from dvt.analysis.probes.features import Lazy, default_cache, held
@@ -50,6 +50,11 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
     A store given to :func:`run_probe` must hold the files of these examples. "train" is empty if the task needs no
     training (discovery).
     """
+    return _opened(config, progress).counted()
+
+
+def _opened(config: ProbeConfig, progress: Progress | None) -> LabelledData:
+    """Prepare the data, without the number of classes where it stands in the labels alone."""
     if config.task not in TARGETS:
         raise ConfigError(f"{config.task} takes any images; there are no labels to prepare")
     target = TARGETS[config.task]
@@ -61,6 +66,7 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
         num_classes=config.classes,
         depth_scale=config.depth_scale,
         masks=config.masks,
+        check=False,
     )
     name: str = config.evaluate or next((each for each in ("all", "test") if each in data.splits), "val")
     if name not in data.splits:
@@ -68,8 +74,8 @@ def prepare(config: ProbeConfig, progress: Progress | None = None) -> LabelledDa
     notes = data.notes if name in ("test", "all") else (*data.notes, f"scored on the split {name}")
     splits = {"train": data.splits.get("train", ()), "test": data.splits[name]}
     data = replace(data, splits=splits, notes=notes)
-    data = data.limited(train=config.train_images, test=config.test_images).counted()
-    return data if config.protocol == "frames" else cached_crops(data, _cache(config), config.seed, progress)
+    data = check_sizes(data.limited(train=config.train_images, test=config.test_images))
+    return data if config.protocol == "frames" else cached_crops(data.counted(), _cache(config), config.seed, progress)
 
 
 def run_probe(
@@ -100,10 +106,8 @@ def run_probe(
         if further:
             raise ConfigError("correspondence compares the tokens of one layer; give one --layer")
         return _run_correspondence(config, backbone, names, variants, progress)
-    data = prepare(config, progress)
-    examples = [*data.splits["train"], *data.splits["test"]]
+    data, examples, truth = _read(config, progress)
     count = len(data.splits["train"])
-    truth = held(Lazy(len(examples), lambda i: _target(data, examples[i], config, scored=i >= count)))
     train, test = _parts(truth, count)
     notes = [*data.notes, *_notes(train, test, data)]
     source = _row_features(config, backbone, [example.image for example in examples], count, progress, layers)
@@ -133,6 +137,15 @@ def run_probe(
     described |= {"test": len(examples) - count, "classes": data.num_classes}
     report = _report(config, probes[RAW][0], statistics, described, notes)
     return replace(report, probes={name: each[0] for name, each in probes.items()})
+
+
+def _read(config: ProbeConfig, progress: Progress | None) -> tuple[LabelledData, list[Example], Sequence[Tensor]]:
+    """Read the examples, for training first, and their targets, each once if they fit into memory."""
+    data = _opened(config, progress)
+    examples = [*data.splits["train"], *data.splits["test"]]
+    count = len(data.splits["train"])
+    truth = held(Lazy(len(examples), lambda i: _target(data, examples[i], config, scored=i >= count)))
+    return data.counted(truth), examples, truth
 
 
 def _run_correspondence(
@@ -264,8 +277,8 @@ def _class_notes(train: Sequence[Tensor], test: Sequence[Tensor], data: Labelled
 def _present(truth: Sequence[Tensor], num_classes: int) -> Tensor:
     seen = torch.zeros(num_classes + 1, dtype=torch.bool)
     for i in range(len(truth)):
-        seen |= torch.bincount((truth[i] - IGNORE).flatten(), minlength=num_classes + 1)[: num_classes + 1] > 0
-    return seen[1:]  # the first is IGNORE, -1
+        seen[[each for each in present_ids(truth[i]) if each < num_classes]] = True  # IGNORE, -1, is the last entry
+    return seen[:-1]
 
 
 def _void_notes(

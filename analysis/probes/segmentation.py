@@ -198,14 +198,11 @@ def class_shares(labels: Tensor, num_classes: int, centres: Tensor) -> Tensor:
 
 def class_counts(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Count pixels of each class: right ones, those of the truth, and those predicted; (K, 3) float64."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     _check_range(labels, num_classes)
     if predicted.shape != labels.shape:
         raise ShapeError(f"predictions {tuple(predicted.shape)} and labels {tuple(labels.shape)} differ in shape")
-    confusion = multiclass_confusion_matrix(
-        predicted.flatten(), labels.flatten().long(), num_classes, ignore_index=IGNORE, validate_args=False
-    )
+    pairs = (labels.long() - IGNORE) * num_classes + predicted  # ignored ones come first
+    confusion = torch.bincount(pairs.flatten(), minlength=(num_classes + 1) * num_classes).view(-1, num_classes)[1:]
     return torch.stack((confusion.diagonal(), confusion.sum(1), confusion.sum(0)), dim=1).double()
 
 
@@ -215,16 +212,19 @@ def near_boundaries(labels: Tensor, distance: int = NEAR) -> Tensor:
     >>> near_boundaries(torch.tensor([[0, 0, 0, 1, 1, 1]]), distance=1).int().tolist()
     [[0, 1, 1, 1, 1, 0]]
     """
-    edges = torch.zeros(labels.shape, device=labels.device)
+    near = torch.zeros_like(labels, dtype=torch.bool)
     for axis in (0, 1):
         one, other = labels.narrow(axis, 0, labels.shape[axis] - 1), labels.narrow(axis, 1, labels.shape[axis] - 1)
-        apart = ((one != other) & (one != IGNORE) & (other != IGNORE)).float()
+        apart = (one != other) & (one != IGNORE) & (other != IGNORE)
         for start in (0, 1):
-            part = edges.narrow(axis, start, labels.shape[axis] - 1)
-            part.copy_(torch.maximum(part, apart))
-    side = 2 * distance + 1  # rows first, then columns: the maximum over a square, many times faster
-    rows = nnf.max_pool2d(edges[None, None], (side, 1), 1, (distance, 0))
-    return nnf.max_pool2d(rows, (1, side), 1, (0, distance))[0, 0] > 0
+            near.narrow(axis, start, labels.shape[axis] - 1).logical_or_(apart)
+    for axis in (0, 1):  # rows first, then columns: a square, many times faster
+        edges = near.clone()
+        for step in range(1, min(distance, labels.shape[axis] - 1) + 1):
+            count = labels.shape[axis] - step
+            near.narrow(axis, step, count).logical_or_(edges.narrow(axis, 0, count))
+            near.narrow(axis, 0, count).logical_or_(edges.narrow(axis, step, count))
+    return near
 
 
 def count_scores(counts: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from dvt.analysis.metrics.ridge import held_out
 from dvt.analysis.probes import features
 from dvt.analysis.probes.classification import KnnClassification, LinearClassification
 from dvt.analysis.probes.crops import CROP_SHARE, cached_crops, draw_square, write_crops
-from dvt.analysis.probes.datasets import open_data
+from dvt.analysis.probes.datasets import LabelledData, open_data
 from dvt.analysis.probes.depth import DepthProbe, depth_errors
 from dvt.analysis.probes.layouts import IGNORE
 from dvt.analysis.probes.probe import HeadConfig, reduced
@@ -585,6 +585,19 @@ def test_position_alone_solves_layout_on_frames_and_fails_on_crops(tmp_path, tin
     crops = run_probe(config(root, protocol="crops"), tiny_backbone)
     assert frames.row("position-only").scores["mIoU"] > 0.9
     assert crops.row("position-only").scores["mIoU"] < 0.6
+
+
+def test_each_label_map_is_read_once_and_what_is_not_used_not_at_all(tmp_path, tiny_backbone, monkeypatch):
+    root = checkered(tmp_path / "data", count=6)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(root / "annotations" / "test" / "5.png")
+    read = Counter()
+    monkeypatch.setattr(
+        LabelledData, "read", lambda self, each, own=LabelledData.read: (read.update([each]), own(self, each))[1]
+    )
+    run_probe(config(root, test_images=2, baselines=()), tiny_backbone)
+    assert len(read) == 6 + 2 and set(read.values()) == {1}
+    with pytest.raises(DataError, match="1 images and their maps differ in size"):
+        run_probe(config(root, baselines=()), tiny_backbone)
 
 
 def test_a_whole_run(tmp_path, tiny_backbone):
