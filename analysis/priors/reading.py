@@ -273,6 +273,10 @@ def opened_tokens(folder: Path, about: dict[str, Any] | None = None) -> TokenSet
     Raises:
         ConfigError: the folder has none, they are damaged, or they come from something else.
     """
+    if not folder.exists():  # comparisons and loops train priors, too, and keep their tokens elsewhere
+        raise ConfigError(
+            f"{str(folder.parent)!r} keeps no tokens; give a folder that `dvt prior train` wrote (its --out)"
+        )
     try:
         found = typed(_KeptAbout, read_json(folder / "about.json", _MOST_BYTES))
         source, names, wanted = found["from"], found["names"], typed(Wanted, found["from"].get("wanted"))

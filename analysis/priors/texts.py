@@ -81,7 +81,10 @@ def _check_step(path: Path, images: list[str], named: list[str]) -> None:
             for names, what in ((missing, "images without a line"), (unknown, "lines without an image"))
             if names
         ]
-        raise ConfigError(f"{path} does not fit the {len(images)} images: {' and '.join(parts)}; make it again")
+        raise ConfigError(
+            f"{path} does not fit the {len(images)} images: {' and '.join(parts)}; "
+            "give each image one line, with its name relative to the file's folder"
+        )
 
 
 def draw_texts(texts: Texts, generator: torch.Generator) -> list[str]:

@@ -460,6 +460,9 @@ def test_runs_of_other_images_are_not_compared(images, backbone, tmp_path):
     with pytest.raises(ConfigError, match="different images"):
         evaluate_priors([tmp_path / "a", tmp_path / "c"], **how)
     shutil.rmtree(tmp_path / "a" / "tokens")
+    with pytest.raises(ConfigError, match="keeps no tokens; give a folder"):  # as the runs of a comparison
+        evaluate_priors([tmp_path / "a"], **how)
+    (tmp_path / "a" / "tokens").mkdir()
     with pytest.raises(ConfigError, match="keeps no readable tokens"):
         evaluate_priors([tmp_path / "a"], **how)
 
