@@ -56,17 +56,18 @@ def fit_remedy(
     config = config or RemedyConfig()
     if remedy not in _FITS:
         raise ConfigError(f"there is no remedy {remedy!r}; it must be one of {', '.join(REMEDIES)}")
+    found: list[ImageLike] = []
     if remedy not in WITHOUT_IMAGES:
         given = image_list(images)
-        images = [given[i] for i in usable_images(given, backbone.input_size)]
-    denoiser = _FITS[remedy](backbone, images, config, progress)
+        found = [given[i] for i in usable_images(given, backbone.input_size)]
+    denoiser = _FITS[remedy](backbone, found, config, progress)
     denoiser.card |= {
         "remedy": remedy,
         "backbone": backbone.name,
         "stride": list(backbone.stride),
         "feature_dim": backbone.feature_dim,
         "weights_sha256": backbone.weights_sha256,
-        "images": 0 if remedy in WITHOUT_IMAGES else len(images),
+        "images": len(found),
     }
     if remedy != "registers":  # registers act on all layers
         denoiser.card["layer"] = backbone.layer

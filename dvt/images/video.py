@@ -129,7 +129,7 @@ class _Video:
         self.path, self.errors = path, (av.error.FFmpegError, OSError, ValueError, MemoryError)
         self.lock, self.kept = threading.Lock(), OrderedDict[int, Any]()
         try:
-            self.container = av.open(open(path, "rb"), format=_FORMATS[Path(path).suffix.lower()])  # noqa: SIM115
+            self.container = av.open(open(path, "rb"), "r", format=_FORMATS[Path(path).suffix.lower()])  # noqa: SIM115
         except self.errors as error:
             raise image_error(path, f"it cannot be opened as a video ({error}); a part of it may be missing") from error
         if not self.container.streams.video:
@@ -169,7 +169,7 @@ class _Video:
     @property
     def seconds(self) -> list[float]:
         """The times of the frames in seconds."""
-        return [float(time * self.stream.time_base) for time in self.times]
+        return [float(time * (self.stream.time_base or 0)) for time in self.times]
 
     def frame(self, number: int) -> np.ndarray:
         """Decode a frame: (H, W, 3) uint8, turned as its rotation says.
