@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -31,7 +32,7 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
     _check_backbone(held, backbone)
     writable(command.out / "search.json")
     pixels = load_image(command.query)
-    maps = command.terms_of(backbone, pixels)
+    maps = _as_the_store(command, held).terms_of(backbone, pixels)
     terms = [term for term in maps if term in held.terms]
     found = {}
     with progress_bar(console) as progress:
@@ -55,6 +56,14 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
             console.print(f"{term}  {each.cosine:.3f}  {escape(each.path)}", highlight=False)
     console.print(f"picture: {escape(str(picture))}")
     return 0, {**result, "picture": str(picture)}
+
+
+def _as_the_store(command: SearchCommand, held: Any) -> SearchCommand:
+    """Clean the photograph as the store's images were: another product of it is like none of them, not even itself."""
+    config = held.job.config
+    product = config.get("product") if command.product is None else command.product
+    views = config.get("views", {}).get("count", 0) if command.views is None else command.views
+    return replace(command, product=product, views=views)
 
 
 def _check_backbone(held: Any, backbone: Any) -> None:

@@ -84,6 +84,21 @@ def test_a_store_is_searched_for_a_photograph(photo, tmp_path, monkeypatch):
     assert not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("product", ["removed", "ensembled"])
+def test_a_photograph_is_cleaned_as_the_store_s_images_were(product, photo, tmp_path, monkeypatch):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    pixels = photo.mul(255).byte().movedim(0, -1).numpy()
+    for name, each in {"a": pixels, "b": 255 - pixels}.items():
+        Image.fromarray(each).save(f"{name}.png")
+    cleaned = ("--views", "6", "--product", product, "--out", "store")
+    assert main(["denoise", "a.png", "b.png", *WITH, *cleaned]) == 0
+    assert main(["search", "b.png", "store", *WITH, "--box", "0.2", "0.2", "0.7", "0.7", "--out", "found"]) == 0
+    best = json.loads((tmp_path / "found" / "search.json").read_text())["found"]["semantic"][0]
+    assert best["path"].endswith("b.png") and best["cosine"] > 0.99, best
+
+
 def test_a_clip_is_shown_in_colours_that_last(photo, tmp_path, monkeypatch, capsys):
     """What stands still in a film keeps its colour, whatever moves beside it."""
     import numpy as np

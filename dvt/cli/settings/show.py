@@ -93,7 +93,10 @@ class MatchCommand(CleanOptions):
 
 @dataclass(frozen=True)
 class SearchCommand(CleanOptions):
-    """Find the images of a store that look like a photograph or a part of it, by raw and by clean features."""
+    """Find the images of a store that look like a photograph or a part of it, by raw and by clean features.
+
+    Without --product and --views the photograph is cleaned as the store's images were.
+    """
 
     query: tyro.conf.Positional[Path]
     """A photograph."""
