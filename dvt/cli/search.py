@@ -59,7 +59,7 @@ def search(command: SearchCommand, console: Console) -> tuple[int, dict[str, Any
 
 
 def _as_the_store(command: SearchCommand, held: Any) -> SearchCommand:
-    """Clean the photograph as the store's images were: another product of it is like none of them, not even itself."""
+    """Take the store's product and number of views: a photograph cleaned in another way is not even like itself."""
     config = held.job.config
     product = config.get("product") if command.product is None else command.product
     views = config.get("views", {}).get("count", 0) if command.views is None else command.views
