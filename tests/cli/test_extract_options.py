@@ -38,7 +38,7 @@ def test_several_layers_are_terms_of_one_store_and_one_head(photo, run, tmp_path
     store = FeatureStore(tmp_path / "store")
     assert store.terms == ("raw", "layer5", "layer8") and store.job.layer == -1
     run("show", "store", "--terms", "layer5", "raw", "--out", "shown")
-    assert "another job" in run("extract", "a.png", *WITH, "--layer", 5, 11, "--out", "store", expect=2)
+    assert "5 8 11 (you ask for 5 11)" in run("extract", "a.png", *WITH, "--layer", 5, 11, "--out", "store", expect=2)
     assert "12 blocks" in run("extract", "a.png", *WITH, "--layer", 5, 12, "--out", "bad", expect=2)
     assert "no block" in run("extract", "a.png", *WITH, "--layer", "--out", "bad", expect=2)
     for split, count in (("train", 3), ("test", 1)):
