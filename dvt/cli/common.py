@@ -157,18 +157,22 @@ def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> 
 
 @contextmanager
 def leaving_nothing(command: Any) -> Iterator[None]:
-    """Remove the folder of a command that was refused, if it made it and nothing but settings and locks is in it."""
+    """Remove the folder of a command that was refused, if it made it and nobody can have begun to work in it."""
     folder = settings_file(str(getattr(command, "out", None) or ".")).parent
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         yield
     except DvtError:
         with suppress(OSError):
-            if made and all(each.name == "config.json" or each.suffix == ".lock" for each in folder.iterdir()):
+            if made and {each.name for each in folder.iterdir()} <= _NO_WORK:
                 remove(folder)
                 for each in made[1:]:
                     each.rmdir()
         raise
+
+
+#: What lies in a folder before its work begins; another process holds the other locks, and would lose its folder.
+_NO_WORK = {"config.json", "tokens.lock"}
 
 
 def check_place(out: Path | str, name: str, overwrite: bool = False) -> None:

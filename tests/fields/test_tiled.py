@@ -201,4 +201,4 @@ def test_the_commands_read_large_images_in_windows(tmp_path, monkeypatch, capsys
             assert main([verb, *odd[:-1], str(side), "--out", "none"]) == 2
             assert said in " ".join(capsys.readouterr().err.split())
     assert main(["denoise", *options, "--out", "clean", "--views", "4"]) == 2
-    assert "another job" in " ".join(capsys.readouterr().err.split())
+    assert "--size 160 (you ask for none)" in " ".join(capsys.readouterr().err.split())
