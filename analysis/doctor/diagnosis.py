@@ -168,7 +168,7 @@ class Diagnosis:
         head = f"  {'':<{width}}  at position  outliers  like the content  images"
         lines = [head] if self.raw is None else [head, _row(self.raw, width, "")]
         for each in self.treated:
-            lines.append(_row(each, width, "  the best" if each.name == self.best else ""))
+            lines.append(wrapped(_row(each, width, "  the best" if each.name == self.best else "")))
         if self.best is None:
             least = f" {self.nearest} leaves least." if self.nearest else ""
             lines.append(wrapped(f"  None of those given removes enough.{least}"))
