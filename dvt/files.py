@@ -18,7 +18,7 @@ import secrets
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -266,6 +266,26 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
         path.unlink()
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """List a folder that is missing and those of its parents that are, the innermost first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def remove_unused(made: Sequence[Path], idle: Collection[str]) -> None:
+    """Remove folders that this process made, if nothing came to be in the innermost one but files of no use alone.
+
+    Args:
+        made: what :func:`missing_folders` listed before they were made.
+        idle: names of files that may lie there before its work begins, such as settings and this process's own lock.
+    """
+    with suppress(OSError):
+        if made and set(names := os.listdir(made[0])) <= set(idle):
+            for name in names:
+                (made[0] / name).unlink()
+            for each in made:
+                each.rmdir()
 
 
 def sync_path(path: Path) -> None:

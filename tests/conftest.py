@@ -1,5 +1,8 @@
 """What the tests share: a photograph, a tiny backbone with fixed weights, and one thread for every test."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +14,18 @@ def photo():
     """(3, 512, 512) a photograph in [0, 1], from scikit-image."""
     data = pytest.importorskip("skimage.data")
     return torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1).float() / 255
+
+
+@pytest.fixture(scope="session")
+def digests():
+    """A function that digests the files of a folder, by name: a failure names those that differ, in a line each."""
+
+    def digest(folder, *patterns):
+        found = (path for pattern in patterns or ("*",) for path in Path(folder).rglob(pattern))
+        files = sorted(path for path in found if path.is_file())
+        return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+    return digest
 
 
 @pytest.fixture(scope="session")

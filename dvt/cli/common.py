@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from rich.progress import Progress as ProgressBar
 from dvt.cli.replay import MANNERS, command_of, settings_file
 from dvt.cli.settings.common import Remade
 from dvt.errors import ConfigError, DvtError
-from dvt.files import remove, whole_file
+from dvt.files import missing_folders, remove, remove_unused, whole_file
 from dvt.progress import Progress, is_first_process
 from dvt.text import visible
 
@@ -159,20 +159,13 @@ def keep_settings(out: Path, settings: dict[str, Any], *, new: bool = False) -> 
 def leaving_nothing(command: Any) -> Iterator[None]:
     """Remove the folder of a command that was refused, if it made it and nobody can have begun to work in it."""
     folder = settings_file(str(getattr(command, "out", None) or ".")).parent
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = missing_folders(folder)
     try:
         yield
     except DvtError:
-        with suppress(OSError):
-            if made and {each.name for each in folder.iterdir()} <= _NO_WORK:
-                remove(folder)
-                for each in made[1:]:
-                    each.rmdir()
+        # Not with another lock in it: a process that holds it would lose its folder.
+        remove_unused(made, ("config.json", "tokens.lock"))
         raise
-
-
-#: What lies in a folder before its work begins; another process holds the other locks, and would lose its folder.
-_NO_WORK = {"config.json", "tokens.lock"}
 
 
 def check_place(out: Path | str, name: str, overwrite: bool = False) -> None:

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -15,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from dvt.errors import DvtError, StoreError
-from dvt.files import open_lock, remove_parts, take_lock, write_whole
+from dvt.files import missing_folders, open_lock, remove_parts, remove_unused, take_lock, write_whole
 from dvt.store.format import Record, check_name, write_shard
 from dvt.store.index import StoredShard, read_shard, shard_files
 from dvt.store.job import Job
@@ -47,7 +46,7 @@ class StoreWriter:
         self._made: list[Path] = []
 
     def __enter__(self) -> StoreWriter:
-        self._made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        self._made = missing_folders(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock = _Lock(self.folder, self.wait)
@@ -69,18 +68,9 @@ class StoreWriter:
         if self._lock is None:
             return
         if kind is None or issubclass(kind, DvtError):  # an interrupted run goes on with the settings that it left
-            self._leave_no_trace()
+            remove_unused(self._made, ("config.json", "writer.lock"))
         self._lock.release()
         self._lock = None
-
-    def _leave_no_trace(self) -> None:
-        """Remove the folder if this writer made it and nothing came to be in it."""
-        with suppress(OSError):
-            if self._made and set(os.listdir(self.folder)) <= {"config.json", "writer.lock"}:
-                for name in os.listdir(self.folder):
-                    (self.folder / name).unlink()
-                for each in self._made:
-                    each.rmdir()
 
     def write(
         self,

@@ -58,12 +58,12 @@ def test_demo_makes_pictures_a_store_and_a_table(tmp_path):
     assert [Path(path).stem for path in store.images] == ["astronaut", "cat", "coffee", "rocket"]
 
 
-def test_denoise_twice_computes_once(photos, tmp_path):
+def test_denoise_twice_computes_once(photos, tmp_path, digests):
     first = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--json", cwd=tmp_path).stdout)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    before = digests(tmp_path / "out", "*.h5")
     second = json.loads(dvt("denoise", photos, *WITH, "--out", "out", "--json", cwd=tmp_path).stdout)
     assert (first["done"], first["skipped"], second["done"], second["skipped"]) == (3, 0, 0, 3)
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    assert before == digests(tmp_path / "out", "*.h5")
     index = json.loads((tmp_path / "out" / "pictures" / "index.json").read_text())
     assert [Path(path).name for _, path in sorted(index.items())] == ["0.png", "1.png", "2.png"]
     assert {*index, "index.json"} == {path.name for path in (tmp_path / "out" / "pictures").iterdir()}
@@ -193,12 +193,12 @@ def test_without_a_network_the_error_names_the_ways_out(tmp_path):
         assert word in refused.stderr
 
 
-def test_another_jobs_folder_is_refused_and_kept(photos, tmp_path):
+def test_another_jobs_folder_is_refused_and_kept(photos, tmp_path, digests):
     dvt("denoise", photos, *WITH, "--out", "out", "--no-pictures", cwd=tmp_path)
-    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    before = digests(tmp_path / "out", "*.h5")
     refused = dvt("denoise", photos, *WITH, "--out", "out", "--seed", 1, cwd=tmp_path, expect=2)
     assert "seed" in refused.stderr
-    assert before == {path: path.read_bytes() for path in (tmp_path / "out").glob("*.h5")}
+    assert before == digests(tmp_path / "out", "*.h5")
 
 
 def tokens_of(store, term):

@@ -25,16 +25,16 @@ def denoise(run, *more, expect=0):
     return run("denoise", "a.png", "b.png", *WITH, "--out", "s", *more, expect=expect)
 
 
-def test_a_store_goes_on_with_its_own_settings_or_begins_anew(run, photos):
+def test_a_store_goes_on_with_its_own_settings_or_begins_anew(run, photos, digests):
     denoise(run, "--views", 5, "--strength", 0.5)
     (photos / "s" / "notes.txt").write_text("mine")
-    before = {file.name: file.read_bytes() for file in (photos / "s").glob("*.h5")}
+    before = digests(photos / "s", "*.h5")
     said = denoise(run, "--views", 6, expect=2)
     assert "--views 5 (you ask for 6)" in said and "--strength 0.5 (you ask for 1.0)" in said
     assert "--resume" in said and "--overwrite" in said and "seed" not in said
     again = run("denoise", "c.png", "--out", "s", "--resume")  # the views, the strength, the size and the weights
     assert (again["done"], len(FeatureStore("s"))) == (1, 3)
-    assert before.items() <= {file.name: file.read_bytes() for file in (photos / "s").glob("*.h5")}.items()
+    assert before.items() <= digests(photos / "s", "*.h5").items()
     anew = denoise(run, "--views", 6, "--overwrite")
     assert (anew["done"], len(FeatureStore("s")), FeatureStore("s").job.config["views"]["count"]) == (2, 2, 6)
     pictures = {file.name for file in (photos / "s" / "pictures").glob("*.png")}

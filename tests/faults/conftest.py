@@ -306,9 +306,9 @@ def contents():
 
 
 @pytest.fixture(scope="session")
-def shards():
-    """A function that reads the bytes of every shard of a folder, by name."""
-    return lambda folder: {path.name: path.read_bytes() for path in sorted(Path(folder).glob("*.h5"))}
+def shards(digests):
+    """A function that digests every shard of a folder, by name."""
+    return lambda folder: digests(folder, "*.h5")
 
 
 @pytest.fixture(scope="session")

@@ -100,18 +100,11 @@ def test_what_other_machines_write_to_a_shared_folder_stays(tmp_path):
 
 @pytest.mark.parametrize("step", [-1e7, 1e5])
 @pytest.mark.parametrize("name", ["extract", pytest.param("prior train", marks=SLOW)])
-def test_a_clock_that_jumps_changes_nothing(name, step, commands, tmp_path, dvt_command):
+def test_a_clock_that_jumps_changes_nothing(name, step, commands, tmp_path, dvt_command, digests):
     """By months forward at each look, or by a day back."""
     for folder, faults in (("whole", ()), ("out", ({"clock": step},))):
         dvt_command(commands[name](tmp_path / folder), *faults)
-    whole, out = (
-        {
-            str(path.relative_to(folder)): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.suffix in (".h5", ".npy", ".csv")
-        }
-        for folder in (tmp_path / "whole", tmp_path / "out")
-    )
+    whole, out = (digests(tmp_path / place, "*.h5", "*.npy", "*.csv") for place in ("whole", "out"))
     assert whole == out and whole
 
 
@@ -134,7 +127,7 @@ def one_case(dvt_command, tmp_path):
         *(pytest.param(name, marks=SLOW) for name in ("denoise", "analyze", "store merge")),
     ],
 )
-def test_a_disk_that_knows_no_capitals(name, one_case, commands, tmp_path, dvt_command):
+def test_a_disk_that_knows_no_capitals(name, one_case, commands, tmp_path, dvt_command, digests):
     """The results are those of any disk, and are found again by another spelling; nothing is done twice.
 
     Training is not among them: safetensors renames its files past the C library, where nothing can fold their names.
@@ -143,11 +136,8 @@ def test_a_disk_that_knows_no_capitals(name, one_case, commands, tmp_path, dvt_c
     dvt_command(commands[name](tmp_path / "elsewhere"))
     for out in ("Results", "RESULTS", "results"):
         dvt_command(commands[name](folder / out), fault)
-    kinds = (".h5", ".safetensors", ".npy", ".csv")
-    wanted, found = (
-        {str(path.relative_to(top)): path.read_bytes() for path in top.rglob("*") if path.suffix in kinds}
-        for top in (tmp_path / "elsewhere", folder / "results")
-    )
+    kinds = ("*.h5", "*.safetensors", "*.npy", "*.csv")
+    wanted, found = (digests(top, *kinds) for top in (tmp_path / "elsewhere", folder / "results"))
     assert found == wanted and found
     assert [path.name for path in folder.iterdir()] == ["results"]
 

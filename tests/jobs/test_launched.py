@@ -45,15 +45,11 @@ def launch(*arguments, cwd):
     )
 
 
-def shards(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("*.h5")}
-
-
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("denoise", "extract")]
 
 
 @pytest.mark.parametrize("name", ["shared artifact", *SLOW])
-def test_two_processes_make_the_store_of_one(photos, tmp_path, monkeypatch, capsys, name):
+def test_two_processes_make_the_store_of_one(photos, tmp_path, monkeypatch, capsys, digests, name):
     command, *more = JOBS[name]
     monkeypatch.chdir(tmp_path)
     assert main([command, "photos", "--out", "one", *more, *WITH]) == 0
@@ -62,7 +58,7 @@ def test_two_processes_make_the_store_of_one(photos, tmp_path, monkeypatch, caps
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)  # of the first process alone
     assert (result["done"], result["skipped"], result["shards"]) == (5, 0, 3) and not result["failed"]
-    assert shards(tmp_path / "two") == shards(tmp_path / "one")
+    assert digests(tmp_path / "two", "*.h5") == digests(tmp_path / "one", "*.h5")
     again = launch(command, "photos", "--out", "two", *more, *WITH, "--json", cwd=tmp_path)
     assert (json.loads(again.stdout)["done"], json.loads(again.stdout)["skipped"]) == (0, 5)
 
