@@ -1,25 +1,50 @@
-"""The command line as a new user meets it: real subprocesses, real images, exit codes and what is left on disk."""
+"""The command line as a new user meets it: real images, exit codes, what is printed and what is left on disk."""
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dvt.cli import main
 from dvt.store import FeatureStore
 
 WITH = ("--backbone", "vit_tiny_patch16_224", "--weights", "demo", "--size", "64", "--views", "7")
 
 
-def dvt(*arguments, cwd, expect=0, **environment):
+class Ended(NamedTuple):
+    """What a command printed."""
+
+    stdout: str
+    stderr: str
+
+
+def dvt(*arguments, cwd, expect=0):
+    """Run a command in this process, from a folder, and return what it prints."""
+    out, errors, before = io.StringIO(), io.StringIO(), os.getcwd()
+    os.chdir(cwd)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            code = main([*map(str, arguments)])
+    finally:
+        os.chdir(before)
+    assert code == expect, errors.getvalue() + out.getvalue()
+    return Ended(out.getvalue(), errors.getvalue())
+
+
+def dvt_alone(*arguments, cwd, expect=0):
+    """Run a command in a process of its own, as a shell does, and return what it prints."""
     process = subprocess.run(
         [sys.executable, "-m", "dvt.cli", *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=300,
@@ -46,7 +71,7 @@ def photos(tmp_path):
 
 
 def test_demo_makes_pictures_a_store_and_a_table(tmp_path):
-    out = json.loads(dvt("demo", "--views", 8, "--json", cwd=tmp_path).stdout)
+    out = json.loads(dvt_alone("demo", "--views", 8, "--json", cwd=tmp_path).stdout)
     assert out["done"] == 4 and not out["failed"]
     raw, semantic = out["position"]["raw"], out["position"]["semantic"]
     assert raw["value"] > 0.9 > 10 * abs(raw["null"]) and semantic["value"] < 0.5
@@ -90,7 +115,7 @@ def test_an_image_too_thin_for_memory_is_refused_by_its_size(photos, tmp_path):
 
 def test_strict_stops_at_the_bad_image(photos, tmp_path):
     (photos / "0.png").write_bytes(b"not an image")
-    stopped = dvt("denoise", photos, *WITH, "--out", "out", "--strict", cwd=tmp_path, expect=2)
+    stopped = dvt_alone("denoise", photos, *WITH, "--out", "out", "--strict", cwd=tmp_path, expect=2)
     assert "0.png" in stopped.stderr
     assert not list((tmp_path / "out").glob("*.h5*"))
 
@@ -188,7 +213,7 @@ def test_bad_input_is_said_clearly(arguments, says, tmp_path):
 def test_without_a_network_the_error_names_the_ways_out(tmp_path):
     photograph(tmp_path / "a.png", 0)
     name = "vit_small_patch14_dinov2.lvd142m"
-    refused = dvt("denoise", "a.png", "--backbone", name, "--out", "o", cwd=tmp_path, expect=2)
+    refused = dvt_alone("denoise", "a.png", "--backbone", name, "--out", "o", cwd=tmp_path, expect=2)
     for word in (name, "--weights", "dvt demo"):
         assert word in refused.stderr
 
@@ -211,7 +236,9 @@ def test_a_cluster_of_this_machine_makes_the_store_of_one_process(photos, tmp_pa
     exact = ("--dtype", "float32")  # which "auto" takes with --ray
     dvt("denoise", photos, *WITH, *exact, "--out", "here", "--no-pictures", cwd=tmp_path)
     there = (tmp_path / "there").as_uri()
-    done = dvt("denoise", photos, *WITH, "--out", there, "--ray", "local", "--ray-workers", 1, "--json", cwd=tmp_path)
+    done = dvt_alone(
+        "denoise", photos, *WITH, "--out", there, "--ray", "local", "--ray-workers", 1, "--json", cwd=tmp_path
+    )
     result = json.loads(done.stdout)
     assert (result["done"], result["failed"], result["store"]) == (3, [], there)
     stores = [FeatureStore(tmp_path / name) for name in ("here", "there")]
@@ -242,13 +269,13 @@ def test_images_behind_urls_and_a_profile(photos, tmp_path, command):
 def test_the_version_is_told(tmp_path):
     import dvt as package
 
-    assert dvt("--version", cwd=tmp_path).stdout == f"dvt {package.__version__}\n"
+    assert dvt_alone("--version", cwd=tmp_path).stdout == f"dvt {package.__version__}\n"
 
 
 def test_names_that_are_no_text_are_told_with_escapes(photos, tmp_path):
     with open(os.path.join(os.fsencode(photos), b"\xff.png"), "wb") as file:
         file.write(b"no image")
-    done = dvt("extract", photos, *WITH[:-2], "--out", "out", cwd=tmp_path, expect=2)
+    done = dvt_alone("extract", photos, *WITH[:-2], "--out", "out", cwd=tmp_path, expect=2)
     assert r"\udcff.png" in done.stdout and len(FeatureStore(tmp_path / "out")) == 3
     process = subprocess.run([sys.executable, "-m", "dvt.cli", b"\xff"], cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and "Traceback" not in process.stderr

@@ -60,9 +60,11 @@ def test_closed_and_broken_streams(tmp_path):
     assert not [path for path in store.iterdir() if path.suffix == ".part"]
 
 
-def test_without_docstrings(tmp_path):
-    for arguments in (["--help"], ["demo", "--views", "2", "--json"]):
-        assert run([sys.executable, "-OO", "-m", "dvt", *arguments], tmp_path).returncode == 0
+@pytest.mark.parametrize(
+    "arguments", [["--help"], pytest.param(["demo", "--views", "2", "--json"], marks=pytest.mark.slow)]
+)
+def test_without_docstrings(arguments, tmp_path):
+    assert run([sys.executable, "-OO", "-m", "dvt", *arguments], tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,21 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 SWITCH = "BUNDLED = False"
+QUICK = ("dinov2_end_to_end", "matching", "transformers")
 
 
 def sources(book):
     return [cell.source for cell in book.cells if cell.cell_type == "code"]
 
 
-@pytest.mark.parametrize("path", [path for path in BOOKS if path.stem != "analyze"], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+        for path in BOOKS
+        if path.stem != "analyze"
+    ],
+)
 def test_a_notebook_runs(path, tmp_path):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")

@@ -44,7 +44,7 @@ def test_what_a_link_leads_to_stays(
         dvt_command(["analyze", photos, *backbone_options, "--views", 0, "--out", tmp_path / "analysis"])
     arguments = {
         "extract": lambda: extract_command(photos, out),
-        "denoise": lambda: denoise_command(photos, out, "--pictures", "--upsample", 2),
+        "denoise": lambda: denoise_command(photos / "000.png", out, "--pictures", "--upsample", 2),
         "train": lambda: train_command(out / "d.safetensors"),
         "analyze": lambda: ["analyze", photos, *backbone_options, "--views", 0, "--out", out],
         "export": lambda: ["store", "export", denoised_store, "--out", out],

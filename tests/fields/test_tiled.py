@@ -155,7 +155,7 @@ def test_maps_are_in_half_precision_unless_their_values_do_not_fit():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory as Linux tells it")
-@pytest.mark.parametrize("verb", ["extract", "denoise"])
+@pytest.mark.parametrize("verb", ["extract", pytest.param("denoise", marks=pytest.mark.slow)])
 def test_memory_holds_the_bytes_of_a_large_image_and_its_tokens_alone(verb, tmp_path):
     """Pillow's pixels take 4 bytes each and ours 3, for a moment together; floats would be 12 more each time."""
     sides = {"small": 64, "large": 5120}

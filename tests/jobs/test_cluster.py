@@ -128,6 +128,7 @@ def arrays(out):
     return found
 
 
+@pytest.mark.slow
 def test_a_shared_artifact_summed_over_workers_is_that_of_one_process(local, backbone, folder, tmp_path):
     config = replace(STAGE_ONE, shared_artifact=True, shared_images=5)
 
