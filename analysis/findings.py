@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
+from dvt import grids
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.errors import ConfigError
-from dvt.text import WIDTH, aligned, wrapped
+from dvt.text import WIDTH, aligned, counted, wrapped
+
+#: Pixels a side of a patch that are believed of a report.
+_MOST_PATCH = 1024
 
 
 @dataclass
@@ -23,8 +28,8 @@ class Findings:
     Attributes:
         rows: metric x variant x layer x backbone.
         images: names of the images of the sample.
-        backbones: {label, name, weights_sha256, layer, patch_size, image_size, feature_dim, precision} of each
-            backbone.
+        backbones: {label, name, weights_sha256, layer, patch_size, stride, image_size, feature_dim, precision}
+            of each backbone.
         seconds: {forward, fields, denoisers, metrics, total}: seconds in the backbone (views included), in
             decompositions without the backbone, in denoisers, in everything else, and in total.
         config: the settings.
@@ -100,7 +105,7 @@ class Findings:
                 if row.value is None:
                     found.setdefault(f"not computed: {row.note}", []).append(f"{title} of {row.variant}")
                 else:
-                    count = f"{row.images} image" if row.images == 1 else f"{row.images} images"
+                    count = counted(row.images, "image")
                     found.setdefault(f"{title}, {count}: {row.note}", []).append(row.variant)
         return [f"{note} ({', '.join(dict.fromkeys(names))})" for note, names in found.items()]
 
@@ -110,7 +115,7 @@ class Findings:
         Args:
             nulls: write what chance gives beside each value; without it a value is only marked where chance gives it.
         """
-        first = f"Artifacts, {len(self.images)} images: value [95 % interval over images]"
+        first = f"Artifacts, {counted(len(self.images), 'image')}: value [95 % interval over images]"
         parts = [first + (" chance [its interval]" if nulls else "")]
         parts += [block for name in METRICS if (block := self._block(name, nulls))]
         parts += [f"{title}\n\n{aligned(head, lines)}" for title, head, lines in self.tables()[1:]]
@@ -134,7 +139,7 @@ class Findings:
     def _closing(self) -> list[str]:
         seconds = self.seconds
         return [
-            f"{len(self.images)} images. Backbone {seconds['forward']:.1f} s, decompositions without it "
+            f"{counted(len(self.images), 'image')}. Backbone {seconds['forward']:.1f} s, decompositions without it "
             f"{seconds['fields']:.1f} s, denoisers {seconds['denoisers']:.1f} s, metrics and reading "
             f"{seconds['metrics']:.1f} s: everything but the backbone takes {self.share:.2f} of its time.",
             "Smooth features alone improve most of these metrics: also use a score that needs labels (dvt probe).",
@@ -184,6 +189,22 @@ def position_top(report: Findings, entry: dict[str, Any]) -> float:
     """Find the end of the colour scale of a position map: the largest norm of all variants at its layer."""
     alike = matching(report.index["positions"], backbone=entry["backbone"], layer=entry["layer"])
     return max(float(report.arrays[each["array"]].max()) for each in alike)
+
+
+def drawn_at_centres(about: Mapping[str, Any], values: Tensor) -> Tensor:
+    """Enlarge a map (h, w, ...) of a backbone for a picture, with every patch where it looks, if its patches overlap.
+
+    Args:
+        about: the backbone's entry in :attr:`Findings.backbones`; without a stride, patches tile the image.
+        values: the map; it is returned as it is where patches tile the image.
+    """
+    if "stride" not in about:
+        return values
+    (high, wide), (down, across) = about["patch_size"], about["stride"]
+    if not (0 < down <= high <= _MOST_PATCH and 0 < across <= wide <= _MOST_PATCH):
+        raise ConfigError(f"patches of {high} x {wide} pixels every {down} x {across} pixels cannot be drawn")
+    grid = (values.shape[0], values.shape[1])
+    return grids.drawn_cells(values, grids.overlapping_centres(grid, (high, wide), (down, across)))
 
 
 def _layer(layer: int) -> str:

@@ -18,11 +18,14 @@ MAX_BYTES = 512 << 20
 """The largest size in bytes of a report's arrays that is read; `dvt analyze` writes about 10 MB."""
 
 
-class ReportPrecision(TypedDict, total=False):
+class ReportAboutLater(TypedDict, total=False):
+    """Type what reports of earlier versions lack."""
+
     precision: str
+    stride: list[int]
 
 
-class ReportAbout(ReportPrecision):
+class ReportAbout(ReportAboutLater):
     label: str
     name: str
     weights_sha256: str | None

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from dvt.text import flat, markdown
+from dvt.text import counted, flat, markdown
 
 CARD = """---
 {data}
@@ -104,7 +104,9 @@ def _about_data(card: Mapping[str, Any]) -> str:
     named = counts if named is None and isinstance(counts, str) else named
     said = f"Data: {markdown(str(named))}." if named else "Data: not named (set `denoiser.card['dataset']`)."
     if isinstance(counts, Mapping) and isinstance(counts.get("images"), int):
-        said += f" {counts['images']} images, {counts.get('held_out', 0)} of them held out; no labels were used."
+        said += (
+            f" {counted(counts['images'], 'image')}, {counts.get('held_out', 0)} of them held out; no labels were used."
+        )
     return said
 
 

@@ -103,6 +103,15 @@ def aligned(head: Sequence[str], lines: Sequence[Sequence[str]], width: int = WI
     )
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a number and what it counts, in the plural unless it is one.
+
+    >>> counted(1, "image"), counted(0, "image"), counted(1200, "held-out image")
+    ('1 image', '0 images', '1200 held-out images')
+    """
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def differing(theirs: Mapping[str, Any], mine: Mapping[str, Any], mine_are: str = "you ask for") -> str:
     """Say in words in which settings two runs differ; empty if they are equal. Nested settings are compared one by one.
 

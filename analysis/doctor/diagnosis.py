@@ -8,7 +8,7 @@ from typing import Any
 
 from dvt.analysis.config import DoctorConfig
 from dvt.analysis.metrics.nulls import Score
-from dvt.text import shell_lines, wrapped
+from dvt.text import counted, shell_lines, wrapped
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Diagnosis:
             "norm outliers": "Yes: some tokens have norms far beyond the others and stand for no place in the image.",
             "both": "Yes: tokens depend on their position, and some have norms far beyond the others.",
         }
-        count = "one image" if self.images == 1 else f"{self.images} images"
+        count = counted(self.images, "image")
         return wrapped(f"Does {self.backbone} need denoising? ({count})\n{answers[self.kind]}")
 
     def _evidence(self) -> str:

@@ -21,6 +21,7 @@ from dvt.analysis.metrics.nulls import Score, matched_noise
 from dvt.analysis.metrics.positions import PositionMeans, PositionShare, torus_windows
 from dvt.devices import finish_all
 from dvt.errors import ConfigError, DvtError
+from dvt.text import counted
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -158,7 +159,7 @@ class Examination:
     def _warnings(self, share: PositionShare) -> tuple[str, ...]:
         found = []
         if share.images < 8:
-            count = "one image" if share.images == 1 else f"{share.images} images"
+            count = counted(share.images, "image")
             found.append(f"only {count}: ten or more give a safer answer")
         if 0 < self.config.share - share.own.value < 0.02:
             found.append("the position share is just below its threshold")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_DESCRIBED = ("name", "weights_sha256", "layer", "patch_size", "image_size", "feature_dim")
+_DESCRIBED = ("name", "weights_sha256", "layer", "patch_size", "stride", "image_size", "feature_dim")
 _TERMS = ("semantic", "artifact", "residual")
 # Decomposing a window is slow, so the stability of F is measured on fewer windows of fewer images.
 _FIELD_SHIFTS = ((1, 1), (2, 3))

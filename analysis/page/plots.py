@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from dvt.analysis.findings import position_top
+from dvt.analysis.findings import drawn_at_centres, position_top
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.pictures import INK, pca_colours, save
 
@@ -41,9 +41,9 @@ def position_figure(report: Findings) -> Figure | None:
     if not any(rows):
         return None
     figure, axes = _page(len(rows), max(len(row) for row in rows), 2.3, 2.3)
-    for line, entries in zip(axes, rows, strict=True):
+    for line, entries, about in zip(axes, rows, report.backbones, strict=True):
         for axis, entry in zip(line, entries, strict=False):
-            values = report.arrays[entry["array"]]
+            values = drawn_at_centres(about, torch.from_numpy(report.arrays[entry["array"]])).numpy()
             picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(position_top(report, entry), 1e-9))
             _title(axis, f"{entry['variant']}, {_layer(entry)}")
             bar = figure.colorbar(picture, ax=axis, shrink=0.8)
@@ -85,7 +85,8 @@ def pca_figure(report: Findings) -> Figure | None:
     variants = list(dict.fromkeys(entry["variant"] for entry in entries))
     figure, axes = _page(len(numbers), 1 + len(variants), 2.2, 1.7)
     for line, number in zip(axes, numbers, strict=True):
-        line[0].imshow(_decoded(report.arrays[pictures[number]]))
+        photograph = _decoded(report.arrays[pictures[number]])
+        line[0].imshow(photograph)
         _title(line[0], "input" if number == numbers[0] else "")
         here = {entry["variant"]: entry for entry in entries if entry["image"] == number}
         maps = {
@@ -98,7 +99,8 @@ def pca_figure(report: Findings) -> Figure | None:
         colours |= {name: pca_colours(maps[name])[0] for name in alone}
         for axis, name in zip(line[1:], variants, strict=True):
             if name in colours:
-                axis.imshow(colours[name].numpy(), interpolation="nearest")
+                drawn = drawn_at_centres(report.backbones[0], colours[name]).numpy()
+                axis.imshow(drawn, interpolation="nearest", extent=(0, photograph.shape[1], photograph.shape[0], 0))
             _title(axis, name if number == numbers[0] else "")
     figure.suptitle(f"{label}: features in colour", fontsize=11, color=INK)
     return figure

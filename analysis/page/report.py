@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +13,16 @@ from string import Template
 from typing import Any
 
 import numpy as np
+import torch
 
 import dvt
+from dvt.analysis.findings import drawn_at_centres, matching
 from dvt.analysis.measure.sample import spread
 from dvt.analysis.page import charts, sections
 from dvt.analysis.results import Report
 from dvt.errors import ConfigError
 from dvt.files import whole_file
+from dvt.text import counted
 
 _ASSETS = Path(__file__).parent / "assets"
 # The size for data in a page of 8 MB; charts, text and script take much less than 1 MB.
@@ -136,8 +138,9 @@ def fitting(report: Report) -> PageBudget:
     for count in range(len(images), 0, -1):
         kept = [images[i] for i in spread(len(images), count)]
         total = sum(patches[image] for image in kept)
-        # Base64 makes 4 bytes of 3; a gallery takes at most 3 bytes per patch, an entry's fields about 150.
-        bytes_left = _ROOM * 3 // 4 - sum(report.arrays[pixels[image]].size for image in kept) - 3 * total
+        # Base64 makes 4 bytes of 3; a gallery takes at most 5 bytes per patch (3 where none overlap), an entry's fields
+        # about 150.
+        bytes_left = _ROOM * 3 // 4 - sum(report.arrays[pixels[image]].size for image in kept) - 5 * total
         bytes_left -= 150 * len(report.index["maps"])
         directions = min(most, bytes_left // total)
         if directions >= min(most, _LEAST_DIRECTIONS):
@@ -157,7 +160,8 @@ def _without_zeros(report: Report) -> tuple[Report, list[str]]:
     kept = [entry for entry in report.index["maps"] if entry not in zero]
     names = ", ".join(sorted({sections.label(entry["variant"]) for entry in zero}))
     images = len({entry["image"] for entry in zero})
-    said = f"The {names} of {images} of {len({e['image'] for e in report.index['maps']})} images is zero and not shown."
+    total = len({entry["image"] for entry in report.index["maps"]})
+    said = f"The {names} of {images} of {counted(total, 'image')} is zero and not shown."
     left = {(entry["backbone"], entry["variant"]) for entry in kept}
     gone = {(entry["backbone"], entry["variant"]) for entry in zero} - left  # zero in all images
     norms = [entry for entry in report.index["norms"] if (entry["backbone"], entry["variant"]) not in gone]
@@ -175,7 +179,8 @@ def _reduced(report: Report, fit: PageBudget) -> list[str]:
     if fit.directions < fit.of:
         said.append(f"The report has {fit.of} directions; the others are left out to stay below 8 MB.")
     if fit.left_out:
-        said.append(f"{fit.left_out} of {fit.left_out + len(fit.images)} images are left out to stay below 8 MB.")
+        images = counted(fit.left_out + len(fit.images), "image")
+        said.append(f"{fit.left_out} of {images} left out to stay below 8 MB.")
     return said
 
 
@@ -205,11 +210,21 @@ def _data(report: Report, fit: PageBudget) -> dict[str, Any]:
     order = {each["label"]: sections.variants_of(report, each["label"]) for each in report.backbones}
     return {
         "images": [
-            {"number": image, "name": names[image], "size": _size(jpegs[image]), "jpeg": _base64(jpegs[image])}
+            {
+                "number": image,
+                "name": names[image],
+                "size": sections.photo_size(jpegs[image])[::-1],
+                "jpeg": _base64(jpegs[image]),
+            }
             for image in fit.images
         ],
         "backbones": [
-            {"label": each["label"], "layer": each["layer"], "variants": order[each["label"]]}
+            {
+                "label": each["label"],
+                "layer": each["layer"],
+                "variants": order[each["label"]],
+                "cells": _cells(report, each, fit.images),
+            }
             for each in report.backbones
         ],
         "labels": {variant: sections.label(variant) for variants in order.values() for variant in variants},
@@ -218,18 +233,23 @@ def _data(report: Report, fit: PageBudget) -> dict[str, Any]:
     }
 
 
+def _cells(report: Report, about: dict[str, Any], images: Sequence[int]) -> dict[str, list[list[int]]]:
+    """List the rows and the columns of each grid that its picture shows from pixel to pixel, if patches overlap."""
+    found = {}
+    for entry in matching(report.index["maps"], backbone=about["label"]):
+        height, width, _ = report.arrays[entry["array"]].shape
+        if entry["image"] in images and f"{height}x{width}" not in found:
+            places = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"), dim=-1)
+            if (drawn := drawn_at_centres(about, places)) is not places:
+                found[f"{height}x{width}"] = [drawn[:, 0, 0].tolist(), drawn[0, :, 1].tolist()]
+    return found
+
+
 def _map(report: Report, entry: dict[str, Any], directions: int) -> dict[str, Any]:
     values = report.arrays[entry["array"]]
     fields = {name: entry[name] for name in ("image", "backbone", "layer", "variant")}
     kept = np.ascontiguousarray(values[..., :directions])
     return {**fields, "scale": float(entry["scale"]), "shape": list(kept.shape), "values": _base64(kept)}
-
-
-def _size(jpeg: np.ndarray) -> Sequence[int]:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(jpeg.tobytes()), formats=("JPEG",)) as image:
-        return image.size
 
 
 def _base64(array: np.ndarray) -> str:

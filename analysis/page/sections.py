@@ -5,6 +5,7 @@ Everything from a report is escaped here, because names of files and denoisers m
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import PurePath
@@ -12,11 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from dvt.analysis.findings import Findings, matching, position_top
+from dvt.analysis.findings import Findings, drawn_at_centres, matching, position_top
 from dvt.analysis.metrics.scores import METRICS, Row
 from dvt.analysis.page import charts
 from dvt.analysis.pictures import pca_colours
+from dvt.text import counted
 
 TERM_LABELS = {"semantic": "semantic F", "artifact": "artifact G", "residual": "residual h"}
 SUBTRACTED = ("artifact", "residual")
@@ -51,7 +54,7 @@ def summary(report: Findings) -> str:
     names, count = ", ".join(each["label"] for each in report.backbones), len(report.images)
     lead = (
         f"Do the dense features of {names} hold more than the picture: traces of where a patch lies, or tokens out of "
-        f"scale? Measured on {count} image{'s' * (count != 1)}, beside what chance gives."
+        f"scale? Measured on {counted(count, 'image')}, beside what chance gives."
     )
     return f'<p class="lead">{escape(lead)}</p>' + "".join(_findings(report, each) for each in report.backbones)
 
@@ -231,7 +234,10 @@ def position_maps(report: Findings) -> str:
             name = f"{label(entry['variant'])}, {_layer_phrase(entry['layer'])}"
             name = f"{about['label']}, {name}" if len(report.backbones) > 1 else name
             top = position_top(report, entry)
-            image = _map(charts.heat(values, top), values.shape, f"Norm of the mean token at each position: {name}")
+            drawn = drawn_at_centres(about, torch.from_numpy(values)).numpy()
+            image = _map(
+                charts.heat(drawn, top), about["image_size"], f"Norm of the mean token at each position: {name}"
+            )
             scale = f"at most {charts.number(float(values.max()))}, scale 0 to {charts.number(top)}"
             figures.append(f"<figure>{image}<figcaption>{escape(name)}<small>{scale}</small></figcaption></figure>")
     if not figures:
@@ -255,7 +261,8 @@ def norm_charts(report: Findings) -> str:
             name = f"{escape(about['label'])}: " if len(report.backbones) > 1 else ""
             legend = "".join(charts.key(number, label(order[number]), line=True) for number, _, _ in counts)
             spoken = "; ".join(
-                f"{label(order[number])}: {int(values.sum())} tokens, median {charts.number(_median(values, edges))}"
+                f"{label(order[number])}: {counted(int(values.sum()), 'token')}, median "
+                f"{charts.number(_median(values, edges))}"
                 for number, values, edges in counts
             )
             figures.append(
@@ -284,10 +291,11 @@ def gallery(report: Findings, shown: Sequence[int]) -> str:
     parts = "".join(_gallery(report, about, shown) for about in report.backbones)
     if not parts:
         return ""
+    subtracted = any(each["variant"] in SUBTRACTED for each in report.index["maps"])
+    own = " Artifact and residual have colours of their own. Raw = F + G + h." * subtracted
     return (
         "<section><h2>Features in colour</h2><p>Three principal components as red, green and blue, the same for the "
-        "raw and the cleaned features of an image: equal colours are alike features. Artifact and residual have "
-        f"colours of their own. Raw = F + G + h.</p>{parts}</section>"
+        f"raw and the cleaned features of an image: equal colours are alike features.{own}</p>{parts}</section>"
     )
 
 
@@ -297,24 +305,41 @@ def _gallery(report: Findings, about: dict[str, Any], shown: Sequence[int]) -> s
     order = [name for name in variants_of(report, about["label"]) if matching(entries, variant=name)]
     if not order or not shown:
         return ""
-    rows = "".join(_strip(report, matching(entries, image=image), order, image, names[image]) for image in shown)
+    rows = "".join(_strip(report, about, matching(entries, image=image), order, image, names[image]) for image in shown)
     heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ["image", *map(label, order)])
     caption = f"{about['label']}, {_layer_phrase(about['layer'])}"
     return _scrolling(caption, f'<table class="gallery"><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>')
 
 
-def _strip(report: Findings, entries: Sequence[dict[str, Any]], order: Sequence[str], image: int, name: str) -> str:
+def _strip(
+    report: Findings,
+    about: dict[str, Any],
+    entries: Sequence[dict[str, Any]],
+    order: Sequence[str],
+    image: int,
+    name: str,
+) -> str:
     maps = {entry["variant"]: torch.from_numpy(report.arrays[entry["array"]].astype(np.float32)) for entry in entries}
     together = [each for each in order if each in maps and each not in SUBTRACTED]
     colours = dict(zip(together, pca_colours([maps[each] for each in together]), strict=True)) if together else {}
     # Artifact and residual get colours of their own: in one range with the others, they would make those grey.
     colours |= {each: pca_colours(maps[each])[0] for each in maps if each in SUBTRACTED}
+    size = photo_size(report.arrays[matching(report.index["jpegs"], image=image)[0]["array"]])
     cells = [f'<img data-photo="{int(image)}" alt="{escape(name)}">']
     for variant in order:
         found = colours.get(variant)
         alt = f"{label(variant)} features of {name} in colour"
-        cells.append("" if found is None else _map(charts.png(found.numpy()), found.shape, alt))
+        if found is None:
+            cells.append("")
+        else:
+            cells.append(_map(charts.png(drawn_at_centres(about, found).numpy()), size, alt))
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def photo_size(jpeg: np.ndarray) -> tuple[int, int]:
+    """Read the size (height, width) of a report's photograph from its bytes."""
+    with Image.open(io.BytesIO(jpeg.tobytes()), formats=("JPEG",)) as image:
+        return image.height, image.width
 
 
 def _map(address: str, shape: Sequence[int], alt: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +14,12 @@ from dvt.analysis.page import sections
 from dvt.analysis.page.report import PageWords, render
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
-from dvt.errors import ConfigError, ImageError
+from dvt.backbones.load import overlapping_patches
+from dvt.errors import BackboneError, ConfigError, ImageError
 from dvt.images import load_image
 from dvt.progress import Progress, silent
 from dvt.store import FeatureStore
+from dvt.text import counted
 from dvt.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -50,19 +53,31 @@ def store_page(path: str | Path, images: int = 12, progress: Progress | None = N
         arrays.add_jpeg(number, _grey(store, index) if pixels is None else pixels)
         (progress or silent)("images", number + 1, len(chosen))
     if missing:
-        log.warning("%d of %d photographs are not where the store says; they are shown grey", missing, len(chosen))
+        log.warning("%d of %s not found where the store says, shown grey", missing, counted(len(chosen), "photograph"))
     arrays.add_maps(shown)
     arrays.add_norms(label, layer, held)
     about = {"label": label, "layer": layer, "feature_dim": int(held[store.terms[0]][0].feature_dim)}
+    about |= _patches(store)
     names = [store.images[index] for index in chosen]
     report = Report([], names, [about], {}, {}, arrays.index, arrays.arrays)
     return render(report, _words(store, len(chosen)))
 
 
 def _words(store: FeatureStore, shown: int) -> PageWords:
-    terms = ", ".join(map(sections.label, store.terms))
-    lead = f"{shown} of the {len(store)} images of a feature store, with {terms}. Nothing is measured here."
+    *others, last = map(sections.label, store.terms)
+    terms = f"{', '.join(others)} and {last}" if others else last
+    images = f"{shown} of {len(store)} images" if shown < len(store) else counted(shown, "image")
+    lead = f"{images} of a feature store, with {terms}. Nothing is measured here."
     return PageWords("Features of " + store.job.backbone, f'<p class="lead">{escape(lead)}</p>')
+
+
+def _patches(store: FeatureStore) -> dict[str, Any]:
+    """Describe the patches of a store if they overlap; a backbone that timm does not know is drawn in plain tiles."""
+    try:
+        found = overlapping_patches(store.job, store.grids[0])
+    except BackboneError:
+        return {}
+    return {} if found is None else {"patch_size": found[0], "stride": found[1]}
 
 
 def _photograph(path: str) -> torch.Tensor | None:

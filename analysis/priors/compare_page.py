@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dvt.analysis.pictures import save
 from dvt.files import whole_file
+from dvt.text import counted
 
 _ROWS = 8  # held-out images that are shown
 _STYLE = "body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.2em .7em;text-align:right}"
@@ -32,8 +33,8 @@ def write_page(report: dict[str, Any], pictures: Mapping[str, Tensor], out: Path
     )
     counts, seeds = report["images"], report["config"]["seeds"]
     words = (
-        f"One prior for each kind of tokens and seed ({seeds}), {counts['training']} images to learn from and "
-        f"{counts['held_out']} held out, {report['config']['steps']} steps. Mean and 95 % t interval over seeds; "
+        f"One prior for each kind of tokens and seed ({seeds}), {counted(counts['training'], 'image')} to learn from "
+        f"and {counts['held_out']} held out, {report['config']['steps']} steps. Mean and 95 % t interval over seeds; "
         "differences to raw are paired by seed. Change: mean of the curve's last quarter minus that of the quarter "
         "before. Cosines compare the yardstick's features of sample and truth, without the training images' mean."
     )

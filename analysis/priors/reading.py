@@ -32,7 +32,7 @@ from dvt.analysis.priors.token_set import (
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError, ImageError, NonFiniteError, StoreError
 from dvt.files import check_regular, open_lock, replaced_folder, take_lock
-from dvt.images import ImageLike, file_sha256, load_image, read_image
+from dvt.images import ImageLike, file_sha256, load_image, none_usable, read_image
 from dvt.progress import Progress
 from dvt.schema import checked, read_json, typed
 from dvt.store import FeatureStore
@@ -122,7 +122,7 @@ def read_tokens(
                 grid = _look(images, backbone, wanted, denoiser, kept) or grid
             progress("look", min(start + BATCH, len(given)), len(given))
     if not names:
-        raise ImageError(f"none of the {len(given)} images can be read; the first: {skipped[0]}")
+        raise none_usable(len(given), skipped[-1])
     mirrored = len(names) // 2 if wanted.flips else 0
     arrays = kept.done(len(names))
     return TokenSet(
@@ -387,7 +387,7 @@ def _pictures(store: FeatureStore, side: int, folder: Path, progress: Progress) 
         sha256s.append(sha256)
         progress("look", row + 1, len(store))
     if not names:
-        raise ImageError(f"none of the {len(store)} images of the store can be read; the first: {skipped[0]}")
+        raise none_usable(len(store), skipped[-1])
     cells = min(store.grids[0])
     pictures = kept.done(len(names))["pictures"]
     return TokenSet(None, None, pictures, tuple(names), tuple(sha256s), (cells, cells), 0, tuple(skipped))

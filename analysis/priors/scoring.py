@@ -28,6 +28,7 @@ from dvt.analysis.probes.heads import SavedHead
 from dvt.backbones import Backbone
 from dvt.errors import ConfigError
 from dvt.progress import Progress, silent
+from dvt.text import counted
 
 _FEWEST = 20  # held-out images for distances and for memorisation
 
@@ -215,7 +216,10 @@ def evaluate_priors(
         WeightsError: a run's file is missing or damaged.
     """
     if not run_dirs or samples < 1:
-        raise ConfigError(f"evaluation needs a run and a sample at least, got {len(run_dirs)} runs, {samples} samples")
+        raise ConfigError(
+            f"evaluation needs a run and a sample at least, got {counted(len(run_dirs), 'run')}, "
+            f"{counted(samples, 'sample')}"
+        )
     runs = {str(folder): open_run(folder, device) for folder in run_dirs}
     data = {name: run.prior.card.get("data", {}).get("sha256", name) for name, run in runs.items()}
     if len(set(data.values())) > 1:

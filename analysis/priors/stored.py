@@ -13,6 +13,7 @@ from dvt import grids
 from dvt.analysis.priors.token_set import Condition, Rows, read_conditions
 from dvt.errors import StoreError
 from dvt.store import FeatureStore
+from dvt.text import counted
 from dvt.tokens import Tokens
 
 
@@ -57,7 +58,9 @@ def store_rows(
     """
     place = {name: row for row, name in enumerate(store.images)}
     if lost := [name for name in names if name not in place]:
-        raise StoreError(f"{str(store.path)!r} no longer holds {len(lost)} images of the run, such as {lost[0]!r}")
+        raise StoreError(
+            f"{str(store.path)!r} no longer holds {counted(len(lost), 'image')} of the run, such as {lost[0]!r}"
+        )
     rows = [place[name] for name in names]
     side = min(store.grids[rows[0]])
     found: dict[str, Rows] = {}

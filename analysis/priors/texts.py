@@ -14,6 +14,7 @@ from torch import Tensor
 from dvt.errors import ConfigError
 from dvt.files import read_plain
 from dvt.schema import parsed_json
+from dvt.text import counted
 
 Texts = Sequence[Sequence[str]]
 """For each image its original text, then the rewrites."""
@@ -82,7 +83,7 @@ def _check_step(path: Path, images: list[str], named: list[str]) -> None:
             if names
         ]
         raise ConfigError(
-            f"{path} does not fit the {len(images)} images: {' and '.join(parts)}; "
+            f"{path} does not fit the {counted(len(images), 'image')}: {' and '.join(parts)}; "
             "give each image one line, with its name relative to the file's folder"
         )
 

@@ -19,6 +19,7 @@ from dvt.analysis.probes.probe import Centres, Maps, Probe
 from dvt.errors import ConfigError, ShapeError
 from dvt.grids import Size
 from dvt.progress import Progress
+from dvt.text import counted
 from dvt.tokens import Tokens
 from dvt.views import resize
 
@@ -259,7 +260,9 @@ class Correspondence(Probe):
             ShapeError: counts or shapes differ.
         """
         if not len(tokens) or len(tokens) != len(targets):
-            raise ShapeError(f"{len(tokens)} images came with the warps of {len(targets)}; give one of each per image")
+            raise ShapeError(
+                f"{counted(len(tokens), 'image')} came with the warps of {len(targets)}; give one of each per image"
+            )
         return torch.stack([self._image_statistics(tokens[i], targets[i]) for i in range(len(tokens))])
 
     def _image_statistics(self, views: Tensor, warps: Tensor) -> Tensor:

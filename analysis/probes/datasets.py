@@ -29,6 +29,7 @@ from dvt.analysis.config import AnnotationKind
 from dvt.analysis.probes.layouts import IGNORE, LAYOUTS, PLAIN, SPLITS, Example, category_names, size_text, some
 from dvt.errors import ConfigError, DataError, ImageError
 from dvt.images import image_size, load_stored
+from dvt.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -293,7 +294,7 @@ def check_sizes(data: LabelledData) -> LabelledData:
                 if sizes[0] != sizes[1]:
                     wrong.append(f"{example.image} {size_text(sizes[0])} and {example.truth} {size_text(sizes[1])}")
     if wrong:
-        raise DataError(f"{len(wrong)} images and their maps differ in size (height x width): {some(wrong)}")
+        raise DataError(f"the maps of {counted(len(wrong), 'image')} have other sizes (height x width): {some(wrong)}")
     return data
 
 

@@ -22,6 +22,7 @@ from dvt.grids import Size
 from dvt.images import file_sha256, load_image
 from dvt.progress import Progress
 from dvt.store import FeatureStore, ImageEntry, Job, Record, StoreWriter, plan
+from dvt.text import counted
 from dvt.tokens import Tokens
 from dvt.views import Shifts, ViewConfig, Views, resize
 
@@ -156,7 +157,7 @@ def stored_tokens(store: FeatureStore, images: Sequence[Path], hashes: Sequence[
     hashes = [file_sha256(path) for path in images] if hashes is None else hashes
     if missing := [str(path) for path, sha256 in zip(images, hashes, strict=True) if sha256 not in where]:
         raise DataError(
-            f"the store {str(store.path)!r} lacks {len(missing)} of {len(images)} images: "
+            f"the store {str(store.path)!r} lacks {len(missing)} of {counted(len(images), 'image')}: "
             f"{some(missing)}. Add them with the command that made the store"
         )
     return Lazy(len(images), lambda i: store[where[hashes[i]]])

@@ -18,6 +18,7 @@ from dvt.files import read_plain
 from dvt.grids import Size
 from dvt.images import find_images, image_size
 from dvt.schema import checked, read_json, typed
+from dvt.text import counted
 
 IGNORE = -1
 """The label of an ignored pixel after reading, whatever its id in the file."""
@@ -107,8 +108,8 @@ def _files(folder: Path, ending: str = "") -> dict[str, Path]:
 def _paired(images: Mapping[str, Path], maps: Mapping[str, Path], where: Path) -> list[Example]:
     lone_images, lone_maps = sorted(images.keys() - maps.keys()), sorted(maps.keys() - images.keys())
     if lone_images or lone_maps:
-        parts = [f"{len(lone_images)} images without a map: {some(lone_images)}"] * bool(lone_images)
-        parts += [f"{len(lone_maps)} maps without an image: {some(lone_maps)}"] * bool(lone_maps)
+        parts = [f"{counted(len(lone_images), 'image')} without a map: {some(lone_images)}"] * bool(lone_images)
+        parts += [f"{counted(len(lone_maps), 'map')} without an image: {some(lone_maps)}"] * bool(lone_maps)
         raise DataError(f"missing pairs in {str(where)!r}: {'; '.join(parts)}. Add or remove the listed files")
     return [Example(name, images[name], maps[name]) for name in images]
 
@@ -230,7 +231,9 @@ def _voc(root: Path, target: str) -> dict[str, list[Example]]:
         if (file := root / "ImageSets" / folder / f"{split}.txt").is_file()
     }
     if missing:
-        raise DataError(f"missing pairs in {str(root)!r}: {len(missing)} files named in ImageSets: {some(missing)}")
+        raise DataError(
+            f"missing pairs in {str(root)!r}: {counted(len(missing), 'file')} named in ImageSets: {some(missing)}"
+        )
     return {"all": [e for part in found.values() for e in part]} if target == "boxes" else found
 
 

@@ -15,6 +15,7 @@ from dvt import grids
 from dvt.analysis.config import HeadConfig
 from dvt.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from dvt.grids import Size
+from dvt.text import counted
 
 Maps = Sequence[Tensor] | Tensor
 """Token maps (h, w, C), one per image: a list, an object that reads them when indexed, or a tensor (B, h, w, C)."""
@@ -80,7 +81,9 @@ class Probe(ABC):
         """
         statistics = self.sufficient_statistics(tokens, targets).sum(0)
         if not bool(statistics.any()):
-            raise DataError(f"nothing to score: the targets of all {len(targets)} images are left out (ignored or 0)")
+            raise DataError(
+                f"nothing to score: all targets of {counted(len(targets), 'image')} are left out (ignored or 0)"
+            )
         return {name: float(value) for name, value in self.summarise(statistics).items()}
 
 

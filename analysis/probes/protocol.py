@@ -31,6 +31,7 @@ from dvt.errors import ConfigError, DataError
 from dvt.grids import boxes_from_pixels
 from dvt.images import find_images, image_size, load_image
 from dvt.progress import Progress
+from dvt.text import counted
 from dvt.tokens import Tokens
 from dvt.views import ViewConfig
 
@@ -288,9 +289,9 @@ def _void_notes(
     for name, truth in (("training", train), ("scored", test)):
         void = sum(not useful(truth[i]) for i in range(len(truth)))
         if len(truth) == void:
-            raise DataError(f"none of the {len(truth)} {name} images has any {what}: all pixels are left out or 0")
+            raise DataError(f"no {what} in {counted(len(truth), f'{name} image')}: all pixels are left out or 0")
         if void:
-            notes.append(f"{void} of {len(truth)} {name} images have no {what} and do not count")
+            notes.append(f"no {what} in {void} of {counted(len(truth), f'{name} image')}, which do not count")
     return notes
 
 

@@ -29,6 +29,7 @@ from dvt.denoiser.pairs import split
 from dvt.errors import BackboneError, ConfigError, ImageError
 from dvt.images import readable, size_and_sha256
 from dvt.progress import Progress, is_first_process
+from dvt.text import counted
 from dvt.training import Trained, sides_digest, train
 
 __all__ = ["BackboneTraining", "distill_backbone", "read_card"]
@@ -114,8 +115,8 @@ def image_sides(images: Sequence[str | Path], config: BackboneTraining) -> tuple
     paths, sha256s = [Path(images[i]) for i in found], [sha256 for _, sha256 in found.values()]
     if len(set(sha256s)) < 2:
         raise ImageError(
-            f"{len(paths)} files hold {len(set(sha256s))} different image; distillation needs at least 2, one of them "
-            "held out for validation, and many more to be of use"
+            f"{counted(len(paths), 'file')} given, of {counted(len(set(sha256s)), 'different image')}; distillation "
+            "needs at least 2, one of them held out for validation, and many more to be of use"
         )
     sides = split(sha256s, config.validation, config.loop.seed)
     learnt, held = ([paths[i] for i in side] for side in sides)

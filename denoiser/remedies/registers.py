@@ -27,6 +27,7 @@ from dvt.denoiser.remedies.outliers import (
 from dvt.errors import BackboneError, ConfigError
 from dvt.images import ImageLike
 from dvt.progress import Progress
+from dvt.text import counted
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,9 @@ def fit_registers(
             "remedy defect, or dvt denoise"
         )
     if shares.of(count) > _LEFT * found.share:
-        logger.warning("after moving %d neurons, %.2f %% of tokens are still outliers", count, 100 * shares.of(count))
+        logger.warning(
+            "after moving %s, %.2f %% of tokens are still outliers", counted(count, "neuron"), 100 * shares.of(count)
+        )
     denoiser = _registers(backbone, order[:count])
     places = [[int(i) for i in place] for place in order[:count]]
     denoiser.card = {"neurons": places, "outliers_before": found.share, "outliers_after": shares.of(count)}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -28,6 +28,9 @@ from dvt.backbones.weights import folder_weights, load_state, read_state
 from dvt.backbones.wrapped import load_transformers, timm_backbone, timm_name
 from dvt.errors import BackboneError, WeightsError
 from dvt.grids import Size
+
+if TYPE_CHECKING:
+    from dvt.store.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +111,25 @@ def named_patch_size(name: str) -> Size:
     """
     with torch.device("meta"):
         return families.patch_size(_create(resolved_name(name), pretrained=False))
+
+
+def overlapping_patches(job: Job, grid: Size) -> tuple[Size, Size] | None:
+    """Find the size and the stride of a store's patches if they overlap; None where they tile the image.
+
+    Args:
+        job: the store's.
+        grid: (h, w) of one of its images.
+
+    Raises:
+        BackboneError: they may overlap, and the name of the backbone does not tell their size.
+    """
+    if job.stride is None:
+        return None
+    stride = families.pair(job.stride)  # type: ignore[arg-type]
+    side = None if job.size is None else min(families.pair(job.size))  # type: ignore[arg-type]
+    if min(n * d for n, d in zip(grid, stride, strict=True)) == side:
+        return None
+    return named_patch_size(job.backbone), stride
 
 
 def _given_state(weights: str | Path | Mapping[str, Tensor] | None) -> State | None:

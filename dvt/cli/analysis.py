@@ -17,7 +17,7 @@ from dvt.fields.image import check_views, denoise_image
 from dvt.files import writable
 from dvt.images import find_images
 from dvt.store import FeatureStore
-from dvt.text import visible_lines, wrapped
+from dvt.text import counted, visible_lines, wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,8 @@ def analyze(command: Analyze, console: Console) -> tuple[int, dict[str, Any]]:
         analysis = replace(analysis, layers=(*analysis.layers, *command.layers_of(backbone)[:-1]))
     backbones = [backbone, *(command.load(name) for name in command.compare)]
     source = FeatureStore(command.store) if command.store else _decompose(backbone, command.product, command.views)
-    say_ahead(console, backbone, len(backbones) * _passes(command, len(paths)), f"{len(paths)} images")
+    count = min(len(paths), analysis.images)
+    say_ahead(console, backbone, len(backbones) * _passes(command, count), counted(count, "image"))
     none: list[None] = [None] * len(command.compare)
     with progress_bar(console) as progress:
         report = measure(
@@ -74,7 +75,8 @@ def doctor(command: Doctor, console: Console) -> tuple[int, dict[str, Any]]:
     settings = resolved(command, command="doctor", images=paths)
     backbone = command.load()
     variants = _variants(command, backbone)
-    say_ahead(console, backbone, _doctors_passes(command, len(paths)), f"{len(paths)} images")
+    count = min(len(paths), command.doctor.images)
+    say_ahead(console, backbone, _doctors_passes(command, count), counted(count, "image"))
     commands: dict[str, str] = {}
     refused: dict[str, str] = {}
     products: dict[str, Decompose] = {}
@@ -184,14 +186,12 @@ def _passes(command: Analyze, images: int) -> int:
     config, views = command.analysis, 0
     if command.store is None and command.views != 0:
         views = _views(command.product, command.views)
-    images = min(images, config.images)
     windows = min(images, config.share_images) * config.windows + min(images, config.shift_images) * 6
     return images * (1 + views) + windows + 6 * views  # the last: the shift stability of two decompositions
 
 
 def _doctors_passes(command: Doctor, images: int) -> int:
     config = command.doctor
-    images = min(images, config.images)
     views = sum(_views(product) for product in _PRODUCTS) if command.remedies else 0
     tried = min(images, config.product_images) * (1 + config.product_windows)
     return images * (1 + config.windows) + (tried * views if command.remedies else _views())

@@ -15,6 +15,7 @@ from dvt.errors import ConfigError
 from dvt.files import whole_file
 from dvt.images.members import member_title
 from dvt.schema import read_json
+from dvt.text import counted
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +56,8 @@ def write_index(
     unusable = {path for path, _ in failed}
     if missing := sum(path not in unusable for file, path in files.items() if file not in found):
         console.print(
-            f"[yellow]{missing} of {len(files)} images have no file in {shown(str(folder))}[/]: files beside the "
-            "store are written when an image is computed, and these images were in the store already; give another "
+            f"[yellow]no file for {missing} of {counted(len(files), 'image')} in {shown(str(folder))}[/]: files beside "
+            "the store are written when an image is computed, and not for one in the store already; give another "
             "--out to get all files"
         )
 

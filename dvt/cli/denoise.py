@@ -30,7 +30,7 @@ from dvt.images.own import is_store
 from dvt.jobs.work import Work
 from dvt.progress import is_first_process
 from dvt.store import FeatureStore, damaged_shards
-from dvt.text import visible
+from dvt.text import counted, visible
 from dvt.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def denoise(command: Denoise, console: Console) -> tuple[int, dict[str, Any]]:
     _check_terms(command)
     settings = resolved(command, command="denoise", images=paths)
     views = f"{config.views.count} {config.views.kind}"
-    head = f"{shown(command.backbone)}: {len(paths)} images, {views}, {command.solver} solver"
+    head = f"{shown(command.backbone)}: {counted(len(paths), 'image')}, {views}, {command.solver} solver"
     each = None if command.ray is not None else _Writer(command, paths)
     with progress_bar(console) as bar:
         make, begun = partial(_denoising, command, config, each), partial(console.print, head)

@@ -14,6 +14,7 @@ from dvt.denoiser.train import train_denoiser
 from dvt.devices import find_device
 from dvt.files import writable
 from dvt.images import find_images
+from dvt.text import counted
 
 
 def train(command: Train, console: Console) -> tuple[int, dict[str, Any]]:
@@ -79,7 +80,7 @@ def _print_distillation(console: Console, report: dict[str, Any], backbone: str)
     for name, scores in {**report["baselines"], "distilled": report["validation"]}.items():
         table.add_row(name.replace("_", " "), *(f"{scores[key]:.4f}" if key in scores else "-" for key in _SCORES))
     console.print(table)
-    counts = f"{report['training']} images to learn from, {report['held_out']} held out"
+    counts = f"{counted(report['training'], 'image')} to learn from, {report['held_out']} held out"
     console.print(f"{counts}; {report['parameters']:,} parameters; {report['seconds']:.0f} s")
     out = shown(report["out"])
     if "projection" in report:
@@ -97,8 +98,8 @@ def _print_training(console: Console, report: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), *(f"{scores[key]:.4f}" for key in ("loss", "mse", "cosine")))
     console.print(table)
     console.print(
-        f"{report['training']} images to learn from, {report['held_out']} held out; {report['parameters']:,} "
-        f"parameters; {report['seconds']:.0f} s"
+        f"{counted(report['training'], 'image')} to learn from, {report['held_out']} held out; "
+        f"{report['parameters']:,} parameters; {report['seconds']:.0f} s"
     )
     best = min(scores["loss"] for scores in report["baselines"].values())
     if report["validation"]["loss"] >= best and "steps" in report:

@@ -17,6 +17,7 @@ from dvt.cli.settings.extract import Extract, StoreExport, StoreMerge
 from dvt.images import find_sources
 from dvt.jobs.extract import ExtractConfig, ExtractWork
 from dvt.store.tools import export_store, merge_stores
+from dvt.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ def extract(command: Extract, console: Console) -> tuple[int, dict[str, Any]]:
     paths = find_sources(command.images)
     settings = resolved(command, command="extract", images=paths)
     behind = "" if command.denoiser is None else " and its denoiser"
-    head = f"{shown(command.backbone)}{behind}: {len(paths)} images"
+    head = f"{shown(command.backbone)}{behind}: {counted(len(paths), 'image')}"
     with progress_bar(console) as bar:
         names = names_beside(paths) if command.upsample > 1 else {}
         make, begun = partial(_extraction, command, config, names), partial(console.print, head)
@@ -73,8 +74,8 @@ def merge(command: StoreMerge, console: Console) -> tuple[int, dict[str, Any]]:
     with progress_bar(console) as progress:
         counts = merge_stores(command.stores, command.out, wait=command.wait, progress=progress)
     console.print(
-        f"store: {shown(str(command.out))}: {counts['images']} images in {counts['shards']} shards written, "
-        f"{counts['present']} were there already"
+        f"store: {shown(str(command.out))}: {counted(counts['images'], 'image')} in "
+        f"{counted(counts['shards'], 'shard')} written, {counts['present']} there already"
     )
     return 0, {**counts, "store": str(command.out), "settings": settings}
 
@@ -90,5 +91,5 @@ def export(command: StoreExport, console: Console) -> tuple[int, dict[str, Any]]
         settings_file(str(command.out)).unlink(missing_ok=True)
     else:
         keep_settings(command.out, settings)
-    console.print(f"{shown(str(command.out))}: {images} images as {command.form}")
+    console.print(f"{shown(str(command.out))}: {counted(images, 'image')} as {command.form}")
     return 0, {"images": images, "out": str(command.out), "settings": settings}

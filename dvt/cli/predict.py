@@ -12,7 +12,8 @@ from dvt.cli.settings.analysis import Predict
 from dvt.cli.settings.common import DEMO_BACKBONE, DenoiserOptions
 from dvt.errors import ImageError, NonFiniteError
 from dvt.files import writable
-from dvt.images import find_images, load_image
+from dvt.images import find_images, load_image, none_usable
+from dvt.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,18 +42,21 @@ def predict(command: Predict, console: Console) -> tuple[int, dict[str, Any]]:
                 found = head.predict(features(pixels), pixels)
             except (ImageError, NonFiniteError) as error:
                 failed.append((str(path), str(error)))
-                continue
-            if head.card.task == "discovery":
-                boxes[str(path)] = boxes_entry(found, pixels)
             else:
-                save_map(found, command.out / head.card.folder / f"{names[path]}.png")
-            save(prediction_figure(pixels, found, head.card), command.out / "overlays" / f"{names[path]}.png")
-            index[names[path]] = str(path)
+                if head.card.task == "discovery":
+                    boxes[str(path)] = boxes_entry(found, pixels)
+                else:
+                    save_map(found, command.out / head.card.folder / f"{names[path]}.png")
+                save(prediction_figure(pixels, found, head.card), command.out / "overlays" / f"{names[path]}.png")
+                index[names[path]] = str(path)
             progress("photographs", done, len(paths))
+    if not index:
+        print_skipped(console, failed[:-1])
+        raise none_usable(len(paths), failed[-1][1])
     if boxes:
         save_json(command.out / "boxes.json", boxes)
     save_json(command.out / "index.json", index)
-    console.print(f"{head.card.task}: {len(index)} of {len(paths)} photographs: {shown(str(command.out))}")
+    console.print(f"{head.card.task}: {len(index)} of {counted(len(paths), 'photograph')}: {shown(str(command.out))}")
     print_skipped(console, failed)
     result = {"predicted": len(index), "failed": failed, "out": str(command.out), "settings": settings}
     return (2 if failed else 0), result

@@ -11,6 +11,7 @@ from dvt.cli.common import begin_anew, keep_settings, keeping, progress_bar, res
 from dvt.cli.settings.priors import PriorItit, PriorRepresent, PriorTower
 from dvt.devices import find_device
 from dvt.images import find_images
+from dvt.text import counted
 
 
 def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str, Any]]:
@@ -28,8 +29,8 @@ def represent(command: PriorRepresent, console: Console) -> tuple[int, dict[str,
     keep_settings(command.out, settings)
     counts = report["pictures"]
     console.print(
-        f"{counts['synthetic']} samples of {counts['conditions']} conditions, {counts['real']} real images, "
-        f"{counts['test']} to score on; chance {report['chance']:.3f}"
+        f"{counted(counts['synthetic'], 'sample')} of {counted(counts['conditions'], 'condition')}, "
+        f"{counted(counts['real'], 'real image')}, {counts['test']} to score on; chance {report['chance']:.3f}"
     )
     table = Table("accuracy of an encoder that learnt from", "kNN", "linear", "linear over real by image")
     for name, found in report["rows"].items():
@@ -57,9 +58,9 @@ def tower(command: PriorTower, console: Console) -> tuple[int, dict[str, Any]]:
         progress = keeping(progress, command.out, settings)
         report = train_tower(paths, command.text_file, command.out, command.tower, test, progress)
     console.print(
-        f"{report['training']} images to learn from, {report['words']} words; zero-shot accuracy "
-        f"{report['zero_shot']:.3f} of {report['test']} images (chance {report['chance']:.3f}); own text nearest "
-        f"{report['retrieval']:.3f} of {report['held_out']} held-out images"
+        f"{counted(report['training'], 'image')} to learn from, {counted(report['words'], 'word')}; zero-shot accuracy "
+        f"{report['zero_shot']:.3f} of {counted(report['test'], 'image')} (chance {report['chance']:.3f}); own text "
+        f"nearest {report['retrieval']:.3f} of {counted(report['held_out'], 'held-out image')}"
     )
     keep_settings(command.out, settings)
     console.print(f"tower: {shown(report['out'])}")
@@ -81,8 +82,8 @@ def itit(command: PriorItit, console: Console) -> tuple[int, dict[str, Any]]:
     keep_settings(command.out, settings)
     counts = report["images"]
     console.print(
-        f"{counts['training']} images, {counts['pairs']} of them with a text; {counts['test']} to score on; chance "
-        f"{report['chance']:.3f}; real images judged right {report['real']:.3f}"
+        f"{counted(counts['training'], 'image')}, {counts['pairs']} of them with a text; {counts['test']} to score on; "
+        f"chance {report['chance']:.3f}; real images judged right {report['real']:.3f}"
     )
     table = Table("share right", "image to text", "over pairs alone", "text to image", "over pairs alone")
     for name, found in report["rows"].items():

@@ -14,6 +14,7 @@ from dvt.cli.settings.priors import PriorEvaluate, PriorLoop, PriorSample, Prior
 from dvt.devices import find_device
 from dvt.errors import ConfigError
 from dvt.images import find_images
+from dvt.text import counted
 
 
 def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
@@ -39,7 +40,7 @@ def train(command: PriorTrain, console: Console) -> tuple[int, dict[str, Any]]:
         progress = keeping(progress, command.out, settings)
         report = train_prior(source, backbone, command.out, command.prior, denoiser, progress, device, command.start)
     keep_settings(command.out, settings)
-    counts = f"{report['training']} images to learn from, {report['held_out']} held out"
+    counts = f"{counted(report['training'], 'image')} to learn from, {report['held_out']} held out"
     left = f", {report['left_out']} left out" if report["left_out"] else ""
     losses = f"loss {report['loss']:.4f}, held out {report['held_out_loss']:.4f} (1 is an untrained prior)"
     console.print(f"{counts}{left}; {losses}; {report['seconds']:.0f} s")
@@ -67,14 +68,16 @@ def sample(command: PriorSample, console: Console) -> tuple[int, dict[str, Any]]
     sheet = command.out is None or command.out.suffix
     if sheet and not command.condition and not command.label and not command.text:
         report = sample_prior(command.run, command.out, command.images, command.count, command.sampling, device)
-        console.print(f"{shown(report['out'])}: {report['samples']} samples of {report['images']} images")
+        console.print(
+            f"{shown(report['out'])}: {counted(report['samples'], 'sample')} of {counted(report['images'], 'image')}"
+        )
         return 0, {**report, "settings": settings}
     if sheet:
         raise ConfigError("samples of your own conditions are written to a folder: give --out FOLDER")
     assert command.out is not None
     conditions = _own_conditions(command)
     report = write_samples(command.run, command.out, conditions, command.count, command.sampling, device)
-    console.print(f"{shown(report['out'])}: {len(report['files'])} pictures and samples.npz")
+    console.print(f"{shown(report['out'])}: {counted(len(report['files']), 'picture')} and samples.npz")
     return 0, {**report, "settings": settings}
 
 
@@ -152,7 +155,7 @@ def third_model(name: str | None, weights: str | None, size: int | None, device:
 
 
 def _print_evaluation(console: Console, name: str, found: dict[str, Any]) -> None:
-    table = Table(f"{name}: {found['samples']} samples", "value", "beside it")
+    table = Table(f"{name}: {counted(found['samples'], 'sample')}", "value", "beside it")
     table.add_row("held-out loss", f"{found['held_out_loss']:.4f}", "1 untrained")
     for stick, scores in found["yardsticks"].items():
         if (trip := scores["round_trip"]) is not None:

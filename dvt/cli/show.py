@@ -13,6 +13,7 @@ from dvt.cli.settings.show import Show
 from dvt.errors import BackboneError, ConfigError, ImageError
 from dvt.images.members import film_of, member_title
 from dvt.images.own import is_store
+from dvt.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +39,8 @@ def show(command: Show, console: Console) -> tuple[int, dict[str, Any]]:
     if len(images) > 1 and images[0].film is not None and len({image.film for image in images}) == 1:
         written.append(save_clip(images, colours, command.out / "clip.webp"))
         console.print(f"the frames as a film: {escape(str(written[-1]))}")
-    console.print(f"{len(images)} images, {', '.join(images[0].maps)}: {escape(str(command.out / 'index.html'))}")
+    what = f"{counted(len(images), 'image')}, {', '.join(images[0].maps)}"
+    console.print(f"{what}: {escape(str(command.out / 'index.html'))}")
     result = {"images": len(images), "terms": list(images[0].maps), "files": [str(path) for path in written]}
     return 0, {**result, "settings": resolved(command, command="show")}
 
@@ -75,23 +77,19 @@ def _patch_centres(store: FeatureStore, needed: bool) -> Callable[[Size], Tensor
 
     from dvt import grids
     from dvt.backbones.families import pair
-    from dvt.backbones.load import named_patch_size
+    from dvt.backbones.load import overlapping_patches
 
-    job, first = store.job, store.grids[0]
-    if job.stride is None:
-        return None
-    stride = pair(job.stride)  # type: ignore[arg-type]
-    if job.size is not None and min(n * d for n, d in zip(first, stride, strict=True)) == min(pair(job.size)):  # type: ignore[arg-type]
-        return None
     try:
-        return partial(grids.overlapping_centres, patch=named_patch_size(job.backbone), stride=stride)
+        found = overlapping_patches(store.job, store.grids[0])
+        return None if found is None else partial(grids.overlapping_centres, patch=found[0], stride=found[1])
     except BackboneError as error:
         if not needed:
             return None
+        stride = pair(store.job.stride)  # type: ignore[arg-type]
         raise ConfigError(
             f"the patches of {str(store.path)!r} overlap (stride {stride[0]} x {stride[1]}), and to upsample their "
-            f"maps the size of a patch is needed, which the name {job.backbone!r} does not tell: {error}. Show the "
-            "maps without --upsample, or in Python call dvt.upsample(..., centres=backbone.grid_centres(grid))"
+            f"maps the size of a patch is needed, which the name {store.job.backbone!r} does not tell: {error}. Show "
+            "the maps without --upsample, or in Python call dvt.upsample(..., centres=backbone.grid_centres(grid))"
         ) from error
 
 

@@ -14,11 +14,9 @@ from dvt.images.read import (
     load_pixels,
     load_stored,
     read_image,
-    readable,
     size_and_sha256,
-    usable_images,
 )
-from dvt.images.several import image_list, several_images
+from dvt.images.several import image_list, none_usable, readable, several_images, usable_images
 from dvt.images.urls import MAX_BYTES, is_url, url_files
 
 __all__ = [
@@ -35,6 +33,7 @@ __all__ = [
     "load_image",
     "load_pixels",
     "load_stored",
+    "none_usable",
     "read_image",
     "readable",
     "several_images",

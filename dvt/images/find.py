@@ -15,6 +15,7 @@ from dvt.images.members import CONTAINERS, expand_container, is_container, split
 from dvt.images.own import is_own_picture, is_store
 from dvt.images.read import regular_file
 from dvt.images.urls import fetching, is_url, url_files
+from dvt.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +161,7 @@ def _photographs(spec: str, found: list[str]) -> list[str]:
     """Leave out the pictures that dvt drew, and say how many there were."""
     photographs = [path for path in found if not is_own_picture(path)]
     if drawn := len(found) - len(photographs):
-        log.warning("left out %d pictures in %s that dvt drew itself", drawn, _short(spec))
+        log.warning("left out %s in %s that dvt drew itself", counted(drawn, "picture"), _short(spec))
     return photographs
 
 

@@ -17,6 +17,7 @@ from dvt.errors import ImageError
 from dvt.images.urls import MAX_BYTES, image_error
 from dvt.images.video import SUFFIXES as VIDEOS
 from dvt.images.video import chosen_frames, file_version, frame_bytes
+from dvt.text import counted
 
 #: Suffixes of the files that hold images.
 CONTAINERS = (".tar", *VIDEOS)
@@ -74,7 +75,9 @@ def expand_container(path: str, choice: str, is_image: Callable[[str], bool]) ->
     if not found:
         raise image_error(
             f"{path}#{choice}" if choice else path,
-            f"the archive holds {len(names)} images, and none of that name" if names else "the archive holds no images",
+            f"it holds {counted(len(names), 'image')}, and none of that name"
+            if names
+            else "the archive holds no images",
         )
     return [f"{path}#{name}" for name in found]
 

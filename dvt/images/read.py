@@ -9,10 +9,10 @@ import logging
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,13 +20,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dvt.errors import ImageError
-from dvt.grids import Size
 from dvt.images.members import member_bytes, split_member
 from dvt.images.urls import fetched, image_error, is_url
 
 log = logging.getLogger(__name__)
-
-Found = TypeVar("Found")
 
 ImageLike = str | Path | Tensor | np.ndarray | Image.Image
 """The types in which functions take an image: a file or URL, a PIL image, or pixels (see :func:`read_image`)."""
@@ -163,52 +160,6 @@ def _check_shape(shape: tuple[int, ...], last: bool) -> None:
     elif len(shape) == 3 and shape[0 if last else 2] == 3:
         todo = f"move its channels: image.{'transpose(1, 2, 0)' if last else 'permute(2, 0, 1)'}"
     raise ImageError(f"one image as {kind} must be {wanted} RGB, but has shape {shape}: {todo}")
-
-
-def readable(images: Sequence[ImageLike], check: Callable[[Any], Found]) -> dict[int, Found]:
-    """Check images, and leave out those that cannot be read or used, with a warning that names each.
-
-    Args:
-        images: files, URLs or pixels.
-        check: called with each image; if it raises an ImageError, the image is left out.
-
-    Returns:
-        The results of `check`, by the image's index; empty if no image was given.
-
-    Raises:
-        ImageError: images were given, but none can be used.
-    """
-    found: dict[int, Found] = {}
-    said = ""
-    for number, image in enumerate(images):
-        try:
-            found[number] = check(image)
-        except ImageError as error:
-            name = repr(os.fspath(image)) if isinstance(image, (str, Path)) else f"image {number + 1}"
-            said = str(error) if name in str(error) else f"{name}: {error}"
-            log.warning("left out: %s", said)
-    if len(images) and not found:
-        raise ImageError(f"none of the {len(images)} images can be used; the last one: {said}")
-    return found
-
-
-def usable_images(images: Sequence[ImageLike], *fits: Callable[[Size], Size]) -> list[int]:
-    """List the indices of the images that can be decoded and have an accepted size.
-
-    The others are left out as by :func:`readable`.
-
-    Args:
-        images: files, URLs or pixels.
-        fits: functions called with an image's (H, W), such as :meth:`dvt.backbones.Backbone.input_size`; if one raises
-            an ImageError, the image is left out.
-    """
-
-    def check(image: ImageLike) -> None:
-        pixels = read_image(image)
-        for fit in fits:
-            fit((pixels.shape[1], pixels.shape[2]))
-
-    return list(readable(images, check))
 
 
 def file_sha256(path: str | Path) -> str:

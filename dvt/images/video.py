@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dvt.images.urls import image_error
+from dvt.text import counted
 
 # FFmpeg gets the format by the suffix: by the content, it would also open playlists, which name other files and hosts.
 _FORMATS = {".avi": "avi", ".m4v": "mov", ".mkv": "matroska", ".mov": "mov", ".mp4": "mov", ".webm": "matroska"}
@@ -53,8 +54,8 @@ def chosen_frames(path: str, choice: str) -> list[int]:
     if not numbers:
         raise image_error(
             f"{path}#{choice}",
-            f"it stands for none of the video's {count} frames; give a number from 0, a slice such as 0:100:10, or a "
-            "rate such as 2fps",
+            f"it stands for none of the video's {counted(count, 'frame')}; give a number from 0, a slice such as "
+            "0:100:10, or a rate such as 2fps",
         )
     if video.missing and not re.fullmatch(r"\d+", choice) and (not choice or numbers[-1] >= count - _step(numbers)):
         numbers.append(count)
@@ -179,7 +180,9 @@ class _Video:
         """
         if number >= len(self.times):
             announced = f", of {self.announced} that it announces; copy it again" if self.missing else ""
-            raise image_error(f"{self.path}#{number:06}", f"the video ends after {len(self.times)} frames{announced}")
+            raise image_error(
+                f"{self.path}#{number:06}", f"the video ends after {counted(len(self.times), 'frame')}{announced}"
+            )
         with self.lock:
             try:
                 if number not in self.kept:

@@ -25,6 +25,7 @@ from dvt.store.chunks import ChunkReader, Request, empty_batch
 from dvt.store.format import Record, ordered_terms
 from dvt.store.index import StoredShard, damaged_shards, opened, read_shard, shard_files
 from dvt.store.job import SCHEMA, Job
+from dvt.text import counted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,9 +107,9 @@ class FeatureStore(Dataset[StoredTokens]):
         known = Counter(self._grids).most_common()
         grids = ", ".join(f"{h} x {w} ({count})" for (h, w), count in known[:_GRIDS]) + ", ..." * (len(known) > _GRIDS)
         return (
-            f"FeatureStore({str(self.path)!r}: {len(self)} images of {self.job.backbone}, layer {self.job.layer}; "
-            f"grids {grids}; {self._shards[0].channels} channels; terms {', '.join(self.terms)}; reads "
-            f"{', '.join(self.chosen)})"
+            f"FeatureStore({str(self.path)!r}: {counted(len(self), 'image')} of {self.job.backbone}, layer "
+            f"{self.job.layer}; grids {grids}; {self._shards[0].channels} channels; terms {', '.join(self.terms)}; "
+            f"reads {', '.join(self.chosen)})"
         )
 
     def show(self, count: int = 6) -> Image:
@@ -371,8 +372,8 @@ class FeatureStore(Dataset[StoredTokens]):
             missing += [path] if key is None else []
         if missing:
             raise StoreError(
-                f"{len(missing)} of {len(self)} images of {str(self.path)!r} have no label, {missing[0]!r} among them; "
-                "labels are looked up by path, file name or SHA-256"
+                f"no label for {len(missing)} of {counted(len(self), 'image')} of {str(self.path)!r}, such as "
+                f"{missing[0]!r}; labels are looked up by path, file name or SHA-256"
             )
         return found
 

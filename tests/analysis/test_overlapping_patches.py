@@ -1,18 +1,31 @@
 """Patches that overlap: maps are enlarged, cut into cells and compared at the places where their patches look."""
 
+import base64
+import io
+import json
+import re
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import dvt
 from dvt import grids
 from dvt.analysis import pictures
 from dvt.analysis.matching import match_images
+from dvt.analysis.page.plots import pca_figure, position_figure
+from dvt.analysis.page.report import render
+from dvt.analysis.page.store_page import store_page
+from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.probes.depth import DepthProbe
 from dvt.analysis.probes.discovery import Lost, lost, token_cut
 from dvt.analysis.probes.probe import HeadConfig, enlarged
 from dvt.analysis.probes.segmentation import KnnSegmentation, LinearSegmentation, class_shares
+from dvt.analysis.results import Report
+from dvt.store import Job, Record, StoreWriter
 
 PATCH, STRIDE = (16, 16), (8, 8)
 SIZES = [(64, 96), (96, 64), (80, 80)]
@@ -144,3 +157,63 @@ def test_a_figure_draws_overlapping_patches_at_their_places():
     assert torch.equal(alike, labels[rows, columns] == here)
     chosen = pictures.choose_points(tokens, 4, centres)
     assert all((centres == each).all(-1).any() for each in chosen)
+
+
+def nearest(values, centres, shape):
+    """The value (h, w) of the nearest centre at each pixel of a picture of this shape (rows, columns)."""
+    places = grids.grid_centres(tuple(shape)).flatten(0, 1)
+    return values.flatten()[torch.cdist(places, centres.flatten(0, 1)).argmin(1)].view(*shape)
+
+
+def pictures_of(page):
+    """The maps of a page, in order, as pixels (h, w, 3)."""
+    found = re.findall(r'class="map" src="data:image/png;base64,([^"]+)" width="(\d+)" height="(\d+)"', page)
+    for data, width, height in found:
+        yield torch.from_numpy(np.array(Image.open(io.BytesIO(base64.b64decode(data))))), (int(height), int(width))
+
+
+def test_the_page_of_a_store_draws_overlapping_patches_at_their_places(tmp_path):
+    size = (64, 112)
+    tokens, _ = exact(size)
+    classes, centres = tokens.argmax(-1), grids.patch_centres(size, PATCH, STRIDE)
+    for stride in (8, 16):
+        job = Job("vit_tiny_patch16_224", "0" * 64, stride=stride, size=64)
+        values = tokens if stride == 8 else tokens[:4, :7]
+        with StoreWriter(tmp_path / f"{stride}", job) as writer:
+            writer.write("one", [Record("x.jpg", "a" * 64, size, {"raw": values.numpy().astype(np.float16)})])
+    page = store_page(tmp_path / "8")
+    backbone = json.loads(re.search(r'type="application/json">(.*?)</script>', page)[1])["backbones"][0]
+    rows, columns = (torch.tensor(each) for each in backbone["cells"]["7x13"])
+    assert torch.equal(classes[rows[:, None], columns], nearest(classes, centres, (28, 52)))
+    [(drawn, shape)] = pictures_of(page)
+    assert shape == (137, 240)  # the photograph's proportions, not those of the grid
+    known = nearest(classes, centres, drawn.shape[:2])
+    assert all(len(drawn[known == each].unique(dim=0)) == 1 for each in classes.unique())
+    assert len(drawn.flatten(0, 1).unique(dim=0)) == len(classes.unique())
+    plain = store_page(tmp_path / "16")
+    assert '"cells":{}' in plain and next(pictures_of(plain))[0].shape == (4, 7, 3)
+
+
+def test_the_page_and_the_plots_of_a_report_draw_overlapping_patches_at_their_places():
+    size = (80, 80)
+    tokens, _ = exact(size)
+    classes, arrays = tokens.argmax(-1), Arrays()
+    known = nearest(classes, grids.patch_centres(size, PATCH, STRIDE), (36, 36))
+    arrays.add_jpeg(0, torch.rand(3, *size))
+    arrays.add_maps([Shown(0, "vit", -1, "raw", tokens)])
+    arrays.add_position("vit", -1, "raw", 1.0 + classes[..., None].float())
+    about = {"label": "vit", "name": "vit", "layer": -1, "feature_dim": 4, "image_size": [80, 80]}
+    about |= {"weights_sha256": "0", "patch_size": [16, 16], "stride": [8, 8]}
+    seconds = dict.fromkeys(("forward", "fields", "denoisers", "metrics", "total"), 1.0)
+    report = Report([], ["a.png"], [about], seconds, {}, arrays.index, arrays.arrays)
+    for drawn, shape in pictures_of(render(report)):
+        assert shape == size and drawn.shape[:2] == (36, 36)
+        assert all(len(drawn[known == each].unique(dim=0)) == 1 for each in classes.unique())
+    (heat,) = [axis.images[0] for axis in position_figure(report).axes if axis.images and not axis.get_label()]
+    assert torch.equal(torch.as_tensor(heat.get_array().data), 1.0 + known)
+    assert pca_figure(report).axes[1].images[0].get_array().shape == (36, 36, 3)
+    tiled = replace(report, backbones=[{**about, "stride": [16, 16]}])
+    assert [drawn.shape for drawn, _ in pictures_of(render(tiled))] == [(9, 9, 3)] * 2
+    for wrong in ([0, 8], [17, 8]):
+        with pytest.raises(dvt.errors.ConfigError, match="cannot be drawn"):
+            render(replace(report, backbones=[{**about, "stride": wrong}]))

@@ -596,7 +596,7 @@ def test_each_label_map_is_read_once_and_what_is_not_used_not_at_all(tmp_path, t
     )
     run_probe(config(root, test_images=2, baselines=()), tiny_backbone)
     assert len(read) == 6 + 2 and set(read.values()) == {1}
-    with pytest.raises(DataError, match="1 images and their maps differ in size"):
+    with pytest.raises(DataError, match="the maps of 1 image have other sizes"):
         run_probe(config(root, baselines=()), tiny_backbone)
 
 
@@ -742,16 +742,16 @@ def test_odd_labels_are_allowed_and_said(tmp_path, tiny_backbone):
     report = run_probe(config(root, ignore=(255,), baselines=()), tiny_backbone)
     text = "\n".join(report.notes)
     assert "count as 0: 3" in text and "left out of the means: 1, 2" in text
-    assert "1 of 4 training images have no labels" in text and "1 of 4 scored images have no labels" in text
+    assert "no labels in 1 of 4 training images" in text and "no labels in 1 of 4 scored images" in text
     assert report.row("raw").scores["mIoU"] <= 0.5
 
 
 def test_nothing_to_learn_or_score(tmp_path, tiny_backbone):
     root = checkered(tmp_path / "a", count=3, change=lambda split, k, truth: truth * 0 + 255 * (split == "test"))
-    with pytest.raises(DataError, match="none of the 3 scored images has any labels"):
+    with pytest.raises(DataError, match="no labels in 3 scored images"):
         run_probe(config(root, ignore=(255,)), tiny_backbone)
     root = checkered(tmp_path / "b", count=3, kind="depth", change=lambda split, k, truth: truth * (split == "test"))
-    with pytest.raises(DataError, match="none of the 3 training images has any depth"):
+    with pytest.raises(DataError, match="no depth in 3 training images"):
         run_probe(config(root, task="depth"), tiny_backbone)
 
 

@@ -284,7 +284,7 @@ def test_what_cannot_fit_loses_images_rather_than_all_directions(report):
     fit = fitting(big)
     assert fit.directions >= 8 and 0 < len(fit.images) < 40 and fit.images == sorted(set(fit.images))
     text = render(big)
-    assert len(text.encode()) < LIMIT and f"{fit.left_out} of 40 images are left out" in text
+    assert len(text.encode()) < LIMIT and f"{fit.left_out} of 40 images left out" in text
 
 
 def test_two_backbones_have_a_table_and_a_gallery_each(report):

@@ -152,13 +152,13 @@ def test_files_beside_a_store_have_lasting_names_and_missing_ones_are_told(photo
     index = json.loads((tmp_path / "out" / "pictures" / "index.json").read_text())
     assert sorted(index.values()) == ["a/x.png", "b/x.png", long] and first.read_bytes() == drawn
     told = dvt(*every, "--upsample", 2, cwd=tmp_path).stdout
-    assert "3 of 3 images have no file in out/upsampled" in told and "no file in out/pictures" not in told
+    assert "no file for 3 of 3 images in out/upsampled" in told and "in out/pictures: files beside" not in told
     (tmp_path / "out" / "pictures" / "index.json").write_text("{")
     (tmp_path / "c.png").write_bytes((photos / "2.png").read_bytes() + b"!")
     told = dvt("denoise", "c.png", *WITH, "--upsample", 2, "--out", "out", cwd=tmp_path).stdout
     assert "index.json cannot be read" in " ".join(told.split()) and "no file" not in told
     told = dvt("denoise", "c.png", *WITH, "--upsample", 3, "--out", "out", cwd=tmp_path).stdout
-    assert "1 of 1 images have no file in out/upsampled" in told  # 2 is not 3
+    assert "no file for 1 of 1 image in out/upsampled" in told  # 2 is not 3
     refused = dvt("denoise", "c.png", *WITH, "--keep-terms", "--out", "out", cwd=tmp_path, expect=2)
     assert "without --keep-terms" in refused.stderr
 

@@ -50,5 +50,14 @@ def test_a_kept_head_labels_photographs(run, tmp_path, monkeypatch):
     (tmp_path / "no.jpg").write_bytes(b"no picture")
     run("predict", "head.safetensors", "no.jpg", "data/images/test/0.png", *WITH, "--out", "two", expect=2)
     assert len(json.loads((tmp_path / "two" / "index.json").read_text())) == 1
+    message = run("predict", "head.safetensors", "no.jpg", *WITH, "--out", "none/deep", expect=2)
+    assert "the image given cannot be used: cannot read image 'no.jpg'" in message
+    (tmp_path / "cut.png").write_bytes((tmp_path / "data" / "images" / "test" / "0.png").read_bytes()[:2000])
+    message = run("predict", "head.safetensors", "no.jpg", "cut.png", *WITH, "--out", "none/deep", expect=2)
+    assert "no.jpg" in message and "none of the 2 images can be used; the last one: cannot read image" in message
+    assert not (tmp_path / "none").exists()
+    message = run("prior", "train", "no.jpg", "cut.png", *WITH, "--out", "none/deep", expect=2)
+    assert "no.jpg" in message and "none of the 2 images can be used; the last one: cannot read image" in message
+    assert not (tmp_path / "none").exists()
     assert "keeps no head" in run("probe", "classification", "data", *WITH, "--save", "x.safetensors", expect=2)
     assert not (tmp_path / "bad").exists() and not (tmp_path / "x.safetensors").exists()

@@ -11,7 +11,7 @@ from PIL import Image
 from dvt.analysis.page.store_page import store_page
 from dvt.cli import main
 from dvt.cli.view import page_server
-from dvt.store import FeatureStore
+from dvt.store import FeatureStore, Job, Record, StoreWriter
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def test_the_page_of_a_store_is_one_file_and_measures_nothing(work, capsys, capl
     assert main(["view", str(work / "store"), "--out", str(work / "page.html")]) == 0
     text = (work / "page.html").read_text()
     assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
-    assert "The numbers" not in text and "2 of the 2 images" in text and str(work) not in text
+    assert "The numbers" not in text and str(work) not in text
+    assert ">2 images of a feature store, with raw and semantic F." in text and "Raw = F" not in text
     assert "1 of 2 photographs" in caplog.text
     assert main(["view", str(work / "store"), "--out", str(work / "page.pdf")]) == 2
     assert main(["view", str(work / "store"), "--images", "0", "--out", str(work / "page.html")]) == 2
@@ -73,6 +74,43 @@ def test_a_patch_is_compared_as_the_store_says_by_tap_and_by_key(work):
         assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         browser.close()
     assert not said
+
+
+def test_overlapping_patches_are_tapped_where_they_look(tmp_path):
+    """A store of stride 8: the frame and the map lie at the patches' centres, and keys go from one to the next."""
+    sync = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("no Chromium: apt-get install chromium")
+    values = np.eye(77, dtype=np.float16).reshape(7, 11, 77)  # each patch is like itself alone
+    with StoreWriter(tmp_path / "store", Job("vit_tiny_patch16_224", "0" * 64, stride=8, size=64)) as writer:
+        writer.write("one", [Record("x.jpg", "a" * 64, (64, 96), {"raw": values})])
+    (tmp_path / "page.html").write_text(store_page(tmp_path / "store"))
+    with sync.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.goto((tmp_path / "page.html").as_uri())
+        stage = tab.locator("#photo .stage")
+        stage.scroll_into_view_if_needed()
+        for row, column in ((0, 0), (3, 4), (6, 10)):  # the centres lie at 8, 16, 24, ... pixels of 64 x 96
+            box = stage.bounding_box()
+            y, x = 8 * (row + 1), 8 * (column + 1)
+            tab.mouse.click(box["x"] + box["width"] * x / 96, box["y"] + box["height"] * y / 64)
+            assert tab.evaluate("dvtReport.patch()") == {"row": row, "column": column}
+            frame, quarter = tab.locator("#photo .frame").bounding_box(), 2 / 64 * box["height"]
+            assert abs(frame["y"] - box["y"] - box["height"] * (0 if row == 0 else y - 4) / 64) <= quarter
+            assert abs(frame["x"] - box["x"] - box["width"] * (0 if column == 0 else x - 4) / 96) <= quarter
+            lit = tab.locator("#left canvas").evaluate(
+                "e => [e.width, e.height, ...e.getContext('2d').getImageData(0, 0, e.width, e.height).data]"
+            )
+            width, height = lit[:2]
+            green = np.array(lit[2:]).reshape(height, width, 4)[..., 1]
+            rows, columns = (np.nonzero(green > 200)[k] for k in (0, 1))
+            assert rows.min() / height * 64 <= y <= (rows.max() + 1) / height * 64
+            assert columns.min() / width * 96 <= x <= (columns.max() + 1) / width * 96
+        tab.keyboard.press("ArrowLeft")
+        assert tab.evaluate("dvtReport.patch()") == {"row": 6, "column": 9}
+        browser.close()
 
 
 def test_the_server_answers_this_machine_by_its_name_only():

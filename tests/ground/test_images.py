@@ -85,7 +85,7 @@ def test_pictures_that_dvt_drew_are_left_out_and_told(tree, caplog):
     Figure((1, 1)).savefig(tree / "plot.png")  # matplotlib's, but not dvt's
     wanted = ["a.JPG", "b.png", "plot.png", "sub/c.tif", "sub/deep/d.webp"]
     assert names(find_images([tree]), tree) == wanted
-    assert "left out 1 pictures" in caplog.text and str(tree) in caplog.text
+    assert "left out 1 picture in" in caplog.text and str(tree) in caplog.text
     assert find_images([f"{tree}/**/*.png"]) == [tree / "b.png", tree / "plot.png"]
     assert find_images([drawn]) == [drawn]  # asked for by name
     (tree / "out" / "shard-0.h5").touch()

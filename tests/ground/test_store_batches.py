@@ -198,7 +198,7 @@ def test_labels_are_joined_beside(even):
     assert next(iter(DataLoader(words, batch_size=2))).labels == ["photos", "photos"]
     shapes = FeatureStore(folder, labels=lambda path: torch.zeros(int(path[-5]) + 1))
     assert [len(label) for label in shapes[:3].labels] == [1, 2, 3]
-    with pytest.raises(StoreError, match=r"9 of 10 images .* have no label, 'photos/001\.jpg' among them"):
+    with pytest.raises(StoreError, match=r"no label for 9 of 10 images of .*, such as 'photos/001\.jpg'"):
         FeatureStore(folder, labels={"000.jpg": 1})
 
 

@@ -43,6 +43,14 @@
     return map.decoded;
   }
 
+  // The rows and columns of patches that a picture shows from pixel to pixel: where patches overlap, a pixel shows the
+  // patch whose centre is nearest.
+  function cellsOf([height, width]) {
+    const plain = (length) => Array.from({ length }, (_, i) => i);
+    const [rows, columns] = state.backbone.cells[`${height}x${width}`] ?? [plain(height), plain(width)];
+    return { rows, columns };
+  }
+
   // Raw and the variant mixed by strength, every token of length 1 (or 0 if it is nothing).
   function features(panel) {
     const map = entry(panel.variant, panel.layer);
@@ -61,15 +69,16 @@
       const norm = Math.sqrt(square) || 1;
       for (let i = start; i < start + count; i++) tokens[i] /= norm;
     }
-    return { height, width, count, tokens };
+    return { height, width, count, tokens, ...cellsOf(map.shape) };
   }
 
   function patchOf(point, grid) {
-    return {
-      row: Math.min(grid.height - 1, Math.max(0, Math.floor(point.y * grid.height))),
-      column: Math.min(grid.width - 1, Math.max(0, Math.floor(point.x * grid.width))),
-    };
+    const shown = (cells, place) => cells[Math.min(cells.length - 1, Math.max(0, Math.floor(place * cells.length)))];
+    return { row: shown(grid.rows, point.y), column: shown(grid.columns, point.x) };
   }
+
+  // Where the cell of a patch begins and ends, as shares of the picture's side.
+  const span = (cells, patch) => [cells.indexOf(patch) / cells.length, (cells.lastIndexOf(patch) + 1) / cells.length];
 
   function similarity(grid, patch) {
     const { tokens, count } = grid;
@@ -85,21 +94,27 @@
 
   // ---- drawing
 
-  function paint(canvas, values, height, width) {
-    if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  function paint(canvas, values, { width, rows, columns }) {
+    const size = { width: columns.length, height: rows.length };
+    if (canvas.width !== size.width || canvas.height !== size.height) Object.assign(canvas, size);
     const context = canvas.getContext("2d");
-    const picture = context.createImageData(width, height);
-    values.forEach((value, i) => {
-      const place = 3 * Math.round(255 * Math.min(1, Math.max(0, (value - LOW) / (1 - LOW))));
-      picture.data.set([colours[place], colours[place + 1], colours[place + 2], 255], 4 * i);
-    });
+    const picture = context.createImageData(size.width, size.height);
+    let i = 0;
+    for (const row of rows) {
+      for (const column of columns) {
+        const value = values[row * width + column];
+        const place = 3 * Math.round(255 * Math.min(1, Math.max(0, (value - LOW) / (1 - LOW))));
+        for (let k = 0; k < 3; k++) picture.data[i++] = colours[place + k];
+        picture.data[i++] = 255;
+      }
+    }
     context.putImageData(picture, 0, 0);
   }
 
   function frame(stage, patch, grid) {
+    const [[left, right], [top, bottom]] = [span(grid.columns, patch.column), span(grid.rows, patch.row)];
     Object.assign(find(".frame", stage).style, {
-      left: `${(100 * patch.column) / grid.width}%`, top: `${(100 * patch.row) / grid.height}%`,
-      width: `${100 / grid.width}%`, height: `${100 / grid.height}%`,
+      left: `${100 * left}%`, top: `${100 * top}%`, width: `${100 * (right - left)}%`, height: `${100 * (bottom - top)}%`,
     });
   }
 
@@ -110,7 +125,7 @@
       panel.features ??= features(panel);
       const patch = patchOf(point, panel.features);
       panel.values = similarity(panel.features, patch);
-      paint(panel.canvas, panel.values, panel.features.height, panel.features.width);
+      paint(panel.canvas, panel.values, panel.features);
       frame(panel.stage, patch, panel.features);
       const alike = Math.round((100 * panel.values.filter((value) => value > 0.5).length) / panel.values.length);
       panel.spread.textContent = `${alike}\u202f% of patches above 0.5`;
@@ -235,7 +250,8 @@
     const grid = panels[0].features;
     const { row, column } = patchOf(state.held, grid);
     const to = [Math.min(grid.width - 1, Math.max(0, column + x)), Math.min(grid.height - 1, Math.max(0, row + y))];
-    Object.assign(state, { held: { x: (to[0] + 0.5) / grid.width, y: (to[1] + 0.5) / grid.height }, hover: null });
+    const middle = (cells, patch) => span(cells, patch).reduce((a, b) => a + b) / 2;
+    Object.assign(state, { held: { x: middle(grid.columns, to[0]), y: middle(grid.rows, to[1]) }, hover: null });
     draw();
   });
 
@@ -255,7 +271,8 @@
   backbones.addEventListener("change", () => choose(state.image, data.backbones[backbones.value]));
   find("#backbone-choice").hidden = data.backbones.length < 2;
 
-  paint(find("#scale"), Float32Array.from({ length: 256 }, (_, i) => LOW + ((1 - LOW) * i) / 255), 1, 256);
+  const scale = Float32Array.from({ length: 256 }, (_, i) => LOW + ((1 - LOW) * i) / 255);
+  paint(find("#scale"), scale, { width: 256, rows: [0], columns: [...scale.keys()] });
   choose(state.image, state.backbone);
 
   // For tests and consoles: what is shown now.
