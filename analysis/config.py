@@ -83,8 +83,9 @@ class DoctorConfig:
     Args:
         images: largest number of images, evenly spread over the given ones.
         windows: torus windows per image, an even number.
-        product_images, product_windows: images, and windows of each, that products of stage one are compared on; each
-            takes dozens of passes of the backbone.
+        product_images: largest number of images that products of stage one are compared on; each window of each takes
+            dozens of passes of the backbone.
+        product_windows: torus windows of each of these images, an even number.
         share: least share of the variance that stays at the position for a position artifact. Two patches of equal
             content at different positions then have a cosine of .95 instead of 1, about the size of what
             quantising or resizing does; a random ViT has .01, trained ones with the artifact .2 and more.

@@ -187,7 +187,7 @@ def _norm_title(name: str, norm: Tensor, top: float) -> str:
     if float(norm.max()) <= 1e-5 * top:
         return f"Norm, {name}: zero"
     if float(norm.max() - norm.min()) < 0.05 * median:
-        return f"Norm, {name}: {median:.3g} in all (final norm)"
+        return f"Norm, {name}: {median:.3g} (final norm)"
     return f"Norm, {name} (median {median:.3g})"
 
 

@@ -130,7 +130,7 @@ class Diagnosis:
         if self.images > 1:
             lines.append(f"  images that have such tokens        {self.outlier_images:.0%}")
         if self.layout is not None:
-            lines.append(f"  position R2 without the artifact    {_score_text(self.layout)}: their layout")
+            lines.append(f"  position R² without the artifact    {_score_text(self.layout)}: their layout")
         return wrapped("\n".join([*lines, *(f"  ! {each}" for each in self.warnings)]))
 
     def _what_to_do(self) -> str:

@@ -202,7 +202,7 @@ class BackboneMeasurement:
     def _moving_rows(
         self, layer: int, variant: str, kept: _LayerTokens, generator: torch.Generator
     ) -> list[scores.Row]:
-        reason = "a store has no tokens of other windows; hand in a function instead"
+        reason = "a store has no tokens of other windows; without the store they are computed"
         if kept.shifts:
             note = f"{len(_FIELD_SHIFTS)} shifts, a decomposition each" if variant == "semantic" else ""
             rows = scores.shift_rows(kept.shifts, generator, note)

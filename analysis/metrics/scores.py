@@ -18,6 +18,7 @@ from dvt.analysis.metrics.intervals import RESAMPLES, central_interval, resample
 from dvt.analysis.metrics.nulls import Score, matched_noise, shuffled, token_maps, torus_shifted, with_null
 from dvt.analysis.metrics.positions import PositionShare, score_of
 from dvt.errors import ShapeError
+from dvt.text import counted
 from dvt.tokens import Tokens
 
 # Several levels of grey, so that there is a mean over them.
@@ -50,7 +51,7 @@ METRICS = {
         "the part of that share that is the same in all images, which one subtracted map would remove, at most 1",
         "lower",
     ),
-    "position_r2": Metric("Position R2", "held-out R^2 of a linear probe that reads (x, y), at most 1", "lower"),
+    "position_r2": Metric("Position R²", "held-out R² of a linear probe that reads (x, y), at most 1", "lower"),
     "position_mic": Metric("Position MIC", "information of the best channel on x and y, 0 to 1", "lower"),
     "pooled_mic": Metric(
         "Pooled position MIC",
@@ -176,7 +177,7 @@ def pooled_mic_row(maps: Sequence[Tokens], generator: torch.Generator, draws: in
     same = [each for each in maps if each.grid == Counter(each.grid for each in maps).most_common(1)[0][0]]
     score = with_null(partial(metrics.pooled_position_mic, candidates=1), same, generator, draws, torus_shifted)
     left_out = len(maps) - len(same)
-    note = f"without those of other grids: {left_out}" if left_out else ""
+    note = f"{counted(left_out, 'image')} of other grids left out" if left_out else ""
     return Row("pooled_mic", score.value, score.null, score.low, score.high, images=len(same), note=note)
 
 

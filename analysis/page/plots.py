@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dvt.analysis.findings import Findings
 
 # Hues that colour-blind readers can tell apart (after Okabe and Ito), in this order.
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_LINES = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _STRIPS = 6
 _MAPS = 6
 _TICKS = 8  # blocks named under a curve over layers, at most
@@ -43,7 +43,7 @@ def position_figure(report: Findings) -> Figure | None:
     figure, axes = _page(len(rows), max(len(row) for row in rows), 2.3, 2.3)
     for line, entries, about in zip(axes, rows, report.backbones, strict=True):
         for axis, entry in zip(line, entries, strict=False):
-            values = drawn_at_centres(about, torch.from_numpy(report.arrays[entry["array"]])).numpy()
+            values = drawn_at_centres(about, torch.tensor(report.arrays[entry["array"]])).numpy()
             picture = axis.imshow(values, cmap="viridis", vmin=0, vmax=max(position_top(report, entry), 1e-9))
             _title(axis, f"{entry['variant']}, {_layer(entry)}")
             bar = figure.colorbar(picture, ax=axis, shrink=0.8)

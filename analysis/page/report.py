@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -129,10 +130,13 @@ def render(report: Report, words: PageWords | None = None) -> str:
 def fitting(report: Report) -> PageBudget:
     """Find how many directions fit into a page of 8 MB; if too few do, find how many images to leave out."""
     pixels = {entry["image"]: entry["array"] for entry in report.index["jpegs"]}
-    patches: dict[int, int] = {}
+    own = {(each["label"], each["layer"]) for each in report.backbones}
+    patches: Counter[int] = Counter()
+    drawn: Counter[int] = Counter()  # of them those of a gallery
     for entry in report.index["maps"]:
         height, width, _ = report.arrays[entry["array"]].shape
-        patches[entry["image"]] = patches.get(entry["image"], 0) + height * width
+        patches[entry["image"]] += height * width
+        drawn[entry["image"]] += height * width * ((entry["backbone"], entry["layer"]) in own)
     images = [image for image in pixels if image in patches]
     most = min((report.arrays[entry["array"]].shape[2] for entry in report.index["maps"]), default=0)
     for count in range(len(images), 0, -1):
@@ -140,7 +144,8 @@ def fitting(report: Report) -> PageBudget:
         total = sum(patches[image] for image in kept)
         # Base64 makes 4 bytes of 3; a gallery takes at most 5 bytes per patch (3 where none overlap), an entry's fields
         # about 150.
-        bytes_left = _ROOM * 3 // 4 - sum(report.arrays[pixels[image]].size for image in kept) - 5 * total
+        bytes_left = _ROOM * 3 // 4 - sum(report.arrays[pixels[image]].size for image in kept)
+        bytes_left -= 5 * sum(drawn[image] for image in kept)
         bytes_left -= 150 * len(report.index["maps"])
         directions = min(most, bytes_left // total)
         if directions >= min(most, _LEAST_DIRECTIONS):

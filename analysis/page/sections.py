@@ -234,7 +234,7 @@ def position_maps(report: Findings) -> str:
             name = f"{label(entry['variant'])}, {_layer_phrase(entry['layer'])}"
             name = f"{about['label']}, {name}" if len(report.backbones) > 1 else name
             top = position_top(report, entry)
-            drawn = drawn_at_centres(about, torch.from_numpy(values)).numpy()
+            drawn = drawn_at_centres(about, torch.tensor(values)).numpy()
             image = _map(
                 charts.heat(drawn, top), about["image_size"], f"Norm of the mean token at each position: {name}"
             )

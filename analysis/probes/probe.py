@@ -194,7 +194,8 @@ def check_maps(tokens: Maps, targets: Sequence[Tensor], channels: int | None = N
         NonFiniteError: a token is NaN or infinite.
     """
     if not len(tokens) or len(tokens) != len(targets):
-        raise ShapeError(f"{len(tokens)} token maps and {len(targets)} targets were given; give one of each per image")
+        given = f"{counted(len(tokens), 'token map')} and {counted(len(targets), 'target')}"
+        raise ShapeError(f"{given} were given; give one of each per image")
     for i in range(len(tokens)):
         one = tokens[i]
         channels = one.shape[-1] if channels is None else channels

@@ -23,6 +23,7 @@ from dvt.analysis.probes.probe import (
 )
 from dvt.errors import ConfigError, DataError, ShapeError
 from dvt.grids import Size
+from dvt.text import counted
 
 _LABELS_A_PATCH = 4
 _TOKENS_AT_ONCE = 256
@@ -247,7 +248,9 @@ def check_labels(targets: Sequence[Tensor], num_classes: int) -> None:
         _check_range(target, num_classes)
         labelled = labelled or bool((target != IGNORE).any())
     if not labelled:
-        raise DataError(f"every pixel of all {len(targets)} training images is ignored; there is nothing to learn")
+        raise DataError(
+            f"every pixel of {counted(len(targets), 'training image')} is ignored; there is nothing to learn"
+        )
 
 
 def _check_range(labels: Tensor, num_classes: int) -> None:

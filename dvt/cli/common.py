@@ -70,8 +70,9 @@ def progress_bar(console: Console):
             bar.update(tasks[what], completed=done, total=total, rate=rate)
             if since > 0 and elapsed >= _MEASURED and what not in told:
                 told.add(what)
+                left = f"{total - done} of {total} to do"
                 if (ahead := (total - done) * elapsed / since) >= _WORTH_TELLING:
-                    console.print(f"{escape(what)}: {duration(ahead)} ahead for {total - done} of {total}", style="dim")
+                    console.print(f"{escape(what)}: {duration(ahead)} ahead, {left}", style="dim")
 
         yield update
 

@@ -73,12 +73,8 @@ def expand_container(path: str, choice: str, is_image: Callable[[str], bool]) ->
     names = [name for name in _tar_members(path) if is_image(name)]
     found = [name for name in names if not choice or name == choice or fnmatch.fnmatchcase(name, choice)]
     if not found:
-        raise image_error(
-            f"{path}#{choice}" if choice else path,
-            f"it holds {counted(len(names), 'image')}, and none of that name"
-            if names
-            else "the archive holds no images",
-        )
+        kept = f"the archive holds {counted(len(names), 'image')}, and none of that name"
+        raise image_error(f"{path}#{choice}" if choice else path, kept if names else "the archive holds no images")
     return [f"{path}#{name}" for name in found]
 
 

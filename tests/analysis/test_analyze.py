@@ -214,7 +214,7 @@ def test_pooled_mic_tells_a_code_of_position_from_smoothness():
 def test_pooled_mic_takes_the_commonest_grid_and_says_so():
     maps = [Tokens.of(noise(*shape, CHANNELS, seed=n)) for n, shape in enumerate([(8, 9), (9, 8), (8, 9)])]
     row = scores.pooled_mic_row(maps, generator(), 3)
-    assert row.images == 2 and "other grids: 1" in row.note
+    assert row.images == 2 and "1 image of other grids left out" in row.note
     alone = {row.metric: row for row in scores.static_rows(maps[:1], generator(), 3, 1, 4)}["pooled_mic"]
     assert alone.value is None and "two or more images" in alone.note
 

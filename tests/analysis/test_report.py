@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import tracemalloc
+import warnings
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -69,7 +70,9 @@ def saved(report, tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(saved, tmp_path_factory):
     """The page that is made of the saved report."""
-    return write_report(saved, tmp_path_factory.mktemp("page") / "deep" / "report.html")
+    with warnings.catch_warnings():  # which would be printed between the lines of `dvt report`
+        warnings.simplefilter("error")
+        return write_report(saved, tmp_path_factory.mktemp("page") / "deep" / "report.html")
 
 
 class Parsed(HTMLParser):
@@ -229,7 +232,7 @@ def test_charts_say_their_values_in_words(report, parsed):
         attributes["aria-label"] for tag, attributes in parsed.elements if tag == "svg" and "role" in attributes
     )
     value = report.get("position_r2", layer=0).value
-    assert f"Position R2 over layers: 0 {value:.3f}".replace("-", "\N{MINUS SIGN}") in labels
+    assert f"Position R² over layers: 0 {value:.3f}".replace("-", "\N{MINUS SIGN}") in labels
     assert "Histogram of token norms" in labels
 
 

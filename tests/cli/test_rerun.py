@@ -130,7 +130,7 @@ def test_the_time_ahead_is_said_once_from_the_first_images_or_from_a_pass(monkey
         for done in range(4):
             time.sleep(0.1)
             progress("images", done, 2000)
-    assert out.getvalue().count("ahead") == 1 and "minutes ahead for 199" in out.getvalue()
+    assert out.getvalue().count("ahead") == 1 and "minutes ahead, 199" in out.getvalue()
     monkeypatch.setattr(common, "_WORTH_TELLING", 0.0)
     common.say_ahead(console, load_backbone("test_vit", pretrained=False), 100, "3 images")
     assert "3 images: about" in out.getvalue() and "100 passes of the backbone" in out.getvalue()

@@ -304,3 +304,15 @@ def test_documents_name_what_exists(path):
     names = set(re.findall(r"(?<![\w/.-])dvt(?:\.[A-Za-z_]\w*)+", path.read_text()))
     names = {name for name in names if not name.endswith(".X") and "mmseg" not in name}  # mmseg: another environment
     assert not {name for name in names if not exists(name)}
+
+
+def test_messages_do_not_say_1_images():
+    """A length before a plural goes through dvt.text.counted; those named here are two or more."""
+    plural = re.compile(r"\{(len\([^{}]*\))\} (?:[a-z-]+ )?(images|photographs|files|pictures|maps|samples|frames)\b")
+    found = [
+        f"{module}: {length} {noun}"
+        for module, path in MODULES.items()
+        for length, noun in plural.findall(path.read_text(encoding="utf-8"))
+        if length not in ("len(same)", "len(found)", "len(store)")
+    ]
+    assert not found
