@@ -373,9 +373,11 @@ def _listed(value: Any) -> str:
 
 def _described(about: dict[str, Any]) -> str:
     (rows, columns), (height, width) = about["patch_size"], about["image_size"]
+    down, across = about.get("stride", (rows, columns))
+    every = "" if (down, across) == (rows, columns) else f" every {down} x {across} pixels"
     return (
-        f"{about['name']}, {_layer_phrase(about['layer'])}, patches of {rows} x {columns} pixels, meant for images of "
-        f"{height} x {width}, {about['feature_dim']} channels, weights {str(about['weights_sha256'])[:12]}"
+        f"{about['name']}, {_layer_phrase(about['layer'])}, patches of {rows} x {columns} pixels{every}, meant for "
+        f"images of {height} x {width}, {about['feature_dim']} channels, weights {str(about['weights_sha256'])[:12]}"
         f"{', ' + about['precision'] if 'precision' in about else ''}"
     )
 

@@ -214,6 +214,8 @@ def test_the_page_and_the_plots_of_a_report_draw_overlapping_patches_at_their_pl
     assert pca_figure(report).axes[1].images[0].get_array().shape == (36, 36, 3)
     tiled = replace(report, backbones=[{**about, "stride": [16, 16]}])
     assert [drawn.shape for drawn, _ in pictures_of(render(tiled))] == [(9, 9, 3)] * 2
+    assert "16 x 16 pixels every 8 x 8 pixels, meant" in render(report)
+    assert "16 x 16 pixels, meant" in render(tiled)
     for wrong in ([0, 8], [17, 8]):
         with pytest.raises(dvt.errors.ConfigError, match="cannot be drawn"):
             render(replace(report, backbones=[{**about, "stride": wrong}]))
