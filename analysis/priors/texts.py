@@ -78,8 +78,8 @@ def _check_step(path: Path, images: list[str], named: list[str]) -> None:
     missing, unknown = [n for n in images if n not in there], [n for n in named if n not in wanted]
     if missing or unknown:
         parts = [
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for names, what in ((missing, "images without a line"), (unknown, "lines without an image"))
+            f"{counted(len(names), what)} without {other} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for names, what, other in ((missing, "image", "a line"), (unknown, "line", "an image"))
             if names
         ]
         raise ConfigError(

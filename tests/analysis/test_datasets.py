@@ -263,7 +263,7 @@ def test_missing_pairs_are_listed(tmp_path):
     plain(tmp_path, count=3)
     (tmp_path / "annotations" / "train" / "1.png").unlink()
     (tmp_path / "images" / "train" / "2.jpg").unlink()
-    with pytest.raises(DataError, match="1 images without a map: 1; 1 maps without an image: 2"):
+    with pytest.raises(DataError, match="1 image without a map: 1; 1 map without an image: 2"):
         open_data(tmp_path, "labels")
 
 
@@ -278,7 +278,7 @@ def test_a_long_list_is_cut(tmp_path):
 def test_sizes_that_disagree(tmp_path):
     plain(tmp_path)
     write(tmp_path / "images" / "test" / "1.jpg", size=(12, 8))
-    with pytest.raises(DataError, match=r"1 images.*12 x 8.*8 x 12"):
+    with pytest.raises(DataError, match=r"maps of 1 image.*12 x 8.*8 x 12"):
         open_data(tmp_path, "labels")
 
 

@@ -315,7 +315,7 @@ def test_bad_boxes_and_sets_are_refused():
             box_statistics(torch.tensor(bad), good)
     with pytest.raises(ShapeError, match="true boxes"):
         box_statistics(good[0], torch.tensor([[0.1, 0.1, 0.5]]))
-    with pytest.raises(ShapeError, match="2 token maps and 1 targets"):
+    with pytest.raises(ShapeError, match="2 token maps and 1 target were"):
         Lost().sufficient_statistics(noise(2, 4, 4, 3), [good])
     with pytest.raises(NonFiniteError, match="image 1"):
         Lost().sufficient_statistics(noise(2, 4, 4, 3) * torch.tensor([1.0, float("nan")]).view(2, 1, 1, 1), [good] * 2)

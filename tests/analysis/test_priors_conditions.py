@@ -117,8 +117,8 @@ def test_texts_come_in_the_order_of_the_images(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "images", "message"),
     [
-        (LINES, "ab", r"does not fit the 2 images: 1 lines without an image \(c.jpg\); .* relative to the file"),
-        (LINES, "abcd", r"does not fit the 4 images: 1 images without a line \(d.jpg\)"),
+        (LINES, "ab", r"does not fit the 2 images: 1 line without an image \(c.jpg\); .* relative to the file"),
+        (LINES, "abcd", r"does not fit the 4 images: 1 image without a line \(d.jpg\)"),
         (LINES, "vwxyz", r"5 images without a line \(v.jpg, w.jpg, x.jpg, ...\) and 3 lines without"),
         ((*LINES, LINES[0]), "abc", "line 4: image 'a.jpg' has a line already"),
         ((*LINES[:1], "{broken"), "a", "line 2: it is not JSON"),
