@@ -219,7 +219,7 @@ _PAGE = """<!doctype html><meta charset="utf-8"><title>Features in PCA colours</
 body{font:15px system-ui,sans-serif;margin:2rem;color:#222;background:#fff}h2{font-size:1rem;margin:1.4rem 0 .4rem}
 div{display:flex;flex-wrap:wrap;gap:.8rem}figure{margin:0}img{width:320px;display:block;image-rendering:pixelated}
 figcaption{color:#555}</style><h1>Features in PCA colours</h1>
-<p>The same colour is the same feature in all images; white is what was masked as background.</p>
+<p>The same colour is the same feature in all images; with a foreground mask, what it leaves out is white.</p>
 BODY
 """
 

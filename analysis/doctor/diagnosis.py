@@ -130,7 +130,7 @@ class Diagnosis:
         if self.images > 1:
             lines.append(f"  images that have such tokens        {self.outlier_images:.0%}")
         if self.layout is not None:
-            lines.append(f"  position R² without the artifact    {_score_text(self.layout)}: their layout")
+            lines.append(f"  position R² without the artifact    {_score_text(self.layout)}: what the photos share")
         return wrapped("\n".join([*lines, *(f"  ! {each}" for each in self.warnings)]))
 
     def _what_to_do(self) -> str:
@@ -139,10 +139,9 @@ class Diagnosis:
         texts = {
             "subtract": "Subtract one map: the artifact is the same in all images. `dvt train` of the kind subtract "
             "finds it in a store of `dvt denoise`; applying it costs nothing.",
-            "per image": "`dvt denoise` for each image: the artifact differs from image to image, so that one map "
-            "cannot remove it. Its default product, removed, stays closest to the backbone's own tokens. For many "
-            "images train a denoiser: `dvt denoise` with the product ensembled, which suits labelled tasks better, "
-            "then `dvt train`.",
+            "per image": "`dvt denoise` for each image" + self._one_map() + " Its default product, removed, stays "
+            "closest to the backbone's own tokens. For many images train a denoiser: `dvt denoise` with the product "
+            "ensembled, which suits labelled tasks better, then `dvt train`.",
             "denoiser": "A trained denoiser: `dvt denoise` of some hundred images with the product ensembled, then "
             "`dvt train`; a map that is subtracted cannot see norm outliers. Or a backbone with registers, which `dvt "
             "remedy` adds without training; --remedies compares.",
@@ -152,13 +151,18 @@ class Diagnosis:
                 "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
                 "be subtracted from them, one image does not tell: give ten or more."
             )
-        advice = [texts[self.remedy], f"Strength {self.strength:g}, the least that brings it below its threshold."]
-        if self.shared is not None and self.remedy != "denoiser":
-            advice.append(
-                f"One map for all images would leave a position share of {left_share(self.own, self.shared):.3f}."
-            )
+        advice = [texts[self.remedy], f"A strength of {self.strength:g} is the least that is enough; 1 is the default."]
+        if self.shared is not None and self.remedy == "subtract":
+            advice.append(f"It leaves a position share of {left_share(self.own, self.shared):.3f}.")
         commands = [shell_lines(each) for each in self.how if self.command is None]  # a quoted name is not wrapped
         return "\n".join(["What to do", *(wrapped(f"  {each}") for each in advice), *commands, *self._compared()])
+
+    def _one_map(self) -> str:
+        """Say why one map for all images is not enough."""
+        if self.shared is None:
+            return "."
+        left, limit = left_share(self.own, self.shared), self.config.share
+        return f": one map for all images would leave a position share of {left:.3f}, and the limit is {limit:g}."
 
     def _compared(self) -> list[str]:
         """Write a line for each of those given, and which of them to take."""

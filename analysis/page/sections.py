@@ -21,7 +21,7 @@ from dvt.analysis.page import charts
 from dvt.analysis.pictures import pca_colours
 from dvt.text import counted
 
-TERM_LABELS = {"semantic": "semantic F", "artifact": "artifact G", "residual": "residual h"}
+TERM_LABELS = {"semantic": "semantic", "artifact": "artifact", "residual": "residual"}
 SUBTRACTED = ("artifact", "residual")
 _95 = "95\N{NARROW NO-BREAK SPACE}%"
 _HEAT_MAPS = 12
@@ -292,7 +292,7 @@ def gallery(report: Findings, shown: Sequence[int]) -> str:
     if not parts:
         return ""
     subtracted = any(each["variant"] in SUBTRACTED for each in report.index["maps"])
-    own = " Artifact and residual have colours of their own. Raw = F + G + h." * subtracted
+    own = " Artifact and residual have colours of their own. Raw = semantic + artifact + residual." * subtracted
     return (
         "<section><h2>Features in colour</h2><p>Three principal components as red, green and blue, the same for the "
         f"raw and the cleaned features of an image: equal colours are alike features.{own}</p>{parts}</section>"

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return _run(arguments, errors)
     except KeyboardInterrupt:
-        errors.print("stopped; run the same command again to continue")
+        errors.print("stopped; the same command goes on from what was saved last")
         return _logged(130, "stopped")
     except BrokenPipeError:  # the reader of the output has ended
         return 1

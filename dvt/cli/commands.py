@@ -113,6 +113,8 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         wrong = refusal(said.getvalue())
         if wrong.startswith("Missing from"):
             wrong = f"{_missing(settings, said.getvalue())} must be given; {usage(name, settings)}."
+        elif wrong.startswith("there is no option "):
+            wrong = _unknown(settings, wrong.split()[4].rstrip(".;").split("=")[0])
         raise ConfigError(f"{wrong} `dvt {name} --help` lists all options") from stop
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
@@ -120,6 +122,13 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
         return getattr(importlib.import_module(module), attribute)(command, console)
 
     return command, function
+
+
+def _unknown(settings: type, option: str) -> str:
+    """Say that there is no such option, and which one begins like it or is most like it."""
+    flags = [flag for each in options_of(settings) for flag in each.flags]
+    near = [flag for flag in flags if flag.startswith(option)] or difflib.get_close_matches(option, flags, 1, 0.6)
+    return f"there is no option {option}" + (f"; did you mean {near[0]}?" if near else ".")
 
 
 def _missing(settings: type, panel: str) -> str:

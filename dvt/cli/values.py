@@ -56,9 +56,6 @@ def refusal(panel: str) -> str:
     text = re.sub(r"^Unrecognized options: (-[^,]*).*", r"there is no option \1", text)
     text = re.sub(r"^Unrecognized options: ([^,]*).*", r"\1 is one argument too many", text)
     text = re.sub(r"^Missing value for argument '(.*)'\. Expected (\S+) values?\.?", r"\1 must be given a value", text)
-    near = next((part for part in parts if part[:1] == ["Perhaps you meant:"] and len(part) > 1), None)
-    if near is not None:
-        text += f"; did you mean --{near[1].split()[0]}?"
     return text if text.endswith((".", "?")) else f"{text}."
 
 

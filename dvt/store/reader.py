@@ -69,7 +69,7 @@ class FeatureStore(Dataset[StoredTokens]):
         self.path, self.dtype = Path(path), dtype
         self.chosen = (term,) if isinstance(term, str) else tuple(term)
         if not (files := shard_files(self.path)):
-            there = "it is not a shard, nor a folder with *.h5 shards"
+            there = "it is not a shard, nor a folder with *.h5 shards, as `dvt denoise` makes of photographs"
             reason = there if self.path.exists() else f"there is no such folder{similar(self.path)}"
             raise StoreError(f"{str(path)!r} is not a feature store: {reason}")
         self._shards = [read_shard(file) for file in files]

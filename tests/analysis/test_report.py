@@ -215,7 +215,7 @@ def test_position_maps_of_a_layer_have_one_scale(report):
     figure = position_figure(halved)
     pictures = [axis.images[0] for axis in figure.axes if axis.images and not axis.get_label()]
     assert [each.get_clim() for each in pictures] == [(0, raw.max())] * 2
-    shown = re.findall(r'position: (?:raw|semantic F), final layer"', page := render(halved))
+    shown = re.findall(r'position: (?:raw|semantic), final layer"', page := render(halved))
     maps = list(re.findall(r'class="map" src="data:image/png;base64,([^"]+)"', page))[:2]
     first, second = (np.asarray(Image.open(io.BytesIO(base64.b64decode(each))).convert("RGB")) for each in maps)
     assert len(shown) == 2 and first.max() > second.max()
@@ -239,7 +239,7 @@ def test_charts_say_their_values_in_words(report, parsed):
 def test_a_term_that_is_zero_is_said_and_not_shown(parsed):
     data = json.loads(parsed.scripts[0])
     assert "residual" not in {each["variant"] for each in data["maps"]}
-    assert "The residual h of 3 of 3 images is zero" in parsed.words
+    assert "The residual of 3 of 3 images is zero" in parsed.words
 
 
 def test_token_maps_are_those_of_the_report(report, parsed):

@@ -104,6 +104,7 @@ def test_a_rate_counts_only_what_was_seen_done():
         (("probe", "segmentatoin", "a"), "did you mean 'segmentation'?", "None"),
         (("denoise", "a"), "usage: dvt denoise IMAGES ... --out TEXT", "(required)"),
         (("denoise", "a", "--out", "o", "--vews", "3"), "did you mean --views?", "None"),
+        (("denoise", "a", "--out", "o", "--weight=demo"), "no option --weight; did you mean --weights?", "residual"),
         (("denoise", "a", "--out"), "--out", "None"),
     ],
 )

@@ -34,7 +34,7 @@ def test_the_page_of_a_store_is_one_file_and_measures_nothing(work, capsys, capl
     text = (work / "page.html").read_text()
     assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
     assert "The numbers" not in text and str(work) not in text
-    assert ">2 images of a feature store, with raw and semantic F." in text and "Raw = F" not in text
+    assert ">2 images of a feature store, with raw and semantic." in text and "Raw = semantic" not in text
     assert "1 of 2 photographs" in caplog.text
     assert main(["view", str(work / "store"), "--out", str(work / "page.pdf")]) == 2
     assert main(["view", str(work / "store"), "--images", "0", "--out", str(work / "page.html")]) == 2
