@@ -15,7 +15,7 @@ from dvt.analysis.page.report import PageWords, render
 from dvt.analysis.page.viewer import Arrays, Shown
 from dvt.analysis.results import Report
 from dvt.backbones.load import overlapping_patches
-from dvt.errors import BackboneError, ConfigError, ImageError
+from dvt.errors import ConfigError, ImageError
 from dvt.images import load_image
 from dvt.progress import Progress, silent
 from dvt.store import FeatureStore
@@ -72,11 +72,8 @@ def _words(store: FeatureStore, shown: int) -> PageWords:
 
 
 def _patches(store: FeatureStore) -> dict[str, Any]:
-    """Describe the patches of a store if they overlap; a backbone that timm does not know is drawn in plain tiles."""
-    try:
-        found = overlapping_patches(store.job, store.grids[0])
-    except BackboneError:
-        return {}
+    """Describe the patches of a store if they overlap."""
+    found = overlapping_patches(store.job, store.grids[0])
     return {} if found is None else {"patch_size": found[0], "stride": found[1]}
 
 

@@ -113,15 +113,17 @@ def named_patch_size(name: str) -> Size:
         return families.patch_size(_create(resolved_name(name), pretrained=False))
 
 
-def overlapping_patches(job: Job, grid: Size) -> tuple[Size, Size] | None:
+def overlapping_patches(job: Job, grid: Size, needed: bool = False) -> tuple[Size, Size] | None:
     """Find the size and the stride of a store's patches if they overlap; None where they tile the image.
 
     Args:
         job: the store's.
         grid: (h, w) of one of its images.
+        needed: raise an error where the name of the backbone does not tell the size, instead of warning and answering
+            None, which draws the patches as tiles.
 
     Raises:
-        BackboneError: they may overlap, and the name of the backbone does not tell their size.
+        BackboneError: with `needed`, the patches may overlap, and nothing tells their size.
     """
     if job.stride is None:
         return None
@@ -129,7 +131,13 @@ def overlapping_patches(job: Job, grid: Size) -> tuple[Size, Size] | None:
     side = None if job.size is None else min(families.pair(job.size))  # type: ignore[arg-type]
     if min(n * d for n, d in zip(grid, stride, strict=True)) == side:
         return None
-    return named_patch_size(job.backbone), stride
+    try:
+        return named_patch_size(job.backbone), stride
+    except BackboneError:
+        if needed:
+            raise
+        logger.warning("the name %r does not tell how far patches overlap: drawn as tiles, a little off", job.backbone)
+        return None
 
 
 def _given_state(weights: str | Path | Mapping[str, Tensor] | None) -> State | None:

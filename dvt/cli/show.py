@@ -80,11 +80,9 @@ def _patch_centres(store: FeatureStore, needed: bool) -> Callable[[Size], Tensor
     from dvt.backbones.load import overlapping_patches
 
     try:
-        found = overlapping_patches(store.job, store.grids[0])
+        found = overlapping_patches(store.job, store.grids[0], needed)
         return None if found is None else partial(grids.overlapping_centres, patch=found[0], stride=found[1])
     except BackboneError as error:
-        if not needed:
-            return None
         stride = pair(store.job.stride)  # type: ignore[arg-type]
         raise ConfigError(
             f"the patches of {str(store.path)!r} overlap (stride {stride[0]} x {stride[1]}), and to upsample their "

@@ -151,10 +151,12 @@ def test_maps_of_overlapping_patches_lie_at_their_centres(photo, tmp_path, monke
     assert centres[2] is None
 
 
-def test_a_patch_size_that_cannot_be_known_is_said(tmp_path, capsys):
+def test_a_patch_size_that_cannot_be_known_is_said(tmp_path, capsys, caplog):
     values = {"raw": np.zeros((3, 3, 4), np.float16)}
     with StoreWriter(tmp_path / "store", Job("my-own-model", "0" * 64, stride=8, size=32)) as writer:
         writer.write("one", [Record("x.jpg", "a" * 64, (32, 32), values)])
     assert main(["show", str(tmp_path / "store"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["view", str(tmp_path / "store"), "--out", str(tmp_path / "page.html")]) == 0
+    assert caplog.text.count("'my-own-model' does not tell how far patches overlap: drawn as tiles") == 2
     assert main(["show", str(tmp_path / "store"), "--upsample", "2", "--out", str(tmp_path / "fine")]) == 2
     assert "overlap (stride 8 x 8)" in capsys.readouterr().err and not (tmp_path / "fine").exists()
