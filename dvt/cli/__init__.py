@@ -28,6 +28,7 @@ _NO_ROOM = (
     *("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive"),
     "bad_alloc",
 )
+_ALLOCATOR = "[enforce fail at alloc_cpu.cpp"
 _TOO_LITTLE_MEMORY = (
     "there is too little memory for this; close other programs, give the process more, or take smaller batches, fewer "
     "workers or a smaller size. The same command goes on where it was"
@@ -141,6 +142,8 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (DvtError, OSError)):
         return False
     if isinstance(error, MemoryError) or any(words in str(error) for words in _NO_ROOM):
+        return True
+    if len(str(error)) > 9 and _ALLOCATOR.startswith(str(error)):  # without memory for the rest of the message
         return True
     if error.__context__ is not None and _out_of_memory(error.__context__):
         return True

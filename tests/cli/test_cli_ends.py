@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import dvt
+from dvt.cli import main
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 DVT = [sys.executable, "-m", "dvt"]
@@ -44,7 +45,7 @@ def test_interrupted_in_the_first_seconds(count, tmp_path):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         assert b"Traceback" not in said and b"Exception ignored" not in said, said.decode()
-        assert process.returncode in (-signal.SIGINT, 130, 0)
+        assert process.returncode in (-signal.SIGINT, 130, 0), said.decode()
 
 
 def test_closed_and_broken_streams(tmp_path):
@@ -143,3 +144,26 @@ def test_a_killed_driver_of_ray_leaves_no_process(number, tmp_path):
     done = run([*command, "--json"], tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout)["done"] > 0
     assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("[enforce fail a"), True),  # all that there was memory for
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed"), False),
+        (RuntimeError(""), False),
+    ],
+)
+def test_too_little_memory_is_said_however_it_shows(error, told, monkeypatch, capsys):
+    def fail(command, console):
+        raise error
+
+    monkeypatch.setattr("dvt.cli.about.config", fail)
+    if told:
+        assert main(["config", "train"]) == 2 and "too little memory" in capsys.readouterr().err
+    else:
+        with pytest.raises(RuntimeError):
+            main(["config", "train"])
