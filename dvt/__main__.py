@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 def main() -> NoReturn:
     """Run the command line, and end the process with its exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing needs cleaning up while libraries are imported
+    # Nothing needs cleaning up until the command's libraries are there, and torch aborts where an exception meets its
+    # import; dvt.cli.commands takes the usual handler then.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     _open_streams()
     from dvt.cli import main as run
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code: object = run()
     except SystemExit as end:

@@ -7,6 +7,7 @@ import importlib
 import io
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
@@ -119,7 +120,10 @@ def parse(arguments: Sequence[str]) -> tuple[Any, CommandFunction]:
 
     def function(command: Any, console: Console) -> tuple[int, dict[str, Any]]:
         module, _, attribute = place.partition(":")
-        return getattr(importlib.import_module(module), attribute)(command, console)
+        found = getattr(importlib.import_module(module), attribute)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # of dvt.__main__, for the time of the imports
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        return found(command, console)
 
     return command, function
 
