@@ -23,10 +23,10 @@ from dvt.text import visible, visible_lines
 
 log = logging.getLogger(__name__)
 
-#: What threads, shared libraries and oneDNN say when memory is too small.
+#: What threads, shared libraries, oneDNN and HDF5 say when memory is too small.
 _NO_ROOM = (
     *("can't start new thread", "failed to map segment", "annot allocate memory", "could not create a primitive"),
-    "bad_alloc",
+    *("bad_alloc", "can't create fractal heap header"),
 )
 _ALLOCATOR = "[enforce fail at alloc_cpu.cpp"
 _TOO_LITTLE_MEMORY = (

@@ -153,6 +153,7 @@ def test_a_killed_driver_of_ray_leaves_no_process(number, tmp_path):
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("[enforce fail a"), True),  # all that there was memory for
         (RuntimeError("std::bad_alloc"), True),
+        (ValueError("Unable to synchronously create dataset (can't create fractal heap header)"), True),
         (RuntimeError("[enforce fail at inline_container.cc:145] . PytorchStreamReader failed"), False),
         (RuntimeError(""), False),
     ],
