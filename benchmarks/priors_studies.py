@@ -20,11 +20,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import dvt
@@ -63,6 +64,7 @@ class Data:
         steps: a unit of training; studies take multiples of it.
         seeds: runs of each row.
         scratch: a folder for runs.
+        sheet: real pictures and, of each row's first seed, sampled ones: one of every class.
     """
 
     folder: Path
@@ -71,6 +73,7 @@ class Data:
     steps: int
     seeds: int
     scratch: Path
+    sheet: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def files(self, split: str) -> list[Path]:
         return sorted(path for path in (self.folder / split).rglob("*.*") if path.is_file())
@@ -121,8 +124,11 @@ class Judge:
         self.probe.fit(_rows(self.real), [torch.tensor(self.names.index(name)) for name in named])
         self.stick = random_filters()
         self.seen = pooled(self.stick(self.real))
+        self.sheet = data.sheet
+        self.sheet["real"] = torch.stack([self.real[named.index(name)] for name in self.names])
 
-    def __call__(self, pictures: torch.Tensor, asked: list[str]) -> dict[str, float]:
+    def __call__(self, row: str, pictures: torch.Tensor, asked: list[str]) -> dict[str, float]:
+        self.sheet.setdefault(row, torch.stack([pictures[asked.index(name)] for name in self.names]))
         found = [self.names[int(number)] for number in self.probe.predict(_rows(pictures))]
         right = sum(a == b for a, b in zip(found, asked, strict=True)) / len(asked)
         distance = kernel_distance(self.seen, pooled(self.stick(pictures))).value
@@ -166,10 +172,11 @@ def lumos(data: Data) -> Scores:
                 run = data.scratch / f"{name}-{pairs}-{seed}"
                 config = data.training(seed, steps, condition="label", pairs=pairs)
                 report = train_prior(data.folder / "train", None, run, config, start=start)
+                row = f"{name}, {pairs:.0%} of the pairs"
                 conditions, names = asked_labels(judge, run, 10)
                 made = drawn(run, conditions, Sampling(steps=12, guidance=2, seed=seed))
-                values = {"held-out loss": report["held_out_loss"], **judge(made, names)}
-                add(scores, f"{name}, {pairs:.0%} of the pairs", values)
+                values = {"held-out loss": report["held_out_loss"], **judge(row, made, names)}
+                add(scores, row, values)
     return scores
 
 
@@ -192,7 +199,7 @@ def lafite(data: Data) -> Scores:
             names = [name for name in judge.names for _ in range(10)]
             texts = [ORIGINAL.replace("{}", name) for name in names]
             conditions = conditions_of_texts(run, open_run(run, "cpu").prior.card, texts)
-            add(scores, name, judge(drawn(run, conditions, Sampling(steps=12, guidance=2, seed=seed)), names))
+            add(scores, name, judge(name, drawn(run, conditions, Sampling(steps=12, guidance=2, seed=seed)), names))
     return scores
 
 
@@ -240,14 +247,14 @@ def fluid(data: Data) -> Scores:
             conditions, names = asked_labels(judge, run, 10)
             before = time.process_time()
             made = drawn(run, conditions, Sampling(steps=12, ar_steps=8, seed=seed))
-            add(scores, name, {**judge(made, names), "CPU seconds": time.process_time() - before})
+            add(scores, name, {**judge(name, made, names), "CPU seconds": time.process_time() - before})
     return scores
 
 
 def mar(data: Data) -> Scores:
     """One continuous prior in random order, sampled in several ways."""
     judge, scores = Judge(data), dict[str, dict[str, list[float]]]()
-    ways = {f"{steps} calls of the trunk": {"ar_steps": steps} for steps in (1, 2, 4, 8, 16)}
+    ways = {f"{steps} call{'s' * (steps > 1)} of the trunk": {"ar_steps": steps} for steps in (1, 2, 4, 8, 16)}
     ways |= {f"temperature {value}": {"temperature": value, "ar_steps": 8} for value in (0.8, 0.9)}
     ways |= {
         "guidance 3": {"guidance": 3.0, "ar_steps": 8},
@@ -259,8 +266,22 @@ def mar(data: Data) -> Scores:
         train_prior(data.files("train"), None, run, config)
         conditions, names = asked_labels(judge, run, 10)
         for name, changes in ways.items():
-            add(scores, name, judge(drawn(run, conditions, Sampling(steps=12, seed=seed, **changes)), names))
+            add(scores, name, judge(name, drawn(run, conditions, Sampling(steps=12, seed=seed, **changes)), names))
     return scores
+
+
+def save_sheet(sheet: dict[str, torch.Tensor], path: Path) -> None:
+    """Draw a row of pictures for each row of the study, one of every class."""
+    figure = Figure(figsize=(9.5, 0.72 * len(sheet)), facecolor="white")
+    columns = len(sheet["real"])
+    for place, axis in enumerate(figure.subplots(len(sheet), columns, gridspec_kw={"left": 0.25, "right": 0.99}).flat):
+        row, column = divmod(place, columns)
+        name, pictures = list(sheet.items())[row]
+        axis.imshow(pictures[column].clamp(0, 1).movedim(0, -1).numpy(), interpolation="nearest")
+        axis.set_axis_off()
+        if column == 0:
+            axis.text(-0.2, 0.5, name, transform=axis.transAxes, ha="right", va="center", fontsize=9)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 STUDIES: dict[str, Callable[[Data], Scores]] = {
@@ -285,8 +306,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="a folder for runs, which are not repeated; a temporary one if not given"
     )
+    parser.add_argument("--picture", type=Path, help="draw samples of the first seed to a PNG; laclip has none")
     parser.add_argument("--smoke", action="store_true", help="tiny: only whether it runs")
     options = parser.parse_args()
+    if options.picture and options.study == "laclip":
+        parser.error("laclip trains a tower, which draws no pictures")
     torch.set_num_threads(1)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -296,6 +320,8 @@ def main() -> None:
         steps, seeds = (1, 2) if options.smoke else (options.steps, options.seeds)
         data = Data(folder, options.side, options.patch, steps, seeds, options.out or Path(scratch) / "runs")
         scores = STUDIES[options.study](data)
+    if options.picture:
+        save_sheet(data.sheet, options.picture)
     rows = {row: {name: interval(values) for name, values in found.items()} for row, found in scores.items()}
     table(options.study, [{"": row, **{k: with_interval(v) for k, v in found.items()}} for row, found in rows.items()])
     print(json.dumps({"study": options.study, "rows": rows, "seconds": time.perf_counter() - start}))
