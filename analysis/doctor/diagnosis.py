@@ -139,30 +139,31 @@ class Diagnosis:
         texts = {
             "subtract": "Subtract one map: the artifact is the same in all images. `dvt train` of the kind subtract "
             "finds it in a store of `dvt denoise`; applying it costs nothing.",
-            "per image": "`dvt denoise` for each image" + self._one_map() + " Its default product, removed, stays "
-            "closest to the backbone's own tokens. For many images train a denoiser: `dvt denoise` with the product "
-            "ensembled, which suits labelled tasks better, then `dvt train`.",
+            "per image": self._per_image(),
             "denoiser": "A trained denoiser: `dvt denoise` of some hundred images with the product ensembled, then "
             "`dvt train`; a map that is subtracted cannot see norm outliers. Or a backbone with registers, which `dvt "
             "remedy` adds without training; --remedies compares.",
         }
-        if self.shared is None and self.remedy == "per image":
-            texts["per image"] = (
-                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
-                "be subtracted from them, one image does not tell: give ten or more."
-            )
         advice = [texts[self.remedy], f"A strength of {self.strength:g} is the least that is enough; 1 is the default."]
         if self.shared is not None and self.remedy == "subtract":
             advice.append(f"It leaves a position share of {left_share(self.own, self.shared):.3f}.")
         commands = [shell_lines(each) for each in self.how if self.command is None]  # a quoted name is not wrapped
         return "\n".join(["What to do", *(wrapped(f"  {each}") for each in advice), *commands, *self._compared()])
 
-    def _one_map(self) -> str:
-        """Say why one map for all images is not enough."""
+    def _per_image(self) -> str:
+        """Write why each image is decomposed: one map for all is not enough, or one image does not tell."""
         if self.shared is None:
-            return "."
+            return (
+                "`dvt denoise` for this image. Whether the artifact is the same in all images, so that one map could "
+                "be subtracted from them, one image does not tell: give ten or more."
+            )
         left, limit = left_share(self.own, self.shared), self.config.share
-        return f": one map for all images would leave a position share of {left:.3f}, and the limit is {limit:g}."
+        return (
+            f"`dvt denoise` for each image: one map for all images would leave a position share of {left:.3f}, and the "
+            f"limit is {limit:g}. Its default product, removed, stays closest to the backbone's own tokens. For many "
+            "images train a denoiser: `dvt denoise` with the product ensembled, which suits labelled tasks better, "
+            "then `dvt train`."
+        )
 
     def _compared(self) -> list[str]:
         """Write a line for each of those given, and which of them to take."""
